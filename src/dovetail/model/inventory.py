@@ -1,0 +1,227 @@
+"""What a checkpoint directory holds, and whether it is what a model needs: read from headers alone.
+
+A safetensors file opens with 8 bytes of header length and a JSON header, so every name, dtype, shape and file
+length is checked before the first weight is read, and each complaint names file and tensor. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.tensors import FP8_TILE, SCALE_SUFFIX, Stored, scale_shape, stored_tensors
+
+MtpChoice = Literal["require", "drop"]
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I64": 64, "U64": 64}
+_BITS |= {"I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor as a shard's header announces it; `dtype` in safetensors spelling."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The `config.json` of a checkpoint directory. `ValueError` where there is none or it is not a JSON object."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; give the one that holds {CONFIG} and {SINGLE} or {INDEX}")
+    if not (directory / CONFIG).is_file():
+        found = sorted(path.name for path in directory.iterdir())
+        listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
+        raise ValueError(f"{directory} is not a checkpoint directory: no {CONFIG} in it; it holds {listing}")
+    return _read_object(directory / CONFIG)
+
+
+def read_inventory(directory: Path) -> dict[str, Entry]:
+    """Every tensor of a checkpoint by published name, from the headers of its shards.
+
+    `ValueError`, naming file and tensor, where a shard is missing, truncated or not safetensors, and where index
+    and shards disagree.
+    """
+    if (directory / INDEX).is_file():
+        return _read_indexed(directory)
+    if not (directory / SINGLE).is_file():
+        raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}, so there are no weights to read in it")
+    return {entry.name: entry for entry in read_header(directory / SINGLE)}
+
+
+def read_header(path: Path) -> list[Entry]:
+    """The tensors that one safetensors file announces, checked against the file's length."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= _MAX_HEADER:
+            raise ValueError(f"{path}: not a safetensors file (its {size} bytes do not open with a header length)")
+        raw = file.read(length)
+    if len(raw) < length:
+        raise ValueError(f"{path}: truncated inside its header ({size} bytes, the header alone takes {8 + length})")
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        entries = [(_entry(path, name, field), field["data_offsets"]) for name, field in header.items()]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a safetensors file ({type(error).__name__}: {error} in its header)") from error
+    for entry, (start, end) in sorted(entries, key=lambda pair: pair[1]):
+        if 8 + length + end > size:
+            raise ValueError(
+                f"{path}: truncated: tensor {entry.name!r} ends at byte {8 + length + end}, the file at {size};"
+                " fetch or export this file again"
+            )
+        if (end - start) * 8 != math.prod(entry.shape) * _BITS.get(entry.dtype, 0) and entry.dtype in _BITS:
+            raise ValueError(
+                f"{path}: tensor {entry.name!r} has {end - start} bytes, {entry.dtype} of shape {list(entry.shape)} differs"
+            )
+    return [entry for entry, _ in entries]
+
+
+def weight_tile(config: Mapping[str, Any], directory: Path) -> tuple[int, int]:
+    """Block of one FP8 scale. `ValueError` for a quantisation other than block FP8."""
+    quantization = config.get("quantization_config") or {}
+    method, tile = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", FP8_TILE)
+    if method != "fp8" or not isinstance(tile, list | tuple) or len(tile) != 2:
+        raise ValueError(
+            f"{directory / CONFIG}: weights quantised with {method!r} in blocks of {tile} cannot be read;"
+            " only 'fp8' in two-dimensional blocks can; convert them to BF16 first"
+        )
+    return int(tile[0]), int(tile[1])
+
+
+def check_inventory(
+    entries: Mapping[str, Entry], spec: ModelSpec, directory: Path, tile: tuple[int, int], mtp: MtpChoice
+) -> None:
+    """`ValueError` unless the tensors are exactly those of `spec`; stored copies of shared ones may be absent."""
+    expected = {stored.name: stored for stored in stored_tensors(spec)}
+    if spec.tie_word_embeddings:  # some writers store the tied head too
+        expected["lm_head.weight"] = Stored(
+            name="lm_head.weight",
+            shape=(spec.vocab_size, spec.hidden_size),
+            key="embed_tokens.weight",
+            kind="vocabulary",
+            copy_of="model.embed_tokens.weight",
+        )
+    missing = [name for name, stored in expected.items() if name not in entries and not stored.copy_of]
+    scales = {name + SCALE_SUFFIX for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
+    unexpected = [name for name in entries if name not in expected and name not in scales]
+    if mtp == "drop":
+        unexpected = [name for name in unexpected if not _is_mtp(name, spec)]
+    if missing:
+        _refuse_missing(missing, unexpected, expected, spec, directory)
+    if unexpected:
+        _refuse_unexpected(unexpected, expected, entries)
+    for name, stored in expected.items():
+        if name in entries:
+            _check_entry(entries, entries[name], stored, tile)
+
+
+def _read_indexed(directory: Path) -> dict[str, Entry]:
+    index = directory / INDEX
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no 'weight_map' of tensor names to shard files in it")
+    inventory: dict[str, Entry] = {}
+    for shard in dict.fromkeys(weight_map.values()):
+        path = directory / str(shard)
+        first = next(name for name, file in weight_map.items() if file == shard)
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{index}: tensor {first!r} is said to be in {shard!r}, which is not a plain file name")
+        if not path.is_file():
+            raise ValueError(f"{index} names {shard}, which is missing; tensor {first!r} should be in it")
+        for entry in read_header(path):
+            if weight_map.get(entry.name) != shard:
+                elsewhere = weight_map.get(entry.name, "nowhere")
+                raise ValueError(f"{path} holds tensor {entry.name!r}, which {index.name} puts in {elsewhere}")
+            inventory[entry.name] = entry
+    for name, shard in weight_map.items():
+        if name not in inventory:
+            raise ValueError(f"{directory / shard}: tensor {name!r} is not in it, though {index.name} says so")
+    return inventory
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not {type(table).__name__}")
+    return table
+
+
+def _entry(path: Path, name: str, field: dict[str, Any]) -> Entry:
+    return Entry(file=path, name=name, dtype=str(field["dtype"]), shape=tuple(int(size) for size in field["shape"]))
+
+
+def _is_mtp(name: str, spec: ModelSpec) -> bool:
+    layer = name.removeprefix("model.layers.").split(".")[0]
+    return name.startswith("model.layers.") and layer.isdigit() and int(layer) >= spec.num_hidden_layers
+
+
+def _refuse_missing(
+    missing: list[str], unexpected: list[str], expected: Mapping[str, Stored], spec: ModelSpec, directory: Path
+) -> None:
+    name = missing[0]
+    line = f"{directory}: tensor {name!r} of shape {list(expected[name].shape)} is missing"
+    line += f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+    if all(_is_mtp(name, spec) for name in missing):
+        line += (
+            f": {CONFIG} says num_nextn_predict_layers = {spec.num_nextn_predict_layers}, but the MTP weights are not"
+            ' all there; load with mtp="drop" to go without them'
+        )
+    else:
+        line += _near(name, unexpected)
+    raise ValueError(line)
+
+
+def _refuse_unexpected(
+    unexpected: list[str], expected: Mapping[str, Stored], entries: Mapping[str, Entry]
+) -> None:
+    name = unexpected[0]
+    line = f"{entries[name].file}: unexpected tensor {name!r}, which {CONFIG} does not call for"
+    line += f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
+    layer = name.split(".mlp.experts.")[0].rsplit(".", 2)[0]  # thousands of names are slow to compare
+    raise ValueError(line + _near(name, [other for other in expected if other.startswith(layer)][:2000]))
+
+
+def _near(name: str, candidates: list[str]) -> str:
+    matches = get_close_matches(name, candidates, n=3, cutoff=0.8)
+    return f"; near names: {', '.join(matches)}" if matches else ""
+
+
+def _check_entry(entries: Mapping[str, Entry], entry: Entry, stored: Stored, tile: tuple[int, int]) -> None:
+    if entry.shape != stored.shape:
+        raise ValueError(
+            f"{entry.file}: tensor {entry.name!r} has shape {list(entry.shape)};"
+            f" {CONFIG} calls for {list(stored.shape)}"
+        )
+    if entry.dtype in _FLOATS:
+        return
+    if entry.dtype != "F8_E4M3" or len(entry.shape) != 2:
+        wanted = ", ".join(_FLOATS) + (" or F8_E4M3" if len(entry.shape) == 2 else "")
+        raise ValueError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; it has to be {wanted}")
+    scale = entries.get(entry.name + SCALE_SUFFIX)
+    if scale is None:
+        raise ValueError(f"{entry.file}: tensor {entry.name!r} is FP8, but its {entry.name + SCALE_SUFFIX!r} is missing")
+    if scale.shape != scale_shape(entry.shape, tile) or scale.dtype not in (*_FLOATS, "F8_E8M0"):
+        raise ValueError(
+            f"{scale.file}: tensor {scale.name!r} is {scale.dtype} of shape {list(scale.shape)}; blocks of"
+            f" {list(tile)} call for F32 of shape {list(scale_shape(entry.shape, tile))}"
+        )

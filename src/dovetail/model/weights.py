@@ -1,0 +1,263 @@
+"""Weights in the Hugging Face layout, both ways: published names, sharded safetensors, FP8 blocks.
+
+`dovetail.spec.tensors` lists what is published and where our state holds it, so exporting is writing views of the
+state and importing is copying into the same views. Both stream: one shard, or one tensor, beside the model.
+FP8 weights come with `weight_scale_inv`, which is the multiplier: W = data * scale_inv per 128x128 block [V3repo].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dovetail.model.directory import new_directory
+from dovetail.model.inventory import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    Entry,
+    MtpChoice,
+    check_inventory,
+    read_config,
+    read_inventory,
+    weight_tile,
+)
+from dovetail.model.transformer import Transformer
+from dovetail.numerics.quantize import Quantized, dequantize, quantize_weight
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.tensors import FP8_TILE, SCALE_SUFFIX, Stored, scale_shape, stored_tensors
+
+Fp8Choice = bool | Literal["ue8m0"]
+
+
+def stored_view(state: Mapping[str, Tensor], stored: Stored) -> Tensor:
+    """The part of our state that a published tensor is, as a view. `ValueError` where the state does not fit."""
+    if stored.key not in state:
+        raise ValueError(f"the model has no {stored.key!r}, which is published as {stored.name!r}; wrong spec?")
+    tensor = state[stored.key].detach()
+    if stored.expert is not None:
+        tensor = tensor[stored.expert]
+    if stored.rows is not None:
+        tensor = tensor[stored.rows[0] : stored.rows[1]]
+    if tuple(tensor.shape) != stored.shape:
+        raise ValueError(
+            f"the model's {stored.key!r} gives {stored.name!r} the shape {list(tensor.shape)};"
+            f" the spec calls for {list(stored.shape)}"
+        )
+    return tensor
+
+
+def to_published(
+    state: Mapping[str, Tensor], spec: ModelSpec, fp8: Fp8Choice = False
+) -> Iterator[tuple[str, Tensor]]:
+    """(published name, tensor) of everything in `state`, in file order: views of it, or FP8 data and scales."""
+    for stored in stored_tensors(spec):
+        yield from _published(stored, stored_view(state, stored), fp8)
+
+
+def export_hf(
+    model: nn.Module,
+    spec: ModelSpec,
+    out_dir: str | Path,
+    *,
+    fp8: Fp8Choice = False,
+    max_shard_bytes: float = 5e9,
+    tokenizer_files: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write `model` as a Hugging Face checkpoint directory: config.json, shards with an index, tokenizer files.
+
+    Tensors keep the dtype they have in the model (norms and router FP32), so that a round trip is bitwise; with
+    `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two. `out_dir` appears
+    whole or not at all. Raises `ValueError` for a target that exists, a model that does not fit `spec`, or
+    non-finite weights under `fp8`; `OSError` when the disk is full.
+    """
+    state = model.state_dict()
+    shards = _plan(state, spec, bool(fp8), max_shard_bytes)
+    tokenizer_paths = [Path(path) for path in tokenizer_files]
+    _check_tokenizer_files(tokenizer_paths)
+    config = {**spec.to_hf(), "torch_dtype": str(state["embed_tokens.weight"].dtype).removeprefix("torch.")}
+    if fp8:
+        config["quantization_config"] = _quantization_config(fp8)
+    total = sum(size for _, size in shards)
+    with new_directory(Path(out_dir), total, overwrite) as directory:
+        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for path in tokenizer_paths:
+            shutil.copyfile(path, directory / path.name)
+        _write_shards(state, [group for group, _ in shards], directory, fp8)
+
+
+def import_hf(
+    hf_dir: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    mtp: MtpChoice = "require",
+) -> tuple[Transformer, ModelSpec]:
+    """Build the model that a checkpoint directory describes and load its weights, FP8 ones dequantised.
+
+    `mtp="drop"` builds it without MTP modules, whatever the checkpoint holds: transformers writes
+    `num_nextn_predict_layers` but never their weights, which under "require" is an error. Raises `ValueError`,
+    naming file and tensor, for anything missing, unexpected, truncated or of the wrong shape or dtype, before
+    any memory is spent on weights.
+    """
+    directory = Path(hf_dir)
+    spec = ModelSpec.from_hf(read_config(directory))
+    if mtp == "drop":
+        spec = spec.model_copy(update={"num_nextn_predict_layers": 0})
+    _checked_inventory(directory, spec, mtp)
+    model = Transformer(spec, dtype=dtype, device=torch.device(device))
+    load_into(model, spec, directory, mtp=mtp)
+    return model, spec
+
+
+def load_into(model: nn.Module, spec: ModelSpec, hf_dir: str | Path, *, mtp: MtpChoice = "require") -> None:
+    """Copy a checkpoint's weights into `model`, in its own dtypes and on its own devices.
+
+    Errors as in `import_hf`; names, shapes and dtypes are all checked first, so such an error leaves `model` alone.
+    """
+    directory = Path(hf_dir)
+    if mtp == "drop" and spec.num_nextn_predict_layers:
+        raise ValueError(f'mtp="drop" would leave {spec.num_nextn_predict_layers} MTP modules of the model unloaded')
+    entries, tile = _checked_inventory(directory, spec, mtp)
+    state = model.state_dict()
+    by_file: dict[Path, list[tuple[Stored, Tensor]]] = {}
+    for stored in stored_tensors(spec):
+        view = stored_view(state, stored)
+        if stored.copy_of is None:
+            by_file.setdefault(entries[stored.name].file, []).append((stored, view))
+        elif stored.name in entries:
+            _check_copy(entries, stored, tile)
+    for file, group in by_file.items():
+        with _opened(file) as shard:
+            for stored, view in group:
+                view.copy_(_tensor(shard, entries, stored.name, tile, view.dtype, view.device))
+
+
+def _checked_inventory(
+    directory: Path, spec: ModelSpec, mtp: MtpChoice
+) -> tuple[dict[str, Entry], tuple[int, int]]:
+    tile = weight_tile(read_config(directory), directory)
+    entries = read_inventory(directory)
+    check_inventory(entries, spec, directory, tile, mtp)
+    return entries, tile
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A shard open for reading; what the format's own reader refuses is a `ValueError` that names the file."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            yield shard
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _tensor(
+    shard: Any,
+    entries: Mapping[str, Entry],
+    name: str,
+    tile: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """Tensor `name` of an open shard in `dtype`, dequantised if FP8; its scales may lie in another shard."""
+    data = shard.get_tensor(name).to(device)
+    if entries[name].dtype != "F8_E4M3":
+        return data.to(dtype)
+    scale_entry = entries[name + SCALE_SUFFIX]
+    with _opened(scale_entry.file) as other:
+        scale = other.get_tensor(scale_entry.name).to(device=device, dtype=torch.float32)
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"{scale_entry.file}: tensor {scale_entry.name!r} has scales that are not finite")
+    return dequantize(Quantized(data=data, scale=scale, tile=tile), dtype)
+
+
+def _check_copy(entries: Mapping[str, Entry], stored: Stored, tile: tuple[int, int]) -> None:
+    """The model shares these tensors: a copy that differs would be dropped silently and lower MTP acceptance."""
+    assert stored.copy_of is not None
+    tensors = []
+    for name in (stored.name, stored.copy_of):
+        with _opened(entries[name].file) as shard:
+            tensors.append(_tensor(shard, entries, name, tile, torch.float32, torch.device("cpu")))
+    if not torch.equal(tensors[0], tensors[1]):
+        raise ValueError(
+            f"{entries[stored.name].file}: tensor {stored.name!r} differs from {stored.copy_of!r}, which the model"
+            " uses in its place; remove it from the checkpoint to accept that"
+        )
+
+
+def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[str, Tensor]]:
+    if not (fp8 and stored.is_quantized):
+        yield stored.name, view
+        return
+    quantized = quantize_weight(view, power_of_two=fp8 == "ue8m0")
+    if not bool(torch.isfinite(quantized.scale).all()):
+        raise ValueError(f"the model's {stored.key!r} ({stored.name!r}) holds inf or NaN, which FP8 blocks cannot carry")
+    yield stored.name, quantized.data
+    yield stored.name + SCALE_SUFFIX, quantized.scale
+
+
+def _plan(
+    state: Mapping[str, Tensor], spec: ModelSpec, is_fp8: bool, max_shard_bytes: float
+) -> list[tuple[list[Stored], int]]:
+    """Tensors of each shard and their bytes: file order, a new shard where the next tensor would not fit."""
+    shards: list[tuple[list[Stored], int]] = []
+    keys = set()
+    for stored in stored_tensors(spec):
+        view = stored_view(state, stored)
+        keys.add(stored.key)
+        size = view.numel() * view.element_size()
+        if is_fp8 and stored.is_quantized:
+            size = view.numel() + 4 * math.prod(scale_shape(stored.shape))
+        if not shards or shards[-1][1] + size > max_shard_bytes:
+            shards.append(([], 0))
+        group, used = shards[-1]
+        group.append(stored)
+        shards[-1] = group, used + size
+    if left := sorted(state.keys() - keys):
+        raise ValueError(f"the model's {left[0]!r} (and {len(left) - 1} more) has no place in the spec; wrong spec?")
+    return shards
+
+
+def _write_shards(
+    state: Mapping[str, Tensor], shards: Sequence[list[Stored]], directory: Path, fp8: Fp8Choice
+) -> None:
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, group in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for stored in group:
+            for name, tensor in _published(stored, stored_view(state, stored), fp8):
+                # the writer refuses two tensors in the same memory, which a stored copy and its original are
+                tensors[name] = tensor.clone() if stored.copy_of else tensor.contiguous()
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _quantization_config(fp8: Fp8Choice) -> dict[str, Any]:
+    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(FP8_TILE)}
+    return {**config, "scale_fmt": "ue8m0"} if fp8 == "ue8m0" else config
+
+
+def _check_tokenizer_files(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"tokenizer file {path} does not exist")
+        if path.name == CONFIG or path.name.startswith("model"):
+            raise ValueError(f"tokenizer file {path} has the name of one of the checkpoint's own files; rename it")

@@ -1,0 +1,178 @@
+"""`ModelSpec` and the flat `config.json` of the published checkpoints, both ways.
+
+One table of keys serves three files: a Hugging Face `config.json` (`read_hf`, lenient: what does not concern the
+shape is ignored), a catalog entry and a `[model]` table of a run file (`read_flat`, strict).  Keys and values as in
+the published DeepSeek-V3 and -V2 files [HFcfg]; transformers 5 writes `rope_parameters` in place of `rope_theta` and
+`rope_scaling`, and renames a few keys: both forms are read, the published one is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dovetail.config import near_matches, validate
+from dovetail.spec.model import Gqa, Mla, ModelSpec, Moe, Yarn
+
+_MLA_KEYS = frozenset(Mla.model_fields)
+_GQA_KEYS = frozenset(Gqa.model_fields)
+_MOE_KEYS = frozenset(Moe.model_fields)
+_BODY_KEYS = frozenset(ModelSpec.model_fields) - {"attention", "moe"}
+_SHAPE_KEYS = _MLA_KEYS | _GQA_KEYS | _MOE_KEYS | _BODY_KEYS | {"model_type", "rope_parameters"}
+
+# transformers 5 writes the left name for the published right one.
+_RENAMED = {
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+}
+
+# Accepted and not read: they say nothing about the shape or the function computed.
+_IGNORED = frozenset(
+    "architectures auto_map aux_loss_alpha seq_aux attention_dropout use_cache torch_dtype dtype transformers_version "
+    "quantization_config ep_size pretraining_tp output_router_logits pad_token_id head_dim num_key_value_heads "
+    "qk_head_dim sliding_window use_sliding_window max_window_layers layer_types chunk_size_feed_forward "
+    "id2label label2id is_encoder_decoder output_attentions output_hidden_states return_dict problem_type "
+    "_name_or_path".split()
+)
+
+# Keys that would change the function computed; any other value is refused rather than silently ignored.
+_ONLY_VALUE: dict[str, Any] = {
+    "hidden_act": "silu",  # SwiGLU
+    "moe_layer_freq": 1,
+    "mlp_bias": False,
+    "rope_interleave": True,
+}
+
+# What a family's own code assumes when the key is absent [V3repo, HFcfg; transformers 5 never writes these].
+_FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
+    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    "qwen2": {"attention_bias": True},  # a bias on q, k and v is part of the Qwen 2.5 architecture
+    "llama": {"attention_bias": False},
+}
+_ARCHITECTURES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+
+
+def read_hf(config: Mapping[str, Any]) -> ModelSpec:
+    """The spec in a `config.json`.  Raises ValueError for a missing key or one whose value is not supported."""
+    family = config.get("model_type")
+    if family not in _FAMILY_DEFAULTS:
+        raise ValueError(f"config.json: model_type {family!r} is not one of {', '.join(_FAMILY_DEFAULTS)}")
+    flat: dict[str, Any] = {"initializer_range": 0.02, **_FAMILY_DEFAULTS[family]}
+    flat |= {_RENAMED.get(key, key): value for key, value in config.items()}
+    is_mla = family.startswith("deepseek")
+    _check_supported(flat, is_mla)
+    required = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
+    if is_mla:
+        required += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+    if flat.get("n_routed_experts"):
+        required += ["num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"]
+    for key in required:
+        if key not in flat:
+            raise ValueError(f"config.json: missing key {key!r}, required for model_type {family!r}")
+    flat |= _rope_keys(flat, is_mla)
+    if not is_mla:
+        flat = {key: value for key, value in flat.items() if key not in _MLA_KEYS - _GQA_KEYS}
+    return _build(flat, "config.json")
+
+
+def read_flat(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
+    """The spec in a flat TOML table of the same keys; `where` opens the error line.
+
+    Strict: an unknown key is an error with its near matches.  A `source` key is allowed and not read.
+    """
+    family = table.get("model_type")
+    if family is not None and family not in _FAMILY_DEFAULTS:
+        raise ValueError(f"{where}: model_type = {family!r} is not one of {', '.join(_FAMILY_DEFAULTS)}")
+    for key in table:
+        if key not in _SHAPE_KEYS - {"rope_parameters"} | {"source"}:
+            remedy = near_matches(key, _SHAPE_KEYS)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f"; {remedy}" if remedy else ""))
+    return _build({**_FAMILY_DEFAULTS.get(str(family), {}), **table}, where)
+
+
+def unread_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a `config.json` that nothing here knows: worth a word to the user, not an error."""
+    known = _SHAPE_KEYS | _IGNORED | _RENAMED.keys() | _ONLY_VALUE.keys()
+    return sorted(key for key in config if key not in known)
+
+
+def write_hf(spec: ModelSpec) -> dict[str, Any]:
+    """The published form of `config.json`, every key that a reader of that family looks for written out."""
+    family = _family(spec)
+    attention, moe = spec.attention, spec.moe
+    config: dict[str, Any] = {"architectures": [_ARCHITECTURES[family]], "model_type": family}
+    config |= spec.model_dump(exclude={"attention", "moe", "rope_scaling"})
+    config |= attention.model_dump()
+    if isinstance(attention, Mla):
+        config |= {"num_key_value_heads": attention.num_attention_heads, "attention_bias": False}
+        config |= moe.model_dump() if moe else {"first_k_dense_replace": spec.num_hidden_layers}
+        config |= {"moe_layer_freq": 1, "ep_size": 1} if moe else {}
+    config["rope_scaling"] = None
+    if spec.rope_scaling:
+        config["rope_scaling"] = {"type": "yarn", **spec.rope_scaling.model_dump()}
+    config |= {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True, "torch_dtype": "bfloat16"}
+    return config
+
+
+def _family(spec: ModelSpec) -> str:
+    if isinstance(spec.attention, Gqa):
+        return "qwen2" if spec.attention.attention_bias else "llama"
+    return "deepseek_v2" if spec.moe and spec.moe.scoring_func == "softmax" else "deepseek_v3"
+
+
+def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
+    """Sort flat keys into the records.  Null counts as absent, so that the record's default applies."""
+    given = {key: value for key, value in flat.items() if value is not None}
+    attention: Mla | Gqa
+    if "kv_lora_rank" in given:
+        attention = validate(Mla, {key: given[key] for key in _MLA_KEYS & given.keys()}, where)
+    else:
+        table = {key: given[key] for key in _GQA_KEYS & given.keys()}
+        table.setdefault("num_key_value_heads", table.get("num_attention_heads"))
+        if given.get("hidden_size") and table.get("num_attention_heads"):
+            table.setdefault("head_dim", given["hidden_size"] // table["num_attention_heads"])
+        attention = validate(Gqa, table, where)
+    moe = None
+    if given.get("n_routed_experts"):
+        table = {key: given[key] for key in _MOE_KEYS & given.keys()}
+        if table.get("topk_method") == "greedy":  # it looks at no groups, whatever the file says
+            table |= {"n_group": 1, "topk_group": 1}
+        moe = validate(Moe, table, where)
+    body = {key: given[key] for key in _BODY_KEYS & given.keys()}
+    if isinstance(body.get("eos_token_id"), list):
+        body["eos_token_id"] = body["eos_token_id"][0]
+    return validate(ModelSpec, {**body, "attention": attention, "moe": moe}, where)
+
+
+def _check_supported(flat: Mapping[str, Any], is_mla: bool) -> None:
+    only = {**_ONLY_VALUE, "attention_bias": False} if is_mla else _ONLY_VALUE
+    for key, value in only.items():
+        if flat.get(key) is not None and flat[key] != value:
+            raise ValueError(f"config.json: {key} = {flat[key]!r} is not supported, only {value!r} is")
+
+
+def _rope_keys(flat: Mapping[str, Any], is_mla: bool) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` from either form of the file."""
+    rope = {**(flat.get("rope_scaling") or {}), **(flat.get("rope_parameters") or {})}
+    theta = rope.pop("rope_theta", flat.get("rope_theta"))
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    keys: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    if kind == "yarn":
+        for key in ("attention_factor", "truncate"):  # transformers' additions; they would change the rotation
+            if rope.get(key) not in (None, True):
+                raise ValueError(f"config.json: {key} = {rope[key]!r} in the rope scaling is not supported")
+        # The code that reads the published files takes 1 and 0 for an absent mscale and mscale_all_dim [V3repo].
+        scaling = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}
+        keys["rope_scaling"] = {key: scaling[key] for key in Yarn.model_fields if scaling.get(key) is not None}
+    elif kind == "default" or not is_mla:  # grouped-query models are only counted: their scaling changes no count
+        keys["rope_scaling"] = None
+    else:
+        raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported, only 'yarn' is")
+    return keys

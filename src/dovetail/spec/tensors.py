@@ -1,0 +1,146 @@
+"""Every tensor of a published checkpoint: its name, its shape, its dtype, and where our model keeps it.
+
+`stored_tensors(spec)` is the one list that the exporter, the importer and the counts read. Published names are
+those of the DeepSeek-V3 checkpoints. Ours differ in two ways only: gate and up projections are one tensor with
+the gate's rows first, and the experts of a layer are stacked. MTP module k is published as layer
+`num_hidden_layers + k`, with copies of the embedding and the head that it shares with the main model.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from dovetail.spec.model import Mla, ModelSpec
+
+SCALE_SUFFIX = "_scale_inv"  # "x.weight" in FP8 has its block scales in "x.weight_scale_inv"
+FP8_TILE = (128, 128)  # blocks of the weights [V3 §3.3.2], weight_block_size in config.json
+
+Kind = Literal["linear", "vocabulary", "mixer", "norm", "router"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One published tensor, and the part of our state dict that holds it: `state[key][expert][rows]`."""
+
+    name: str
+    shape: tuple[int, ...]
+    key: str
+    kind: Kind = "linear"
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    copy_of: str | None = None  # published name of the tensor that this one repeats; `key` is then that one's
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the FP8 checkpoints hold it in FP8: every linear but embedding, head, router and eh_proj."""
+        return self.kind == "linear"
+
+    @property
+    def dtype(self) -> str:
+        """safetensors dtype in an unquantised checkpoint. Norms and router stay FP32, as our model keeps them
+        (norms as V3.2 publishes them; V3 itself has BF16 norms and router weights, the bias FP32 in both)."""
+        return "F32" if self.kind in ("norm", "router") else "BF16"
+
+
+def stored_tensors(spec: ModelSpec) -> Iterator[Stored]:
+    """All tensors of a published checkpoint of `spec`, in file order. `ValueError` where attention is not MLA."""
+    width, vocabulary = spec.hidden_size, (spec.vocab_size, spec.hidden_size)
+    embedding = Stored(
+        name="model.embed_tokens.weight", shape=vocabulary, key="embed_tokens.weight", kind="vocabulary"
+    )
+    head = Stored(name="lm_head.weight", shape=vocabulary, key="lm_head.weight", kind="vocabulary")
+    if spec.tie_word_embeddings:
+        head = replace(head, key=embedding.key, copy_of=embedding.name)
+    yield embedding
+    for layer in range(spec.num_hidden_layers):
+        yield from _block(spec, layer, f"layers.{layer}.")
+    yield Stored(name="model.norm.weight", shape=(width,), key="norm.weight", kind="norm")
+    if not spec.tie_word_embeddings:
+        yield head
+    for depth in range(spec.num_nextn_predict_layers):
+        yield from _mtp_module(spec, depth, embedding, head)
+
+
+def published_tensors(spec: ModelSpec, fp8: bool = False) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(name, shape, safetensors dtype) of every tensor of a checkpoint of `spec`; with `fp8` the quantised
+    linears are F8_E4M3 and each is followed by its block scales. The 671B model has 91,991 of them in FP8."""
+    for tensor in stored_tensors(spec):
+        if fp8 and tensor.is_quantized:
+            yield tensor.name, tensor.shape, "F8_E4M3"
+            yield tensor.name + SCALE_SUFFIX, scale_shape(tensor.shape), "F32"
+        else:
+            yield tensor.name, tensor.shape, tensor.dtype
+
+
+def scale_shape(shape: tuple[int, ...], tile: tuple[int, int] = FP8_TILE) -> tuple[int, int]:
+    """One scale per block, ragged blocks included: a 576 x 7168 weight has 5 x 56."""
+    rows, columns = shape
+    return -(-rows // tile[0]), -(-columns // tile[1])
+
+
+def _mtp_module(spec: ModelSpec, depth: int, embedding: Stored, head: Stored) -> Iterator[Stored]:
+    layer = spec.num_hidden_layers + depth
+    name, key, width = f"model.layers.{layer}.", f"mtp.{depth}.", spec.hidden_size
+    yield replace(embedding, name=name + "embed_tokens.weight", copy_of=embedding.name)
+    yield Stored(name=name + "enorm.weight", shape=(width,), key=key + "enorm.weight", kind="norm")
+    yield Stored(name=name + "hnorm.weight", shape=(width,), key=key + "hnorm.weight", kind="norm")
+    yield Stored(name=name + "eh_proj.weight", shape=(width, 2 * width), key=key + "eh_proj.weight", kind="mixer")
+    yield from _block(spec, layer, key + "block.")
+    yield Stored(name=name + "shared_head.norm.weight", shape=(width,), key=key + "norm.weight", kind="norm")
+    yield replace(head, name=name + "shared_head.head.weight", copy_of=head.copy_of or head.name)
+
+
+def _block(spec: ModelSpec, layer: int, key: str) -> Iterator[Stored]:
+    name, width = f"model.layers.{layer}.", spec.hidden_size
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        yield Stored(name=name + norm, shape=(width,), key=key + norm, kind="norm")
+    for part, shape in _attention_shapes(spec):
+        kind: Kind = "norm" if len(shape) == 1 else "linear"
+        yield Stored(name=f"{name}self_attn.{part}", shape=shape, key=f"{key}self_attn.{part}", kind=kind)
+    if spec.is_moe_layer(layer):
+        yield from _moe(spec, f"{name}mlp.", f"{key}mlp.")
+    else:
+        yield from _swiglu(f"{name}mlp.", f"{key}mlp.", width, spec.intermediate_size)
+
+
+def _attention_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    mla = spec.attention
+    if not isinstance(mla, Mla):
+        raise ValueError("only models with multi-head latent attention have published tensors here; this one has GQA")
+    heads, width = mla.num_attention_heads, spec.hidden_size
+    if mla.q_lora_rank is None:
+        yield "q_proj.weight", (heads * mla.qk_head_dim, width)
+    else:
+        yield "q_a_proj.weight", (mla.q_lora_rank, width)
+        yield "q_a_layernorm.weight", (mla.q_lora_rank,)
+        yield "q_b_proj.weight", (heads * mla.qk_head_dim, mla.q_lora_rank)
+    yield "kv_a_proj_with_mqa.weight", (mla.cache_dim, width)
+    yield "kv_a_layernorm.weight", (mla.kv_lora_rank,)
+    yield "kv_b_proj.weight", (heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    yield "o_proj.weight", (width, heads * mla.v_head_dim)
+
+
+def _moe(spec: ModelSpec, name: str, key: str) -> Iterator[Stored]:
+    moe, width = spec.moe, spec.hidden_size
+    assert moe is not None
+    experts = moe.n_routed_experts
+    yield Stored(name=name + "gate.weight", shape=(experts, width), key=key + "gate.weight", kind="router")
+    if moe.has_bias:
+        bias = "gate.e_score_correction_bias"
+        yield Stored(name=name + bias, shape=(experts,), key=key + bias, kind="router")
+    for expert in range(experts):
+        for tensor in _swiglu(f"{name}experts.{expert}.", f"{key}experts.", width, moe.moe_intermediate_size):
+            yield replace(tensor, key=tensor.key.removesuffix(".weight"), expert=expert)
+    if moe.n_shared_experts:
+        inner = moe.n_shared_experts * moe.moe_intermediate_size  # one SwiGLU as wide as all shared experts
+        yield from _swiglu(f"{name}shared_experts.", f"{key}shared_experts.", width, inner)
+
+
+def _swiglu(name: str, key: str, width: int, inner: int) -> Iterator[Stored]:
+    fused = key + "gate_up_proj.weight"
+    yield Stored(name=name + "gate_proj.weight", shape=(inner, width), key=fused, rows=(0, inner))
+    yield Stored(name=name + "up_proj.weight", shape=(inner, width), key=fused, rows=(inner, 2 * inner))
+    yield Stored(name=name + "down_proj.weight", shape=(width, inner), key=key + "down_proj.weight")
