@@ -9,7 +9,9 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, exp, kernel, load, store
+from dovetail.numerics.cpu_numba import array, exp, from_ordered, kernel, load, ordered, store
+
+STEP = 64  # keys are visited in whole steps of this many, so that the vector code has no ragged end
 
 
 @kernel
@@ -17,61 +19,70 @@ def _softmax(scores, start, scale, first, log_sum, row):  # type: ignore[no-unty
     heads, queries, keys = scores.shape
     per_sequence = heads // first.shape[0]
     for h in prange(heads):
-        wide = row[h]
         for i in range(queries):
-            s = scores[h, i]
-            lo, hi = first[h // per_sequence, start + i], start + i + 1
-            top = np.float32(-np.inf)
-            for j in range(lo, hi):
+            lo, hi = np.int64(first[h // per_sequence, start + i]), start + i + 1
+            begin, end = lo // STEP * STEP, min((hi + STEP - 1) // STEP * STEP, keys)
+            s, wide = scores[h, i, begin:end], row[h, begin:end]
+            for j in range(len(s)):
                 wide[j] = load(s, j) * scale
-                top = max(top, wide[j])
+            wide[: lo - begin] = -np.inf
+            wide[hi - begin :] = -np.inf
+            key = ordered(np.float32(-np.inf))
+            for j in range(len(s)):
+                key = max(key, ordered(wide[j]))
+            top = from_ordered(key)
             total = np.float32(0.0)
-            for j in range(lo, hi):
-                e = exp(wide[j] - top)
+            for j in range(len(s)):
+                e = exp(wide[j] - top)  # a masked key leaves at most 1e-38
                 wide[j] = e
                 total += e
             inverse = np.float32(1.0) / total
-            for j in range(lo):
-                store(s, j, np.float32(0.0))
-            for j in range(lo, hi):
+            for j in range(len(s)):
                 store(s, j, wide[j] * inverse)
-            for j in range(hi, keys):
-                store(s, j, np.float32(0.0))
+            scores[h, i, :lo] = 0
+            scores[h, i, hi:] = 0
             log_sum[h, start + i] = top + np.log(total)
 
 
 @kernel
-def _softmax_backward(scores, grad, start, scale, first, log_sum):  # type: ignore[no-untyped-def]
+def _softmax_backward(scores, grad, start, scale, first, log_sum, row):  # type: ignore[no-untyped-def]
     heads, queries, keys = scores.shape
     per_sequence = heads // first.shape[0]
     for h in prange(heads):
         for i in range(queries):
-            s, g = scores[h, i], grad[h, i]
-            lo, hi = first[h // per_sequence, start + i], start + i + 1
+            lo, hi = np.int64(first[h // per_sequence, start + i]), start + i + 1
+            begin, end = lo // STEP * STEP, min((hi + STEP - 1) // STEP * STEP, keys)
+            s, g, wide = scores[h, i, begin:end], grad[h, i, begin:end], row[h, begin:end]
             shift = log_sum[h, start + i]
+            for j in range(len(s)):
+                wide[j] = exp(load(s, j) * scale - shift)
+            wide[: lo - begin] = np.float32(0.0)
+            wide[hi - begin :] = np.float32(0.0)
             dot = np.float32(0.0)
-            for j in range(lo, hi):
-                p = exp(load(s, j) * scale - shift)
+            for j in range(len(s)):
+                dot += wide[j] * load(g, j)
+            for j in range(len(s)):
+                p = wide[j]
                 store(s, j, p)
-                dot += p * load(g, j)
-            for j in range(lo):
-                store(s, j, np.float32(0.0))
-                store(g, j, np.float32(0.0))
-            for j in range(lo, hi):
-                store(g, j, load(s, j) * (load(g, j) - dot) * scale)
-            for j in range(hi, keys):
-                store(s, j, np.float32(0.0))
-                store(g, j, np.float32(0.0))
+                store(g, j, p * (load(g, j) - dot) * scale)
+            scores[h, i, :begin] = 0
+            scores[h, i, end:] = 0
+            grad[h, i, :begin] = 0
+            grad[h, i, end:] = 0
+
+
+def _rows(scores: Tensor) -> np.ndarray:
+    """One FP32 row of working space per head."""
+    return np.empty((scores.shape[0], scores.shape[2]), dtype=np.float32)
 
 
 def softmax(scores: Tensor, start: int, scale: float, first: Tensor, log_sum: Tensor) -> None:
     """scores become probabilities; log_sum[:, start:...] their log-sum-exp (FP32)."""
-    row = np.empty((scores.shape[0], scores.shape[2]), dtype=np.float32)
-    _softmax(array(scores), start, np.float32(scale), array(first), array(log_sum), row)
+    _softmax(array(scores), start, np.float32(scale), array(first), array(log_sum), _rows(scores))
 
 
 def softmax_backward(
     scores: Tensor, grad: Tensor, start: int, scale: float, first: Tensor, log_sum: Tensor
 ) -> None:
     """scores become probabilities, and grad (of the probabilities) the gradient of the unscaled scores."""
-    _softmax_backward(array(scores), array(grad), start, np.float32(scale), array(first), array(log_sum))
+    _softmax_backward(array(scores), array(grad), start, np.float32(scale), array(first), array(log_sum), _rows(scores))

@@ -1,8 +1,8 @@
 """A directory that appears whole or not at all: filled beside its target, synced, then renamed.
 
-An existing target is replaced only where asked, and only if it is a checkpoint directory. A process killed outright
-can leave a hidden `.NAME.partial-PID` (or, between the two renames of an overwrite, the former target as
-`.NAME.old-PID`) beside the target, never a partial target.
+An existing target is replaced only where asked, and only if it is a checkpoint directory. A process killed
+outright can leave a hidden `.NAME.partial-PID` (or, between the two renames of an overwrite, the former
+target as `.NAME.old-PID`) beside the target, never a partial target.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from dovetail.model.inventory import CONFIG, INDEX, SINGLE
 def new_directory(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Path]:
     """A flat directory to fill with files: it becomes `target` on success and disappears on any failure.
 
-    `num_bytes` is what will be written, checked against the free space first. `ValueError` for an existing target
-    that may not be replaced, `OSError` for a disk without room; the old target stays until the new one is whole.
+    `num_bytes` is what will be written, checked against the free space first. `ValueError` for an existing
+    target that may not be replaced, `OSError` for a disk without room; an old target stays until the new one
+    is whole.
     """
     target = target.resolve()
     _check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
-        raise _disk_full(target, f"needs {num_bytes / 1e9:.3f} GB, {free / 1e9:.3f} GB are free")
+        raise _disk_full(target, f"needs {num_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         for path in partial.iterdir():
-            path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes its files private, whatever the umask
+            path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes its files private
             _sync(path)
         _sync(partial)
         _replace(partial, target)
         _sync(target.parent)
     except Exception as error:
         if "os error 28" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-            raise _disk_full(target, f"the disk filled up while writing {num_bytes / 1e9:.3f} GB") from error
+            raise _disk_full(target, f"the disk filled up while writing {num_bytes / 1e6:,.1f} MB") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -57,9 +58,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not any(target.iterdir()):
         return
     if not overwrite:
-        raise ValueError(f"{target} exists and is not empty; choose another directory, or overwrite it explicitly")
+        raise ValueError(f"{target} exists and is not empty; choose another, or overwrite it explicitly")
     if not (target / CONFIG).is_file() or not ((target / SINGLE).exists() or (target / INDEX).exists()):
-        raise ValueError(f"{target} is not a checkpoint directory, so it is not overwritten; remove it yourself")
+        raise ValueError(f"{target} is not a checkpoint, so it is not overwritten; remove it yourself")
 
 
 def _replace(partial: Path, target: Path) -> None:

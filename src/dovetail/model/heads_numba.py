@@ -13,50 +13,43 @@ from dovetail.numerics.cpu_numba import array, kernel, load, store
 @kernel
 def _split(q, kv, rope_key, cos, sin, out_q, out_k, out_v):  # type: ignore[no-untyped-def]
     batch, heads, length, dim = out_q.shape
-    half, width = cos.shape[2], out_v.shape[3]
+    half = cos.shape[2]
     nope = dim - 2 * half
     for item in prange(batch * length):
         b, t = item // length, item % length
         key, c, s = rope_key[b, t], cos[b, t], sin[b, t]
         for h in range(heads):
-            x, y = q[b, t, h], kv[b, t, h]
-            to_q, to_k, to_v = out_q[b, h, t], out_k[b, h, t], out_v[b, h, t]
-            for j in range(nope):
-                to_q[j] = x[j]
-                to_k[j] = y[j]
+            out_q[b, h, t, :nope] = q[b, t, h, :nope]
+            out_k[b, h, t, :nope] = kv[b, t, h, :nope]
+            out_k[b, h, t, nope:] = key
+            out_v[b, h, t] = kv[b, t, h, nope:]
+            x, y = q[b, t, h, nope:], out_q[b, h, t, nope:]
             for j in range(half):
-                even, odd = load(x, nope + 2 * j), load(x, nope + 2 * j + 1)
-                store(to_q, nope + 2 * j, even * c[j] - odd * s[j])
-                store(to_q, nope + 2 * j + 1, even * s[j] + odd * c[j])
-            for j in range(2 * half):
-                to_k[nope + j] = key[j]
-            for j in range(width):
-                to_v[j] = y[nope + j]
+                even, odd = load(x, 2 * j), load(x, 2 * j + 1)
+                store(y, 2 * j, even * c[j] - odd * s[j])
+                store(y, 2 * j + 1, even * s[j] + odd * c[j])
 
 
 @kernel
 def _join(grad_q, grad_k, grad_v, cos, sin, out_q, out_kv, out_key):  # type: ignore[no-untyped-def]
     batch, heads, length, dim = grad_q.shape
-    half, width = cos.shape[2], grad_v.shape[3]
+    half = cos.shape[2]
     nope = dim - 2 * half
     for item in prange(batch * length):
         b, t = item // length, item % length
         c, s = cos[b, t], sin[b, t]
         total = np.zeros(2 * half, dtype=np.float32)
         for h in range(heads):
-            x, y, z = grad_q[b, h, t], grad_k[b, h, t], grad_v[b, h, t]
-            to_q, to_kv = out_q[b, t, h], out_kv[b, t, h]
-            for j in range(nope):
-                to_q[j] = x[j]
-                to_kv[j] = y[j]
+            out_q[b, t, h, :nope] = grad_q[b, h, t, :nope]
+            out_kv[b, t, h, :nope] = grad_k[b, h, t, :nope]
+            out_kv[b, t, h, nope:] = grad_v[b, h, t]
+            x, y, z = grad_q[b, h, t, nope:], out_q[b, t, h, nope:], grad_k[b, h, t, nope:]
             for j in range(half):
-                even, odd = load(x, nope + 2 * j), load(x, nope + 2 * j + 1)
-                store(to_q, nope + 2 * j, even * c[j] + odd * s[j])
-                store(to_q, nope + 2 * j + 1, odd * c[j] - even * s[j])
+                even, odd = load(x, 2 * j), load(x, 2 * j + 1)
+                store(y, 2 * j, even * c[j] + odd * s[j])
+                store(y, 2 * j + 1, odd * c[j] - even * s[j])
             for j in range(2 * half):
-                total[j] += load(y, nope + j)
-            for j in range(width):
-                to_kv[nope + j] = z[j]
+                total[j] += load(z, j)
         for j in range(2 * half):
             store(out_key[b, t], j, total[j])
 

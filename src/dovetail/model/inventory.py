@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dovetail.spec.model import ModelSpec
-from dovetail.spec.tensors import FP8_TILE, SCALE_SUFFIX, Stored, scale_shape, stored_tensors
+from dovetail.spec.tensors import SCALE_SUFFIX, WEIGHT_TILE, Stored, readable_tensors, scale_shape
 
 MtpChoice = Literal["require", "drop"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I64": 64, "U64": 64}
-_BITS |= {"I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per element
+_BYTES = {**_FLOATS, "F8_E4M3": 1, "F8_E8M0": 1}  # the dtypes that can be read here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +39,9 @@ class Entry:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint directory. `ValueError` where there is none or it is not a JSON object."""
+    """The `config.json` of a checkpoint directory. `ValueError` where it is absent or no JSON object."""
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; give the one that holds {CONFIG} and {SINGLE} or {INDEX}")
+        raise ValueError(f"{directory} is not a directory; give the one that holds {CONFIG} and the weights")
     if not (directory / CONFIG).is_file():
         found = sorted(path.name for path in directory.iterdir())
         listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
@@ -53,13 +52,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_inventory(directory: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint by published name, from the headers of its shards.
 
-    `ValueError`, naming file and tensor, where a shard is missing, truncated or not safetensors, and where index
-    and shards disagree.
+    `ValueError`, naming file and tensor, where a shard is missing, truncated or not safetensors, and where
+    index and shards disagree.
     """
     if (directory / INDEX).is_file():
         return _read_indexed(directory)
     if not (directory / SINGLE).is_file():
-        raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}, so there are no weights to read in it")
+        raise ValueError(f"{directory} holds no weights: neither {SINGLE} nor {INDEX} is in it")
     return {entry.name: entry for entry in read_header(directory / SINGLE)}
 
 
@@ -70,25 +69,27 @@ def read_header(path: Path) -> list[Entry]:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= _MAX_HEADER:
-            raise ValueError(f"{path}: not a safetensors file (its {size} bytes do not open with a header length)")
+            raise ValueError(f"{path}: not a safetensors file ({size} bytes, no header length at its start)")
         raw = file.read(length)
     if len(raw) < length:
-        raise ValueError(f"{path}: truncated inside its header ({size} bytes, the header alone takes {8 + length})")
+        raise ValueError(f"{path}: truncated in its header ({size} bytes, of {8 + length} for the header)")
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = [(_entry(path, name, field), field["data_offsets"]) for name, field in header.items()]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({type(error).__name__}: {error} in its header)") from error
+        raise ValueError(f"{path}: not a safetensors file (bad header: {error!r})") from error
     for entry, (start, end) in sorted(entries, key=lambda pair: pair[1]):
         if 8 + length + end > size:
             raise ValueError(
-                f"{path}: truncated: tensor {entry.name!r} ends at byte {8 + length + end}, the file at {size};"
-                " fetch or export this file again"
+                f"{path}: truncated: tensor {entry.name!r} ends at byte {8 + length + end}, the file at"
+                f" {size}; fetch or export this file again"
             )
-        if (end - start) * 8 != math.prod(entry.shape) * _BITS.get(entry.dtype, 0) and entry.dtype in _BITS:
+        size_of = _BYTES.get(entry.dtype)
+        if size_of is not None and end - start != math.prod(entry.shape) * size_of:
             raise ValueError(
-                f"{path}: tensor {entry.name!r} has {end - start} bytes, {entry.dtype} of shape {list(entry.shape)} differs"
+                f"{path}: tensor {entry.name!r} has {end - start} bytes, not those of {entry.dtype}"
+                f" {list(entry.shape)}"
             )
     return [entry for entry, _ in entries]
 
@@ -96,7 +97,7 @@ def read_header(path: Path) -> list[Entry]:
 def weight_tile(config: Mapping[str, Any], directory: Path) -> tuple[int, int]:
     """Block of one FP8 scale. `ValueError` for a quantisation other than block FP8."""
     quantization = config.get("quantization_config") or {}
-    method, tile = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", FP8_TILE)
+    method, tile = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", WEIGHT_TILE)
     if method != "fp8" or not isinstance(tile, list | tuple) or len(tile) != 2:
         raise ValueError(
             f"{directory / CONFIG}: weights quantised with {method!r} in blocks of {tile} cannot be read;"
@@ -108,16 +109,8 @@ def weight_tile(config: Mapping[str, Any], directory: Path) -> tuple[int, int]:
 def check_inventory(
     entries: Mapping[str, Entry], spec: ModelSpec, directory: Path, tile: tuple[int, int], mtp: MtpChoice
 ) -> None:
-    """`ValueError` unless the tensors are exactly those of `spec`; stored copies of shared ones may be absent."""
-    expected = {stored.name: stored for stored in stored_tensors(spec)}
-    if spec.tie_word_embeddings:  # some writers store the tied head too
-        expected["lm_head.weight"] = Stored(
-            name="lm_head.weight",
-            shape=(spec.vocab_size, spec.hidden_size),
-            key="embed_tokens.weight",
-            kind="vocabulary",
-            copy_of="model.embed_tokens.weight",
-        )
+    """`ValueError` unless the tensors are those of `spec`; stored copies of shared ones may be absent."""
+    expected = {stored.name: stored for stored in readable_tensors(spec)}
     missing = [name for name, stored in expected.items() if name not in entries and not stored.copy_of]
     scales = {name + SCALE_SUFFIX for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
     unexpected = [name for name in entries if name not in expected and name not in scales]
@@ -142,17 +135,17 @@ def _read_indexed(directory: Path) -> dict[str, Entry]:
         path = directory / str(shard)
         first = next(name for name, file in weight_map.items() if file == shard)
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ValueError(f"{index}: tensor {first!r} is said to be in {shard!r}, which is not a plain file name")
+            raise ValueError(f"{index}: tensor {first!r} is put in {shard!r}, which is no plain file name")
         if not path.is_file():
             raise ValueError(f"{index} names {shard}, which is missing; tensor {first!r} should be in it")
         for entry in read_header(path):
             if weight_map.get(entry.name) != shard:
-                elsewhere = weight_map.get(entry.name, "nowhere")
-                raise ValueError(f"{path} holds tensor {entry.name!r}, which {index.name} puts in {elsewhere}")
+                elsewhere = weight_map.get(entry.name, "no file")
+                raise ValueError(f"{path} holds tensor {entry.name!r}; {INDEX} puts it in {elsewhere}")
             inventory[entry.name] = entry
     for name, shard in weight_map.items():
         if name not in inventory:
-            raise ValueError(f"{directory / shard}: tensor {name!r} is not in it, though {index.name} says so")
+            raise ValueError(f"{directory / shard}: tensor {name!r} is not in it, though {INDEX} says so")
     return inventory
 
 
@@ -167,7 +160,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, field: dict[str, Any]) -> Entry:
-    return Entry(file=path, name=name, dtype=str(field["dtype"]), shape=tuple(int(size) for size in field["shape"]))
+    shape = tuple(int(size) for size in field["shape"])
+    return Entry(file=path, name=name, dtype=str(field["dtype"]), shape=shape)
 
 
 def _is_mtp(name: str, spec: ModelSpec) -> bool:
@@ -176,15 +170,19 @@ def _is_mtp(name: str, spec: ModelSpec) -> bool:
 
 
 def _refuse_missing(
-    missing: list[str], unexpected: list[str], expected: Mapping[str, Stored], spec: ModelSpec, directory: Path
+    missing: list[str],
+    unexpected: list[str],
+    expected: Mapping[str, Stored],
+    spec: ModelSpec,
+    directory: Path,
 ) -> None:
     name = missing[0]
     line = f"{directory}: tensor {name!r} of shape {list(expected[name].shape)} is missing"
     line += f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
     if all(_is_mtp(name, spec) for name in missing):
         line += (
-            f": {CONFIG} says num_nextn_predict_layers = {spec.num_nextn_predict_layers}, but the MTP weights are not"
-            ' all there; load with mtp="drop" to go without them'
+            f": {CONFIG} says num_nextn_predict_layers = {spec.num_nextn_predict_layers}, but the MTP weights"
+            ' are not all there; load with mtp="drop" to go without them'
         )
     else:
         line += _near(name, unexpected)
@@ -219,7 +217,8 @@ def _check_entry(entries: Mapping[str, Entry], entry: Entry, stored: Stored, til
         raise ValueError(f"{entry.file}: tensor {entry.name!r} is {entry.dtype}; it has to be {wanted}")
     scale = entries.get(entry.name + SCALE_SUFFIX)
     if scale is None:
-        raise ValueError(f"{entry.file}: tensor {entry.name!r} is FP8, but its {entry.name + SCALE_SUFFIX!r} is missing")
+        name = entry.name + SCALE_SUFFIX
+        raise ValueError(f"{entry.file}: tensor {entry.name!r} is FP8, but its scale {name!r} is missing")
     if scale.shape != scale_shape(entry.shape, tile) or scale.dtype not in (*_FLOATS, "F8_E8M0"):
         raise ValueError(
             f"{scale.file}: tensor {scale.name!r} is {scale.dtype} of shape {list(scale.shape)}; blocks of"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dovetail.model import moe_numba
@@ -127,10 +128,7 @@ class Experts(nn.Module):
 
 
 class _Experts(torch.autograd.Function):
-    """Grouped GEMM, SwiGLU, grouped GEMM; keeps the rows and the SwiGLU's input.
-
-    Every GEMM writes its slice of one result, so no expert allocates and none touches another's weights.
-    """
+    """Grouped GEMM, SwiGLU, grouped GEMM; keeps the rows and the SwiGLU's input."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: list[int]) -> Tensor:
@@ -151,22 +149,30 @@ class _Experts(torch.autograd.Function):
 
 def grouped_linear(rows: Tensor, weights: Tensor, offsets: list[int]) -> Tensor:
     """rows [R, n_in] of expert e times weights[e] [n_out, n_in] transposed -> [R, n_out]."""
-    output = rows.new_empty(rows.shape[0], weights.shape[1])
-    for e, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        if start < stop:
-            torch.mm(rows[start:stop], weights[e].t(), out=output[start:stop])
-    return output
+    if rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, weights.transpose(1, 2), offs=_ends(offsets, rows))
+    return grouped_linear_reference(rows, weights, offsets)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: list[int]) -> Tensor:
     """left [R, n]^T times right [R, m] for each expert's rows -> [E, n, m]; zero where an expert has none."""
-    output = left.new_empty(len(offsets) - 1, left.shape[1], right.shape[1])
-    for e, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        if start < stop:
-            torch.mm(left[start:stop].t(), right[start:stop], out=output[e])
-        else:
-            output[e].zero_()
-    return output
+    if left.dtype == torch.bfloat16:
+        return F.grouped_mm(left.t(), right, offs=_ends(offsets, left))
+    return grouped_outer_reference(left, right, offsets)
+
+
+def _ends(offsets: list[int], rows: Tensor) -> Tensor:
+    return torch.tensor(offsets[1:], dtype=torch.int32, device=rows.device)
+
+
+def grouped_linear_reference(rows: Tensor, weights: Tensor, offsets: list[int]) -> Tensor:
+    bounds = zip(offsets, offsets[1:], weights, strict=False)
+    return torch.cat([rows[start:stop] @ weight.t() for start, stop, weight in bounds])
+
+
+def grouped_outer_reference(left: Tensor, right: Tensor, offsets: list[int]) -> Tensor:
+    bounds = zip(offsets, offsets[1:], strict=False)
+    return torch.stack([left[start:stop].t() @ right[start:stop] for start, stop in bounds])
 
 
 class MoeMlp(nn.Module):

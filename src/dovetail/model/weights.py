@@ -1,8 +1,8 @@
 """Weights in the Hugging Face layout, both ways: published names, sharded safetensors, FP8 blocks.
 
-`dovetail.spec.tensors` lists what is published and where our state holds it, so exporting is writing views of the
-state and importing is copying into the same views. Both stream: one shard, or one tensor, beside the model.
-FP8 weights come with `weight_scale_inv`, which is the multiplier: W = data * scale_inv per 128x128 block [V3repo].
+`dovetail.spec.tensors` lists what is published and where our state holds it, so exporting is writing views of
+the state and importing is copying into the same views. Both stream: a shard, or a tensor, beside the model.
+FP8 weights come with `weight_scale_inv`, the multiplier: W = data * scale_inv per 128x128 block [V3repo].
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,20 +35,27 @@ from dovetail.model.inventory import (
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.quantize import Quantized, dequantize, quantize_weight
 from dovetail.spec.model import ModelSpec
-from dovetail.spec.tensors import FP8_TILE, SCALE_SUFFIX, Stored, scale_shape, stored_tensors
+from dovetail.spec.tensors import (
+    SCALE_SUFFIX,
+    WEIGHT_TILE,
+    Stored,
+    readable_tensors,
+    scale_shape,
+    stored_tensors,
+)
 
 Fp8Choice = bool | Literal["ue8m0"]
 
 
 def stored_view(state: Mapping[str, Tensor], stored: Stored) -> Tensor:
-    """The part of our state that a published tensor is, as a view. `ValueError` where the state does not fit."""
+    """The part of our state that a published tensor is, as a view. `ValueError` where it does not fit."""
     if stored.key not in state:
-        raise ValueError(f"the model has no {stored.key!r}, which is published as {stored.name!r}; wrong spec?")
+        raise ValueError(f"the model has no {stored.key!r}, published as {stored.name!r}; wrong spec?")
     tensor = state[stored.key].detach()
     if stored.expert is not None:
         tensor = tensor[stored.expert]
-    if stored.rows is not None:
-        tensor = tensor[stored.rows[0] : stored.rows[1]]
+    if stored.half is not None:
+        tensor = tensor.chunk(2)[stored.half]
     if tuple(tensor.shape) != stored.shape:
         raise ValueError(
             f"the model's {stored.key!r} gives {stored.name!r} the shape {list(tensor.shape)};"
@@ -60,13 +67,13 @@ def stored_view(state: Mapping[str, Tensor], stored: Stored) -> Tensor:
 def to_published(
     state: Mapping[str, Tensor], spec: ModelSpec, fp8: Fp8Choice = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """(published name, tensor) of everything in `state`, in file order: views of it, or FP8 data and scales."""
+    """(published name, tensor) of all of `state`, in file order: views of it, or FP8 data and scales."""
     for stored in stored_tensors(spec):
         yield from _published(stored, stored_view(state, stored), fp8)
 
 
 def export_hf(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     spec: ModelSpec,
     out_dir: str | Path,
     *,
@@ -75,14 +82,14 @@ def export_hf(
     tokenizer_files: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """Write `model` as a Hugging Face checkpoint directory: config.json, shards with an index, tokenizer files.
+    """Write `model`, or a state dict, as a Hugging Face checkpoint: config.json, shards, tokenizer files.
 
-    Tensors keep the dtype they have in the model (norms and router FP32), so that a round trip is bitwise; with
-    `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two. `out_dir` appears
-    whole or not at all. Raises `ValueError` for a target that exists, a model that does not fit `spec`, or
-    non-finite weights under `fp8`; `OSError` when the disk is full.
+    Tensors keep the dtype they have in the model (norms and router FP32), so that a round trip is bitwise;
+    with `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two. `out_dir`
+    appears whole or not at all. Raises `ValueError` for a target that exists, a model that does not fit
+    `spec`, or non-finite weights under `fp8`; `OSError` when the disk is full.
     """
-    state = model.state_dict()
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     shards = _plan(state, spec, bool(fp8), max_shard_bytes)
     tokenizer_paths = [Path(path) for path in tokenizer_files]
     _check_tokenizer_files(tokenizer_paths)
@@ -107,32 +114,37 @@ def import_hf(
     """Build the model that a checkpoint directory describes and load its weights, FP8 ones dequantised.
 
     `mtp="drop"` builds it without MTP modules, whatever the checkpoint holds: transformers writes
-    `num_nextn_predict_layers` but never their weights, which under "require" is an error. Raises `ValueError`,
-    naming file and tensor, for anything missing, unexpected, truncated or of the wrong shape or dtype, before
-    any memory is spent on weights.
+    `num_nextn_predict_layers` but never their weights, which under "require" is an error. Raises
+    `ValueError`, naming file and tensor, for anything missing, unexpected, truncated or of the wrong shape or
+    dtype, before any memory is spent on weights.
     """
     directory = Path(hf_dir)
     spec = ModelSpec.from_hf(read_config(directory))
     if mtp == "drop":
         spec = spec.model_copy(update={"num_nextn_predict_layers": 0})
     _checked_inventory(directory, spec, mtp)
-    model = Transformer(spec, dtype=dtype, device=torch.device(device))
-    load_into(model, spec, directory, mtp=mtp)
+    with torch.device("meta"):
+        model = Transformer(spec, dtype=dtype)
+    model.to_empty(device=device)  # everything in it is about to be loaded
+    load_into(model, directory, mtp=mtp)
     return model, spec
 
 
-def load_into(model: nn.Module, spec: ModelSpec, hf_dir: str | Path, *, mtp: MtpChoice = "require") -> None:
+def load_into(model: Transformer, hf_dir: str | Path, *, mtp: MtpChoice = "require") -> None:
     """Copy a checkpoint's weights into `model`, in its own dtypes and on its own devices.
 
-    Errors as in `import_hf`; names, shapes and dtypes are all checked first, so such an error leaves `model` alone.
+    Errors as in `import_hf`; names, shapes and dtypes are all checked first, so such an error leaves `model`
+    alone. Of the checkpoint's config.json only the quantisation is read.
     """
-    directory = Path(hf_dir)
+    directory, spec = Path(hf_dir), model.spec
     if mtp == "drop" and spec.num_nextn_predict_layers:
-        raise ValueError(f'mtp="drop" would leave {spec.num_nextn_predict_layers} MTP modules of the model unloaded')
+        raise ValueError(
+            f'mtp="drop" would leave the model\'s {spec.num_nextn_predict_layers} MTP modules unloaded'
+        )
     entries, tile = _checked_inventory(directory, spec, mtp)
     state = model.state_dict()
     by_file: dict[Path, list[tuple[Stored, Tensor]]] = {}
-    for stored in stored_tensors(spec):
+    for stored in readable_tensors(spec):
         view = stored_view(state, stored)
         if stored.copy_of is None:
             by_file.setdefault(entries[stored.name].file, []).append((stored, view))
@@ -155,7 +167,7 @@ def _checked_inventory(
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A shard open for reading; what the format's own reader refuses is a `ValueError` that names the file."""
+    """A shard open for reading; what safetensors refuses is a `ValueError` that names the file."""
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard
@@ -172,19 +184,20 @@ def _tensor(
     device: torch.device,
 ) -> Tensor:
     """Tensor `name` of an open shard in `dtype`, dequantised if FP8; its scales may lie in another shard."""
-    data = shard.get_tensor(name).to(device)
+    data: Tensor = shard.get_tensor(name).to(device)
     if entries[name].dtype != "F8_E4M3":
         return data.to(dtype)
     scale_entry = entries[name + SCALE_SUFFIX]
-    with _opened(scale_entry.file) as other:
-        scale = other.get_tensor(scale_entry.name).to(device=device, dtype=torch.float32)
+    is_here = scale_entry.file == entries[name].file
+    with nullcontext(shard) if is_here else _opened(scale_entry.file) as holder:
+        scale = holder.get_tensor(scale_entry.name).to(device=device, dtype=torch.float32)
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"{scale_entry.file}: tensor {scale_entry.name!r} has scales that are not finite")
     return dequantize(Quantized(data=data, scale=scale, tile=tile), dtype)
 
 
 def _check_copy(entries: Mapping[str, Entry], stored: Stored, tile: tuple[int, int]) -> None:
-    """The model shares these tensors: a copy that differs would be dropped silently and lower MTP acceptance."""
+    """The model shares these tensors: dropping a copy that differs would quietly lower MTP acceptance."""
     assert stored.copy_of is not None
     tensors = []
     for name in (stored.name, stored.copy_of):
@@ -192,8 +205,8 @@ def _check_copy(entries: Mapping[str, Entry], stored: Stored, tile: tuple[int, i
             tensors.append(_tensor(shard, entries, name, tile, torch.float32, torch.device("cpu")))
     if not torch.equal(tensors[0], tensors[1]):
         raise ValueError(
-            f"{entries[stored.name].file}: tensor {stored.name!r} differs from {stored.copy_of!r}, which the model"
-            " uses in its place; remove it from the checkpoint to accept that"
+            f"{entries[stored.name].file}: tensor {stored.name!r} differs from {stored.copy_of!r}, which the"
+            " model uses in its place; remove it from the checkpoint to accept that"
         )
 
 
@@ -203,7 +216,9 @@ def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[s
         return
     quantized = quantize_weight(view, power_of_two=fp8 == "ue8m0")
     if not bool(torch.isfinite(quantized.scale).all()):
-        raise ValueError(f"the model's {stored.key!r} ({stored.name!r}) holds inf or NaN, which FP8 blocks cannot carry")
+        raise ValueError(
+            f"the model's {stored.key!r} ({stored.name!r}) holds inf or NaN; FP8 cannot carry them"
+        )
     yield stored.name, quantized.data
     yield stored.name + SCALE_SUFFIX, quantized.scale
 
@@ -226,7 +241,9 @@ def _plan(
         group.append(stored)
         shards[-1] = group, used + size
     if left := sorted(state.keys() - keys):
-        raise ValueError(f"the model's {left[0]!r} (and {len(left) - 1} more) has no place in the spec; wrong spec?")
+        raise ValueError(
+            f"the spec has no place for the model's {left[0]!r} and {len(left) - 1} more; wrong spec?"
+        )
     return shards
 
 
@@ -237,21 +254,38 @@ def _write_shards(
     total = 0
     for number, group in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors: dict[str, Tensor] = {}
-        for stored in group:
-            for name, tensor in _published(stored, stored_view(state, stored), fp8):
-                # the writer refuses two tensors in the same memory, which a stored copy and its original are
-                tensors[name] = tensor.clone() if stored.copy_of else tensor.contiguous()
+        tensors = _shard_tensors(state, group, fp8)
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        del tensors  # before the next shard is built
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _shard_tensors(state: Mapping[str, Tensor], group: Sequence[Stored], fp8: Fp8Choice) -> dict[str, Tensor]:
+    # One block for all FP8 data: allocated one by one between the FP32 temporaries of quantising, they would
+    # leave the heap in holes, four times the shard.
+    pool = torch.empty(
+        sum(math.prod(stored.shape) for stored in group if fp8 and stored.is_quantized),
+        dtype=torch.float8_e4m3fn,
+    )
+    tensors: dict[str, Tensor] = {}
+    for stored in group:
+        for name, tensor in _published(stored, stored_view(state, stored), fp8):
+            if tensor.dtype == torch.float8_e4m3fn:
+                slot, pool = pool[: tensor.numel()], pool[tensor.numel() :]
+                tensors[name] = slot.view(tensor.shape).copy_(tensor)
+            else:
+                # the writer refuses two tensors in the same memory, as a stored copy and its original are
+                tensors[name] = tensor.clone() if stored.copy_of else tensor.contiguous()
+    return tensors
+
+
 def _quantization_config(fp8: Fp8Choice) -> dict[str, Any]:
-    config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(FP8_TILE)}
+    config: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    config["weight_block_size"] = list(WEIGHT_TILE)
     return {**config, "scale_fmt": "ue8m0"} if fp8 == "ue8m0" else config
 
 
@@ -260,4 +294,4 @@ def _check_tokenizer_files(paths: Sequence[Path]) -> None:
         if not path.is_file():
             raise ValueError(f"tokenizer file {path} does not exist")
         if path.name == CONFIG or path.name.startswith("model"):
-            raise ValueError(f"tokenizer file {path} has the name of one of the checkpoint's own files; rename it")
+            raise ValueError(f"tokenizer file {path} has the name of a file of the checkpoint; rename it")

@@ -126,5 +126,17 @@ def exp(x: float) -> float:
 
 
 @register_jitable(inline="always")
+def ordered(value: float) -> int:
+    """An int32 that orders as FP32 does, NaN above all: integer maxima vectorise, float maxima do not."""
+    bits = bits_of(np.float32(value))
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@register_jitable(inline="always")
+def from_ordered(key: int) -> float:
+    return float_of(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@register_jitable(inline="always")
 def sigmoid(x: float) -> float:
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))

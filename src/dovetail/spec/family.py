@@ -1,17 +1,17 @@
 """Our own trainable models: DeepSeek-V3's shape at any size, from one dial.
 
-The dial is the width (hidden size); depth, heads, ranks, expert count and vocabulary follow from it, and the few that
-change a model's size without changing its kernels' shapes (layers, experts) can be set beside it.
+The dial is the width (hidden size); depth, heads, ranks, expert count and vocabulary follow from it, and the
+few that change a model's size without changing its kernels' shapes (layers, experts) can be set beside it.
 
-    layers            2 floor(log2(width / 32))       4, 6, 8, ... 12 at 192, 256, 512, ... 2048; the first is dense
-    dense width       11/4 width                      } down to a multiple of 64,
-    expert width      1/2 width, from 2048 up 1/4     } from 2048 up of 128
-    experts           32, 16 below width 256; 4 groups of which 2; top 4; 1 shared
-    vocabulary        8 width, at least 4096
+    layers         2 floor(log2(width / 32)): 4, 6, 8, 12 at 192, 256, 512, 2048; the first is dense
+    dense width    11/4 width
+    expert width   1/2 width, from 2048 up 1/4; both down to a multiple of 64, from 2048 up of 128
+    experts        32, below width 256 16; 4 groups of which 2; top 4; 1 shared
+    vocabulary     8 width, at least 4096
 
-Below width 2048 the MLA dims are small, because full ones would dominate: nope/rope/v 64/32/64, one head per 64 of
-width, query rank 1/2 and latent 1/4 of the width.  From 2048 up they are DeepSeek-V3's (128, 64, 128, latent 512),
-which is what fast kernels elsewhere are compiled for (`dovetail.spec.kernel_shapes`).
+Below width 2048 the MLA dims are small, because full ones would dominate: nope/rope/v 64/32/64, one head per
+64 of width, query rank 1/2 and latent 1/4 of the width. From 2048 up they are DeepSeek-V3's (128, 64, 128,
+latent 512), which is what fast kernels elsewhere are compiled for (`dovetail.spec.kernel_shapes`).
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Dial(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.width >= FULL_MLA_WIDTH and self.width not in HIDDEN_SIZES:
-            raise ValueError(f"width = {self.width}: from {FULL_MLA_WIDTH} up it must be one of {HIDDEN_SIZES}")
+            raise ValueError(
+                f"width = {self.width}: from {FULL_MLA_WIDTH} up it must be one of {HIDDEN_SIZES}"
+            )
         return self
 
 
 def dovetail_spec(dial: Dial) -> ModelSpec:
-    """The member of the family at `dial`; training from scratch at 4,096 positions, tokens 0 and 1 begin and end."""
+    """The member of the family at `dial`, for training at 4,096 positions; tokens 0 and 1 begin and end."""
     width = dial.width
     is_full = width >= FULL_MLA_WIDTH
     tile = FP8_TILE if is_full else 64

@@ -1,9 +1,9 @@
 """`ModelSpec` and the flat `config.json` of the published checkpoints, both ways.
 
-One table of keys serves three files: a Hugging Face `config.json` (`read_hf`, lenient: what does not concern the
-shape is ignored), a catalog entry and a `[model]` table of a run file (`read_flat`, strict).  Keys and values as in
-the published DeepSeek-V3 and -V2 files [HFcfg]; transformers 5 writes `rope_parameters` in place of `rope_theta` and
-`rope_scaling`, and renames a few keys: both forms are read, the published one is written.
+One table of keys serves three files: a Hugging Face `config.json` (`read_hf`, lenient: what does not concern
+the shape is ignored), a catalog entry and a `[model]` table of a run file (`read_flat`, strict). Keys and
+values as in the published DeepSeek-V3 and -V2 files [HFcfg]; transformers 5 writes `rope_parameters` in place
+of `rope_theta` and `rope_scaling`, and renames a few keys: both forms are read, the published one is written.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ _RENAMED = {
 
 # Accepted and not read: they say nothing about the shape or the function computed.
 _IGNORED = frozenset(
-    "architectures auto_map aux_loss_alpha seq_aux attention_dropout use_cache torch_dtype dtype transformers_version "
-    "quantization_config ep_size pretraining_tp output_router_logits pad_token_id head_dim num_key_value_heads "
-    "qk_head_dim sliding_window use_sliding_window max_window_layers layer_types chunk_size_feed_forward "
-    "id2label label2id is_encoder_decoder output_attentions output_hidden_states return_dict problem_type "
-    "_name_or_path".split()
+    """
+    architectures auto_map aux_loss_alpha seq_aux attention_dropout use_cache torch_dtype dtype ep_size
+    transformers_version quantization_config pretraining_tp output_router_logits pad_token_id head_dim
+    num_key_value_heads qk_head_dim sliding_window use_sliding_window max_window_layers layer_types
+    chunk_size_feed_forward id2label label2id is_encoder_decoder output_attentions output_hidden_states
+    return_dict problem_type _name_or_path
+    """.split()
 )
 
 # Keys that would change the function computed; any other value is refused rather than silently ignored.
@@ -60,7 +62,7 @@ _ARCHITECTURES = {
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec in a `config.json`.  Raises ValueError for a missing key or one whose value is not supported."""
+    """The spec in a `config.json`. Raises ValueError for a missing key or an unsupported value."""
     family = config.get("model_type")
     if family not in _FAMILY_DEFAULTS:
         raise ValueError(f"config.json: model_type {family!r} is not one of {', '.join(_FAMILY_DEFAULTS)}")
@@ -74,7 +76,7 @@ def read_hf(config: Mapping[str, Any]) -> ModelSpec:
     if flat.get("n_routed_experts"):
         required += ["num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"]
     for key in required:
-        if key not in flat:
+        if key not in flat or (flat[key] is None and key != "q_lora_rank"):
             raise ValueError(f"config.json: missing key {key!r}, required for model_type {family!r}")
     flat |= _rope_keys(flat, is_mla)
     if not is_mla:
@@ -85,7 +87,7 @@ def read_hf(config: Mapping[str, Any]) -> ModelSpec:
 def read_flat(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
     """The spec in a flat TOML table of the same keys; `where` opens the error line.
 
-    Strict: an unknown key is an error with its near matches.  A `source` key is allowed and not read.
+    Strict: an unknown key is an error with its near matches. A `source` key is allowed and not read.
     """
     family = table.get("model_type")
     if family is not None and family not in _FAMILY_DEFAULTS:
@@ -128,7 +130,7 @@ def _family(spec: ModelSpec) -> str:
 
 
 def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
-    """Sort flat keys into the records.  Null counts as absent, so that the record's default applies."""
+    """Sort flat keys into the records. Null counts as absent, so that the record's default applies."""
     given = {key: value for key, value in flat.items() if value is not None}
     attention: Mla | Gqa
     if "kv_lora_rank" in given:
@@ -165,13 +167,14 @@ def _rope_keys(flat: Mapping[str, Any], is_mla: bool) -> dict[str, Any]:
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     keys: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
     if kind == "yarn":
-        for key in ("attention_factor", "truncate"):  # transformers' additions; they would change the rotation
-            if rope.get(key) not in (None, True):
+        # transformers' additions: they would change the rotation.
+        for key, only in {"attention_factor": None, "truncate": True}.items():
+            if rope.get(key, only) not in (None, only):
                 raise ValueError(f"config.json: {key} = {rope[key]!r} in the rope scaling is not supported")
-        # The code that reads the published files takes 1 and 0 for an absent mscale and mscale_all_dim [V3repo].
+        # The code that reads the published files takes 1 and 0 for absent mscales [V3repo].
         scaling = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}
-        keys["rope_scaling"] = {key: scaling[key] for key in Yarn.model_fields if scaling.get(key) is not None}
-    elif kind == "default" or not is_mla:  # grouped-query models are only counted: their scaling changes no count
+        keys["rope_scaling"] = {key: scaling[key] for key in Yarn.model_fields if key in scaling}
+    elif kind == "default" or not is_mla:  # grouped-query models are only counted
         keys["rope_scaling"] = None
     else:
         raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported, only 'yarn' is")

@@ -1,20 +1,25 @@
 """Which fast kernels elsewhere are compiled for a model's shape.
 
-Engines load any checkpoint whose config.json they know, but their fast paths exist for a few shapes only; a model
-meant to be served by them keeps to these.  An exporter says which ones fit.
+Engines load any checkpoint whose config.json they know, but their fast paths exist for a few shapes only; a
+model meant to be served by them keeps to these. An exporter says which ones fit.
 """
 
 from __future__ import annotations
 
 from dovetail.spec.model import Mla, ModelSpec
 
-MLA_DIMS = (128, 64, 128, 512)  # qk_nope, qk_rope, v, latent: the only ones FlashMLA is compiled for [FlashMLA]
+MLA_DIMS = (
+    128,
+    64,
+    128,
+    512,
+)  # qk_nope, qk_rope, v, latent: the only ones FlashMLA is compiled for [FlashMLA]
 HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)  # expert-parallel kernels' switch [DeepEP]
 FP8_TILE = 128  # contraction widths come in whole tiles of 1x128 and 128x128 [V3 §3.3.2, DeepGEMM]
 
 
 def accepted_by(spec: ModelSpec) -> dict[str, str | None]:
-    """Per engine or kernel library: None when it takes the shape, else the reason why not, with the numbers."""
+    """Per kernel library or engine: None when it takes the shape, else the reason, with the numbers."""
     return {
         "FlashMLA attention": _attention_reason(spec),
         "DeepEP expert parallelism": _expert_reason(spec),
@@ -46,9 +51,13 @@ def _fp8_reason(spec: ModelSpec) -> str | None:
     if isinstance(spec.attention, Mla):
         widths["kv_lora_rank"] = spec.attention.kv_lora_rank
         widths["q_lora_rank"] = spec.attention.q_lora_rank or 0
-        widths["num_attention_heads * v_head_dim"] = spec.attention.num_attention_heads * spec.attention.v_head_dim
+        widths["num_attention_heads * v_head_dim"] = (
+            spec.attention.num_attention_heads * spec.attention.v_head_dim
+        )
     else:
-        widths["num_attention_heads * head_dim"] = spec.attention.num_attention_heads * spec.attention.head_dim
+        widths["num_attention_heads * head_dim"] = (
+            spec.attention.num_attention_heads * spec.attention.head_dim
+        )
     ragged = [f"{name} = {width}" for name, width in widths.items() if width % FP8_TILE]
     return f"{', '.join(ragged)}: not multiples of {FP8_TILE}" if ragged else None
 

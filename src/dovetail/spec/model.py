@@ -28,7 +28,9 @@ class Mla(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd; RoPE rotates pairs of dimensions")
+            raise ValueError(
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd; RoPE rotates pairs of dimensions"
+            )
         return self
 
     @property
@@ -53,7 +55,9 @@ class Gqa(Record):
     def _check(self) -> Self:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
-            raise ValueError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}")
+            raise ValueError(
+                f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}"
+            )
         return self
 
     @property
@@ -80,7 +84,9 @@ class Moe(Record):
     def _check(self) -> Self:
         experts, groups, kept = self.n_routed_experts, self.n_group, self.topk_group
         if experts % groups:
-            raise ValueError(f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups")
+            raise ValueError(
+                f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups"
+            )
         if kept > groups:
             raise ValueError(f"topk_group = {kept} groups cannot be kept of n_group = {groups}")
         reachable = kept * (experts // groups)
@@ -102,8 +108,8 @@ class Moe(Record):
             )
         if self.topk_method == "greedy" and (self.n_group, self.topk_group) != (1, 1):
             raise ValueError(
-                f"topk_method = 'greedy' looks at no groups: set n_group = 1 and topk_group = 1, not {self.n_group} "
-                f"and {self.topk_group}, or use group_limited_greedy"
+                f"topk_method = 'greedy' looks at no groups: set n_group = 1 and topk_group = 1, not "
+                f"{self.n_group} and {self.topk_group}, or use group_limited_greedy"
             )
         per_group = self.n_routed_experts // self.n_group
         if self.topk_method == "noaux_tc" and self.n_group > 1 and per_group < 2:
@@ -156,7 +162,9 @@ class ModelSpec(Record):
                 f"{self.num_hidden_layers}"
             )
         if isinstance(self.attention, Gqa) and (self.moe or self.num_nextn_predict_layers):
-            raise ValueError("grouped-query attention is described for counting dense models: no experts, no MTP")
+            raise ValueError(
+                "grouped-query attention is described for counting dense models: no experts, no MTP"
+            )
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
@@ -169,7 +177,7 @@ class ModelSpec(Record):
         return self.num_hidden_layers - self.moe.first_k_dense_replace if self.moe else 0
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer `layer` has experts; layers past the last are the MTP modules, which have them too."""
+        """Whether layer `layer` has experts; layers past the last stand for the MTP modules' blocks."""
         return self.moe is not None and layer >= self.moe.first_k_dense_replace
 
     @classmethod

@@ -1,7 +1,7 @@
 """Every tensor of a published checkpoint: its name, its shape, its dtype, and where our model keeps it.
 
-`stored_tensors(spec)` is the one list that the exporter, the importer and the counts read. Published names are
-those of the DeepSeek-V3 checkpoints. Ours differ in two ways only: gate and up projections are one tensor with
+`stored_tensors(spec)` is the one list that exporter and importer read. Published names are those of the
+DeepSeek-V3 checkpoints [HFtens]. Ours differ in two ways only: gate and up projections are one tensor with
 the gate's rows first, and the experts of a layer are stacked. MTP module k is published as layer
 `num_hidden_layers + k`, with copies of the embedding and the head that it shares with the main model.
 Nothing here imports torch.
@@ -16,26 +16,26 @@ from typing import Literal
 from dovetail.spec.model import Mla, ModelSpec
 
 SCALE_SUFFIX = "_scale_inv"  # "x.weight" in FP8 has its block scales in "x.weight_scale_inv"
-FP8_TILE = (128, 128)  # blocks of the weights [V3 §3.3.2], weight_block_size in config.json
+WEIGHT_TILE = (128, 128)  # one scale each [V3 §3.3.2]; weight_block_size in config.json
 
 Kind = Literal["linear", "vocabulary", "mixer", "norm", "router"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One published tensor, and the part of our state dict that holds it: `state[key][expert][rows]`."""
+    """One published tensor, and the part of our state dict that holds it: `state[key]`, or one expert or half of it."""
 
     name: str
     shape: tuple[int, ...]
     key: str
     kind: Kind = "linear"
     expert: int | None = None
-    rows: tuple[int, int] | None = None
+    half: Literal[0, 1] | None = None  # of the rows: 0 the gate's, 1 the up projection's
     copy_of: str | None = None  # published name of the tensor that this one repeats; `key` is then that one's
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the FP8 checkpoints hold it in FP8: every linear but embedding, head, router and eh_proj."""
+        """Whether FP8 checkpoints hold it in FP8: every linear but embedding, head, router and eh_proj."""
         return self.kind == "linear"
 
     @property
@@ -46,22 +46,23 @@ class Stored:
 
 
 def stored_tensors(spec: ModelSpec) -> Iterator[Stored]:
-    """All tensors of a published checkpoint of `spec`, in file order. `ValueError` where attention is not MLA."""
-    width, vocabulary = spec.hidden_size, (spec.vocab_size, spec.hidden_size)
-    embedding = Stored(
-        name="model.embed_tokens.weight", shape=vocabulary, key="embed_tokens.weight", kind="vocabulary"
-    )
-    head = Stored(name="lm_head.weight", shape=vocabulary, key="lm_head.weight", kind="vocabulary")
-    if spec.tie_word_embeddings:
-        head = replace(head, key=embedding.key, copy_of=embedding.name)
+    """All tensors of a published checkpoint of `spec`, in file order. `ValueError` for GQA attention."""
+    embedding, head = _embedding_and_head(spec)
     yield embedding
     for layer in range(spec.num_hidden_layers):
         yield from _block(spec, layer, f"layers.{layer}.")
-    yield Stored(name="model.norm.weight", shape=(width,), key="norm.weight", kind="norm")
+    yield Stored(name="model.norm.weight", shape=(spec.hidden_size,), key="norm.weight", kind="norm")
     if not spec.tie_word_embeddings:
         yield head
     for depth in range(spec.num_nextn_predict_layers):
         yield from _mtp_module(spec, depth, embedding, head)
+
+
+def readable_tensors(spec: ModelSpec) -> Iterator[Stored]:
+    """`stored_tensors`, and the head that some writers store although it is tied: a copy of the embedding."""
+    yield from stored_tensors(spec)
+    if spec.tie_word_embeddings:
+        yield _embedding_and_head(spec)[1]
 
 
 def published_tensors(spec: ModelSpec, fp8: bool = False) -> Iterator[tuple[str, tuple[int, ...], str]]:
@@ -75,19 +76,28 @@ def published_tensors(spec: ModelSpec, fp8: bool = False) -> Iterator[tuple[str,
             yield tensor.name, tensor.shape, tensor.dtype
 
 
-def scale_shape(shape: tuple[int, ...], tile: tuple[int, int] = FP8_TILE) -> tuple[int, int]:
+def scale_shape(shape: tuple[int, ...], tile: tuple[int, int] = WEIGHT_TILE) -> tuple[int, int]:
     """One scale per block, ragged blocks included: a 576 x 7168 weight has 5 x 56."""
     rows, columns = shape
     return -(-rows // tile[0]), -(-columns // tile[1])
+
+
+def _embedding_and_head(spec: ModelSpec) -> tuple[Stored, Stored]:
+    key, shape = "embed_tokens.weight", (spec.vocab_size, spec.hidden_size)
+    embedding = Stored(name="model." + key, shape=shape, key=key, kind="vocabulary")
+    if spec.tie_word_embeddings:
+        return embedding, replace(embedding, name="lm_head.weight", copy_of=embedding.name)
+    return embedding, replace(embedding, name="lm_head.weight", key="lm_head.weight")
 
 
 def _mtp_module(spec: ModelSpec, depth: int, embedding: Stored, head: Stored) -> Iterator[Stored]:
     layer = spec.num_hidden_layers + depth
     name, key, width = f"model.layers.{layer}.", f"mtp.{depth}.", spec.hidden_size
     yield replace(embedding, name=name + "embed_tokens.weight", copy_of=embedding.name)
-    yield Stored(name=name + "enorm.weight", shape=(width,), key=key + "enorm.weight", kind="norm")
-    yield Stored(name=name + "hnorm.weight", shape=(width,), key=key + "hnorm.weight", kind="norm")
-    yield Stored(name=name + "eh_proj.weight", shape=(width, 2 * width), key=key + "eh_proj.weight", kind="mixer")
+    for norm in ("enorm.weight", "hnorm.weight"):
+        yield Stored(name=name + norm, shape=(width,), key=key + norm, kind="norm")
+    mixer = "eh_proj.weight"
+    yield Stored(name=name + mixer, shape=(width, 2 * width), key=key + mixer, kind="mixer")
     yield from _block(spec, layer, key + "block.")
     yield Stored(name=name + "shared_head.norm.weight", shape=(width,), key=key + "norm.weight", kind="norm")
     yield replace(head, name=name + "shared_head.head.weight", copy_of=head.copy_of or head.name)
@@ -109,7 +119,9 @@ def _block(spec: ModelSpec, layer: int, key: str) -> Iterator[Stored]:
 def _attention_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     mla = spec.attention
     if not isinstance(mla, Mla):
-        raise ValueError("only models with multi-head latent attention have published tensors here; this one has GQA")
+        raise ValueError(
+            "tensor names are known for latent attention only; this spec has grouped-query attention"
+        )
     heads, width = mla.num_attention_heads, spec.hidden_size
     if mla.q_lora_rank is None:
         yield "q_proj.weight", (heads * mla.qk_head_dim, width)
@@ -141,6 +153,6 @@ def _moe(spec: ModelSpec, name: str, key: str) -> Iterator[Stored]:
 
 def _swiglu(name: str, key: str, width: int, inner: int) -> Iterator[Stored]:
     fused = key + "gate_up_proj.weight"
-    yield Stored(name=name + "gate_proj.weight", shape=(inner, width), key=fused, rows=(0, inner))
-    yield Stored(name=name + "up_proj.weight", shape=(inner, width), key=fused, rows=(inner, 2 * inner))
+    yield Stored(name=name + "gate_proj.weight", shape=(inner, width), key=fused, half=0)
+    yield Stored(name=name + "up_proj.weight", shape=(inner, width), key=fused, half=1)
     yield Stored(name=name + "down_proj.weight", shape=(width, inner), key=key + "down_proj.weight")

@@ -1,0 +1,199 @@
+"""Run files: TOML in, frozen validated objects out, and back.
+
+A user writes one TOML file and perhaps `--set train.steps=200`; the classes that describe the tables live in
+the files that read them. Every mistake is one `ValueError` line that names the file, the key, the value and a
+remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class Record(BaseModel):
+    """Frozen, strict about unknown keys: what every table a user writes is made of."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+SchemaT = TypeVar("SchemaT", bound=BaseModel)
+
+
+def load(path: str | Path, schema: type[SchemaT], overrides: Sequence[str] = ()) -> SchemaT:
+    """Read the TOML file `path`, apply `overrides` ("train.steps=200") and validate the result as `schema`.
+
+    Raises ValueError (one line) for a missing or malformed file, an unknown key (with its near matches), a
+    wrong type or value, and an override that does not parse.
+    """
+    table = read_toml(path)
+    for override in overrides:
+        apply_override(table, override)
+    return validate(schema, table, where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of one TOML file. Raises ValueError with the line and column for malformed text."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a directory, not a TOML file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        last = f"at line {text.rstrip().count(chr(10)) + 1}, the end"
+        problem = str(error).replace("at end of document", last)
+        raise ValueError(f"{path}: not valid TOML: {problem}") from None
+
+
+def apply_override(table: dict[str, Any], override: str) -> None:
+    """Set one dotted key of `table` in place.
+
+    The value is TOML (`3`, `1e-3`, `true`, `[1, 2]`, `"text"`); what is not TOML is taken as a bare string,
+    so that a name or a path needs no quotes inside the shell's. Raises ValueError when the form is not
+    key=value or the key goes through something that is not a table.
+    """
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(_BARE_KEY.fullmatch(name) for name in names):
+        raise ValueError(f"--set {override}: expected key=value with a dotted key, such as train.steps=200")
+    for depth, name in enumerate(names[:-1], start=1):
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {override}: {'.'.join(names[:depth])} is {table!r}, not a table")
+    table[names[-1]] = _override_value(text.strip())
+
+
+def _override_value(text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def validate(schema: type[SchemaT], table: Mapping[str, Any], where: str) -> SchemaT:
+    """`schema` built from plain data. Raises ValueError with one line that starts with `where`.
+
+    Strict, so that `steps = "200"` and `steps = true` are errors and not 200 and 1. The data goes through
+    JSON, where strict still means that a list makes a tuple and a string a path.
+    """
+    try:
+        return schema.model_validate_json(json.dumps(table, default=_plain), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_problem(error, schema)}") from None
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)  # a record, or a TOML date
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """A remedy for a misspelt name: "did you mean a or b?", or all names where there are few, or nothing."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(names)}" if 0 < len(names) <= 24 else ""
+
+
+def _first_problem(error: ValidationError, schema: type[BaseModel]) -> str:
+    problems = error.errors(include_url=False, include_context=True)
+    # An unknown key is nearly always the cause of the others (a misspelt required key is also missing).
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        remedy = near_matches(str(first["loc"][-1]), _known_keys(schema, first["loc"][:-1]))
+        text = f"unknown key {path!r}" + (f"; {remedy}" if remedy else "")
+    elif first["type"] == "missing":
+        text = f"missing key {path!r}"
+    else:
+        text = _wrong_value(path, first["msg"].removeprefix("Value error, "), first["input"])
+    others = len(problems) - 1
+    return text + (f" (and {others} more problem{'s' if others > 1 else ''})" if others else "")
+
+
+def _wrong_value(path: str, message: str, value: Any) -> str:
+    if isinstance(value, Mapping | BaseModel):  # a rule across keys: its message has the numbers already
+        return f"{path}: {message}" if path else message
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return f"{path} = {shown}: {message[:1].lower()}{message[1:]}"
+
+
+def _known_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys allowed at `location`, found by walking the annotations past list indices and union tags."""
+    schemas: list[type[BaseModel]] = [schema]
+    for part in location:
+        fields = [each.model_fields[part] for each in schemas if part in each.model_fields]
+        if fields:
+            schemas = [inner for field in fields for inner in _inner_schemas(field.annotation)]
+        else:
+            schemas = [each for each in schemas if each.__name__ == part] or schemas
+    return [name for each in schemas for name in each.model_fields]
+
+
+def _inner_schemas(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for part in getattr(annotation, "__args__", ()) for inner in _inner_schemas(part)]
+
+
+def dump(record: BaseModel) -> str:
+    """`record` as TOML that `load` reads back to an equal object; keys that are None are left out."""
+    lines: list[str] = []
+    _dump_table(record.model_dump(mode="json", exclude_none=True), (), lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _dump_table(table: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
+    plain = {key: value for key, value in table.items() if not _is_table(value)}
+    if path and (plain or not table):
+        lines += ["", f"[{'.'.join(_toml_key(name) for name in path)}]"]
+    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items()]
+    for key, value in table.items():
+        if _is_table(value):
+            _dump_table(value, (*path, key), lines)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _toml_key(key: str) -> str:
+    return key if _BARE_KEY.fullmatch(key) else _toml_string(key)
+
+
+def _toml_string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # TOML's escapes are JSON's, but for DEL
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _toml_string(value)
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml_value(each) for each in value if each is not None)}]"
+    if isinstance(value, Mapping):  # inside a list
+        inner = ", ".join(f"{_toml_key(key)} = {_toml_value(each)}" for key, each in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
+    raise AssertionError(f"model_dump(mode='json') gave a {type(value).__name__}")

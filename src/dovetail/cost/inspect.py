@@ -1,0 +1,132 @@
+"""What a model is and takes, before anything is built: the record behind `dovetail inspect`.
+
+The target is a preset, a `config.json`, or a directory that holds one (a checkpoint). Weights are not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dovetail.catalog.presets import load_model, model_names, model_source
+from dovetail.config import near_matches
+from dovetail.cost import count
+from dovetail.spec.hf_config import unread_keys
+from dovetail.spec.kernel_shapes import accepted_by
+from dovetail.spec.model import Mla, ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """Counts of one model; FLOP and cache are per token, FLOP over a context of `context` tokens."""
+
+    target: str
+    source: str
+    spec: ModelSpec
+    parameters: count.Parameters
+    context: int
+    forward_flop: float  # causal, like all FLOP here unless they say otherwise
+    training_flop: float
+    training_flop_non_causal: float
+    mtp_training_flop: float  # what the MTP modules add to `training_flop`
+    cache_bytes: int  # BF16
+    checkpoint_tensors: int | None  # published BF16 layout; None where attention is not MLA
+    stored_bytes: int | None  # of the safetensors files beside the config.json, where there are any
+    kernels: dict[str, str | None]
+    unread: tuple[str, ...]  # keys of the config.json that nothing here knows
+
+
+def inspect(target: str, context: int = 4096) -> Inspection:
+    """Count the model that `target` names. Raises ValueError for a target that cannot be read."""
+    if context < 1:
+        raise ValueError(f"context = {context} tokens: it has to be at least 1")
+    spec, source, unread, stored = _read(target)
+    training = count.training_flop_per_token(spec, context)
+    return Inspection(
+        target=target,
+        source=source,
+        spec=spec,
+        parameters=count.parameters(spec),
+        context=context,
+        forward_flop=count.forward_flop_per_token(spec, context),
+        training_flop=training,
+        training_flop_non_causal=count.training_flop_per_token(spec, context, causal=False),
+        mtp_training_flop=count.training_flop_per_token(spec, context, mtp=True) - training,
+        cache_bytes=count.cache_bytes_per_token(spec),
+        checkpoint_tensors=count.checkpoint_tensors(spec) if isinstance(spec.attention, Mla) else None,
+        stored_bytes=stored,
+        kernels=accepted_by(spec),
+        unread=unread,
+    )
+
+
+def _read(target: str) -> tuple[ModelSpec, str, tuple[str, ...], int | None]:
+    """Spec, source, unread keys and stored bytes of a preset, a config.json or a directory, in this order."""
+    if target in model_names():
+        return load_model(target), model_source(target), (), None
+    path, stored = Path(target), None
+    if path.is_dir():
+        stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) or None
+        path /= "config.json"
+    if not path.is_file():
+        remedy = near_matches(target, model_names()) if path.name == target else ""
+        raise ValueError(f"{path}: no such preset or file" + (f"; {remedy}" if remedy else ""))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # malformed JSON, or not UTF-8
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds a JSON {type(config).__name__}, not an object")
+    try:
+        return ModelSpec.from_hf(config), str(path), tuple(unread_keys(config)), stored
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+
+
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    """Plain data: base units, whole numbers, the spec as a flat config.json table."""
+    parameters = inspection.parameters
+    record = {name: getattr(inspection, name) for name in Inspection.__dataclass_fields__}
+    record["spec"] = inspection.spec.to_hf()
+    record["unread"] = list(inspection.unread)
+    record["parameters"] = asdict(parameters) | {
+        "total": parameters.total,
+        "total_with_mtp": parameters.total_with_mtp,
+        "active": parameters.active,
+        "active_with_embedding": parameters.active_with_embedding,
+    }
+    return record
+
+
+def rows(inspection: Inspection) -> Iterable[tuple[str, str, str]]:
+    """What a person reads: (name, value, remark)."""
+    parameters, spec = inspection.parameters, inspection.spec
+    for part in count.PARTS:
+        if number := getattr(parameters, part):
+            yield part.replace("_", " "), f"{number:,}", f"{number / parameters.total:.1%}"
+    yield "total", f"{parameters.total:,}", ""
+    if parameters.mtp:
+        depth = spec.num_nextn_predict_layers
+        yield "MTP adds", f"{parameters.mtp:,}", f"{depth} module{'s' if depth > 1 else ''}"
+    yield (
+        "active per token",
+        f"{parameters.active:,}",
+        f"{parameters.active / parameters.total:.1%}, without embedding",
+    )
+    yield "", f"{parameters.active_with_embedding:,}", "with the embedding"
+    yield "KV cache per token", f"{inspection.cache_bytes:,} B", "BF16, all layers"
+    at = f"{inspection.context:,} tokens of context"
+    yield "forward per token", f"{inspection.forward_flop / 1e9:,.3f} GFLOP", f"causal, {at}"
+    yield "training per token", f"{inspection.training_flop / 1e9:,.3f} GFLOP", f"causal, {at}"
+    yield "", f"{inspection.training_flop_non_causal / 1e9:,.3f} GFLOP", f"non-causal, {at}"
+    if inspection.mtp_training_flop:
+        yield "MTP adds", f"{inspection.mtp_training_flop / 1e9:,.3f} GFLOP", "training, causal"
+    if inspection.checkpoint_tensors:
+        yield "checkpoint tensors", f"{inspection.checkpoint_tensors:,}", "published names, BF16"
+    if inspection.stored_bytes:
+        yield "stored weights", f"{inspection.stored_bytes / 1e9:,.3f} GB", "safetensors files"
+    for kernel, reason in inspection.kernels.items():
+        yield kernel, "no" if reason else "yes", reason or "takes this shape"

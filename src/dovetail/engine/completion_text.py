@@ -1,0 +1,61 @@
+"""The text of a growing completion: cut at the first stop string, given out only where nothing can change it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from dovetail.text.stream import TextStream
+from dovetail.text.tokenizer import Tokenizer
+
+
+class CompletionText:
+    """Held back from `take`: unfinished characters, and an end of the text that may begin a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.stream = TextStream(tokenizer)
+        self.stop = tuple(stop)
+        self.text = ""
+        self.is_stopped = False
+        self.is_finished = False
+        self.taken = 0  # characters
+
+    def push(self, ids: Iterable[int]) -> None:
+        self._extend(self.stream.push(ids))
+
+    def finish(self) -> None:
+        """No more tokens will come."""
+        self._extend(self.stream.finish())
+        self.is_finished = True
+
+    def take(self) -> str:
+        """What has become sure since the last call."""
+        end = len(self.text)
+        if not (self.is_stopped or self.is_finished):
+            end -= max((pending(self.text, stop) for stop in self.stop), default=0)
+        delta = self.text[self.taken : end]
+        self.taken = max(self.taken, end)
+        return delta
+
+    def _extend(self, text: str) -> None:
+        if self.is_stopped or not text:
+            return
+        old = len(self.text)
+        self.text += text
+        found = [match for stop in self.stop if (match := find_new(self.text, stop, old)) is not None]
+        if found:
+            self.is_stopped = True
+            self.text = self.text[: min(found)[1]]
+
+
+def find_new(text: str, stop: str, old: int) -> tuple[int, int] | None:
+    """(end, start) of the first `stop` in `text` that ends after its first `old` characters.
+
+    Compared by end: the string that is complete first wins, however many characters a token brings.
+    """
+    start = text.find(stop, max(old - len(stop) + 1, 0))
+    return None if start < 0 else (start + len(stop), start)
+
+
+def pending(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`, not all of it."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,196 @@
+"""Prompts in, completions out: prefill each prompt into a slot, decode the batch, let finished sequences leave."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
+from pathlib import Path
+
+import torch
+
+from dovetail.engine import speculative
+from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.completion_text import CompletionText
+from dovetail.engine.runner import Runner, make_runner
+from dovetail.engine.sampler import SamplingParams, probabilities, sample
+from dovetail.engine.sequence import Completion, Sequence
+from dovetail.model.transformer import Transformer
+from dovetail.model.weights import import_hf
+from dovetail.spec.model import ModelSpec
+from dovetail.text.tokenizer import Tokenizer
+
+Prompt = str | Sequences[int]
+MAX_BATCH = 32  # sequences decoded together; further prompts wait for a slot
+
+
+class LLM:
+    """A model and its tokenizer; without one, prompts are token ids and completions have no text."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        spec: ModelSpec,
+        tokenizer: Tokenizer | None = None,
+        max_batch: int = MAX_BATCH,
+    ) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch = {max_batch} sequences; at least 1")
+        self.model = model
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.max_batch = max_batch
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint_dir: str | Path,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> LLM:
+        """From a directory in the Hugging Face layout, its `tokenizer.json` included. Raises `ValueError`."""
+        model, spec = import_hf(checkpoint_dir, dtype=dtype, device=device)
+        return cls(model, spec, Tokenizer.load(checkpoint_dir))
+
+    def generate(
+        self,
+        prompts: Sequences[Prompt],
+        params: SamplingParams | Sequences[SamplingParams],
+        speculate: int = 0,
+    ) -> list[Completion]:
+        """One completion per prompt, in order; `params` for all, or one per prompt.
+
+        `speculate` drafts per step come from the MTP modules; they change the speed, not what is generated
+        (greedy: the same tokens, up to rounding ties; sampled: the same distribution, from other random numbers).
+        A completion depends on its prompt and its params only, so equal prompts want different seeds. It ends
+        early ("length") where the model's max_position_embeddings end. A prompt given as text is put behind the
+        beginning-of-sequence token, where the tokenizer has one. Raises `ValueError`, naming the prompt, for one
+        without tokens, one that is too long, and an id that is no token.
+        """
+        sequences = self._sequences(prompts, params, speculate)
+        for _ in self._run(sequences, speculate):
+            pass
+        return [sequence.completion() for sequence in sequences]
+
+    def stream(self, prompt: Prompt, params: SamplingParams, speculate: int = 0) -> Iterator[str]:
+        """The text of the one completion, in parts as they become sure; errors as in `generate`, on the call."""
+        if self.tokenizer is None:
+            raise ValueError("stream gives text, which needs a tokenizer; use generate for token ids")
+        return self._deltas(self._sequences([prompt], params, speculate), speculate)
+
+    def _deltas(self, sequences: list[Sequence], speculate: int) -> Iterator[str]:
+        text = sequences[0].text
+        assert text is not None
+        for _ in self._run(sequences, speculate):
+            if delta := text.take():
+                yield delta
+
+    def _sequences(
+        self, prompts: Sequences[Prompt], params: SamplingParams | Sequences[SamplingParams], speculate: int
+    ) -> list[Sequence]:
+        speculative.check_depth(speculate, self.spec.num_nextn_predict_layers)
+        if isinstance(prompts, str):
+            raise ValueError("prompts is one string; give a list of prompts")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts but {len(each)} params; give one for all, or one per prompt"
+            )
+        return [self._sequence(i, *pair) for i, pair in enumerate(zip(prompts, each, strict=True))]
+
+    def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
+        tokens = self._tokens(index, prompt)
+        if self.tokenizer is None and params.stop:
+            raise ValueError(
+                "stop strings need a tokenizer; without one use max_tokens or the end-of-sequence token"
+            )
+        return Sequence(
+            tokens=tokens,
+            prompt_tokens=len(tokens),
+            max_tokens=min(params.max_tokens, self.spec.max_position_embeddings - len(tokens)),
+            params=params,
+            eos_id=self._eos_id(),
+            text=None if self.tokenizer is None else CompletionText(self.tokenizer, params.stop),
+            generator=params.generator(),
+        )
+
+    def _tokens(self, index: int, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"prompt {index} is text, which needs a tokenizer; give token ids")
+            bos_id = self.tokenizer.bos_id  # every document began with it in training
+            tokens = ([] if bos_id is None else [bos_id]) + self.tokenizer.encode(prompt)
+        else:
+            tokens = list(prompt)
+        if not tokens:
+            raise ValueError(f"prompt {index} is empty; give at least one token")
+        limit = self.spec.max_position_embeddings
+        if len(tokens) >= limit:
+            raise ValueError(
+                f"prompt {index} has {len(tokens)} tokens; max_position_embeddings = {limit} leaves room for "
+                f"{limit - 1} and one new token: shorten it"
+            )
+        for position, token in enumerate(tokens):
+            if not 0 <= token < self.spec.vocab_size:
+                raise ValueError(
+                    f"prompt {index}: {token} at position {position} is not a token; vocab_size = "
+                    f"{self.spec.vocab_size} (is this the model's tokenizer?)"
+                )
+        return tokens
+
+    def _eos_id(self) -> int | None:
+        if self.spec.eos_token_id is None and self.tokenizer is not None:
+            return self.tokenizer.eos_id
+        return self.spec.eos_token_id
+
+    def _run(self, sequences: list[Sequence], depth: int) -> Iterator[None]:
+        """Generate until all are finished, yielding whenever some have grown."""
+        if not sequences:
+            return
+        batch = min(len(sequences), self.max_batch)
+        # The last token of a sequence is never run, but drafts after it may be, to be thrown away.
+        capacity = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences) + depth
+        parameter = self.model.embed_tokens.weight
+        runner = make_runner(
+            self.model, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device)
+        )
+        waiting, active, free = deque(sequences), list[Sequence](), list(range(batch))
+        while waiting or active:
+            if waiting and free:
+                waiting[0].slot = free.pop()
+                start(runner, waiting[0], depth)
+                active.append(waiting.popleft())
+            else:
+                step(runner, active, depth)
+            free += [sequence.slot for sequence in active if sequence.finish_reason is not None]
+            active = [sequence for sequence in active if sequence.finish_reason is None]
+            yield
+
+
+def start(runner: Runner, sequence: Sequence, depth: int) -> None:
+    """Prefill the prompt into the sequence's slot and add the first token."""
+    begin = time.perf_counter()
+    hidden = runner.prefill(sequence.slot, torch.tensor(sequence.tokens, device=runner.device))
+    if depth:
+        speculative.fill_prompt(runner, sequence, hidden, depth)
+    logits = runner.logits(hidden[-1])
+    if sequence.params.is_greedy:
+        token = int(logits.argmax())
+    else:
+        token = sample(probabilities(logits, sequence.params), sequence.generator)
+    sequence.prefill_seconds = time.perf_counter() - begin
+    sequence.extend([token])
+
+
+def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> None:
+    """One decoding step of all of them, `depth` tokens drafted for each."""
+    begin = time.perf_counter()
+    results = speculative.step(runner, sequences, depth)
+    seconds = time.perf_counter() - begin
+    for sequence, tokens in zip(sequences, results, strict=True):
+        kept = sequence.extend(tokens)
+        sequence.steps += 1
+        sequence.drafted += depth
+        sequence.accepted += min(kept, len(tokens) - 1)
+        sequence.decode_seconds += seconds

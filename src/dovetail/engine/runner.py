@@ -1,0 +1,95 @@
+"""Runs the model on rows of a batch: prompts in the expanded form of attention, short steps in the absorbed one.
+
+A row is one (slot, position) of the cache with the token that stands there. Rows of one slot are adjacent and
+their positions ascend by one (a token and the drafts after it, to be verified together); all rows are written
+to the cache before any is attended to, so each sees those of its slot up to itself. This is the reference, in
+plain torch; rows are [R], slots and positions int64 on the model's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dovetail.engine.cache import ContiguousCache, SelectedSlots
+from dovetail.model.transformer import Transformer
+
+
+class Runner:
+    """One model and the cache of the sequences it is working on."""
+
+    def __init__(self, model: Transformer, cache: ContiguousCache) -> None:
+        self.model = model
+        self.cache = cache
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.data.device
+
+    @torch.no_grad()
+    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+        """tokens [T] from position 0 on into `slot` -> hidden [T, dim] after the final norm."""
+        return self.model(tokens[None], cache=self.cache.select([slot])).hidden[0]
+
+    @torch.no_grad()
+    def prefill_draft(self, depth: int, slot: int, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+        """MTP module `depth` over positions 0 .. T-1 of `slot`: hidden [T, dim], next_tokens [T] -> [T, dim]."""
+        cache = self.cache.select([slot])
+        return self.model.mtp_forward(depth, hidden[None], next_tokens[None], cache=cache).hidden[0]
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """Rows [R] -> hidden [R, dim] after the final norm."""
+
+        def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
+            return self.model(tokens[rows], positions[rows], cache=cache, absorbed=True).hidden
+
+        return self._by_slot(slots, run)
+
+    @torch.no_grad()
+    def draft(
+        self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Rows through MTP module `depth`: hidden [R, dim] of each position and the token [R] that it is given
+        (`speculative` says which) -> hidden [R, dim] after the module's norm."""
+
+        def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
+            output = self.model.mtp_forward(
+                depth, hidden[rows], next_tokens[rows], positions[rows], cache=cache, absorbed=True
+            )
+            return output.hidden
+
+        return self._by_slot(slots, run)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., dim] -> [..., vocab] FP32."""
+        return self.model.logits(hidden)
+
+    def _by_slot(self, slots: Tensor, run: Callable[[SelectedSlots, Tensor], Tensor]) -> Tensor:
+        """`run` on rows [B, T] for each number T of rows that slots have; its results [B, T, dim] as [R, dim]."""
+        parts = [(rows, run(self.cache.select(group), rows)) for group, rows in _groups(slots)]
+        if len(parts) == 1:
+            return parts[0][1].flatten(0, 1)
+        output = parts[0][1].new_empty(len(slots), parts[0][1].shape[-1])
+        for rows, hidden in parts:
+            output[rows] = hidden
+        return output
+
+
+def make_runner(model: Transformer, cache: ContiguousCache) -> Runner:
+    """The fastest runner there is for this model."""
+    return Runner(model, cache)
+
+
+def _groups(slots: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Slots that have equally many rows, and the indices [B, T] of these rows."""
+    unique, counts = torch.unique_consecutive(slots, return_counts=True)
+    assert len(unique) == len(set(unique.tolist())), "the rows of a slot are adjacent"
+    ends = counts.cumsum(0)
+    for count in sorted(set(counts.tolist())):
+        chosen = counts == count
+        rows = (ends[chosen] - count)[:, None] + torch.arange(count, device=slots.device)
+        yield unique[chosen].tolist(), rows

@@ -1,0 +1,102 @@
+"""Batches of a token store: packing, sample order, held-out windows. The one file of `text` that needs torch.
+
+Documents are packed without gaps: sample i is tokens i*T .. i*T+T of the stream, the last of which is the
+first of sample i+1, so each token is a target at most once per epoch (the stream's first never, nor the
+ragged end). Pre-training attends across the documents of a sample [V3 §4.1]; `document_ids` lets attention
+stop at their borders where that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dovetail.text.order import rank_slice, sample_indices
+from dovetail.text.shards import TokenStore, read_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Inputs are tokens[:, :-1], targets tokens[:, 1:]."""
+
+    tokens: Tensor  # [B, T+1] int64
+    document_ids: Tensor  # [B, T+1] int32, which document of its row a token is in, from 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Held-out windows: of the targets of `batch`, those that count here."""
+
+    batch: Batch
+    scored: Tensor  # [B, T] bool, on the targets tokens[:, 1:]
+
+
+def num_samples(store: TokenStore, sequence_length: int) -> int:
+    """Samples of one epoch. Raises ValueError if the text is shorter than one."""
+    count = (store.num_tokens - 1) // sequence_length
+    if count < 1:
+        raise ValueError(
+            f"{store.directory}: {store.num_tokens} tokens make no sample of {sequence_length} + 1; "
+            "give more text or a shorter sequence"
+        )
+    return count
+
+
+def read_batch(
+    store: TokenStore,
+    sequence_length: int,
+    seed: int,
+    consumed: int,
+    count: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Batch:
+    """Samples number `consumed` .. `consumed + count - 1` of training; of these the block that `rank` reads.
+
+    `consumed` and `count` are those of all ranks together. A pure function of its arguments.
+    """
+    samples = sample_indices(num_samples(store, sequence_length), seed, consumed, count)
+    return read_rows(store, samples[rank_slice(count, rank, world)] * sequence_length, sequence_length + 1)
+
+
+def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: int) -> Iterator[Windows]:
+    """Windows of `length` inputs over the whole stream, in batches of up to `batch_size` rows.
+
+    Every token but the stream's first, which nothing precedes, is scored exactly once. The first window
+    scores all its targets; each later one starts `stride` further and scores the last `stride`, so every
+    scored target is predicted from more than `length - stride` tokens. The last window is moved back to end
+    with the stream. Like training, and like a compressor, it sees the documents before. Nats summed over
+    scored targets go with `store.num_bytes` into `yardstick.bits_per_byte`; predicting eos and bos is paid
+    for and adds no bytes.
+    """
+    if not 1 <= stride <= length:
+        raise ValueError(f"stride {stride} must be between 1 and the window length {length}")
+    num_targets = store.num_tokens - 1
+    length = min(length, num_targets)
+    starts = np.array([*range(0, num_targets - length, stride), num_targets - length], dtype=np.int64)
+    done = np.concatenate([[0], starts[:-1] + length])  # targets scored by the windows before
+    scored = starts[:, None] + np.arange(length) >= done[:, None]
+    for first in range(0, len(starts), batch_size):
+        rows = slice(first, first + batch_size)
+        yield Windows(batch=read_rows(store, starts[rows], length + 1), scored=torch.from_numpy(scored[rows]))
+
+
+def read_rows(store: TokenStore, starts: NDArray[np.int64], width: int) -> Batch:
+    tokens = np.empty((len(starts), width), np.int64)
+    document_ids = np.empty((len(starts), width), np.int32)
+    for row, start in enumerate(starts.tolist()):
+        tokens[row] = read_tokens(store, start, start + width)
+        document_ids[row] = documents_of(store, start, start + width)
+    return Batch(tokens=torch.from_numpy(tokens), document_ids=torch.from_numpy(document_ids))
+
+
+def documents_of(store: TokenStore, start: int, stop: int) -> NDArray[np.int32]:
+    """Which document each token start .. stop-1 is in, counted from the first one's [stop - start]."""
+    first, last = np.searchsorted(store.document_ends, np.array([start, stop - 1], np.uint64), side="right")
+    ends = store.document_ends[first:last].astype(np.int64)
+    return np.searchsorted(ends, np.arange(start, stop), side="right").astype(np.int32)

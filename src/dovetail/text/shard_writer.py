@@ -1,0 +1,201 @@
+"""Writes a token store: under another name first, renamed when every byte is on the disk.
+
+So a kill at any moment leaves either the whole store or a hidden ".partial" directory, which nobody reads and
+which the next run on the same machine removes.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import glob
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.text import atomic
+from dovetail.text.shards import Index, StoredFile, TokenStore, open_store
+
+SHARD_TOKENS = 1 << 28  # half a gigabyte at uint16
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedDocument:
+    ids: list[int]
+    num_bytes: int
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
+
+
+def write_store(
+    documents: Iterable[EncodedDocument],
+    directory: Path,
+    vocab_size: int,
+    fingerprint: str,
+    left_out: Mapping[str, int],
+    shard_tokens: int = SHARD_TOKENS,
+) -> TokenStore:
+    """Write the store `directory` from a stream of documents and open it.
+
+    `left_out` is read after the last document. If another process finishes the same store first, its copy is
+    kept. Raises ValueError if there are no documents, OSError that says so if the disk is full; then nothing
+    is left behind.
+    """
+    remove_abandoned(directory)
+    partial = directory.with_name(f".{directory.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    tokens = TokenFiles(partial, token_dtype(vocab_size), shard_tokens)
+    try:
+        partial.mkdir(parents=True)
+        index = write_files(documents, tokens, fingerprint, left_out)
+        atomic.write_bytes(partial / "index.json", index.model_dump_json(indent=1).encode())
+        publish(partial, directory)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"the disk is full after {tokens.num_bytes / 1e6:.1f} MB of token shards; free some space, "
+            "or choose a directory on another disk",
+            str(directory),
+        ) from error
+    finally:
+        tokens.abandon()
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_store(directory, verify=False)
+
+
+def write_files(
+    documents: Iterable[EncodedDocument], tokens: TokenFiles, fingerprint: str, left_out: Mapping[str, int]
+) -> Index:
+    ends, num_bytes = array.array("Q"), 0
+    for document in documents:
+        tokens.write(document.ids)
+        ends.append(tokens.num_tokens)
+        num_bytes += document.num_bytes
+    if not ends:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
+        raise ValueError(
+            f"no documents to tokenise (left out: {reasons}); check data.path, data.patterns and "
+            "data.held_out_share"
+        )
+    shards = tokens.close()
+    boundaries = np.asarray(ends, "<u8").tobytes()
+    atomic.write_bytes(tokens.directory / "documents.bin", boundaries)
+    return Index(
+        fingerprint=fingerprint,
+        token_dtype=tokens.dtype.str,
+        shard_tokens=tokens.shard_tokens,
+        num_tokens=tokens.num_tokens,
+        num_documents=len(ends),
+        num_bytes=num_bytes,
+        left_out=dict(left_out),
+        shards=shards,
+        documents=StoredFile(
+            name="documents.bin", num_bytes=len(boundaries), sha256=hashlib.sha256(boundaries).hexdigest()
+        ),
+    )
+
+
+class HashedFile:
+    """A file being written, with the sha256 of what it holds. Plain writes: a full disk is an error, where a
+    memory map would be a crash."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = open(path, "wb")  # noqa: SIM115 (closed by close)
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def write(self, data: NDArray[Any]) -> None:
+        block = data.tobytes()
+        self.file.write(block)
+        self.sha256.update(block)
+        self.num_bytes += len(block)
+
+    def close(self) -> StoredFile:
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        return StoredFile(name=self.path.name, num_bytes=self.num_bytes, sha256=self.sha256.hexdigest())
+
+
+class TokenFiles:
+    """The token stream being written, a new file every `shard_tokens` tokens."""
+
+    def __init__(self, directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.directory, self.dtype, self.shard_tokens = directory, dtype, shard_tokens
+        self.num_tokens = 0
+        self.finished: list[StoredFile] = []
+        self.current: HashedFile | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_tokens * self.dtype.itemsize
+
+    def write(self, ids: list[int]) -> None:
+        data = np.asarray(ids, self.dtype)
+        while len(data):
+            if self.current is None:
+                self.current = HashedFile(self.directory / f"tokens-{len(self.finished):05d}.bin")
+            room = self.shard_tokens - self.num_tokens % self.shard_tokens
+            self.current.write(data[:room])
+            self.num_tokens += len(data[:room])
+            data = data[room:]
+            if self.num_tokens % self.shard_tokens == 0:
+                self.close()
+
+    def close(self) -> tuple[StoredFile, ...]:
+        if self.current is not None:
+            current, self.current = self.current, None
+            self.finished.append(current.close())
+        return tuple(self.finished)
+
+    def abandon(self) -> None:
+        """Let go of the open file; on a full disk even closing fails."""
+        if self.current is not None:
+            with contextlib.suppress(OSError):
+                self.current.file.close()
+
+
+def publish(partial: Path, directory: Path) -> None:
+    atomic.sync_directory(partial)
+    try:
+        partial.rename(directory)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+            raise
+    atomic.sync_directory(directory.parent)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove what killed processes of this machine left of the store `directory`.
+
+    A partial store under our own process number is older than us: containers hand out the same numbers again.
+    """
+    prefix = f".{directory.name}.{socket.gethostname()}."
+    for partial in directory.parent.glob(f"{glob.escape(prefix)}*.partial"):
+        process = partial.name.removeprefix(prefix).removesuffix(".partial")
+        if process.isdecimal() and (int(process) == os.getpid() or not is_running(int(process))):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,42 @@
+"""Text out of a growing sequence of ids: nothing is emitted that a later token could change.
+
+A character of several bytes may be spread over several tokens, so the bytes of an unfinished character are
+held back. Decoding each token alone would print U+FFFD for every part of it.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from tokenizers.decoders import DecodeStream
+
+from dovetail.text.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Pieces from `push`, then `finish`, joined, are `tokenizer.decode` of all ids, whatever the ids are."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # The rest serves decoders that are not byte-level only.
+        self.library = DecodeStream(skip_special_tokens=True)
+        self.ids: list[int] = []
+        self.emitted = 0  # characters
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that is now sure."""
+        if self.tokenizer.piece_bytes is not None:
+            return self.utf8.decode(self.tokenizer.decode_bytes(ids))
+        ids = list(ids)
+        self.ids += ids
+        text = "".join([self.library.step(self.tokenizer.backend, i) or "" for i in ids])
+        self.emitted += len(text)
+        return text
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD for bytes that never became a character."""
+        if self.tokenizer.piece_bytes is not None:
+            return self.utf8.decode(b"", final=True)
+        return self.tokenizer.decode(self.ids)[self.emitted :]

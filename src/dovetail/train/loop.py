@@ -1,0 +1,305 @@
+"""A training run from its run file: `train(config)` starts it, or goes on where it was.
+
+Everything that decides a step is in the checkpoint or is a function of the step's number, so a run that was
+stopped, or killed, and started again has bit for bit the weights of one that was not (on the same machine with
+the same number of threads).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dovetail.cost.count import training_flop_per_token
+from dovetail.model.transformer import Transformer, initialize
+from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.spec.model import ModelSpec
+from dovetail.text.atomic import write_bytes
+from dovetail.text.corpus import Batch, read_batch
+from dovetail.text.shards import TokenStore
+from dovetail.text.tokenizer import Tokenizer
+from dovetail.train import checkpoint, run
+from dovetail.train.display import Display
+from dovetail.train.ema import Ema
+from dovetail.train.evaluate import held_out
+from dovetail.train.metrics import HeldOutMetrics, MetricsLog, StepMetrics
+from dovetail.train.optim import AdamW
+from dovetail.train.peak import measure_peak
+from dovetail.train.run import RunConfig
+from dovetail.train.schedule import Progress, TrainingSchedule, Values, values
+from dovetail.train.step import Objective, StepResult, train_step
+
+STEPS_TO_MEASURE = 12  # for train.minutes; the first ones compile kernels and are not counted
+STEPS_TO_WARM_UP = 4
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C or SIGTERM; the run is saved and can go on."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Where the run is; the JSON half of a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """All that stays the same from step to step."""
+
+    config: RunConfig
+    spec: ModelSpec
+    schedule: TrainingSchedule
+    tokenizer: Tokenizer
+    train_store: TokenStore
+    held_out_store: TokenStore | None
+    model: Transformer
+    optimizer: AdamW
+    ema: Ema | None
+    num_steps: int
+    peak: float  # FLOP/s, measured
+
+
+def train(config: RunConfig, display: Display | None = None) -> Run:
+    """Train to the end of the budget, resuming from the newest whole checkpoint in `config.out`.
+
+    Raises ValueError for settings that cannot work, Interrupted on Ctrl-C (the run is saved), Diverged, and
+    CheckpointError if the disk gives out.
+    """
+    keep_freed_memory()
+    run.claim(config)
+    display = display or Display("dovetail train", 1)
+    try:
+        state = prepare(config, display)
+        display.num_steps = state.num_steps
+        _loop(state, display)
+    finally:
+        display.close()
+    return state
+
+
+def prepare(config: RunConfig, display: Display) -> Run:
+    """Text, tokens, model and budget: everything up to the first step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = run.resolve_model(config.model)
+    schedule = run.resolve_schedule(config)
+    tokenizer = run.prepare_tokenizer(config, spec, display.message)
+    train_store, held_out_store = run.prepare_stores(config, tokenizer, display.message)
+    dtype = run.resolve_dtype(config.train.dtype, device)
+    with device:
+        model = Transformer(spec, dtype=dtype)
+    num_steps = config.train.steps or _steps_in_time(config, schedule, model, train_store, display)
+    initialize(model, config.train.seed)
+    optimizer = AdamW(model.named_parameters(), config.optimizer)
+    masters = {name: slot.master for name, slot in optimizer.slots.items()}
+    decay = config.train.ema_decay
+    # Beside the step on a GPU; a CPU has no cores to spare, so there it is a part of the step.
+    ema = None if decay is None else Ema(masters, decay, in_background=device.type == "cuda")
+    return Run(
+        config=config,
+        spec=spec,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        train_store=train_store,
+        held_out_store=held_out_store,
+        model=model,
+        optimizer=optimizer,
+        ema=ema,
+        num_steps=num_steps,
+        peak=measure_peak(dtype, device),
+    )
+
+
+def state_of(state: Run) -> dict[str, dict[str, Tensor] | dict[str, dict[str, Tensor]]]:
+    """The tensors of a checkpoint."""
+    tensors = {"optimizer": state.optimizer.state(), "buffers": dict(state.model.named_buffers())}
+    return tensors if state.ema is None else {**tensors, "ema": state.ema.state()}
+
+
+def resume(state: Run, root: Path) -> Counters:
+    """Fill the state from the newest whole checkpoint, if there is one."""
+    newest = checkpoint.latest(root)
+    if newest is None:
+        return Counters()
+    extra = checkpoint.load(newest, state_of(state))
+    state.optimizer.updates = extra["updates"]
+    state.optimizer.refresh_parameters()
+    return Counters(**extra["counters"])
+
+
+def _loop(state: Run, display: Display) -> None:
+    config, root = state.config, state.config.out / "checkpoints"
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
+    counters = resume(state, root)
+    if counters.step:
+        display.message(f"going on after step {counters.step} of {state.num_steps}")
+    log = MetricsLog(config.out / "metrics.jsonl", counters.step) if is_first else None
+    try:
+        with _stop_signals() as stopped:
+            while counters.step < state.num_steps:
+                metrics = _one_step(state, counters)
+                if log is not None:
+                    log.write(metrics)
+                    display.update(metrics)
+                if _is_due(config.train.evaluate_every, counters.step) and log is not None:
+                    _evaluate(state, counters, log, display)
+                is_last = counters.step == state.num_steps
+                if is_last or stopped or _is_due(config.train.checkpoint_every, counters.step):
+                    _save(state, counters, checkpointer, log)
+                if counters.bad_in_a_row >= config.train.max_bad_steps:
+                    raise Diverged(_diverged(state, counters, root))
+                if stopped and not is_last:
+                    checkpointer.wait()
+                    raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+        if log is not None:
+            log.close()
+
+
+def _one_step(state: Run, counters: Counters) -> StepMetrics:
+    start = time.perf_counter()
+    config, train = state.config, state.config.train
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    at = Progress(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
+    now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
+    batch = read_batch(
+        state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world
+    )
+    objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
+    result = train_step(
+        state.model, state.optimizer, _microbatches(batch, train.microbatch_size), now, objective, state.ema
+    )
+    num_tokens = now.batch_size * train.sequence_length
+    counters.step += 1
+    counters.tokens += num_tokens
+    counters.samples += now.batch_size
+    counters.skipped += not result.is_finite
+    counters.bad_in_a_row = 0 if result.is_finite else counters.bad_in_a_row + 1
+    seconds = time.perf_counter() - start
+    flop = training_flop_per_token(state.spec, train.sequence_length, mtp=True)
+    return _metrics(counters, result, now, num_tokens / seconds, flop * num_tokens / seconds / (state.peak * world), seconds)
+
+
+def _metrics(
+    counters: Counters, result: StepResult, now: Values, rate: float, mfu: float, seconds: float
+) -> StepMetrics:
+    return StepMetrics(
+        step=counters.step,
+        tokens=counters.tokens,
+        loss=result.loss,
+        mtp_loss=result.mtp_loss,
+        balance_loss=result.balance_loss,
+        grad_norm=result.grad_norm,
+        learning_rate=now.learning_rate,
+        batch_size=now.batch_size,
+        gamma=now.gamma,
+        mtp_weight=now.mtp_weight,
+        tokens_per_second=rate,
+        mfu=mfu,
+        max_vio=result.max_vio,
+        skipped=counters.skipped,
+        seconds=seconds,
+    )
+
+
+def _microbatches(batch: Batch, size: int) -> list[Batch]:
+    parts = zip(batch.tokens.split(size), batch.document_ids.split(size), strict=True)
+    return [Batch(tokens=tokens, document_ids=ids) for tokens, ids in parts]
+
+
+def _save(state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, log: MetricsLog | None) -> None:
+    if log is not None:
+        log.sync()
+    fields = {name: getattr(counters, name) for name in Counters.__slots__}
+    extra = {"counters": fields, "updates": state.optimizer.updates}
+    checkpointer.save(counters.step, state_of(state), extra)
+
+
+def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display) -> None:
+    if state.held_out_store is None:
+        return
+    train = state.config.train
+    loss, bits = held_out(
+        state.model, state.held_out_store, train.sequence_length, train.microbatch_size, train.evaluate_windows
+    )
+    metrics = HeldOutMetrics(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits)
+    log.write(metrics)
+    display.update(metrics)
+
+
+def _diverged(state: Run, counters: Counters, root: Path) -> str:
+    return (
+        f"{counters.bad_in_a_row} steps in a row, up to step {counters.step}, had a loss or gradient that is not "
+        f"finite; the last good checkpoint is {checkpoint.latest(root) or 'none'}. Lower train.learning_rate "
+        f"(now {state.schedule.learning_rate.segments[0].value:g}) or look at the data from sample {counters.samples}"
+    )
+
+
+def _steps_in_time(
+    config: RunConfig, schedule: TrainingSchedule, model: Transformer, store: TokenStore, display: Display
+) -> int:
+    """How many steps fit in train.minutes; measured once, then kept with the run so that resuming is exact."""
+    path = config.out / "budget.json"
+    if path.exists():
+        return int(json.loads(path.read_text())["num_steps"])
+    assert config.train.minutes is not None
+    train = config.train
+    initialize(model, train.seed)
+    optimizer = AdamW(model.named_parameters(), config.optimizer)
+    times = []
+    for step in range(STEPS_TO_WARM_UP + STEPS_TO_MEASURE):
+        start = time.perf_counter()
+        now = values(schedule, Progress(step=1, fraction=0.5), batch_multiple=train.microbatch_size)
+        batch = read_batch(store, train.sequence_length, train.seed, step * now.batch_size, now.batch_size)
+        train_step(model, optimizer, _microbatches(batch, train.microbatch_size), now, Objective())
+        times.append(time.perf_counter() - start)
+    seconds = sorted(times[STEPS_TO_WARM_UP:])[STEPS_TO_MEASURE // 2]
+    num_steps = max(1, math.floor(60 * train.minutes / seconds))
+    display.message(f"{train.minutes:g} minutes at {1000 * seconds:.0f} ms a step: {num_steps} steps")
+    write_bytes(path, json.dumps({"num_steps": num_steps, "step_seconds": seconds}).encode())
+    return num_steps
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a step is never cut in two; the second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""What a training run reports, and its log: one JSON object per line, appended and flushed as it happens.
+
+A resumed run cuts the log back to the step it resumes from, so the file reads as if nothing had stopped it
+(times aside). A line torn by a crash is dropped. NaN and infinities, which JSON cannot say, are written as null
+and read back as NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """One optimizer step. Losses are nats per token, of the batch the step was taken on."""
+
+    step: int  # counted from 1
+    tokens: int  # consumed by the run, this step included
+    loss: float
+    mtp_loss: float  # mean over the MTP depths, before its weight; NaN without MTP
+    balance_loss: float  # sequence-wise, after its coefficient
+    grad_norm: float  # before clipping
+    learning_rate: float
+    batch_size: int  # sequences
+    gamma: float  # bias update speed
+    mtp_weight: float  # lambda
+    tokens_per_second: float
+    mfu: float  # share of the machine's peak, 0 to 1
+    max_vio: list[float]  # (largest load - mean load) / mean load of each MoE layer [ALF]
+    skipped: int  # steps skipped so far for a loss or gradient that was not finite
+    seconds: float  # wall time of this step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutMetrics:
+    """A measurement on text that is not trained on, after `step` steps."""
+
+    step: int
+    tokens: int
+    loss: float  # nats per token
+    bits_per_byte: float
+
+
+Metrics = StepMetrics | HeldOutMetrics
+_KINDS: dict[str, type[StepMetrics | HeldOutMetrics]] = {"step": StepMetrics, "held_out": HeldOutMetrics}
+
+
+class MetricsLog:
+    """Appends to a JSONL file. Opening it drops every line past `resumed_step` (0: a run from the start)."""
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            os.truncate(self.path, _length_up_to(self.path, resumed_step))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, metrics: Metrics) -> None:
+        """Add one line; it survives this process from here on, and the machine from the next `sync` on."""
+        kind = "step" if isinstance(metrics, StepMetrics) else "held_out"
+        record = {"kind": kind, **dataclasses.asdict(metrics)}
+        self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut: call before a checkpoint that a run may resume from."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """All records of a log in order; a torn last line is left out. Raises ValueError naming a bad line."""
+    found: list[Metrics] = []
+    for number, (line, record) in enumerate(_records(path), start=1):
+        if record is None:
+            if line.endswith(b"\n"):
+                raise ValueError(f"{path}: line {number} is not a record of a metrics log: {line[:60]!r}")
+            break
+        found.append(_from_record(record))
+    return found
+
+
+def _length_up_to(path: Path, step: int) -> int:
+    """Bytes of the whole lines from the start whose step is at most `step`."""
+    length = 0
+    for line, record in _records(path):
+        if record is None or record["step"] > step:
+            break
+        length += len(line)
+    return length
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line with what it says; None for one that is torn or is no record."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            whole = line.endswith(b"\n") and isinstance(record, dict) and _is_record(record)
+            yield line, record if whole else None
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    kind = _KINDS.get(str(record.get("kind")))
+    return kind is not None and record.keys() == {"kind"} | {field.name for field in dataclasses.fields(kind)}
+
+
+def _from_record(record: dict[str, Any]) -> Metrics:
+    kind = _KINDS[record["kind"]]
+    types = get_type_hints(kind)
+    return kind(**{name: _typed(record[name], types[name]) for name in types})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _typed(value: Any, type_: Any) -> Any:
+    if type_ is float:
+        return math.nan if value is None else float(value)
+    if type_ == list[float]:
+        return [_typed(each, float) for each in value]
+    return value

@@ -1,0 +1,117 @@
+"""A picture of a run from its log: losses above, the load of the experts below, over the tokens consumed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+
+from dovetail.text.atomic import write_bytes
+from dovetail.train.metrics import HeldOutMetrics, StepMetrics, read_metrics
+
+INK, MUTED, GRID = "#22272e", "#6b7280", "#e5e7eb"
+LOSS, MTP, HELD_OUT, SKIPPED = "#1f5fa8", "#d9822b", "#2a8f5b", "#c0392b"
+STYLE = {
+    "font.size": 10.5,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+
+def draw_run(log: Path, picture: Path, title: str = "") -> None:
+    """Draw the metrics log `log` into the PNG `picture`, which appears whole or not at all.
+
+    Raises ValueError if the log has no step in it.
+    """
+    records = read_metrics(log)
+    steps = [record for record in records if isinstance(record, StepMetrics)]
+    held_out = [record for record in records if isinstance(record, HeldOutMetrics)]
+    if not steps:
+        raise ValueError(f"{log}: no steps to draw; has the run taken one?")
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(steps, held_out, title)
+        png = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(png)
+    write_bytes(picture, png.getvalue())
+
+
+def _figure(steps: Sequence[StepMetrics], held_out: Sequence[HeldOutMetrics], title: str) -> Figure:
+    has_experts = any(step.max_vio for step in steps)
+    figure = Figure(figsize=(9.0, 6.6 if has_experts else 4.2), dpi=150, layout="constrained")
+    ratios = [3, 2] if has_experts else [1]
+    panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+    _draw_losses(panels[0], steps, held_out)
+    if has_experts:
+        _draw_max_vio(panels[1], [step for step in steps if step.max_vio])
+    panels[-1].set_xlabel("tokens consumed")
+    panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    panels[-1].set_xlim(0, max(record.tokens for record in [*steps, *held_out]) * 1.01)
+    return figure
+
+
+def _draw_losses(axes: Axes, steps: Sequence[StepMetrics], held_out: Sequence[HeldOutMetrics]) -> None:
+    tokens = [step.tokens for step in steps]
+    for name, color, losses in (
+        ("MTP loss", MTP, [step.mtp_loss for step in steps]),
+        ("training loss", LOSS, [step.loss for step in steps]),
+    ):
+        if np.isfinite(losses).any():
+            axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
+            axes.plot(tokens, smooth(losses), color=color, linewidth=1.8, label=name)
+    if held_out:
+        label = f"held-out loss ({held_out[-1].bits_per_byte:.3f} bits/byte at the end)"
+        losses = [each.loss for each in held_out]
+        axes.plot([each.tokens for each in held_out], losses, "o-", color=HELD_OUT, markersize=4.5, linewidth=1.2,
+                  markeredgecolor="white", label=label)  # fmt: skip
+    skipped = [step.tokens for before, step in zip(steps, steps[1:], strict=False) if step.skipped > before.skipped]
+    for index, where in enumerate(skipped):
+        axes.axvline(where, color=SKIPPED, linewidth=0.8, linestyle=":", label=None if index else "skipped step")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.minorticks_off()
+    axes.set_ylabel("loss (nats per token, log scale)")
+    axes.legend(loc="upper right")
+
+
+def _draw_max_vio(axes: Axes, steps: Sequence[StepMetrics]) -> None:
+    tokens = [step.tokens for step in steps]
+    layers = np.array([step.max_vio for step in steps]).T  # [layers, steps]
+    colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
+    for index, (layer, color) in enumerate(zip(layers, colors, strict=True)):
+        is_named = len(layers) <= 8 or index in (0, len(layers) - 1)
+        axes.plot(tokens, smooth(layer), color=color, linewidth=1.1, label=f"{index + 1}" if is_named else None)
+    axes.plot(tokens, smooth(layers.mean(axis=0)), color=INK, linewidth=2.0, label="mean")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("MaxVio of expert load\n(max load / mean load - 1)")
+    axes.legend(loc="upper right", ncols=3, title="MoE layer", fontsize=9, title_fontsize=9)
+
+
+def smooth(values: Sequence[float] | np.ndarray, weight: float = 0.9) -> np.ndarray:
+    """Exponential moving average without the bias of its start; gaps (NaN) stay gaps and do not spread."""
+    smoothed, total, mass = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, mass = weight * total + (1 - weight) * value, weight * mass + 1 - weight
+        smoothed.append(total / mass if math.isfinite(value) else math.nan)
+    return np.array(smoothed)

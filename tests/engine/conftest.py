@@ -1,0 +1,140 @@
+"""Models for the engine: random ones, and one whose MTP drafts are right exactly where all of the contract is kept."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.model.transformer import Mtp, Transformer, initialize
+from dovetail.spec.model import Mla, ModelSpec, Moe
+
+VOCAB = 32  # of the periodic model: a token is a dimension, and its two kinds of features fill hidden_size
+PERIOD = 12
+EMBEDDED = slice(VOCAB, 2 * VOCAB)  # where an MTP module keeps the token it is given
+
+
+def build_spec(**changes: object) -> ModelSpec:
+    defaults: dict[str, object] = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_nextn_predict_layers": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.15,
+        "attention": Mla(
+            num_attention_heads=4, kv_lora_rank=24, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+        ),
+        "moe": Moe(
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+        ),
+    }
+    return ModelSpec(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="session")
+def engine_spec() -> Callable[..., ModelSpec]:
+    """`engine_spec(field=value)`: a tiny spec of two layers, the second with experts, and two MTP modules."""
+    return build_spec
+
+
+@pytest.fixture(scope="session")
+def engine_model() -> Callable[..., Transformer]:
+    """`engine_model(spec, seed)`: FP32, every weight random, norms too (a norm of ones hides a missing norm)."""
+
+    def build(spec: ModelSpec, seed: int = 0) -> Transformer:
+        model = Transformer(spec, torch.float32)
+        initialize(model, seed)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.uniform_(0.5, 1.5, generator=generator)
+        return model
+
+    return build
+
+
+@dataclass(frozen=True)
+class Periodic:
+    model: Transformer
+    follows: list[int]  # token -> the token after it; every cycle has PERIOD tokens
+
+    def run(self, first: int, length: int) -> list[int]:
+        tokens = [first]
+        while len(tokens) < length:
+            tokens.append(self.follows[tokens[-1]])
+        return tokens
+
+
+@pytest.fixture(scope="session")
+def periodic() -> Periodic:
+    """The main model goes round cycles of PERIOD tokens; a draft is right if two votes out of two are.
+
+    The main model looks at its last token only. An MTP module at position i adds up: one vote for the right
+    token from the hidden state; one from what its own attention finds PERIOD - 1 positions back, the embedding
+    of the token given there; and 1.5 votes for a wrong token, from its own embedding. So a draft fails when
+    its hidden state is not what the contract says (the final norm's weights are signs, and the modules'
+    projections undo them), when the embedding is not that of the right token, and when the cache entry of one
+    period ago is missing or stale. Drafts are right from position PERIOD - 1 on.
+    """
+    attention = Mla(
+        num_attention_heads=1, kv_lora_rank=64, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=VOCAB
+    )
+    spec = build_spec(vocab_size=VOCAB, attention=attention, rope_theta=10.0)
+    model = Transformer(spec, torch.float32)
+    initialize(model, 0)
+    follows = [PERIOD * (v // PERIOD) + (v % PERIOD + 1) % PERIOD for v in range(2 * PERIOD)]
+    follows += list(range(2 * PERIOD, VOCAB))
+    signs = torch.randint(0, 2, (2 * VOCAB,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    next_of = torch.eye(VOCAB)[follows].T  # one-hot of v -> one-hot of the token after v
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                parameter.zero_()
+        model.embed_tokens.weight.copy_(torch.eye(VOCAB, 2 * VOCAB))
+        model.norm.weight.copy_(signs)
+        model.head_weight.copy_(torch.eye(VOCAB, 2 * VOCAB)[torch.tensor(follows).argsort()] * signs)
+        for k, module in enumerate(model.mtp):
+            assert isinstance(module, Mtp)
+            _set_module(module, k, next_of, signs)
+    return Periodic(model=model, follows=follows)
+
+
+def _set_module(module: Mtp, depth: int, next_of: Tensor, signs: Tensor) -> None:
+    spec_dim, attention = 2 * VOCAB, module.block.self_attn
+    module.norm.weight.copy_(signs)
+    wrong = torch.linalg.matrix_power(next_of, 2 + 3 * depth)
+    embedding, hidden = torch.zeros(spec_dim, spec_dim), torch.zeros(spec_dim, spec_dim)
+    embedding[EMBEDDED, :VOCAB] = torch.eye(VOCAB)
+    embedding[:VOCAB, :VOCAB] = 1.5 * wrong
+    # Module 0 gets the main model's state (t_i) at twice the size of what module 1 gets (mostly its successor).
+    hidden[:VOCAB, :VOCAB] = next_of
+    weight = torch.cat((embedding, hidden * signs * (1.0 if depth == 0 else 1.4)), dim=1)
+    module.eh_proj.weight.copy_(weight)
+    _attend_one_period_back(attention, next_of)
+
+
+def _attend_one_period_back(attention: torch.nn.Module, next_of: Tensor) -> None:
+    """Query and key are constants, apart by a rotation: the score peaks PERIOD - 1 positions back."""
+    rope, latent = 16, 2 * VOCAB
+    angles = (PERIOD - 1) * 10.0 ** (-torch.arange(rope // 2) / (rope // 2))
+    query = torch.stack((angles.cos(), -angles.sin()), dim=-1).flatten()
+    key = torch.tensor([1.0, 0.0]).repeat(rope // 2)
+    attention.kv_a_proj_with_mqa.weight.zero_()
+    attention.kv_a_proj_with_mqa.weight[:latent] = torch.eye(latent)
+    attention.kv_a_proj_with_mqa.weight[latent:, EMBEDDED] = key[:, None]
+    attention.q_proj.weight.zero_()
+    attention.q_proj.weight[8:, EMBEDDED] = 10.0 * query[:, None]
+    attention.kv_b_proj.weight.zero_()
+    attention.kv_b_proj.weight[8:, EMBEDDED] = next_of.T  # the predecessor, which the head turns round again
+    attention.o_proj.weight.zero_()
+    attention.o_proj.weight[:VOCAB] = 2.1 * torch.eye(VOCAB)  # undoes the norm before it: a vote of 8

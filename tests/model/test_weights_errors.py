@@ -1,0 +1,309 @@
+"""Every way a checkpoint can be broken: one ValueError that names file and tensor, and a model left alone."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dovetail.model.inventory import INDEX
+from dovetail.model.transformer import Transformer
+from dovetail.model.weights import export_hf, import_hf, load_into
+from dovetail.spec.model import ModelSpec
+
+Change = Callable[[dict[str, Tensor]], object]
+DOWN = "model.layers.2.mlp.experts.3.down_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(
+    tmp_path: Path, tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]
+) -> Path:
+    """A sound FP8 checkpoint in several shards."""
+    spec = tiny_spec()
+    export_hf(random_model(spec), spec, tmp_path / "hf", fp8=True, max_shard_bytes=30_000)
+    return tmp_path / "hf"
+
+
+def shard_of(checkpoint: Path, name: str) -> Path:
+    return checkpoint / json.loads((checkpoint / INDEX).read_text())["weight_map"][name]
+
+
+def rewrite(checkpoint: Path, name: str, change: Change) -> Path:
+    """Apply `change` to the tensors of the shard that holds `name`, and let the index agree."""
+    path = shard_of(checkpoint, name)
+    before = load_file(path)
+    tensors = {key: tensor.clone() for key, tensor in before.items()}
+    change(tensors)
+    save_file(tensors, path)
+    index = json.loads((checkpoint / INDEX).read_text())
+    for key in before.keys() - tensors.keys():
+        del index["weight_map"][key]
+    index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    return path
+
+
+def refused(checkpoint: Path, *parts: str, mtp: str = "require") -> str:
+    with pytest.raises(ValueError) as raised:
+        import_hf(checkpoint, dtype=torch.float32, mtp=mtp)
+    message = str(raised.value)
+    for part in parts:
+        assert part in message, message
+    assert "\n" not in message
+    return message
+
+
+def test_sound_checkpoint_loads(checkpoint: Path) -> None:
+    import_hf(checkpoint)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 5000])
+def test_truncated_shard_names_the_tensor_that_is_cut(checkpoint: Path, num_bytes: int) -> None:
+    path = shard_of(checkpoint, DOWN)
+    whole = path.read_bytes()
+    header = json.loads(whole[8 : 8 + struct.unpack("<Q", whole[:8])[0]])
+    header.pop("__metadata__")
+    path.write_bytes(whole[:-num_bytes])
+    size = len(whole) - num_bytes - 8 - struct.unpack("<Q", whole[:8])[0]
+    cut = min(
+        (field["data_offsets"][1], name) for name, field in header.items() if field["data_offsets"][1] > size
+    )
+    refused(checkpoint, str(path), "truncated", cut[1], str(len(whole) - num_bytes))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 100])
+def test_shard_cut_inside_its_header_is_named(checkpoint: Path, keep: int) -> None:
+    path = shard_of(checkpoint, DOWN)
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(checkpoint, str(path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"x" * 500, struct.pack("<Q", 10) + b"not a json", struct.pack("<Q", 2) + b"[]"]
+)
+def test_file_that_is_not_safetensors_is_named(checkpoint: Path, content: bytes) -> None:
+    path = shard_of(checkpoint, DOWN)
+    path.write_bytes(content)
+    refused(checkpoint, str(path))
+
+
+def test_header_whose_sizes_disagree_is_refused(checkpoint: Path) -> None:
+    path = shard_of(checkpoint, DOWN)
+    content = path.read_bytes().replace(b'"shape":[32,16]', b'"shape":[16,16]', 1)
+    path.write_bytes(content)
+    refused(checkpoint, str(path), "bytes")
+
+
+def test_overlapping_tensors_are_refused_with_the_file(checkpoint: Path) -> None:
+    path = shard_of(checkpoint, DOWN)
+    whole = path.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    names = [name for name in header if header[name].get("shape") == [32, 16]]
+    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + whole[8 + length :])
+    refused(checkpoint, str(path))
+
+
+def test_missing_tensor_is_named_with_its_shape(checkpoint: Path) -> None:
+    rewrite(checkpoint, DOWN, lambda tensors: [tensors.pop(DOWN), tensors.pop(DOWN + "_scale_inv")])
+    refused(checkpoint, str(checkpoint), DOWN, "[32, 16]", "missing")
+
+
+def test_misspelt_tensor_is_missing_with_the_near_name(checkpoint: Path) -> None:
+    norm = "model.layers.1.self_attn.kv_a_layernorm.weight"
+    typo = norm.replace("layernorm", "layer_norm")
+    rewrite(checkpoint, norm, lambda tensors: tensors.update({typo: tensors.pop(norm)}))
+    refused(checkpoint, repr(norm), "missing", typo)
+
+
+def test_unexpected_tensor_is_named_with_near_names(checkpoint: Path) -> None:
+    extra = "model.layers.1.self_attn.kv_b_projj.weight"
+    path = rewrite(checkpoint, DOWN, lambda tensors: tensors.update({extra: torch.zeros(2, 2)}))
+    refused(checkpoint, str(path), extra, "unexpected", "model.layers.1.self_attn.kv_b_proj.weight")
+
+
+def test_layer_past_the_last_mtp_module_is_unexpected(checkpoint: Path) -> None:
+    extra = "model.layers.4.input_layernorm.weight"
+    rewrite(checkpoint, DOWN, lambda tensors: tensors.update({extra: torch.zeros(32)}))
+    refused(checkpoint, extra, "unexpected")
+
+
+def test_scale_of_a_weight_that_is_not_fp8_is_unexpected(checkpoint: Path) -> None:
+    rewrite(checkpoint, DOWN, lambda tensors: tensors.update({DOWN: tensors[DOWN].float()}))
+    refused(checkpoint, DOWN + "_scale_inv", "unexpected")
+
+
+def test_wrong_shape_names_both_shapes(checkpoint: Path) -> None:
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    path = rewrite(checkpoint, norm, lambda tensors: tensors.update({norm: torch.ones(33)}))
+    refused(checkpoint, str(path), norm, "[33]", "[32]")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spelling"), [(torch.int32, "I32"), (torch.uint8, "U8"), (torch.float8_e5m2, "F8_E5M2")]
+)
+def test_wrong_dtype_family_is_named(checkpoint: Path, dtype: torch.dtype, spelling: str) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    path = rewrite(checkpoint, name, lambda tensors: tensors.update({name: torch.zeros(8, 32).to(dtype)}))
+    refused(checkpoint, str(path), name, spelling, "F32")
+
+
+def test_fp8_vector_is_a_wrong_dtype(checkpoint: Path) -> None:
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    rewrite(checkpoint, norm, lambda tensors: tensors.update({norm: torch.ones(32).to(torch.float8_e4m3fn)}))
+    refused(checkpoint, norm, "F8_E4M3")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_types_are_read(checkpoint: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.1.mlp.gate.weight"
+    half = torch.full((8, 32), 0.5)
+    rewrite(checkpoint, name, lambda tensors: tensors.update({name: half.to(dtype)}))
+    loaded = import_hf(checkpoint)[0].state_dict()
+    assert torch.equal(loaded["layers.1.mlp.gate.weight"], half)
+
+
+def test_missing_scale_names_weight_and_scale(checkpoint: Path) -> None:
+    path = rewrite(checkpoint, DOWN, lambda tensors: tensors.pop(DOWN + "_scale_inv"))
+    refused(checkpoint, str(path), repr(DOWN), repr(DOWN + "_scale_inv"), "missing")
+
+
+def test_scale_of_the_wrong_shape_is_named(checkpoint: Path) -> None:
+    scale = DOWN + "_scale_inv"
+    path = rewrite(checkpoint, scale, lambda tensors: tensors.update({scale: torch.ones(2, 1)}))
+    refused(checkpoint, str(path), scale, "[2, 1]", "[1, 1]")
+
+
+def test_scale_that_is_not_finite_is_named(checkpoint: Path) -> None:
+    scale = DOWN + "_scale_inv"
+    path = rewrite(checkpoint, scale, lambda tensors: tensors[scale].fill_(torch.nan))
+    refused(checkpoint, str(path), scale, "not finite")
+
+
+def test_index_that_names_a_missing_file(checkpoint: Path) -> None:
+    path = shard_of(checkpoint, DOWN)
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    path.unlink()
+    first = next(name for name, file in weight_map.items() if file == path.name)
+    refused(checkpoint, INDEX, path.name, first, "missing")
+
+
+def test_index_that_reaches_outside_the_directory(checkpoint: Path) -> None:
+    index = json.loads((checkpoint / INDEX).read_text())
+    index["weight_map"][DOWN] = "../hf/" + index["weight_map"][DOWN]
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    refused(checkpoint, INDEX, DOWN, "../hf/")
+
+
+def test_index_and_shard_that_disagree(checkpoint: Path) -> None:
+    index = json.loads((checkpoint / INDEX).read_text())
+    shard = index["weight_map"].pop(DOWN)
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    refused(checkpoint, shard, DOWN, "no file")
+    index["weight_map"] |= {DOWN: shard, "model.phantom": shard}
+    (checkpoint / INDEX).write_text(json.dumps(index))
+    refused(checkpoint, shard, "model.phantom")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}']
+)
+def test_broken_index_is_named(checkpoint: Path, content: str) -> None:
+    (checkpoint / INDEX).write_text(content)
+    refused(checkpoint, str(checkpoint / INDEX))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+def test_broken_config_is_named(checkpoint: Path, content: str) -> None:
+    (checkpoint / "config.json").write_text(content)
+    refused(checkpoint, str(checkpoint / "config.json"))
+
+
+def test_directory_that_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "nowhere", "not a directory")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "not a checkpoint directory", "nothing")
+    (tmp_path / "empty" / "README.md").write_text("x")
+    refused(tmp_path / "empty", "README.md")
+    (tmp_path / "empty" / "config.json").write_text((checkpoint / "config.json").read_text())
+    refused(tmp_path / "empty", "model.safetensors", INDEX)
+
+
+def test_other_quantisations_are_refused(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    for quantization in ({"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": None}):
+        config["quantization_config"] = quantization
+        (checkpoint / "config.json").write_text(json.dumps(config))
+        refused(checkpoint, "config.json", str(quantization["quant_method"]), "BF16")
+
+
+def without_mtp(checkpoint: Path) -> None:
+    names = [
+        name for name in json.loads((checkpoint / INDEX).read_text())["weight_map"] if ".layers.3." in name
+    ]
+    for name in names:
+        rewrite(checkpoint, name, lambda tensors, name=name: tensors.pop(name))
+
+
+def test_absent_mtp_weights_are_an_error_with_the_remedy_or_dropped(checkpoint: Path) -> None:
+    without_mtp(checkpoint)
+    refused(checkpoint, "model.layers.3.enorm.weight", "num_nextn_predict_layers = 1", 'mtp="drop"')
+    model, spec = import_hf(checkpoint, mtp="drop")
+    assert spec.num_nextn_predict_layers == 0
+    assert not [key for key in model.state_dict() if key.startswith("mtp")]
+
+
+def test_present_mtp_weights_are_dropped_on_request(checkpoint: Path) -> None:
+    full = import_hf(checkpoint)[0].state_dict()
+    model, spec = import_hf(checkpoint, mtp="drop")
+    assert spec.num_nextn_predict_layers == 0
+    assert all(torch.equal(tensor, full[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="unloaded"):
+        load_into(import_hf(checkpoint)[0], checkpoint, mtp="drop")
+
+
+@pytest.mark.parametrize("copy", ["embed_tokens.weight", "shared_head.head.weight"])
+def test_copies_that_differ_are_an_error_and_absent_ones_are_not(checkpoint: Path, copy: str) -> None:
+    name = "model.layers.3." + copy
+    path = rewrite(checkpoint, name, lambda tensors: tensors[name].view(-1)[7].add_(1))
+    refused(checkpoint, str(path), name, "differs", "remove it")
+    rewrite(checkpoint, name, lambda tensors: tensors.pop(name))
+    import_hf(checkpoint)
+
+
+def test_tied_checkpoint_may_store_the_head_if_it_equals_the_embedding(
+    tmp_path: Path, tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]
+) -> None:
+    spec = tiny_spec(tie_word_embeddings=True)
+    export_hf(random_model(spec), spec, tmp_path / "hf")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    import_hf(tmp_path / "hf")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    refused(tmp_path / "hf", "lm_head.weight", "differs")
+
+
+def test_failed_load_leaves_the_model_alone(
+    checkpoint: Path, tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]
+) -> None:
+    model = random_model(tiny_spec(), seed=3)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    name = "model.layers.3.embed_tokens.weight"
+    rewrite(checkpoint, name, lambda tensors: tensors[name].add_(1))
+    with pytest.raises(ValueError, match="differs"):
+        load_into(model, checkpoint)
+    path = shard_of(checkpoint, DOWN)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="truncated"):
+        load_into(model, checkpoint)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())

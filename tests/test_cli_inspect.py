@@ -1,0 +1,104 @@
+"""The command line of what needs no torch: verbs, streams, exit codes, start-up time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dovetail
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    source = str(Path(dovetail.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": source, "COLUMNS": "100"}
+    command = [sys.executable, "-m", "dovetail", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("verb", [(), ("inspect",), ("reproduce",)])
+def test_help_answers_in_half_a_second(verb: tuple[str, ...]) -> None:
+    seconds = []
+    for _ in range(5):  # the best of five: the machine may be busy
+        start = time.perf_counter()
+        done = run(*verb, "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "Usage:" in done.stdout
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_nothing_here_loads_torch() -> None:
+    modules = "dovetail.cli, dovetail.reproduce.tables, dovetail.cost.inspect, dovetail.cost.memory"
+    code = f"import sys, dovetail, {modules}"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}; dovetail.load_model('1b'); dovetail.ModelSpec; assert 'torch' not in sys.modules",
+        ],
+        env={**os.environ, "PYTHONPATH": str(Path(dovetail.__file__).parents[1])},
+        check=False,
+    )
+    assert done.returncode == 0
+
+
+def test_inspect_prints_a_table_and_json() -> None:
+    table = run("inspect", "deepseek-v3")
+    assert table.returncode == 0 and table.stderr == ""
+    assert "671,026,419,200" in table.stdout and "70,272 B" in table.stdout
+    record = json.loads(run("inspect", "deepseek-v3", "--json").stdout)
+    assert record["parameters"]["active"] == 36_625_618_432
+    assert record["cache_bytes"] == 70_272
+
+
+def test_unread_keys_go_to_stderr(tmp_path: Path) -> None:
+    spec = dovetail.load_model("quickstart")
+    (tmp_path / "config.json").write_text(json.dumps({**spec.to_hf(), "index_topk": 4}), encoding="utf-8")
+    done = run("inspect", str(tmp_path))
+    assert done.returncode == 0
+    assert "index_topk" in done.stderr and "index_topk" not in done.stdout
+
+
+def test_reproduce_prints_both_columns_and_the_contradictions() -> None:
+    done = run("reproduce", "table2")
+    assert done.returncode == 0
+    assert "250.456" in done.stdout and "the paper is inconsistent" in done.stdout
+    assert json.loads(run("reproduce", "table1", "--json").stdout)["is_reproduced"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ("inspect", "deepsek-v3"),
+            1,
+            "dovetail: deepsek-v3: no such preset or file; did you mean deepseek-v3",
+        ),
+        (("inspect", "quickstart", "--context", "0"), 1, "dovetail: context = 0"),
+        (("reproduce", "table9"), 1, "dovetail: no table 'table9'"),
+        (("inspect",), 2, "Missing argument"),
+        (("inspect", "quickstart", "--context", "many"), 2, "--context"),
+        (("inspekt",), 2, "inspekt"),
+    ],
+)
+def test_mistakes_are_said_on_stderr_without_a_traceback(
+    arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = run(*arguments)
+    assert done.returncode == code and done.stdout == ""
+    assert message in done.stderr and "Traceback" not in done.stderr
+    if code == 1:
+        assert done.stderr.count("\n") == 1
+
+
+def test_root_exports() -> None:
+    assert dovetail.__version__
+    assert dovetail.ModelSpec is dovetail.load_model("quickstart").__class__
+    assert {"LLM", "Tokenizer", "Transformer"} <= set(dir(dovetail))
+    with pytest.raises(AttributeError, match="no attribute 'Modelspec'"):
+        _ = dovetail.Modelspec
