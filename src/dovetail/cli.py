@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +60,91 @@ def reproduce(
         print(*tables.printed_notes(result), sep="\n")
     if not result.is_reproduced:
         raise ValueError(f"{table}: a row that the paper prints did not come out; see the table")
+
+
+@app.command()
+def quickstart(
+    minutes: Annotated[float, typer.Option(min=0.7, help="Wall-clock minutes for everything.")] = 5.0,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run [default: quickstart-<minutes>min].")] = None,
+) -> None:
+    """Train on Python's own library, evaluate, export, generate; the same command goes on after a stop."""
+    from dovetail.quickstart import quickstart as stages
+
+    for title, rows in stages(out or Path(f"quickstart-{minutes:g}min"), minutes):
+        print_table(f"\n{title}", ("",) * max(map(len, rows)), rows)
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+    change: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as train.steps=200.")] = None,
+) -> None:
+    """Train from a run file, or go on where the run was stopped."""
+    from dovetail.config import load
+    from dovetail.train.loop import train as run_training
+    from dovetail.train.run import RunConfig
+
+    state = run_training(load(run, RunConfig, change or ()))
+    print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to complete; may be given several times.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely that add up to p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop those below this share of the most likely.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    speculate: Annotated[int, typer.Option(min=0, help="MTP drafts per step; changes only the speed.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Complete prompts with a trained model."""
+    from dovetail.engine.llm import LLM
+    from dovetail.engine.sampler import SamplingParams
+
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_tokens": max_tokens}
+    params = [SamplingParams(**settings, stop=stop or (), seed=seed + i) for i in range(len(prompt))]
+    completions = LLM.load(checkpoint).generate(prompt, params, speculate)
+    if as_json:
+        print_json([asdict(completion) for completion in completions])
+        return
+    for text, completion in zip(prompt, completions, strict=True):
+        print(text + completion.text)
+    print(*(completion.statistics.summary() for completion in completions), sep="\n", file=sys.stderr)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="The directory of a training run, or a Hugging Face checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write, in the Hugging Face layout.")],
+    fp8: Annotated[bool, typer.Option(help="Quantise to E4M3 with 128x128 blocks, as published.")] = False,
+    ema: Annotated[bool, typer.Option(help="Of a run, the moving average of the weights.")] = False,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, in GB.")] = 5.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Write weights in the Hugging Face layout, and say which engines' kernels take the shape."""
+    from dovetail import convert
+
+    for line in convert.export(checkpoint, out, convert.ExportOptions(fp8, ema, shard_gb * 1e9, overwrite)):
+        print(line)
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout, FP8 or not.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write: the same in BF16, checked tensor by tensor.")],
+    drop_mtp: Annotated[bool, typer.Option(help="Go on without MTP tensors that the config asks for.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Read a published checkpoint, dequantise it, and keep it where `generate` and `train` find it."""
+    from dovetail import convert
+
+    for line in convert.import_(hf_dir, out, drop_mtp, overwrite):
+        print(line)
 
 
 def print_json(record: Any) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import platform
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_fp8_checkpoint_on_disk_is_the_published_one(
     export_hf(random_model(spec, dtype=torch.bfloat16), spec, tmp_path / "out", fp8=True)
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         found = {}
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             part = file.get_slice(name)
             found[name] = (tuple(part.get_shape()), part.get_dtype())
     assert found == {name: (shape, dtype) for name, shape, dtype in published_tensors(spec, fp8=True)}
@@ -396,13 +397,27 @@ def test_interrupt_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_export_left_is_removed_by_the_next(
+    tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory
+) -> None:
+    stem = f".out.partial-{platform.node()}-"
+    dead, alive = tmp_path / f"{stem}{2**30}", tmp_path / f"{stem}{os.getppid()}"  # no pid reaches 2^30
+    other = tmp_path / f".outer.partial-{platform.node()}-{2**30}"
+    for directory in (dead, alive, other):
+        directory.mkdir()
+        (directory / "model.safetensors").write_bytes(b"half")
+    spec = tiny_spec()
+    export_hf(random_model(spec), spec, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "out"])
+
+
 def test_model_that_does_not_fit_the_spec_is_refused(
     tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory
 ) -> None:
     model = random_model(tiny_spec())
     for changes, message in (
-        ({"num_nextn_predict_layers": 2}, "the model has no 'mtp.1.enorm.weight'"),
-        ({"num_nextn_predict_layers": 0}, "no place for the model's 'mtp.0"),
+        ({"num_nextn_predict_layers": 2}, r"the model has no 'mtp\.1\.enorm\.weight'"),
+        ({"num_nextn_predict_layers": 0}, r"no place for the model's 'mtp\.0"),
         ({"moe_intermediate_size": 24}, r"experts.*\[16, 32\].*\[24, 32\]"),
         ({"moe_intermediate_size": 8}, r"experts.*\[16, 32\].*\[8, 32\]"),  # would fit, were rows only sliced
         ({"n_routed_experts": 16}, r"gate.*\[8, 32\].*\[16, 32\]"),

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from dovetail.text.tokenizer import DEEPSEEK_PATTERN, EOS, SOURCE_PATTERN, SPECIAL_TOKENS, Tokenizer
-
-
 
 FULL_WIDTH = {role: f"<\uff5c{name}\uff5c>" for role, name in {
     "bos": "begin\u2581of\u2581sentence", "eos": "end\u2581of\u2581sentence",
@@ -26,7 +25,9 @@ def test_special_ids_come_first_in_the_published_order(tokenizer: Tokenizer) -> 
 
 
 @settings(deadline=None, max_examples=60)
-@given(text=st.text() | st.text("\u00e9\u6f22\U0001f389 \t\r\n():.,'\"aZ_09\x00\x7f\u0301\u200d", max_size=60))
+@given(
+    text=st.text() | st.text("\u00e9\u6f22\U0001f389 \t\r\n():.,'\"aZ_09\x00\x7f\u0301\u200d", max_size=60)
+)
 def test_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -40,7 +41,9 @@ def test_bytes_come_back_exactly(tokenizer: Tokenizer, data: bytes) -> None:
 def test_every_byte_has_a_token(tokenizer: Tokenizer) -> None:
     data = bytes(range(256))
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
-    assert all(tokenizer.decode_bytes(tokenizer.encode_bytes(bytes([b, 0xFF]))) == bytes([b, 0xFF]) for b in data)
+    assert all(
+        tokenizer.decode_bytes(tokenizer.encode_bytes(bytes([b, 0xFF]))) == bytes([b, 0xFF]) for b in data
+    )
 
 
 def test_batch_is_each_text_alone(tokenizer: Tokenizer, source: str) -> None:
@@ -86,14 +89,23 @@ def test_training_does_not_depend_on_the_process(source: str, tokenizer: Tokeniz
         "import inspect, textwrap; from dovetail.text.tokenizer import Tokenizer; "
         "print(Tokenizer.train([inspect.getsource(textwrap)], 512).fingerprint)"
     )
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
+        "PYTHONHASHSEED": "7",
+        "RAYON_NUM_THREADS": "1",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == tokenizer.fingerprint
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     for path in (tmp_path / "out", tmp_path / "out" / "tokenizer.json", str(tmp_path / "out")):
         loaded = Tokenizer.load(path)
         assert loaded.fingerprint == tokenizer.fingerprint
@@ -118,7 +130,8 @@ def test_failed_save_leaves_the_old_file(
 
 
 def test_transformers_loads_it(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (0, 1, 512)
@@ -129,13 +142,16 @@ def test_transformers_loads_it(tokenizer: Tokenizer, source: str, tmp_path: Path
     assert theirs.encode("ab") == [0, *tokenizer.encode("ab")]
 
 
-def published(path: Path, special: list[str], others: list[str] = []) -> None:
+def published(path: Path, special: list[str], others: Sequence[str] = ()) -> None:
     """A byte-level tokenizer.json as others publish it, without our names."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator(["hello world, hello there"], trainer)
     backend.add_tokens([AddedToken(text, special=False) for text in others])
@@ -145,7 +161,13 @@ def published(path: Path, special: list[str], others: list[str] = []) -> None:
 def test_deepseek_spellings_are_found(tmp_path: Path) -> None:
     published(tmp_path / "tokenizer.json", list(FULL_WIDTH.values()), ["<think>"])
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.bos_id, loaded.eos_id, loaded.fim_begin, loaded.fim_hole, loaded.fim_end) == (0, 1, 2, 3, 4)
+    assert (loaded.bos_id, loaded.eos_id, loaded.fim_begin, loaded.fim_hole, loaded.fim_end) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
     think = loaded.encode("<think>hi")
     assert think[0] == loaded.vocab_size - 1
     assert loaded.decode([*think, 1]) == "<think>hi"
@@ -154,7 +176,13 @@ def test_deepseek_spellings_are_found(tmp_path: Path) -> None:
 def test_missing_special_tokens_are_none(tmp_path: Path) -> None:
     published(tmp_path / "tokenizer.json", ["<|fim_prefix|>", "<|endoftext|>"])
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.bos_id, loaded.eos_id, loaded.fim_begin, loaded.fim_hole, loaded.fim_end) == (None, 1, 0, None, None)
+    assert (loaded.bos_id, loaded.eos_id, loaded.fim_begin, loaded.fim_hole, loaded.fim_end) == (
+        None,
+        1,
+        0,
+        None,
+        None,
+    )
     loaded.save(tmp_path / "again")
     assert "bos_token" not in json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
     assert Tokenizer.load(tmp_path / "again").bos_id is None
@@ -177,7 +205,7 @@ def test_gaps_in_the_ids_count_for_the_embedding(tmp_path: Path) -> None:
 
 
 def test_too_small_a_vocabulary() -> None:
-    with pytest.raises(ValueError, match="vocab_size 260 .* at least 261"):
+    with pytest.raises(ValueError, match=r"vocab_size 260 .* at least 261"):
         Tokenizer.train(["abc"], 260)
     assert Tokenizer.train(["abc"], 261).vocab_size == 261
     assert Tokenizer.train([], 300).decode(Tokenizer.train([], 300).encode("any\u00e9")) == "any\u00e9"

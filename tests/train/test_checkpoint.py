@@ -127,7 +127,9 @@ def test_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_rewound_run_keeps_its_own_newest(tmp_path: Path) -> None:
     write(tmp_path, [10, 20, 30])
-    write(tmp_path, [12, 14], keep=2)  # a count over all steps would keep 20 and 30 and drop what was just written
+    write(
+        tmp_path, [12, 14], keep=2
+    )  # a count over all steps would keep 20 and 30 and drop what was just written
     assert saved(tmp_path) == ["step-00000012", "step-00000014", "step-00000020", "step-00000030"]
     write(tmp_path, [20], keep=2)
     assert saved(tmp_path) == ["step-00000014", "step-00000020", "step-00000030"]
@@ -161,7 +163,9 @@ def flip_a_bit(path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not readable"),
     ],
 )
-def test_damage_is_named_and_passed_over(tmp_path: Path, harm: Callable[[Path], object], problem: str) -> None:
+def test_damage_is_named_and_passed_over(
+    tmp_path: Path, harm: Callable[[Path], object], problem: str
+) -> None:
     write(tmp_path, [10, 20])
     harm(tmp_path / "step-00000020")
     with pytest.warns(UserWarning, match=f"step-00000020: damaged checkpoint passed over .{problem}"):
@@ -190,7 +194,10 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         (lambda state: state.pop("empty"), "1 tensors are not in the state: empty"),
         (lambda state: state.update(ema=torch.zeros(2)), "1 tensors are not in the checkpoint: ema"),
         (lambda state: state.update(bits=torch.zeros(5)), r"bits is \[4\] torch.float32 .* \[5\]"),
-        (lambda state: state.update(bits=torch.zeros(4).bfloat16()), "float32 in the checkpoint and .*bfloat16"),
+        (
+            lambda state: state.update(bits=torch.zeros(4).bfloat16()),
+            "float32 in the checkpoint and .*bfloat16",
+        ),
     ],
 )
 def test_another_model_is_refused(tmp_path: Path, change: Callable[[Any], object], problem: str) -> None:
@@ -232,7 +239,9 @@ def test_full_disk_is_reported_once_and_harms_nothing(tmp_path: Path) -> None:
     with closing(Checkpointer(tmp_path)) as checkpointer:
         with largest_file(1000):
             failed = checkpointer.save(20, make_state(20), {"step": 20})
-            with pytest.raises(CheckpointError, match=r"step-00000020: checkpoint not written: .*File too large"):
+            with pytest.raises(
+                CheckpointError, match=r"step-00000020: checkpoint not written: .*File too large"
+            ):
                 checkpointer.save(30, make_state(30), {"step": 30})
             assert failed.done() and saved(tmp_path) == ["step-00000010"]
             with pytest.raises(CheckpointError, match="untouched"):
@@ -344,14 +353,19 @@ def save_as_rank(rank: int, root: Path, answers: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
-    state = {"sharded": distribute_tensor(torch.arange(12.0).view(6, 2), mesh, [Shard(0)]), "same": torch.ones(3)}
+    state = {
+        "sharded": distribute_tensor(torch.arange(12.0).view(6, 2), mesh, [Shard(0)]),
+        "same": torch.ones(3),
+    }
     checkpointer = Checkpointer(root / "run")
     save = checkpointer.save(10, state, {"ranks": 2})
     dist.all_reduce(torch.ones(1))  # the step goes on, with collectives of its own
     path = save.wait()
     with largest_file(1000 if rank == 1 else 1 << 30):  # one rank's disk is full: all hear of it
         try:
-            checkpointer.save(20, {**state, "large": distribute_tensor(torch.ones(5000), mesh, [Shard(0)])}).wait()
+            checkpointer.save(
+                20, {**state, "large": distribute_tensor(torch.ones(5000), mesh, [Shard(0)])}
+            ).wait()
         except CheckpointError as error:
             answers.put((rank, "rank 1: OSError" in str(error)))
     loaded = {"sharded": distribute_tensor(torch.zeros(6, 2), mesh, [Shard(0)]), "same": torch.zeros(3)}

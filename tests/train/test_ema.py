@@ -13,7 +13,12 @@ from dovetail.train.ema import Ema
 def make_weights() -> dict[str, Tensor]:
     torch.manual_seed(0)
     # Large and odd enough that torch splits the work over its threads.
-    return {"large": torch.randn(70_001), "matrix": torch.randn(33, 65), "one": torch.randn(()), "none": torch.zeros(0)}
+    return {
+        "large": torch.randn(70_001),
+        "matrix": torch.randn(33, 65),
+        "one": torch.randn(()),
+        "none": torch.zeros(0),
+    }
 
 
 def change(weights: dict[str, Tensor], step: int) -> None:
@@ -42,7 +47,9 @@ def test_average_is_the_formula() -> None:
         change(weights, step)
         ema.update()
         decay = min(0.6, (1 + step) / (10 + step))
-        expected = {name: decay * each + (1 - decay) * weights[name].double() for name, each in expected.items()}
+        expected = {
+            name: decay * each + (1 - decay) * weights[name].double() for name, each in expected.items()
+        }
     ema.finish()
     assert int(ema.num_updates) == 20
     for name, average in ema.average.items():
@@ -147,7 +154,10 @@ def test_an_error_in_the_thread_is_raised() -> None:
     ("make", "message"),
     [
         (lambda: Ema(make_weights(), decay=1.0), "decay = 1.0"),
-        (lambda: Ema({"gate": torch.zeros(2).bfloat16()}, decay=0.9), "gate is torch.bfloat16: average the FP32"),
+        (
+            lambda: Ema({"gate": torch.zeros(2).bfloat16()}, decay=0.9),
+            "gate is torch.bfloat16: average the FP32",
+        ),
     ],
 )
 def test_mistakes_are_named(make: Callable[[], Ema], message: str) -> None:

@@ -86,7 +86,9 @@ def test_v2_decays_in_two_steps(
     assert rate(name, fraction=0.9 - 1e-9) == pytest.approx(0.316 * peak, rel=1e-12)
     assert rate(name, fraction=0.9) == pytest.approx(0.316**2 * peak, rel=1e-12)
     schedule = load_schedule(name)
-    assert [values(schedule, Progress(tokens=tokens)).batch_size for tokens, _ in batches] == [b for _, b in batches]
+    assert [values(schedule, Progress(tokens=tokens)).batch_size for tokens, _ in batches] == [
+        b for _, b in batches
+    ]
     assert values(schedule, Progress()).gamma == values(schedule, Progress()).mtp_weight == 0.0
     assert (schedule.total_tokens, schedule.sequence_length) == (total, 4096)
 
@@ -121,7 +123,9 @@ def test_with_peak_scales_everything() -> None:
     batch = with_peak(load_schedule("deepseek-v3").batch_size, 40)
     assert (batch.start, [segment.value for segment in batch.segments]) == (8.0, [40.0, 40.0])
     lr = with_peak(load_schedule("deepseek-v3").learning_rate, 3e-3)
-    assert [segment.value for segment in lr.segments] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4, 3e-3 * 7.3e-6 / 2.2e-4])
+    assert [segment.value for segment in lr.segments] == pytest.approx(
+        [3e-3, 3e-3, 3e-4, 3e-4, 3e-3 * 7.3e-6 / 2.2e-4]
+    )
     with pytest.raises(ValueError, match="zero throughout"):
         with_peak(load_schedule("deepseek-v2").gamma, 1.0)
 
@@ -134,7 +138,10 @@ def test_short_preset_is_fractions_only() -> None:
     assert value(learning_rate, Progress(fraction=0.51)) == pytest.approx((3e-3 + 3e-4) / 2)
     assert value(learning_rate, Progress(fraction=1.0)) == pytest.approx(3e-4)
     assert value(learning_rate, Progress(fraction=1.5)) == pytest.approx(3e-4)
-    first, last = values(short, Progress(step=7, tokens=T)), values(short, Progress(step=7, tokens=T, fraction=0.99))
+    first, last = (
+        values(short, Progress(step=7, tokens=T)),
+        values(short, Progress(step=7, tokens=T, fraction=0.99)),
+    )
     assert (first.gamma, first.mtp_weight, last.gamma, last.mtp_weight) == (0.001, 0.3, 0.0, 0.1)
     assert as_fractions(short) == short
 
@@ -143,14 +150,19 @@ def test_batch_sizes_are_positive_multiples() -> None:
     schedule = TrainingSchedule(
         source="test",
         learning_rate=Schedule(segments=(Segment(value=1.0),)),
-        batch_size=Schedule(start=1, segments=(Segment(shape="linear", value=33, tokens=32), Segment(value=33))),
+        batch_size=Schedule(
+            start=1, segments=(Segment(shape="linear", value=33, tokens=32), Segment(value=33))
+        ),
     )
-    sizes = [values(schedule, Progress(tokens=tokens), batch_multiple=8).batch_size for tokens in (0, 5, 12, 31, 99)]
+    sizes = [
+        values(schedule, Progress(tokens=tokens), batch_multiple=8).batch_size
+        for tokens in (0, 5, 12, 31, 99)
+    ]
     assert sizes == [8, 8, 16, 32, 32]
 
 
 def test_schedules_survive_toml(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    assert schedule_names() == ["deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "short"]
+    assert {"deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "short"} <= set(schedule_names())
     for name in schedule_names():
         path = tmp_path / "run.toml"
         path.write_text(dump(load_schedule(name)), encoding="utf-8")
@@ -165,7 +177,10 @@ def test_schedules_survive_toml(tmp_path) -> None:  # type: ignore[no-untyped-de
         ([{"value": 1}, {"value": 2}], "segment 0 has no end but is not the last"),
         ([{"value": 1, "steps": 3, "tokens": 4}, {"value": 1}], "ends at one of"),
         ([{"value": 1, "tokens": 9}, {"value": 1, "tokens": 9}, {"value": 1}], "not after 9"),
-        ([{"value": 1, "steps": 9}, {"value": 1, "shape": "cosine", "tokens": 9}, {"value": 1}], "boundary in steps"),
+        (
+            [{"value": 1, "steps": 9}, {"value": 1, "shape": "cosine", "tokens": 9}, {"value": 1}],
+            "boundary in steps",
+        ),
         ([{"value": 1, "shape": "linear"}], "add a constant one"),
         ([{"value": 1, "fraction": 1.1}, {"value": 1}], "less than or equal to 1"),
         ([{"value": 1, "step": 3}, {"value": 1}], "Extra inputs"),

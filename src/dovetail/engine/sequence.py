@@ -30,6 +30,11 @@ class Statistics:
         """Share of drafts accepted; 0 if none were made."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
+    def summary(self) -> str:
+        """One line for a person."""
+        parts = f"prompt {self.prefill_seconds:.2f} s, {self.steps} steps in {self.decode_seconds:.2f} s"
+        return f"{parts}, {self.acceptance:.0%} of {self.drafted} drafts accepted" if self.drafted else parts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:

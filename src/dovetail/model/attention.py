@@ -73,6 +73,7 @@ class _BlockAttention(torch.autograd.Function):
         flat_q, flat_k, flat_v = (x.reshape(*shape, x.shape[-1]) for x in (q, k, v))
         output = torch.empty_like(flat_v)
         log_sum = torch.empty(shape, dtype=torch.float32)
+        first = first.contiguous()
         for start, stop in _blocks(shape[1]):
             scores = torch.bmm(flat_q[:, start:stop], flat_k[:, :stop].transpose(1, 2))
             attention_numba.softmax(scores, start, scale, first, log_sum)
@@ -99,6 +100,8 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of flat q, k, v [B*H, T, .]; several blocks of queries add into FP32 for k and v."""
     length = q.shape[1]
+    if length == 0:
+        return q.clone(), k.clone(), v.clone()
     grad_q = torch.empty_like(q)
     grad_k = grad_v = None
     for start, stop in _blocks(length):

@@ -1,14 +1,15 @@
 """A directory that appears whole or not at all: filled beside its target, synced, then renamed.
 
 An existing target is replaced only where asked, and only if it is a checkpoint directory. A process killed
-outright can leave a hidden `.NAME.partial-PID` (or, between the two renames of an overwrite, the former
-target as `.NAME.old-PID`) beside the target, never a partial target.
+outright can leave a hidden `.NAME.partial-HOST-PID` beside the target, never a partial target; the next one
+to write there removes it. Between the two renames of an overwrite the former target is `.NAME.old-PID`.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +32,11 @@ def new_directory(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Pat
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
         raise _disk_full(target, f"needs {num_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    stem = f".{target.name}.partial-{platform.node()}-"
+    for stale in target.parent.iterdir():
+        if stale.name.startswith(stem) and not _is_running(stale.name.removeprefix(stem)):
+            shutil.rmtree(stale)
+    partial = target.with_name(stem + str(os.getpid()))
     partial.mkdir()
     try:
         yield partial
@@ -61,6 +65,16 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists and is not empty; choose another, or overwrite it explicitly")
     if not (target / CONFIG).is_file() or not ((target / SINGLE).exists() or (target / INDEX).exists()):
         raise ValueError(f"{target} is not a checkpoint, so it is not overwritten; remove it yourself")
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError, OverflowError):
+        pass
+    return True
 
 
 def _replace(partial: Path, target: Path) -> None:

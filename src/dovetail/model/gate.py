@@ -54,7 +54,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
     scores = logits.sigmoid() if moe.scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
         biased = scores if bias is None else scores + bias
-        if takes(biased):
+        if takes(biased) and biased.dtype == torch.float32:
             expert_ids = gate_numba.select(biased, moe)
         else:
             expert_ids = select(biased, moe)
@@ -76,7 +76,7 @@ def select(biased: Tensor, moe: Moe) -> Tensor:
         kept = worth.sort(dim=-1, descending=True, stable=True).indices[..., : moe.topk_group]
         is_out = torch.ones_like(worth, dtype=torch.bool).scatter(-1, kept, False)
         biased = grouped.masked_fill(is_out[..., None], float("-inf")).flatten(-2)
-    return biased.sort(dim=-1, descending=True, stable=True).indices[..., : moe.num_experts_per_tok]
+    return biased.sort(dim=-1, descending=True, stable=True).indices[..., : moe.num_experts_per_tok].contiguous()
 
 
 def balance_loss(routing: Routing, num_sequences: int, moe: Moe) -> Tensor:

@@ -39,6 +39,7 @@ def split_heads_reference(q: Tensor, kv: Tensor, rope_key: Tensor, cos: Tensor, 
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+        cos, sin = (x.expand(*q.shape[:2], -1).contiguous() for x in (cos, sin))
         ctx.save_for_backward(cos, sin)
         return heads_numba.split(q.contiguous(), kv.contiguous(), rope_key.contiguous(), cos, sin)
 

@@ -12,15 +12,17 @@ Two ways to compute the same thing:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dovetail.model.attention import causal_attention, masked_attention
-from dovetail.model.heads import split_heads
+from dovetail.model.heads import Heads, split_heads
 from dovetail.model.norm import RmsNorm
+from dovetail.model.recompute import Recompute
 from dovetail.model.rope import attention_scale, rotate
 from dovetail.spec.model import Mla, ModelSpec
 
@@ -48,6 +50,11 @@ class Context:
     first: Tensor | None = None  # [B, T] int32: first visible position where documents are kept apart
     cache: LatentCache | None = None
     absorbed: bool = False
+    recompute: Recompute | None = None
+
+    def again(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """function(*inputs); where recompute is on, made again for the backward pass instead of kept."""
+        return function(*inputs) if self.recompute is None else self.recompute.again(function, *inputs)
 
     def visible(self, num_keys: int) -> Tensor:
         """[B, 1, T, S] bool: keys up to the query's own position."""
@@ -82,27 +89,28 @@ class MultiHeadLatentAttention(nn.Module):
         """x [B, T, dim] -> [B, T, dim]; `context` says where the tokens are and what came before."""
         mla = self.mla
         latent, rope_key = self.kv_a_proj_with_mqa(x).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent)
+        latent = context.again(self.kv_a_layernorm, latent)
         rope_key = rotate(rope_key, context.cos, context.sin)
-        q = self.queries(x)
+        low = x if mla.q_lora_rank is None else context.again(self.q_a_layernorm, self.q_a_proj(x))
         if context.cache is not None:
             latent, rope_key = context.cache.update(layer, context.positions, latent, rope_key)
         if context.absorbed:
-            heads = self._absorbed(q, latent, rope_key, context)
+            heads = self._absorbed(self.queries(low), latent, rope_key, context)
         elif latent.shape[1] == x.shape[1]:
-            q, k, v = split_heads(q, self.keys_values(latent), rope_key, context.cos, context.sin)
+            q, k, v = context.again(self._expand, low, latent, rope_key, context.cos, context.sin)
             heads = causal_attention(q, k, v, self.scale, context.first).transpose(1, 2)
         else:
-            heads = self._expanded_over_cache(q, latent, rope_key, context)
+            heads = self._expanded_over_cache(self.queries(low), latent, rope_key, context)
         return self.o_proj(heads.flatten(2))
 
-    def queries(self, x: Tensor) -> Tensor:
-        """Unrotated queries [B, T, H, qk_head_dim]."""
-        if self.mla.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        return q.unflatten(-1, (self.mla.num_attention_heads, self.mla.qk_head_dim))
+    def _expand(self, low: Tensor, latent: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor) -> Heads:
+        """The up-projections: queries, keys and values per head [B, H, T, .]."""
+        return split_heads(self.queries(low), self.keys_values(latent), rope_key, cos, sin)
+
+    def queries(self, low: Tensor) -> Tensor:
+        """Unrotated queries [B, T, H, qk_head_dim] of the compressed ones (of x, where there is no compression)."""
+        up = self.q_proj if self.mla.q_lora_rank is None else self.q_b_proj
+        return up(low).unflatten(-1, (self.mla.num_attention_heads, self.mla.qk_head_dim))
 
     def keys_values(self, latent: Tensor) -> Tensor:
         """[B, S, H, qk_nope_head_dim + v_head_dim]."""

@@ -149,16 +149,21 @@ class _Experts(torch.autograd.Function):
 
 def grouped_linear(rows: Tensor, weights: Tensor, offsets: list[int]) -> Tensor:
     """rows [R, n_in] of expert e times weights[e] [n_out, n_in] transposed -> [R, n_out]."""
-    if rows.dtype == torch.bfloat16:
+    if _is_aligned(rows.dtype, *weights.shape[1:]):
         return F.grouped_mm(rows, weights.transpose(1, 2), offs=_ends(offsets, rows))
     return grouped_linear_reference(rows, weights, offsets)
 
 
 def grouped_outer(left: Tensor, right: Tensor, offsets: list[int]) -> Tensor:
     """left [R, n]^T times right [R, m] for each expert's rows -> [E, n, m]; zero where an expert has none."""
-    if left.dtype == torch.bfloat16:
+    if _is_aligned(left.dtype, left.shape[1], right.shape[1]):
         return F.grouped_mm(left.t(), right, offs=_ends(offsets, left))
     return grouped_outer_reference(left, right, offsets)
+
+
+def _is_aligned(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether grouped_mm takes BF16 matrices with rows of these widths: it wants whole multiples of 16 bytes."""
+    return dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
 
 
 def _ends(offsets: list[int], rows: Tensor) -> Tensor:

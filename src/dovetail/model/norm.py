@@ -27,7 +27,7 @@ class RmsNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if takes(x, weight):
+    if takes(x) and weight.dtype == torch.float32:
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 

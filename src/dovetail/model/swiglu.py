@@ -17,7 +17,10 @@ from dovetail.numerics.cpu_numba import takes
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up [..., 2 * width], gate first -> [..., width]; FP32 inside, rounded once."""
+    """gate_up [..., 2 * width], gate first -> [..., width]; FP32 inside, rounded once.
+
+    Called inside autograd functions, whose backward pass is `swiglu_backward`: on a CPU it records no graph.
+    """
     if takes(gate_up):
         return swiglu_numba.forward(gate_up.contiguous())
     return swiglu_reference(gate_up)
@@ -32,7 +35,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of gate_up, and the recomputed output."""
     if takes(grad, gate_up):
-        return swiglu_numba.backward(grad.contiguous(), gate_up)
+        return swiglu_numba.backward(grad.contiguous(), gate_up.contiguous())
     return swiglu_backward_reference(grad, gate_up)
 
 

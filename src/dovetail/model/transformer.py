@@ -6,6 +6,7 @@ One readable program on one device. Ranks and pages are handed in: a `Dispatcher
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from dovetail.model.gate import Routing
 from dovetail.model.mla import Context, LatentCache, MultiHeadLatentAttention
 from dovetail.model.moe import Dispatcher, LocalDispatcher, MoeMlp
 from dovetail.model.norm import RmsNorm
+from dovetail.model.recompute import Recompute
 from dovetail.model.rope import tables
 from dovetail.model.swiglu import DenseMlp
 from dovetail.spec.model import Mla, ModelSpec
@@ -44,8 +46,8 @@ class Block(nn.Module):
             self.mlp = DenseMlp(spec.hidden_size, spec.intermediate_size, dtype)
 
     def forward(self, x: Tensor, context: Context, dispatcher: Dispatcher, routings: list[Routing]) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, self.layer)
-        normed = self.post_attention_layernorm(x)
+        x = x + self.self_attn(context.again(self.input_layernorm, x), context, self.layer)
+        normed = context.again(self.post_attention_layernorm, x)
         if isinstance(self.mlp, DenseMlp):
             return x + self.mlp(normed)
         output, routing = self.mlp(normed, dispatcher)
@@ -72,9 +74,12 @@ class Mtp(nn.Module):
         self.norm = RmsNorm(dim, eps)
 
     def forward(self, hidden: Tensor, embedding: Tensor, context: Context, dispatcher: Dispatcher) -> Output:
-        joined = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+        joined = self.eh_proj(context.again(self._both, hidden, embedding))
         routings: list[Routing] = []
         return Output(hidden=self.norm(self.block(joined, context, dispatcher, routings)), routings=routings)
+
+    def _both(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        return torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1)
 
 
 class Transformer(nn.Module):
@@ -83,14 +88,16 @@ class Transformer(nn.Module):
         spec: ModelSpec,
         dtype: torch.dtype = torch.bfloat16,
         dispatcher: Dispatcher | None = None,
+        recompute: bool = False,
     ) -> None:
-        """Weights are allocated, not initialised: see `initialize`."""
+        """Weights are allocated, not initialised: see `initialize`. `recompute`: see `model.recompute`."""
         super().__init__()
         if not isinstance(spec.attention, Mla):
             raise ValueError("grouped-query models are described for counting only; dovetail builds MLA models")
         self.spec = spec
         self.mla = spec.attention
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
+        self.recompute = recompute
         layers = spec.num_hidden_layers
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
         self.layers = nn.ModuleList(Block(spec, i, dtype) for i in range(layers))
@@ -114,8 +121,9 @@ class Transformer(nn.Module):
         context = self.context(tokens, positions, document_ids, cache, absorbed)
         routings: list[Routing] = []
         x = self.embed_tokens(tokens)
-        for block in self.layers:
-            x = block(x, context, self.dispatcher, routings)
+        with _saving(context):
+            for block in self.layers:
+                x = block(x, context, self.dispatcher, routings)
         return Output(hidden=self.norm(x), routings=routings)
 
     def mtp_forward(
@@ -130,7 +138,8 @@ class Transformer(nn.Module):
     ) -> Output:
         """MTP module `depth` (0 first) on hidden [B, T, dim] and the token after each position [B, T]."""
         context = self.context(next_tokens, positions, document_ids, cache, absorbed)
-        output: Output = self.mtp[depth](hidden, self.embed_tokens(next_tokens), context, self.dispatcher)
+        with _saving(context):
+            output: Output = self.mtp[depth](hidden, self.embed_tokens(next_tokens), context, self.dispatcher)
         return output
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -155,7 +164,19 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         cos, sin = tables(self.spec, self.mla.qk_rope_head_dim, positions)
         first = None if document_ids is None else document_starts(document_ids)
-        return Context(positions=positions, cos=cos, sin=sin, first=first, cache=cache, absorbed=absorbed)
+        return Context(
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            first=first,
+            cache=cache,
+            absorbed=absorbed,
+            recompute=Recompute() if self.recompute else None,
+        )
+
+
+def _saving(context: Context) -> AbstractContextManager[object]:
+    return nullcontext() if context.recompute is None else context.recompute.hooks()
 
 
 def _head(spec: ModelSpec, dtype: torch.dtype) -> nn.Linear:

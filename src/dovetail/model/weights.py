@@ -265,21 +265,21 @@ def _write_shards(
 
 
 def _shard_tensors(state: Mapping[str, Tensor], group: Sequence[Stored], fp8: Fp8Choice) -> dict[str, Tensor]:
-    # One block for all FP8 data: allocated one by one between the FP32 temporaries of quantising, they would
-    # leave the heap in holes, four times the shard.
-    pool = torch.empty(
-        sum(math.prod(stored.shape) for stored in group if fp8 and stored.is_quantized),
-        dtype=torch.float8_e4m3fn,
-    )
     tensors: dict[str, Tensor] = {}
     for stored in group:
-        for name, tensor in _published(stored, stored_view(state, stored), fp8):
-            if tensor.dtype == torch.float8_e4m3fn:
-                slot, pool = pool[: tensor.numel()], pool[tensor.numel() :]
-                tensors[name] = slot.view(tensor.shape).copy_(tensor)
-            else:
-                # the writer refuses two tensors in the same memory, as a stored copy and its original are
-                tensors[name] = tensor.clone() if stored.copy_of else tensor.contiguous()
+        if fp8 and stored.is_quantized:
+            tensors[stored.name] = torch.empty(stored.shape, dtype=torch.float8_e4m3fn)
+            tensors[stored.name + SCALE_SUFFIX] = torch.empty(scale_shape(stored.shape))
+        else:
+            # the writer refuses two tensors in the same memory, as a stored copy and its original are
+            view = stored_view(state, stored)
+            tensors[stored.name] = view.clone() if stored.copy_of else view.contiguous()
+    # A second pass, for nothing may be allocated to stay between the FP32 temporaries of quantising: the heap
+    # would be left in holes several times the size of the shard.
+    for stored in group:
+        if fp8 and stored.is_quantized:
+            for name, tensor in _published(stored, stored_view(state, stored), fp8):
+                tensors[name].copy_(tensor)
     return tensors
 
 

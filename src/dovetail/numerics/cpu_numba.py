@@ -22,9 +22,14 @@ from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
+# One pool of threads means one number of them: OMP_NUM_THREADS, say, counts for both.
+numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
 # Reassociation and fused multiply-add are allowed; NaN and infinity are not assumed away, since the training
 # loop looks for them.
 FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+EXP_ERROR = 2e-7  # relative error of `exp` below, over [-87, 88]
 
 
 def kernel(function: Any) -> Any:
@@ -127,7 +132,7 @@ def exp(x: float) -> float:
 
 @register_jitable(inline="always")
 def ordered(value: float) -> int:
-    """An int32 that orders as FP32 does, NaN above all: integer maxima vectorise, float maxima do not."""
+    """An int32 that orders as FP32 does (a NaN above or below all): integer maxima vectorise, float maxima do not."""
     bits = bits_of(np.float32(value))
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 

@@ -23,7 +23,7 @@ Kind = Literal["linear", "vocabulary", "mixer", "norm", "router"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One published tensor, and the part of our state dict that holds it: `state[key]`, or one expert or half of it."""
+    """One published tensor and what of our state dict holds it: `state[key]`, or one expert or half of it."""
 
     name: str
     shape: tuple[int, ...]

@@ -40,7 +40,6 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "parquet": ("*.parquet",),
     "datasets": ("*",),
 }
-DATA_FILES = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}  # suffix -> builder of `datasets`
 
 
 class DataConfig(BaseModel):
@@ -180,7 +179,8 @@ def read_jsonl(file: SourceFile, text_key: str) -> Iterator[tuple[str, str]]:
     """One document per line; blank lines are nothing."""
     with open(file.path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            line = line.strip()
+            if not line:
                 continue
             where = f"{file.path}, line {number}"
             try:
@@ -214,33 +214,26 @@ def read_parquet(file: SourceFile, text_key: str, skip: Skip) -> Iterator[tuple[
 
 
 def read_dataset(config: DataConfig, skip: Skip) -> Iterator[tuple[str, str]]:
-    """A data set of the Hugging Face `datasets` library: a save_to_disk directory, or data files.
+    """A data set that Hugging Face `datasets` wrote with save_to_disk; of several splits, "train".
 
-    Of a directory with several splits, "train" is taken. Nothing is fetched and no cache is written.
+    Data files are read by kinds "jsonl" and "parquet": `load_dataset` asks a server even for local ones.
     """
     assert config.path is not None
     path = config.path.expanduser()
     datasets = optional_import("datasets", "datasets", f"reading {path} as a data set")
-    if (path / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(path))
-        if "train" not in splits:
-            names = ", ".join(splits)
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        raise ValueError(
+            f"{path}: not a directory that `datasets` wrote with save_to_disk; for data files set "
+            "data.kind to 'jsonl' or 'parquet'"
+        )
+    rows = datasets.load_from_disk(str(path))
+    if isinstance(rows, datasets.DatasetDict):
+        if "train" not in rows:
+            names = ", ".join(rows)
             raise ValueError(f"{path}: splits {names}, none of them 'train'; set data.path to {path}/<split>")
-        rows = splits["train"]
-    elif (path / "state.json").is_file():
-        rows = datasets.load_from_disk(str(path))
-    else:
-        files = [str(file.path) for file in source_files(config) if file.path.suffix in DATA_FILES]
-        builders = {DATA_FILES[Path(file).suffix] for file in files}
-        if len(builders) != 1:
-            raise ValueError(
-                f"{path}: {len(files)} data files of {len(builders)} kinds; set data.path to a directory "
-                f"made by save_to_disk, or to data files of one kind: {', '.join(DATA_FILES)}"
-            )
-        builder = builders.pop()
-        rows = datasets.load_dataset(builder, data_files=files, split="train", streaming=True)
-    check_column(str(path), config.text_key, rows.column_names or [config.text_key])
-    texts = (row.get(config.text_key) for row in rows)
+        rows = rows["train"]
+    check_column(str(path), config.text_key, rows.column_names)
+    texts = (row[config.text_key] for row in rows.select_columns([config.text_key]))
     yield from check_rows(texts, path.name, str(path), config.text_key, skip)
 
 

@@ -53,7 +53,10 @@ def prepare_store(
     fingerprint = store_fingerprint(config, tokenizer, split)
     store_directory = directory / f"{split}-{fingerprint[:16]}"
     if store_directory.exists():
-        return open_store(store_directory, verify)
+        store = open_store(store_directory, verify)
+        if store.index.fingerprint != fingerprint:
+            raise ValueError(f"{store_directory}: holds other text than its name says (renamed?); delete it")
+        return store
     if split == "held_out":
         config = config.model_copy(update={"fim_rate": 0.0, "newline_split_rate": 0.0})
     left_out: Counter[str] = Counter()

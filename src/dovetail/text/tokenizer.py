@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,14 +65,16 @@ KNOWN_SPELLINGS = {
 class Tokenizer:
     """A `tokenizers.Tokenizer` and the ids that the rest of the package asks for; a missing one is None."""
 
-    backend: tokenizers.Tokenizer
+    backend: tokenizers.Tokenizer = field(repr=False)
     vocab_size: int  # one more than the largest id: what an embedding needs
     bos_id: int | None
     eos_id: int | None
     fim_begin: int | None
     fim_hole: int | None
     fim_end: int | None
-    piece_bytes: tuple[bytes, ...] | None  # the bytes of each id; None where the decoder is not byte-level
+    piece_bytes: tuple[bytes, ...] | None = field(
+        repr=False
+    )  # of each id; None if the decoder is not byte-level
 
     @staticmethod
     def train(documents: Iterable[str], vocab_size: int, pattern: str = SOURCE_PATTERN) -> Tokenizer:

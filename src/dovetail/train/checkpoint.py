@@ -42,7 +42,9 @@ State = Mapping[str, Any]  # of tensors, or of more such mappings
 _FINAL = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".writing-"
 _RETIRED = ".retired-"  # an older directory of the same step, on its way out
-_SINGLE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # a warning that says all is well
+_SINGLE_PROCESS = (
+    "torch.distributed is disabled, unavailable or uninitialized"  # a warning that says all is well
+)
 
 
 class CheckpointError(RuntimeError):
@@ -143,8 +145,10 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def load(path: Path, state: State) -> dict[str, Any]:
+def load(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
     """Fill the tensors of `state` in place, bit for bit, and return `extra`.
+
+    `partial`: the checkpoint may hold more than `state` asks for.
 
     Raises CheckpointError if a file is missing or does not match its checksum, and ValueError if names, shapes
     or dtypes of `state` are not those of the checkpoint; in both cases no tensor has been touched.
@@ -155,7 +159,7 @@ def load(path: Path, state: State) -> dict[str, Any]:
             raise CheckpointError(f"{path}: damaged checkpoint ({problem})")
     flat = _flatten(state)
     reader = FileSystemReader(path)
-    _check_fits(path, flat, reader.read_metadata().state_dict_metadata)
+    _check_fits(path, flat, reader.read_metadata().state_dict_metadata, partial)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
         state_dict_loader.load(flat, storage_reader=reader, no_dist=group is None)
@@ -163,7 +167,9 @@ def load(path: Path, state: State) -> dict[str, Any]:
     return extra
 
 
-def _write(path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
+def _write(
+    path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None
+) -> None:
     """Runs in the writing thread, on every rank."""
     temporary = path.with_name(_TEMPORARY + path.name)
     rank = _rank(group)
@@ -172,7 +178,9 @@ def _write(path: Path, state: dict[str, Tensor], extra: str, keep: int, group: d
         state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
         # Each rank hashes what it wrote, while it is still in the page cache.
         own = f"__{rank}_*"
-        shares = _together(lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group)
+        shares = _together(
+            lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group
+        )
         files = {name: found for share in shares for name, found in share.items()}
         _together(lambda: _publish(temporary, path, extra, files, keep) if rank == 0 else None, group)
     except BaseException:
@@ -230,10 +238,15 @@ def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _check_fits(path: Path, flat: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
-    for names, where in ((flat.keys() - stored.keys(), "the checkpoint"), (stored.keys() - flat.keys(), "the state")):
+    for names, where in (
+        (flat.keys() - stored.keys(), "the checkpoint"),
+        (stored.keys() - flat.keys(), "the state"),
+    ):
         if names:
             some = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?")
+            raise ValueError(
+                f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?"
+            )
     for name, tensor in flat.items():
         there = stored[name]
         assert isinstance(there, TensorStorageMetadata)

@@ -107,7 +107,7 @@ def prepare(config: RunConfig, display: Display) -> Run:
     train_store, held_out_store = run.prepare_stores(config, tokenizer, display.message)
     dtype = run.resolve_dtype(config.train.dtype, device)
     with device:
-        model = Transformer(spec, dtype=dtype)
+        model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
     num_steps = config.train.steps or _steps_in_time(config, schedule, model, train_store, display)
     initialize(model, config.train.seed)
     optimizer = AdamW(model.named_parameters(), config.optimizer)

@@ -23,19 +23,32 @@ IGNORED = -1  # a target that counts for nothing
 def token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats over targets that are not IGNORED; FP32 scalar, differentiable.
 
-    hidden [..., dim] and head [vocab, dim] in the compute dtype, targets [...] int64.
+    hidden [..., dim] and head [vocab, dim] in the compute dtype, targets [...] int64. 0 where no target counts.
+    Raises ValueError for a target that is neither a token nor IGNORED: the kernel does not look.
     """
+    _check_targets(targets, head.shape[0])
     return _TokenLoss.apply(hidden.flatten(0, -2), head, targets.flatten())
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each target [N] FP32 in nats, 0 where IGNORED; not differentiable."""
+    _check_targets(targets, head.shape[0])
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     for start, stop in _chunks(hidden.shape[0], head.shape[0]):
         logits = F.linear(hidden[start:stop], head)
         losses[start:stop] = _losses_and_gradient(logits, targets[start:stop], 0.0)
     return losses
+
+
+def _check_targets(targets: Tensor, vocab: int) -> None:
+    if targets.numel() and not targets.is_cuda:  # on a GPU the look would wait for the whole queue
+        low, high = targets.aminmax()
+        if low < IGNORED or high >= vocab:
+            raise ValueError(
+                f"targets from {int(low)} to {int(high)} in a vocabulary of {vocab}; a target is a token from 0 to"
+                f" {vocab - 1}, or {IGNORED} where it is not to count"
+            )
 
 
 def token_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ class Coefficients:
 
 
 def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
-    if takes(slot.parameter, gradient):
+    written = (slot.parameter, slot.master, slot.moment1, slot.moment2)
+    if takes(gradient, *written) and all(tensor.is_contiguous() for tensor in written):
         optim_numba.update(slot, gradient, config, coefficients)
     else:
         update_reference(slot, gradient, config, coefficients)

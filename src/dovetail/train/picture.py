@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
@@ -19,7 +19,7 @@ from dovetail.train.metrics import HeldOutMetrics, StepMetrics, read_metrics
 
 INK, MUTED, GRID = "#22272e", "#6b7280", "#e5e7eb"
 LOSS, MTP, HELD_OUT, SKIPPED = "#1f5fa8", "#d9822b", "#2a8f5b", "#c0392b"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
     "text.color": INK,
@@ -49,7 +49,7 @@ def draw_run(log: Path, picture: Path, title: str = "") -> None:
     with matplotlib.rc_context(STYLE):
         figure = _figure(steps, held_out, title)
         png = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(png)
+        figure.savefig(png, format="png")
     write_bytes(picture, png.getvalue())
 
 
@@ -65,7 +65,7 @@ def _figure(steps: Sequence[StepMetrics], held_out: Sequence[HeldOutMetrics], ti
         _draw_max_vio(panels[1], [step for step in steps if step.max_vio])
     panels[-1].set_xlabel("tokens consumed")
     panels[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
-    panels[-1].set_xlim(0, max(record.tokens for record in [*steps, *held_out]) * 1.01)
+    panels[-1].set_xlim(0, 1.01 * max([steps[-1].tokens, *(each.tokens for each in held_out)]))
     return figure
 
 
@@ -81,11 +81,21 @@ def _draw_losses(axes: Axes, steps: Sequence[StepMetrics], held_out: Sequence[He
     if held_out:
         label = f"held-out loss ({held_out[-1].bits_per_byte:.3f} bits/byte at the end)"
         losses = [each.loss for each in held_out]
-        axes.plot([each.tokens for each in held_out], losses, "o-", color=HELD_OUT, markersize=4.5, linewidth=1.2,
-                  markeredgecolor="white", label=label)  # fmt: skip
-    skipped = [step.tokens for before, step in zip(steps, steps[1:], strict=False) if step.skipped > before.skipped]
+        measured_at = [each.tokens for each in held_out]
+        axes.plot(
+            measured_at,
+            losses,
+            color=HELD_OUT,
+            linewidth=1.2,
+            marker="o",
+            markeredgecolor="white",
+            label=label,
+        )
+    skipped = [step.tokens for before, step in pairwise(steps) if step.skipped > before.skipped]
     for index, where in enumerate(skipped):
-        axes.axvline(where, color=SKIPPED, linewidth=0.8, linestyle=":", label=None if index else "skipped step")
+        axes.axvline(
+            where, color=SKIPPED, linewidth=0.8, linestyle=":", label=None if index else "skipped step"
+        )
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -100,18 +110,27 @@ def _draw_max_vio(axes: Axes, steps: Sequence[StepMetrics]) -> None:
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
     for index, (layer, color) in enumerate(zip(layers, colors, strict=True)):
         is_named = len(layers) <= 8 or index in (0, len(layers) - 1)
-        axes.plot(tokens, smooth(layer), color=color, linewidth=1.1, label=f"{index + 1}" if is_named else None)
+        axes.plot(
+            tokens, smooth(layer), color=color, linewidth=1.1, label=f"{index + 1}" if is_named else None
+        )
     axes.plot(tokens, smooth(layers.mean(axis=0)), color=INK, linewidth=2.0, label="mean")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MaxVio of expert load\n(max load / mean load - 1)")
     axes.legend(loc="upper right", ncols=3, title="MoE layer", fontsize=9, title_fontsize=9)
 
 
-def smooth(values: Sequence[float] | np.ndarray, weight: float = 0.9) -> np.ndarray:
-    """Exponential moving average without the bias of its start; gaps (NaN) stay gaps and do not spread."""
-    smoothed, total, mass = [], 0.0, 0.0
-    for value in values:
-        if math.isfinite(value):
-            total, mass = weight * total + (1 - weight) * value, weight * mass + 1 - weight
-        smoothed.append(total / mass if math.isfinite(value) else math.nan)
-    return np.array(smoothed)
+def smooth(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Mean over a fortieth of the run around each point.
+
+    The window is centred, and at the start, where curves are steep, it shrinks evenly; so a falling curve is not
+    drawn late. At the end it is cut off. What is not finite (a skipped step) is left out of every mean.
+    """
+    array = np.asarray(values, dtype=float)
+    is_finite = np.isfinite(array)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, array, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(is_finite)])
+    index = np.arange(len(array))
+    reach = np.minimum(len(array) // 80, index)
+    first, past = index - reach, np.minimum(index + reach + 1, len(array))
+    count = counts[past] - counts[first]
+    return np.where(count > 0, (sums[past] - sums[first]) / np.maximum(count, 1), np.nan)

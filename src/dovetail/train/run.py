@@ -19,15 +19,17 @@ import torch
 from pydantic import Field, model_validator
 
 from dovetail.catalog.presets import load_model
-from dovetail.config import Record, dump, read_toml
+from dovetail.config import Record, dump, load, near_matches, read_toml
+from dovetail.model.transformer import Transformer
 from dovetail.spec.model import ModelSpec
 from dovetail.text.atomic import write_bytes
 from dovetail.text.documents import DataConfig, read_documents
 from dovetail.text.prepare import prepare_store
 from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
+from dovetail.train import checkpoint
 from dovetail.train.optim import AdamWConfig
-from dovetail.train.schedule import TrainingSchedule, load_schedule
+from dovetail.train.schedule import TrainingSchedule, load_schedule, with_peak
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -102,12 +104,14 @@ def resolve_model(config: ModelConfig) -> ModelSpec:
             raise ValueError(f"{config.config}: not JSON ({error})") from None
     if not config.change:
         return spec
-    return ModelSpec.from_flat({**spec.to_flat(), **config.change}, where="model.change")
+    table = spec.to_hf()
+    for key in config.change:
+        if key not in table:
+            raise ValueError(f"model.change.{key}: the model has no such key; {near_matches(key, table)}")
+    return ModelSpec.from_hf({**table, **config.change})
 
 
 def resolve_schedule(config: RunConfig) -> TrainingSchedule:
-    from dovetail.train.schedule import with_peak
-
     schedule = load_schedule(config.schedule) if isinstance(config.schedule, str) else config.schedule
     if config.train.learning_rate is None:
         return schedule
@@ -184,3 +188,28 @@ def prepare_stores(
         report(f"{split.replace('_', '-')} text: {store.num_bytes / 1e6:.1f} MB, {store.num_tokens:,} tokens")
         stores.append(store)
     return stores[0], stores[1]
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `directory` is that of a training run."""
+    return (directory / "run.toml").is_file()
+
+
+def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], ModelSpec, int]:
+    """State dict in BF16 (FP32 where the model is), spec and step of a run's newest whole checkpoint.
+
+    `ema` takes the moving average instead. Raises ValueError where there is no checkpoint or no average.
+    """
+    config = load(directory / "run.toml", RunConfig)
+    newest = checkpoint.latest(directory / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{directory}: no checkpoint yet; run dovetail train for more than checkpoint_every steps")
+    if ema and config.train.ema_decay is None:
+        raise ValueError(f"{directory}: the run keeps no moving average; set train.ema_decay")
+    spec = resolve_model(config.model)
+    model = Transformer(spec, dtype=resolve_dtype(config.train.dtype, torch.device("cpu")))
+    masters = {name: torch.empty(each.shape) for name, each in model.named_parameters()}
+    wanted = {"ema": {"average": masters}} if ema else {"optimizer": {"master": masters}}
+    checkpoint.load(newest, {**wanted, "buffers": dict(model.named_buffers())}, partial=True)
+    model.load_state_dict({**masters, **dict(model.named_buffers())})
+    return model.state_dict(), spec, checkpoint.step_of(newest)

@@ -20,7 +20,7 @@ from dovetail.model.gate import Gate, balance_loss, bias_update, max_violation
 from dovetail.model.transformer import Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.ema import Ema
-from dovetail.train.loss import token_loss
+from dovetail.train.loss import IGNORED, token_loss
 from dovetail.train.optim import AdamW
 from dovetail.train.schedule import Values
 
@@ -46,29 +46,41 @@ class Losses:
 
 
 def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -> Losses:
-    """Main and MTP losses of one microbatch: batch.tokens [B, T + 1]."""
+    """Main and MTP losses of one microbatch: batch.tokens [B, T + 1].
+
+    With `separate_documents` nothing crosses a border: attention stops there, and a target in another document
+    than the position that predicts it does not count.
+    """
     tokens = batch.tokens
     batch_size, length = tokens.shape[0], tokens.shape[1] - 1
     ids = batch.document_ids if separate_documents else None
     inputs = tokens[:, :-1].contiguous()
     output = model(inputs, document_ids=None if ids is None else ids[:, :-1])
     routings = list(output.routings)
-    token = token_loss(output.hidden, model.head_weight, tokens[:, 1:])
+    token = token_loss(output.hidden, model.head_weight, _targets(tokens, ids, 1))
     hidden, mtp = output.hidden, []
     for depth in range(len(model.mtp)):
         # Position i has seen tokens up to i + depth + 1 and predicts token i + depth + 2.
         positions = length - depth - 1
         nearer = tokens[:, depth + 1 : depth + 1 + positions].contiguous()
-        kept = None if ids is None else ids[:, depth + 1 : depth + 1 + positions]
+        # A position belongs to the document of its hidden state: so the one that joins the end of a document to
+        # the next one's first token comes last in the former, and none of the latter sees it.
+        kept = None if ids is None else ids[:, :positions]
         output = model.mtp_forward(depth, hidden[:, :positions].contiguous(), nearer, document_ids=kept)
         hidden = output.hidden
         routings += output.routings
-        mtp.append(token_loss(hidden, model.head_weight, tokens[:, depth + 2 :]))
+        mtp.append(token_loss(hidden, model.head_weight, _targets(tokens, ids, depth + 2)))
     moe = model.spec.moe
     balance = token.new_zeros(())
     if moe is not None:
         balance = torch.stack([balance_loss(routing, batch_size, moe) for routing in routings]).sum()
     return Losses(token=token, mtp=mtp, balance=balance, counts=[routing.counts for routing in routings])
+
+
+def _targets(tokens: Tensor, ids: Tensor | None, ahead: int) -> Tensor:
+    """The token `ahead` positions on, IGNORED where that is in another document; [B, T + 1 - ahead]."""
+    targets = tokens[:, ahead:]
+    return targets if ids is None else targets.masked_fill(ids[:, ahead:] != ids[:, :-ahead], IGNORED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,148 @@
+"""Sides of a comparison, each in a process of its own, measured in turn: A B C, A B C, ...
+
+A process each, because allocator settings, thread pools and primitive caches belong to a process; in turn,
+because the machine's speed drifts by more than the differences looked for. While one runs, the others wait on a
+pipe. A ratio is the median over rounds of the two times of one round.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from _machine import provenance
+
+RESULTS = Path(__file__).parent / "results"
+
+Case = tuple[int, ...]  # shape of one measurement; what the numbers mean is the script's business
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lap:
+    """One turn of one side."""
+
+    seconds: list[float]  # one entry per repetition inside the turn
+    check: float  # a number both sides compute: tells whether they did the same work
+
+
+Turn = Callable[[Case], Lap]
+Build = Callable[[], Turn]  # called inside the side's process; must pickle (a function or a partial of one)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """The laps of one side in one case."""
+
+    laps: list[Lap]
+
+    @property
+    def seconds(self) -> list[float]:
+        return [second for lap in self.laps for second in lap.seconds]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "median_s": round(self.median, 6),
+            "min_s": round(min(self.seconds), 6),
+            "max_s": round(max(self.seconds), 6),
+            "repeats": len(self.seconds),
+            "rounds": len(self.laps),
+            "check": round(self.laps[0].check, 4),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """How many times slower the other side is."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x ({self.low:.2f}-{self.high:.2f})"
+
+
+def ratio(slower: Series, faster: Series) -> Ratio:
+    pairs = zip(slower.laps, faster.laps, strict=True)
+    values = [statistics.median(a.seconds) / statistics.median(b.seconds) for a, b in pairs]
+    return Ratio(median=statistics.median(values), low=min(values), high=max(values))
+
+
+def take_turns(
+    builds: Mapping[str, Build], cases: Sequence[Case], warmup: int, repeats: int
+) -> dict[tuple[str, Case], Series]:
+    """Laps of every side in every case, the first `warmup` rounds left out."""
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    workers = []
+    for name, build in builds.items():
+        pipes[name], theirs = context.Pipe()
+        workers.append(context.Process(target=_serve, args=(build, theirs), daemon=True))
+        workers[-1].start()
+        theirs.close()  # so that a side that died is an EOFError here, not a wait for ever
+    for name, pipe in pipes.items():
+        pipe.recv()
+        progress(f"{name}: ready")
+    laps: dict[tuple[str, Case], list[Lap]] = {(name, case): [] for case in cases for name in builds}
+    for case in cases:
+        for round_index in range(warmup + repeats):
+            start = time.perf_counter()
+            for name, pipe in pipes.items():
+                pipe.send(case)
+                lap = pipe.recv()
+                if round_index >= warmup:
+                    laps[name, case].append(lap)
+            progress(f"{case} round {round_index + 1}/{warmup + repeats}: {time.perf_counter() - start:.1f} s")
+    for pipe in pipes.values():
+        pipe.send(None)
+    for worker in workers:
+        worker.join()
+    return {key: Series(laps=value) for key, value in laps.items()}
+
+
+def _serve(build: Build, pipe: Connection) -> None:
+    turn = build()
+    pipe.send("ready")
+    while (case := pipe.recv()) is not None:
+        pipe.send(turn(case))
+
+
+def timed(work: Callable[[], float]) -> Lap:
+    """One repetition; `work` returns the check."""
+    start = time.perf_counter()
+    check = work()
+    return Lap(seconds=[time.perf_counter() - start], check=check)
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """First column to the left, the others to the right."""
+    lines = [list(columns), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        print("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+
+
+def append_rows(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append to results/BENCHMARK.jsonl, one line per row, each with its provenance."""
+    where = provenance()
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{benchmark}.jsonl").open("a") as file:
+        for row in rows:
+            file.write(json.dumps({"benchmark": benchmark, **row, **where}) + "\n")

@@ -1,0 +1,148 @@
+"""A runner for CPUs: `runner.Runner` with its short steps done by the kernels of `rows_numba`.
+
+Prompts go through the model as before. Rows [R] may be any mix of slots; all rows of a call are written to the
+cache before any is attended to, and each attends up to its own position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.engine import rows_numba
+from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.runner import Runner
+from dovetail.model.mla import MultiHeadLatentAttention
+from dovetail.model.moe import MoeMlp
+from dovetail.model.norm import RmsNorm
+from dovetail.model.rope import tables
+from dovetail.model.transformer import Block, Mtp, Transformer
+from dovetail.numerics.cpu_numba import array
+from dovetail.spec.model import Moe
+
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedBlock:
+    """Views of one block's tensors in the order the kernels take them."""
+
+    attention: Arrays
+    mlp: Arrays
+    cache: np.ndarray  # [slots, capacity, latent + rope]
+    choices: int  # experts per token; 0 for a dense block
+    gate: tuple[int, int, int, bool, bool, np.float32]
+
+
+class FusedRunner:
+    """Same methods and results as `Runner`, up to rounding; the model's weights must stay where they are."""
+
+    def __init__(self, model: Transformer, cache: ContiguousCache) -> None:
+        self.reference = Runner(model, cache)
+        self.model, self.cache = model, cache
+        self.blocks = [_fuse(block, model, cache) for block in model.layers]
+        self.drafters = [_fuse(mtp.block, model, cache) for mtp in model.mtp]
+        self.eps = np.float32(model.spec.rms_norm_eps)
+        self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.data.device
+
+    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
+        return self.reference.prefill(slot, tokens)
+
+    def prefill_draft(self, depth: int, slot: int, hidden: Tensor, next_tokens: Tensor) -> Tensor:
+        return self.reference.prefill_draft(depth, slot, hidden, next_tokens)
+
+    def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        rows = self._rows(slots, positions)
+        x = rows_numba.embed(self.embedding, tokens.numpy())
+        for block in self.blocks:
+            self._run(block, x, rows)
+        return self._finish(x, self.model.norm)
+
+    def draft(self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        mtp = self.model.mtp[depth]
+        assert isinstance(mtp, Mtp)
+        weights = (array(each) for each in (mtp.enorm.weight, mtp.hnorm.weight, mtp.eh_proj.weight))
+        rows = self._rows(slots, positions)
+        x = rows_numba.join(self.embedding, array(hidden.contiguous()), next_tokens.numpy(), self.eps, *weights)
+        self._run(self.drafters[depth], x, rows)
+        return self._finish(x, mtp.norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        flat = hidden.flatten(0, -2).contiguous()
+        logits = torch.empty(flat.shape[0], self.head_weight.shape[0], dtype=torch.float32)
+        rows_numba.head(array(flat), self.head_weight, logits.numpy())
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def _rows(self, slots: Tensor, positions: Tensor) -> Arrays:
+        """slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's capacity."""
+        self.cache.check(positions)
+        cos, sin = tables(self.model.spec, self.model.mla.qk_rope_head_dim, positions)
+        return slots.numpy(), positions.numpy(), cos.numpy(), sin.numpy()
+
+    def _run(self, block: FusedBlock, x: np.ndarray, rows: Arrays) -> None:
+        scale, heads = np.float32(self.model.layers[0].self_attn.scale), self.model.mla.num_attention_heads
+        rows_numba.attention(x, self.eps, *block.attention, block.cache, *rows, scale, heads)
+        if block.choices:
+            rows_numba.experts(x, self.eps, *block.mlp, block.choices, block.gate)
+        else:
+            rows_numba.dense(x, self.eps, *block.mlp)
+
+    def _finish(self, x: np.ndarray, norm: RmsNorm) -> Tensor:
+        hidden = torch.empty(x.shape, dtype=self.model.embed_tokens.weight.dtype)
+        rows_numba.finish(x, array(norm.weight), self.eps, array(hidden))
+        return hidden
+
+
+def _fuse(block: Block, model: Transformer, cache: ContiguousCache) -> FusedBlock:
+    mlp = block.mlp
+    norm = array(block.post_attention_layernorm.weight)
+    data = array(cache.data[block.layer])
+    attention = (array(block.input_layernorm.weight), *_attention(block.self_attn))
+    if not isinstance(mlp, MoeMlp):
+        weights = (norm, array(mlp.gate_up_proj.weight), array(mlp.down_proj.weight))
+        no_gate = (1, 1, 1, True, True, np.float32(1.0))
+        return FusedBlock(attention=attention, mlp=weights, cache=data, choices=0, gate=no_gate)
+    moe, shared = mlp.gate.moe, mlp.shared_experts
+    bias = mlp.gate.e_score_correction_bias
+    dim, dtype = model.spec.hidden_size, model.embed_tokens.weight.dtype
+    tensors = (
+        mlp.gate.weight,
+        torch.zeros(moe.n_routed_experts) if bias is None else bias,
+        mlp.experts.gate_up_proj,
+        mlp.experts.down_proj,
+        torch.empty(0, dim, dtype=dtype) if shared is None else shared.gate_up_proj.weight,
+        torch.empty(dim, 0, dtype=dtype) if shared is None else shared.down_proj.weight,
+    )
+    weights = (norm, *(array(tensor) for tensor in tensors))
+    return FusedBlock(
+        attention=attention, mlp=weights, cache=data, choices=moe.num_experts_per_tok, gate=_gate(moe)
+    )
+
+
+def _attention(attention: MultiHeadLatentAttention) -> Arrays:
+    if attention.mla.q_lora_rank is None:
+        weight = attention.q_proj.weight
+        queries = (weight.new_empty(0, weight.shape[1]), torch.empty(0), weight)
+    else:
+        queries = (attention.q_a_proj.weight, attention.q_a_layernorm.weight, attention.q_b_proj.weight)
+    rest = (
+        attention.kv_a_proj_with_mqa.weight,
+        attention.kv_a_layernorm.weight,
+        attention.kv_b_proj.weight,
+        attention.o_proj.weight,
+    )
+    return tuple(array(tensor) for tensor in (*queries, *rest))
+
+
+def _gate(moe: Moe) -> tuple[int, int, int, bool, bool, np.float32]:
+    """Groups, groups kept, scores that make a group's worth, sigmoid?, renormalised?, factor."""
+    best = 2 if moe.topk_method == "noaux_tc" else 1
+    is_sigmoid = moe.scoring_func == "sigmoid"
+    return (moe.n_group, moe.topk_group, best, is_sigmoid, moe.norm_topk_prob, np.float32(moe.routed_scaling_factor))

@@ -1,0 +1,172 @@
+"""The whole path in a few minutes: text, tokenizer, training, evaluation, export, generation.
+
+The corpus is the Python standard library of the interpreter that runs this; nothing is fetched. Each stage leaves
+its result in the run's directory and is passed over when that is there, so that the same command goes on where it
+was stopped. Figures are printed as predicted (from the description, before the run) and measured.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dovetail.catalog.presets import load_model
+from dovetail.cost.count import cache_bytes_per_token, parameters, training_flop_per_token
+from dovetail.cost.memory import TrainingMemory, training_memory
+from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.llm import LLM
+from dovetail.engine.sampler import SamplingParams
+from dovetail.engine.sequence import Completion
+from dovetail.model.weights import export_hf
+from dovetail.text.documents import Document, read_documents
+from dovetail.text.yardstick import compressed_sizes
+from dovetail.train.display import Display
+from dovetail.train.evaluate import held_out
+from dovetail.train.flops import measure_flop_per_token
+from dovetail.train.loop import Run, train
+from dovetail.train.picture import draw_run
+from dovetail.train.run import ModelConfig, RunConfig, TrainConfig
+
+PRESET = "quickstart"
+OVERHEAD_MINUTES = 0.6  # tokenizer, compiling kernels, evaluation, generation
+PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 160, 96, 4
+LEARNING_RATE = 6e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One prompt completed twice."""
+
+    name: str  # of the held-out file
+    prompt: str
+    plain: Completion
+    speculative: Completion
+
+    @property
+    def is_same(self) -> bool:
+        return self.plain.token_ids == self.speculative.token_ids
+
+
+def run_config(out: Path, minutes: float) -> RunConfig:
+    """The run file that `dovetail quickstart` stands for."""
+    return RunConfig(
+        out=out,
+        model=ModelConfig(preset=PRESET),
+        train=TrainConfig(
+            minutes=max(minutes - OVERHEAD_MINUTES, 0.1),
+            sequence_length=256,
+            microbatch_size=8,
+            learning_rate=LEARNING_RATE,
+            ema_decay=0.99,
+            checkpoint_every=100,
+            evaluate_every=200,
+        ),
+        schedule="quickstart",
+    )
+
+
+def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Run all stages; yields (title, rows) of a table as each is known, for the caller to print."""
+    config = run_config(out, minutes)
+    spec = load_model(PRESET)
+    tokens = config.train.microbatch_size * config.train.sequence_length
+    memory = training_memory(spec, tokens, gradient_bytes=2)
+    before = peak_memory()
+    state = train(config, Display(f"{PRESET}: the standard library, {minutes:g} minutes", 1))
+    used = peak_memory() - before
+    draw_run(out / "metrics.jsonl", out / "run.png", f"{PRESET}, {state.num_steps} steps")
+    yield "held-out text, bits per byte", evaluation_rows(state)
+    export(state, out / "model")
+    yield "predicted and measured", prediction_rows(state, memory, used)
+    llm = LLM.load(out / "model")
+    results = [generate(llm, document) for document in unseen(state)]
+    yield "generation, greedy, one sequence at a time", generation_rows(results)
+    yield "written", [(name, str(out / name)) for name in ("model", "run.png", "metrics.jsonl", "run.toml")]
+
+
+def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
+    store, train_config = state.held_out_store, state.config.train
+    assert store is not None
+    length, batch = train_config.sequence_length, train_config.microbatch_size
+    documents = list(read_documents(state.config.data, "held_out"))
+    rows = [("this model", f"{held_out(state.model, store, length, batch)[1]:.3f}", "after training")]
+    sizes = compressed_sizes(document.text.encode() for document in documents)
+    rows += [(name, f"{bits:.3f}", "on the same files") for name, bits in sizes.items()]
+    return [*rows, ("files", str(len(documents)), f"{store.num_bytes:,} bytes, none trained on")]
+
+
+def export(state: Run, directory: Path) -> None:
+    files = sorted((state.config.out / "tokenizer").glob("*.json"))
+    export_hf(state.model, state.spec, directory, tokenizer_files=files, overwrite=True)
+
+
+def prediction_rows(state: Run, memory: TrainingMemory, used: int) -> list[tuple[str, ...]]:
+    spec, length = state.spec, state.config.train.sequence_length
+    counted = sum(each.numel() for each in [*state.model.parameters(), *state.model.buffers()])
+    cache = ContiguousCache(spec, 1, length)
+    cached = cache.data[: spec.num_hidden_layers].nbytes // length
+    low, high = (bound / 1e6 for bound in memory.band)
+    flop = training_flop_per_token(spec, length, causal=False, mtp=True)
+    return [
+        ("", "predicted", "measured"),
+        ("parameters, MTP included", f"{parameters(spec).total_with_mtp:,}", f"{counted:,}"),
+        ("KV bytes per token", f"{cache_bytes_per_token(spec):,}", f"{cached:,}"),
+        ("training MFLOP per token", f"{flop / 1e6:,.2f}", f"{measure_flop_per_token(state.model, length) / 1e6:,.2f}"),
+        ("training memory, MB", f"{memory.total / 1e6:,.0f} ({low:,.0f} to {high:,.0f})", f"{used / 1e6:,.0f}"),
+    ]
+
+
+def unseen(state: Run) -> Iterator[Document]:
+    """The first held-out files that are long enough to be completed."""
+    found = 0
+    for document in read_documents(state.config.data, "held_out"):
+        if document.num_bytes > 8 * (PROMPT_TOKENS + NEW_TOKENS):
+            yield document
+            found += 1
+        if found == NUM_PROMPTS:
+            return
+
+
+def generate(llm: LLM, document: Document) -> Generation:
+    assert llm.tokenizer is not None
+    prompt = llm.tokenizer.decode(llm.tokenizer.encode(document.text)[:PROMPT_TOKENS])
+    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    llm.generate([prompt], params, speculate=1)  # once to compile
+    plain, fast = (llm.generate([prompt], params, speculate=depth)[0] for depth in (0, 1))
+    return Generation(name=document.name, prompt=prompt, plain=plain, speculative=fast)
+
+
+def generation_rows(results: list[Generation]) -> list[tuple[str, ...]]:
+    if not results:
+        return [("no held-out file is long enough to be completed",)]
+    rows: list[tuple[str, ...]] = [("file", "plain tokens/s", "with MTP", "ratio", "drafts accepted", "same text")]
+    for each in results:
+        plain, fast = (_rate(completion) for completion in (each.plain, each.speculative))
+        acceptance = f"{each.speculative.statistics.acceptance:.0%}"
+        rows.append((each.name, f"{plain:,.0f}", f"{fast:,.0f}", f"{fast / plain:.2f}", acceptance, _yes(each.is_same)))
+    first = results[0]
+    shown = [("", ""), (f"# ... {first.name}, the end of the prompt, then what the model adds",)]
+    text = first.prompt.splitlines()[-6:]
+    return [*rows, *shown, *((line,) for line in [*text[:-1], text[-1] + first.plain.text.split("\n")[0]]), *(
+        (line,) for line in first.plain.text.splitlines()[1:]
+    )]
+
+
+def _rate(completion: Completion) -> float:
+    """Tokens per second of decoding; the first token comes from the prompt."""
+    return (len(completion.token_ids) - 1) / completion.statistics.decode_seconds
+
+
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "NO"
+
+
+def peak_memory() -> int:
+    """Bytes: the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,78 @@
+"""The smallest models that still have every part, random weights for them, and random numbers by test name."""
+
+import zlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.model.transformer import Transformer, initialize
+from dovetail.spec.model import ModelSpec
+
+TINY = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 1,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_spec() -> Callable[..., ModelSpec]:
+    """`tiny_spec(key=value)`: the tiny model with some keys of its config changed; None removes a key."""
+
+    def build(**changes: object) -> ModelSpec:
+        table = {**TINY, **changes}
+        return ModelSpec.from_flat({key: value for key, value in table.items() if value is not None})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., Transformer]:
+    """`random_model(spec, dtype=..., seed=...)`: every weight random, norms and router biases too."""
+
+    def build(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> Transformer:
+        model = Transformer(spec, dtype=dtype)
+        initialize(model, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if name.endswith("norm.weight"):
+                    tensor.uniform_(0.5, 1.5, generator=generator)
+                elif name.endswith("e_score_correction_bias"):
+                    tensor.uniform_(-0.3, 0.3, generator=generator)
+        return model
+
+    return build
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """`draw(*shape, dtype=..., scale=...)`: normal numbers, the same in every run of this test."""
+    generator = torch.Generator().manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    return normal

@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from dovetail.engine.cache import ContiguousCache
+from dovetail.spec.model import Gqa
+
+
+def test_size_is_latent_and_rotary_key_per_token_and_layer(engine_spec):
+    spec = engine_spec()
+    cache = ContiguousCache(spec, batch=3, capacity=7, dtype=torch.float32)
+    layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
+    width = spec.attention.kv_lora_rank + spec.attention.qk_rope_head_dim
+    assert cache.data.numel() == layers * 3 * 7 * width
+    tensors = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
+    assert tensors == [cache.data], "the cache holds one tensor and nothing else"
+
+
+def written(cache, layer, positions, value):
+    latent = torch.full((*positions.shape, cache.latent_dim), float(value))
+    rope_key = torch.full((*positions.shape, cache.data.shape[-1] - cache.latent_dim), -float(value))
+    return latent, rope_key
+
+
+def test_update_writes_its_positions_only_and_returns_views_up_to_the_largest(engine_spec):
+    cache = ContiguousCache(engine_spec(), batch=2, capacity=8, dtype=torch.float32)
+    positions = torch.tensor([[2, 3], [5, 0]])
+    latent, rope_key = cache.update(1, positions, *written(cache, 1, positions, 3))
+    assert latent.shape == (2, 6, cache.latent_dim)
+    assert rope_key.shape == (2, 6, 8)
+    assert latent.data_ptr() == cache.data[1].data_ptr()
+    expected = torch.zeros_like(cache.data)
+    for sequence, position in ((0, 2), (0, 3), (1, 5), (1, 0)):
+        expected[1, sequence, position, : cache.latent_dim] = 3
+        expected[1, sequence, position, cache.latent_dim :] = -3
+    assert torch.equal(cache.data, expected)
+
+
+def test_a_second_write_replaces_the_first(engine_spec):
+    cache = ContiguousCache(engine_spec(), batch=1, capacity=4, dtype=torch.float32)
+    positions = torch.tensor([[1]])
+    cache.update(0, positions, *written(cache, 0, positions, 1))
+    latent, _ = cache.update(0, positions, *written(cache, 0, positions, 2))
+    assert latent[0, 1].eq(2).all()
+
+
+@pytest.mark.parametrize("slots", [[2], [1, 2], [3, 0]])
+def test_selected_slots_share_the_memory(engine_spec, slots):
+    cache = ContiguousCache(engine_spec(), batch=4, capacity=4, dtype=torch.bfloat16)
+    positions = torch.arange(len(slots))[:, None] + 1
+    latent, rope_key = cache.select(slots).update(2, positions, *written(cache, 2, positions, 5))
+    for row, slot in enumerate(slots):
+        assert cache.data[2, slot, row + 1, : cache.latent_dim].eq(5).all()
+        assert latent[row, row + 1].eq(5).all()
+        assert rope_key[row, row + 1].eq(-5).all()
+    assert int(cache.data.ne(0).any(dim=-1).sum()) == len(slots)
+
+
+def test_beyond_capacity_is_an_error_with_numbers_and_remedy(engine_spec):
+    cache = ContiguousCache(engine_spec(), batch=1, capacity=4)
+    positions = torch.tensor([[4]])
+    with pytest.raises(ValueError, match=r"position 4 is outside a cache of 4 positions.*capacity >= 5"):
+        cache.update(0, positions, *written(cache, 0, positions, 1))
+
+
+@pytest.mark.parametrize("slot", [-1, 4])
+def test_no_such_slot(engine_spec, slot):
+    cache = ContiguousCache(engine_spec(), batch=4, capacity=4)
+    with pytest.raises(ValueError, match=rf"slot {slot} is not in a cache of 4 slots"):
+        cache.select([slot])
+
+
+def test_grouped_query_models_have_no_latent_cache(engine_spec):
+    gqa = Gqa(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    spec = engine_spec(attention=gqa, moe=None, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match="MLA"):
+        ContiguousCache(spec, batch=1, capacity=4)

@@ -1,0 +1,114 @@
+import pytest
+import torch
+
+from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.runner import make_runner
+
+EPSILON = 2.0**-23  # FP32
+
+
+def bound(spec, expected):
+    """Higham's bound of a contraction over n terms, n * epsilon, added up over layers; MTP blocks are layers too."""
+    layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
+    return layers * 2 * spec.hidden_size * EPSILON * float(expected.abs().max())
+
+
+def assert_close(spec, actual, expected):
+    assert actual.shape == expected.shape
+    assert float((actual - expected).abs().max()) <= bound(spec, expected)
+
+
+def tokens_of(spec, *shape):
+    return torch.randint(0, spec.vocab_size, shape, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def setup(engine_spec, engine_model):
+    spec = engine_spec()
+    model = engine_model(spec)
+    return spec, model, make_runner(model, ContiguousCache(spec, batch=4, capacity=32, dtype=torch.float32))
+
+
+@torch.no_grad()
+def test_prefill_and_decode_equal_the_full_forward(setup):
+    spec, model, runner = setup
+    tokens = tokens_of(spec, 20)
+    full = model(tokens[None]).hidden[0]
+    parts = [runner.prefill(2, tokens[:13])]
+    for i in range(13, 20):
+        parts.append(runner.step(tokens[i : i + 1], torch.tensor([2]), torch.tensor([i])))
+    assert_close(spec, torch.cat(parts), full)
+    # Wrong by one position: the bound notices.
+    wrong = runner.step(tokens[-1:], torch.tensor([2]), torch.tensor([18]))
+    assert float((wrong[0] - full[-1]).abs().max()) > 100 * bound(spec, full)
+
+
+@torch.no_grad()
+def test_absorbed_equals_expanded(setup):
+    spec, _, runner = setup
+    tokens = tokens_of(spec, 9)
+    expanded = runner.prefill(0, tokens)
+    absorbed = runner.step(tokens, torch.full((9,), 1), torch.arange(9))
+    assert_close(spec, absorbed, expanded)
+    assert_close(spec, runner.cache.data[:, 1], runner.cache.data[:, 0])
+
+
+@torch.no_grad()
+def test_rows_of_several_slots_with_different_counts(setup):
+    """Slots 3, 0 and 1 bring 1, 3 and 1 rows; each sees its own history and its own earlier rows."""
+    spec, model, runner = setup
+    tokens = tokens_of(spec, 3, 12)
+    lengths = {3: 4, 0: 7, 1: 9}  # before the step
+    slots, positions, row_tokens, expected = [], [], [], []
+    for row, (slot, length) in enumerate(lengths.items()):
+        runner.prefill(slot, tokens[row, :length])
+        count = 3 if slot == 0 else 1
+        full = model(tokens[row : row + 1, : length + count]).hidden[0]
+        for i in range(length, length + count):
+            slots.append(slot)
+            positions.append(i)
+            row_tokens.append(int(tokens[row, i]))
+            expected.append(full[i])
+    hidden = runner.step(torch.tensor(row_tokens), torch.tensor(slots), torch.tensor(positions))
+    assert_close(spec, hidden, torch.stack(expected))
+
+
+@torch.no_grad()
+def test_mtp_modules_over_a_cache_equal_them_without(setup):
+    spec, model, runner = setup
+    tokens = tokens_of(spec, 12)
+    hidden = runner.prefill(1, tokens)
+    for k in range(2):
+        count, split = 11 - k, 6
+        full = model.mtp_forward(k, hidden[None, :count], tokens[None, 1 + k :]).hidden[0]
+        first = runner.prefill_draft(k, 1, hidden[:split], tokens[1 + k : 1 + k + split])
+        rows = torch.arange(split, count)
+        rest = runner.draft(
+            k, hidden[split:count], tokens[1 + k + split :], torch.full_like(rows, 1), rows
+        )
+        hidden = torch.cat((first, rest))
+        assert_close(spec, hidden, full)
+
+
+@torch.no_grad()
+def test_stale_entries_after_the_last_position_are_not_seen(setup):
+    spec, _, runner = setup
+    tokens = tokens_of(spec, 10)
+    runner.prefill(0, tokens)  # as if the last four had been rejected drafts
+    runner.prefill(1, tokens[:6])
+    new = tokens_of(spec, 3)
+    hidden = [runner.step(new, torch.full((3,), slot), torch.arange(6, 9)) for slot in (0, 1)]
+    assert_close(spec, hidden[0], hidden[1])
+
+
+def test_rows_of_a_slot_must_be_adjacent(setup):
+    spec, _, runner = setup
+    with pytest.raises(AssertionError, match="adjacent"):
+        runner.step(tokens_of(spec, 3), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
+
+
+def test_no_gradients_are_kept(setup):
+    spec, _, runner = setup
+    hidden = runner.prefill(0, tokens_of(spec, 4))
+    assert not hidden.requires_grad
+    assert not runner.logits(hidden).requires_grad
