@@ -10,6 +10,8 @@ Floor: training FLOP (dovetail.cost) at the measured BF16 rate, plus the optimiz
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Annotated
@@ -38,6 +40,17 @@ BARE, BALANCED, MTP = "dovetail", "dovetail + balancing", "dovetail + balancing 
 RIVALS = ["eager+grouped_mm", "sdpa+grouped_mm", "eager+grouped_mm+malloc"]
 
 
+def turns(step: Callable[[Tensor], float], vocab_size: int) -> Turn:
+    """`step` on new tokens each time; making them is not timed."""
+    steps = itertools.count()
+
+    def turn(case: Case) -> Lap:
+        tokens = tokens_of(next(steps), case, vocab_size)
+        return timed(lambda: step(tokens))
+
+    return turn
+
+
 def tokens_of(step: int, case: Case, vocab_size: int) -> Tensor:
     """[B, T + 1] int64, the same for every side."""
     batch, length, is_repeated = case
@@ -50,7 +63,6 @@ def build_bare(spec: ModelSpec) -> Turn:
     model = build_ours(spec, torch.bfloat16)
     optimizer = AdamW(model.named_parameters(), AdamWConfig())
     weights = dict(model.named_parameters())
-    steps = iter(range(10**9))
 
     def step(tokens: Tensor) -> float:
         loss = token_loss(model(tokens[:, :-1].contiguous()).hidden, model.head_weight, tokens[:, 1:])
@@ -62,44 +74,38 @@ def build_bare(spec: ModelSpec) -> Turn:
             weight.grad = None
         return float(loss)
 
-    return lambda case: _step_lap(step, tokens_of(next(steps), case, spec.vocab_size))
+    return turns(step, spec.vocab_size)
 
 
 def build_whole(spec: ModelSpec, with_mtp: bool) -> Turn:
     keep_freed_memory()
     model = build_ours(spec, torch.bfloat16, with_mtp)
     optimizer = AdamW(model.named_parameters(), AdamWConfig())
-    steps = iter(range(10**9))
 
     def step(tokens: Tensor) -> float:
         batch = Batch(tokens=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
         return train_step(model, optimizer, [batch], VALUES, Objective()).loss
 
-    return lambda case: _step_lap(step, tokens_of(next(steps), case, spec.vocab_size))
+    return turns(step, spec.vocab_size)
 
 
 def build_theirs(spec: ModelSpec, rival: Rival) -> Turn:
     model = build_rival(spec, rival, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=VALUES.learning_rate, betas=(0.9, 0.95), fused=True)
     forward = torch.compile(model) if rival.is_compiled else model
-    steps = iter(range(10**9))
 
     def step(tokens: Tensor) -> float:
         inputs = tokens[:, :-1].contiguous()
-        # It shifts labels by one itself, so the last position has no target on its side: 1 in 256.
+        targets = tokens[:, 1:].contiguous()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(input_ids=inputs, labels=inputs, use_cache=False).loss
+            loss = forward(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)
 
-    return lambda case: _step_lap(step, tokens_of(next(steps), case, spec.vocab_size))
-
-
-def _step_lap(step: Build | object, tokens: Tensor) -> Lap:
-    return timed(lambda: step(tokens))  # type: ignore[operator]
+    return turns(step, spec.vocab_size)
 
 
 def floor_seconds(spec: ModelSpec, case: Case, ceilings: Ceilings, with_mtp: bool) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -166,12 +166,24 @@ def print_table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, .
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and exit code 1, never a traceback."""
+    """Run the command line; a user's mistake is one line on stderr and exit code 1, never a traceback.
+
+    RuntimeErrors of our own (a run that diverged, a disk that is full) are such lines too; one of torch's or an
+    AssertionError is a bug and keeps its traceback.
+    """
     try:
         app()
     except (ValueError, OSError) as error:
-        print("dovetail:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)
+        fail(error, 1)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("dovetail."):
+            raise
+        fail(error, 130 if type(error).__name__ == "Interrupted" else 1)
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    print("dovetail:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

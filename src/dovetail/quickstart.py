@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, parameters, training_flop_per_token
 from dovetail.cost.memory import TrainingMemory, training_memory
@@ -22,20 +20,21 @@ from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion
+from dovetail.model.transformer import Transformer
 from dovetail.model.weights import export_hf
 from dovetail.text.documents import Document, read_documents
 from dovetail.text.yardstick import compressed_sizes
 from dovetail.train.display import Display
 from dovetail.train.evaluate import held_out
-from dovetail.train.flops import measure_flop_per_token
+from dovetail.train.footprint import measure_step, state_bytes
 from dovetail.train.loop import Run, train
+from dovetail.train.metrics import HeldOutMetrics, read_metrics
 from dovetail.train.picture import draw_run
 from dovetail.train.run import ModelConfig, RunConfig, TrainConfig
 
 PRESET = "quickstart"
 OVERHEAD_MINUTES = 0.6  # tokenizer, compiling kernels, evaluation, generation
 PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 160, 96, 4
-LEARNING_RATE = 6e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +59,7 @@ def run_config(out: Path, minutes: float) -> RunConfig:
         train=TrainConfig(
             minutes=max(minutes - OVERHEAD_MINUTES, 0.1),
             sequence_length=256,
-            microbatch_size=8,
-            learning_rate=LEARNING_RATE,
+            microbatch_size=4,
             ema_decay=0.99,
             checkpoint_every=100,
             evaluate_every=200,
@@ -76,13 +74,11 @@ def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str,
     spec = load_model(PRESET)
     tokens = config.train.microbatch_size * config.train.sequence_length
     memory = training_memory(spec, tokens, gradient_bytes=2)
-    before = peak_memory()
     state = train(config, Display(f"{PRESET}: the standard library, {minutes:g} minutes", 1))
-    used = peak_memory() - before
     draw_run(out / "metrics.jsonl", out / "run.png", f"{PRESET}, {state.num_steps} steps")
     yield "held-out text, bits per byte", evaluation_rows(state)
     export(state, out / "model")
-    yield "predicted and measured", prediction_rows(state, memory, used)
+    yield "predicted and measured", prediction_rows(state, memory)
     llm = LLM.load(out / "model")
     results = [generate(llm, document) for document in unseen(state)]
     yield "generation, greedy, one sequence at a time", generation_rows(results)
@@ -90,14 +86,25 @@ def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str,
 
 
 def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
-    store, train_config = state.held_out_store, state.config.train
+    store = state.held_out_store
     assert store is not None
-    length, batch = train_config.sequence_length, train_config.microbatch_size
+    measured = [each for each in read_metrics(state.config.out / "metrics.jsonl") if isinstance(each, HeldOutMetrics)]
     documents = list(read_documents(state.config.data, "held_out"))
-    rows = [("this model", f"{held_out(state.model, store, length, batch)[1]:.3f}", "after training")]
+    rows = [("this model", f"{measured[-1].bits_per_byte:.3f}", f"after {state.num_steps} steps")]
+    if state.ema is not None:
+        rows.append(("its moving average", f"{average_bits(state):.3f}", f"decay {state.ema.decay}"))
     sizes = compressed_sizes(document.text.encode() for document in documents)
     rows += [(name, f"{bits:.3f}", "on the same files") for name, bits in sizes.items()]
     return [*rows, ("files", str(len(documents)), f"{store.num_bytes:,} bytes, none trained on")]
+
+
+def average_bits(state: Run) -> float:
+    """Held-out bits per byte of the moving average of the weights."""
+    assert state.ema is not None and state.held_out_store is not None
+    model = Transformer(state.spec, dtype=state.model.embed_tokens.weight.dtype)
+    model.load_state_dict({**state.ema.average, **dict(state.model.named_buffers())})
+    train_config = state.config.train
+    return held_out(model, state.held_out_store, train_config.sequence_length, train_config.microbatch_size)[1]
 
 
 def export(state: Run, directory: Path) -> None:
@@ -105,19 +112,22 @@ def export(state: Run, directory: Path) -> None:
     export_hf(state.model, state.spec, directory, tokenizer_files=files, overwrite=True)
 
 
-def prediction_rows(state: Run, memory: TrainingMemory, used: int) -> list[tuple[str, ...]]:
+def prediction_rows(state: Run, memory: TrainingMemory) -> list[tuple[str, ...]]:
     spec, length = state.spec, state.config.train.sequence_length
     counted = sum(each.numel() for each in [*state.model.parameters(), *state.model.buffers()])
     cache = ContiguousCache(spec, 1, length)
     cached = cache.data[: spec.num_hidden_layers].nbytes // length
     low, high = (bound / 1e6 for bound in memory.band)
     flop = training_flop_per_token(spec, length, causal=False, mtp=True)
+    measured = measure_step(state.model, length, state.config.train.microbatch_size)
+    used = state_bytes(state) + measured.gradient_bytes + measured.saved_bytes
     return [
         ("", "predicted", "measured"),
         ("parameters, MTP included", f"{parameters(spec).total_with_mtp:,}", f"{counted:,}"),
         ("KV bytes per token", f"{cache_bytes_per_token(spec):,}", f"{cached:,}"),
-        ("training MFLOP per token", f"{flop / 1e6:,.2f}", f"{measure_flop_per_token(state.model, length) / 1e6:,.2f}"),
+        ("training MFLOP per token", f"{flop / 1e6:,.2f}", f"{measured.flop_per_token / 1e6:,.2f}"),
         ("training memory, MB", f"{memory.total / 1e6:,.0f} ({low:,.0f} to {high:,.0f})", f"{used / 1e6:,.0f}"),
+        ("peak memory of the process, MB", "", f"{peak_memory() / 1e6:,.0f}"),
     ]
 
 

@@ -1,5 +1,6 @@
 """Models for the engine: random ones, and one whose MTP drafts are right exactly where all of the contract is kept."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,8 +83,8 @@ def periodic() -> Periodic:
     The main model looks at its last token only. An MTP module at position i adds up: one vote for the right
     token from the hidden state; one from what its own attention finds PERIOD - 1 positions back, the embedding
     of the token given there; and 1.5 votes for a wrong token, from its own embedding. So a draft fails when
-    its hidden state is not what the contract says (the final norm's weights are signs, and the modules'
-    projections undo them), when the embedding is not that of the right token, and when the cache entry of one
+    its hidden state is not what the contract says (the norms' weights are -1, which the modules' projections and
+    the head undo), when the embedding is not that of the right token, and when the cache entry of one
     period ago is missing or stale. Drafts are right from position PERIOD - 1 on.
     """
     attention = Mla(
@@ -94,32 +95,41 @@ def periodic() -> Periodic:
     initialize(model, 0)
     follows = [PERIOD * (v // PERIOD) + (v % PERIOD + 1) % PERIOD for v in range(2 * PERIOD)]
     follows += list(range(2 * PERIOD, VOCAB))
-    signs = torch.randint(0, 2, (2 * VOCAB,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     next_of = torch.eye(VOCAB)[follows].T  # one-hot of v -> one-hot of the token after v
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
                 parameter.zero_()
         model.embed_tokens.weight.copy_(torch.eye(VOCAB, 2 * VOCAB))
-        model.norm.weight.copy_(signs)
-        model.head_weight.copy_(torch.eye(VOCAB, 2 * VOCAB)[torch.tensor(follows).argsort()] * signs)
+        model.norm.weight.fill_(-1.0)
+        model.head_weight.copy_(-torch.eye(VOCAB, 2 * VOCAB)[torch.tensor(follows).argsort()])
         for k, module in enumerate(model.mtp):
             assert isinstance(module, Mtp)
-            _set_module(module, k, next_of, signs)
+            _set_module(module, k, next_of)
     return Periodic(model=model, follows=follows)
 
 
-def _set_module(module: Mtp, depth: int, next_of: Tensor, signs: Tensor) -> None:
+@pytest.fixture(scope="session")
+def noisy(periodic: Periodic) -> Transformer:
+    """The periodic model with noise on its modules: some drafts are right, some are wrong."""
+    model = copy.deepcopy(periodic.model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.mtp.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def _set_module(module: Mtp, depth: int, next_of: Tensor) -> None:
     spec_dim, attention = 2 * VOCAB, module.block.self_attn
-    module.norm.weight.copy_(signs)
+    module.norm.weight.fill_(-1.0)
     wrong = torch.linalg.matrix_power(next_of, 2 + 3 * depth)
     embedding, hidden = torch.zeros(spec_dim, spec_dim), torch.zeros(spec_dim, spec_dim)
     embedding[EMBEDDED, :VOCAB] = torch.eye(VOCAB)
     embedding[:VOCAB, :VOCAB] = 1.5 * wrong
     # Module 0 gets the main model's state (t_i) at twice the size of what module 1 gets (mostly its successor).
-    hidden[:VOCAB, :VOCAB] = next_of
-    weight = torch.cat((embedding, hidden * signs * (1.0 if depth == 0 else 1.4)), dim=1)
-    module.eh_proj.weight.copy_(weight)
+    hidden[:VOCAB, :VOCAB] = -next_of if depth == 0 else -1.4 * next_of
+    module.eh_proj.weight.copy_(torch.cat((embedding, hidden), dim=1))
     _attend_one_period_back(attention, next_of)
 
 

@@ -12,7 +12,7 @@ FORMATS = [torch.float32, torch.bfloat16, torch.float16]
 def test_rounding_once_is_within_one_unit_roundoff_and_reaches_it(dtype: torch.dtype) -> None:
     values = 1 + torch.linspace(0, 1, 10_001, dtype=torch.float64)
     error = elementwise_error(values.to(dtype), values)
-    assert 0.9 * unit_roundoff(dtype) < error <= unit_roundoff(dtype) < tolerance(dtype)
+    assert 0.8 * unit_roundoff(dtype) < error <= unit_roundoff(dtype) < tolerance(dtype)
 
 
 def test_sums_stay_within_what_they_earn_and_would_not_earn_less() -> None:

@@ -1,24 +1,12 @@
-import json
-import multiprocessing
 import os
-import random
-import resource
-import shutil
-import signal
-import sys
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dovetail.train.checkpoint import Checkpointer, CheckpointError, latest, load, step_of
 
@@ -127,9 +115,7 @@ def test_newest_are_kept(tmp_path: Path) -> None:
 
 def test_a_rewound_run_keeps_its_own_newest(tmp_path: Path) -> None:
     write(tmp_path, [10, 20, 30])
-    write(
-        tmp_path, [12, 14], keep=2
-    )  # a count over all steps would keep 20 and 30 and drop what was just written
+    write(tmp_path, [12, 14], keep=2)  # a count over all steps would keep 20 and 30 and drop what was just written
     assert saved(tmp_path) == ["step-00000012", "step-00000014", "step-00000020", "step-00000030"]
     write(tmp_path, [20], keep=2)
     assert saved(tmp_path) == ["step-00000014", "step-00000020", "step-00000030"]
@@ -163,9 +149,7 @@ def flip_a_bit(path: Path) -> None:
         (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is not readable"),
     ],
 )
-def test_damage_is_named_and_passed_over(
-    tmp_path: Path, harm: Callable[[Path], object], problem: str
-) -> None:
+def test_damage_is_named_and_passed_over(tmp_path: Path, harm: Callable[[Path], object], problem: str) -> None:
     write(tmp_path, [10, 20])
     harm(tmp_path / "step-00000020")
     with pytest.warns(UserWarning, match=f"step-00000020: damaged checkpoint passed over .{problem}"):
@@ -221,176 +205,3 @@ def test_only_tensors_and_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep = 0"):
         Checkpointer(tmp_path, keep=0)
     assert saved(tmp_path) == []
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Every write past `size` bytes fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_full_disk_is_reported_once_and_harms_nothing(tmp_path: Path) -> None:
-    write(tmp_path, [10])
-    with closing(Checkpointer(tmp_path)) as checkpointer:
-        with largest_file(1000):
-            failed = checkpointer.save(20, make_state(20), {"step": 20})
-            with pytest.raises(
-                CheckpointError, match=r"step-00000020: checkpoint not written: .*File too large"
-            ):
-                checkpointer.save(30, make_state(30), {"step": 30})
-            assert failed.done() and saved(tmp_path) == ["step-00000010"]
-            with pytest.raises(CheckpointError, match="untouched"):
-                checkpointer.save(30, make_state(30)).wait()
-        checkpointer.save(40, make_state(40), {"step": 40}).wait()
-    assert saved(tmp_path) == ["step-00000010", "step-00000040"]
-    assert [check_loads(tmp_path / name) for name in saved(tmp_path)] == [10, 40]
-
-
-def test_failure_surfaces_when_closing(tmp_path: Path) -> None:
-    checkpointer = Checkpointer(tmp_path)
-    with largest_file(1000):
-        checkpointer.save(20, make_state(20))
-        with pytest.raises(CheckpointError, match="File too large"):
-            checkpointer.close()
-
-
-# Crashes. The children are forked from a server that has already loaded torch.
-SPAWN = multiprocessing.get_context("forkserver")
-SPAWN.set_forkserver_preload(["dovetail.train.checkpoint"])
-
-
-def run_child(target: Callable[..., None], *arguments: object) -> Any:
-    child = SPAWN.Process(target=target, args=arguments)
-    child.start()
-    return child
-
-
-def save_and_die(root: Path, die_at: int) -> None:
-    """Save step 30, and kill this process just before the `die_at`-th time that it opens or changes a file."""
-    calls = 0
-    torch.set_num_threads(1)
-
-    def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal calls
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            calls += 1
-            if calls == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    checkpointer = Checkpointer(root, keep=2)
-    sys.addaudithook(count)
-    checkpointer.save(30, make_state(30), {"step": 30}).wait()
-    os._exit(0)
-
-
-def die_everywhere(folder: Path, exit_codes: Any) -> None:
-    for die_at in range(1, 100):
-        root = folder / f"{die_at:02d}"
-        shutil.copytree(folder / "before", root)
-        child = os.fork()
-        if child == 0:
-            save_and_die(root, die_at)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        exit_codes.put(code)
-        if code == 0:
-            return
-
-
-def test_killed_before_any_change_to_the_disk(tmp_path: Path) -> None:
-    write(tmp_path / "before", [10, 20])
-    exit_codes = SPAWN.Queue()
-    run_child(die_everywhere, tmp_path, exit_codes).join()
-    outcomes, roots = [], sorted(path for path in tmp_path.iterdir() if path.name != "before")
-    for root in roots:
-        path = latest(root)  # a warning would be an error here: what has its final name is whole
-        assert path is not None
-        outcomes.append(check_loads(path))
-        Checkpointer(root).close()
-        assert not [name for name in saved(root) if name.startswith(".")]
-    assert [exit_codes.get() for _ in roots] == [-signal.SIGKILL] * (len(roots) - 1) + [0]
-    assert outcomes == sorted(outcomes) and set(outcomes) == {20, 30} and len(outcomes) > 20
-
-
-def save_for_ever(root: Path) -> None:
-    torch.set_num_threads(1)
-    newest = latest(root)
-    step = step_of(newest) if newest else 0
-    state = {"weight": torch.empty(1 << 20)}
-    if newest:
-        load(newest, state)
-    checkpointer = Checkpointer(root, keep=2)
-    while True:
-        step += 1
-        state["weight"].fill_(step)
-        checkpointer.save(step, state, {"step": step})
-
-
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    choose = random.Random(0)
-    step = 0
-    for _ in range(6):
-        child = run_child(save_for_ever, tmp_path)
-        while not any(name > f"step-{step:08d}" for name in saved(tmp_path) if name[0] != "."):
-            time.sleep(0.01)  # until this child has got somewhere
-        time.sleep(choose.uniform(0, 0.05))
-        child.kill()
-        child.join()
-        path = latest(tmp_path)
-        assert path is not None and step_of(path) > step
-        step = step_of(path)
-        state = {"weight": torch.empty(1 << 20)}
-        assert load(path, state) == {"step": step}
-        assert bool((state["weight"] == step).all())
-
-
-def save_as_rank(rank: int, root: Path, answers: Any) -> None:
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    state = {
-        "sharded": distribute_tensor(torch.arange(12.0).view(6, 2), mesh, [Shard(0)]),
-        "same": torch.ones(3),
-    }
-    checkpointer = Checkpointer(root / "run")
-    save = checkpointer.save(10, state, {"ranks": 2})
-    dist.all_reduce(torch.ones(1))  # the step goes on, with collectives of its own
-    path = save.wait()
-    with largest_file(1000 if rank == 1 else 1 << 30):  # one rank's disk is full: all hear of it
-        try:
-            checkpointer.save(
-                20, {**state, "large": distribute_tensor(torch.ones(5000), mesh, [Shard(0)])}
-            ).wait()
-        except CheckpointError as error:
-            answers.put((rank, "rank 1: OSError" in str(error)))
-    loaded = {"sharded": distribute_tensor(torch.zeros(6, 2), mesh, [Shard(0)]), "same": torch.zeros(3)}
-    assert load(path, loaded) == {"ranks": 2}
-    local = loaded["sharded"]
-    assert isinstance(local, DTensor)
-    answers.put((rank, local.to_local().tolist()))
-    checkpointer.close()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.dist
-def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
-    answers = SPAWN.Queue()
-    children = [run_child(save_as_rank, rank, tmp_path, answers) for rank in range(2)]
-    found = sorted((answers.get(timeout=60) for _ in range(4)), key=str)
-    for child in children:
-        child.join()
-        assert child.exitcode == 0
-    halves = torch.arange(12.0).view(2, 3, 2).tolist()
-    assert found == [(0, True), (0, halves[0]), (1, True), (1, halves[1])]
-    assert saved(tmp_path / "run") == ["step-00000010"]
-    files = json.loads((tmp_path / "run" / "step-00000010" / "manifest.json").read_text())["files"]
-    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp", "extra.json"]
-    alone = {"sharded": torch.zeros(6, 2), "same": torch.zeros(3)}  # another world size reads it too
-    load(tmp_path / "run" / "step-00000010", alone)
-    assert torch.equal(alone["sharded"], torch.arange(12.0).view(6, 2))

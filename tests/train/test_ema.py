@@ -47,9 +47,7 @@ def test_average_is_the_formula() -> None:
         change(weights, step)
         ema.update()
         decay = min(0.6, (1 + step) / (10 + step))
-        expected = {
-            name: decay * each + (1 - decay) * weights[name].double() for name, each in expected.items()
-        }
+        expected = {name: decay * each + (1 - decay) * weights[name].double() for name, each in expected.items()}
     ema.finish()
     assert int(ema.num_updates) == 20
     for name, average in ema.average.items():

@@ -81,9 +81,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     start = expected.rindex(b'{"kind": "step"')  # of step 4
     for cut in [*range(start, len(expected), 7), len(expected) - 1]:
         path.write_bytes(expected[:cut])
-        assert [record.step for record in read_metrics(path)][:5] == [1, 2, 2, 3] + [4] * (
-            b"\n" in expected[start:cut]
-        )
+        assert [record.step for record in read_metrics(path)][:5] == [1, 2, 2, 3] + [4] * (b"\n" in expected[start:cut])
         run(path, 3, 4)
         assert path.read_bytes() == expected
     path.write_bytes(expected[:start] + b"\0" * 50)  # what a power cut leaves on some file systems

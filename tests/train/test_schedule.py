@@ -86,9 +86,7 @@ def test_v2_decays_in_two_steps(
     assert rate(name, fraction=0.9 - 1e-9) == pytest.approx(0.316 * peak, rel=1e-12)
     assert rate(name, fraction=0.9) == pytest.approx(0.316**2 * peak, rel=1e-12)
     schedule = load_schedule(name)
-    assert [values(schedule, Progress(tokens=tokens)).batch_size for tokens, _ in batches] == [
-        b for _, b in batches
-    ]
+    assert [values(schedule, Progress(tokens=tokens)).batch_size for tokens, _ in batches] == [b for _, b in batches]
     assert values(schedule, Progress()).gamma == values(schedule, Progress()).mtp_weight == 0.0
     assert (schedule.total_tokens, schedule.sequence_length) == (total, 4096)
 
@@ -123,9 +121,7 @@ def test_with_peak_scales_everything() -> None:
     batch = with_peak(load_schedule("deepseek-v3").batch_size, 40)
     assert (batch.start, [segment.value for segment in batch.segments]) == (8.0, [40.0, 40.0])
     lr = with_peak(load_schedule("deepseek-v3").learning_rate, 3e-3)
-    assert [segment.value for segment in lr.segments] == pytest.approx(
-        [3e-3, 3e-3, 3e-4, 3e-4, 3e-3 * 7.3e-6 / 2.2e-4]
-    )
+    assert [segment.value for segment in lr.segments] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4, 3e-3 * 7.3e-6 / 2.2e-4])
     with pytest.raises(ValueError, match="zero throughout"):
         with_peak(load_schedule("deepseek-v2").gamma, 1.0)
 
@@ -150,14 +146,9 @@ def test_batch_sizes_are_positive_multiples() -> None:
     schedule = TrainingSchedule(
         source="test",
         learning_rate=Schedule(segments=(Segment(value=1.0),)),
-        batch_size=Schedule(
-            start=1, segments=(Segment(shape="linear", value=33, tokens=32), Segment(value=33))
-        ),
+        batch_size=Schedule(start=1, segments=(Segment(shape="linear", value=33, tokens=32), Segment(value=33))),
     )
-    sizes = [
-        values(schedule, Progress(tokens=tokens), batch_multiple=8).batch_size
-        for tokens in (0, 5, 12, 31, 99)
-    ]
+    sizes = [values(schedule, Progress(tokens=tokens), batch_multiple=8).batch_size for tokens in (0, 5, 12, 31, 99)]
     assert sizes == [8, 8, 16, 32, 32]
 
 

@@ -9,6 +9,11 @@ few that change a model's size without changing its kernels' shapes (layers, exp
     experts        32, below width 256 16; 4 groups of which 2; top 4; 1 shared
     vocabulary     8 width, at least 4096
 
+    initial std    0.006 sqrt(7168 / width)
+
+V3's 0.006 makes a linear layer's output 0.5 of its normed input at width 7168; the same ratio at another width
+takes another std. At width 192 the published figure itself trains far worse (docs/log.md).
+
 Below width 2048 the MLA dims are small, because full ones would dominate: nope/rope/v 64/32/64, one head per
 64 of width, query rank 1/2 and latent 1/4 of the width. From 2048 up they are DeepSeek-V3's (128, 64, 128,
 latent 512), which is what fast kernels elsewhere are compiled for (`dovetail.spec.kernel_shapes`).
@@ -25,6 +30,7 @@ from dovetail.config import Record
 from dovetail.spec.kernel_shapes import FP8_TILE, HIDDEN_SIZES
 from dovetail.spec.model import Mla, ModelSpec, Moe
 
+PUBLISHED_STD, PUBLISHED_WIDTH = 0.006, 7168  # [V3 §4.2]
 FULL_MLA_WIDTH = HIDDEN_SIZES[0]
 
 
@@ -69,6 +75,7 @@ def dovetail_spec(dial: Dial) -> ModelSpec:
         attention=_attention(width),
         moe=moe,
         num_nextn_predict_layers=dial.mtp_depth,
+        initializer_range=PUBLISHED_STD * math.sqrt(PUBLISHED_WIDTH / width),
         max_position_embeddings=4096,
         bos_token_id=0,
         eos_token_id=1,

@@ -42,9 +42,7 @@ State = Mapping[str, Any]  # of tensors, or of more such mappings
 _FINAL = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".writing-"
 _RETIRED = ".retired-"  # an older directory of the same step, on its way out
-_SINGLE_PROCESS = (
-    "torch.distributed is disabled, unavailable or uninitialized"  # a warning that says all is well
-)
+_SINGLE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # a warning that says all is well
 
 
 class CheckpointError(RuntimeError):
@@ -167,9 +165,7 @@ def load(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
     return extra
 
 
-def _write(
-    path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None
-) -> None:
+def _write(path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
     """Runs in the writing thread, on every rank."""
     temporary = path.with_name(_TEMPORARY + path.name)
     rank = _rank(group)
@@ -178,9 +174,7 @@ def _write(
         state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
         # Each rank hashes what it wrote, while it is still in the page cache.
         own = f"__{rank}_*"
-        shares = _together(
-            lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group
-        )
+        shares = _together(lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group)
         files = {name: found for share in shares for name, found in share.items()}
         _together(lambda: _publish(temporary, path, extra, files, keep) if rank == 0 else None, group)
     except BaseException:
@@ -229,7 +223,7 @@ def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
             found = _flatten(leaf, f"{name}.")
         else:
             kind = type(leaf).__name__
-            raise ValueError(f"state {name!r} is a {kind}, not a tensor; plain values belong in `extra`")  # noqa: TRY004
+            raise ValueError(f"state {name!r} is a {kind}, not a tensor; plain values belong in `extra`")
         clash = sorted(found.keys() & flat.keys())
         if clash:
             raise ValueError(f"state {clash[0]!r} is there twice, once as a key with a dot; rename one")
@@ -244,9 +238,7 @@ def _check_fits(path: Path, flat: Mapping[str, Tensor], stored: Mapping[str, Any
     ):
         if names:
             some = ", ".join(sorted(names)[:3])
-            raise ValueError(
-                f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?"
-            )
+            raise ValueError(f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?")
     for name, tensor in flat.items():
         there = stored[name]
         assert isinstance(there, TensorStorageMetadata)
@@ -272,7 +264,7 @@ def _together(work: Callable[[], Result], group: dist.ProcessGroup | None) -> li
     mine: Result | CheckpointError
     try:
         mine = work()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must hear of it
+    except Exception as error:
         mine = CheckpointError(f"rank {_rank(group)}: {type(error).__name__}: {error}")
     everyone: list[Any] = [None] * _num_ranks(group)
     dist.all_gather_object(everyone, mine, group)

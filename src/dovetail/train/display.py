@@ -129,9 +129,7 @@ def line(view: View) -> str:
 
 
 def held_out_line(metrics: HeldOutMetrics) -> str:
-    return (
-        f"held out after step {metrics.step}: loss {metrics.loss:.4f}, {metrics.bits_per_byte:.4f} bits/byte"
-    )
+    return f"held out after step {metrics.step}: loss {metrics.loss:.4f}, {metrics.bits_per_byte:.4f} bits/byte"
 
 
 def panel(view: View, bars: str = BARS) -> RenderableType:
@@ -142,9 +140,7 @@ def panel(view: View, bars: str = BARS) -> RenderableType:
         rows.add_column(ratio=1)
     mtp = "-" if math.isnan(now.mtp_loss) else f"{now.mtp_loss:.4f}"
     held_out = f"{view.held_out.bits_per_byte:.4f} bits/byte" if view.held_out else "-"
-    rows.add_row(
-        _cell("loss", f"{now.loss:.4f}", "bold"), _cell("MTP loss", mtp), _cell("held out", held_out)
-    )
+    rows.add_row(_cell("loss", f"{now.loss:.4f}", "bold"), _cell("MTP loss", mtp), _cell("held out", held_out))
     rate = f"{now.tokens_per_second:,.0f}"
     rows.add_row(_cell("tokens/s", rate), _cell("MFU", f"{now.mfu:.1%}"), _cell("tokens", f"{now.tokens:,}"))
     rows.add_row(
@@ -197,21 +193,15 @@ def _progress(view: View) -> RenderableType:
 
 def _loss_row(losses: Sequence[float], bars: str) -> Text:
     finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
-    curve = spark(
-        [loss if math.isfinite(loss) else math.nan for loss in losses], min(finite), max(finite), bars
-    )
-    return Text.assemble(
-        ("loss    ", "dim"), (curve, "cyan"), (f"  {min(finite):.2f} to {max(finite):.2f}", "dim")
-    )
+    curve = spark([loss if math.isfinite(loss) else math.nan for loss in losses], min(finite), max(finite), bars)
+    return Text.assemble(("loss    ", "dim"), (curve, "cyan"), (f"  {min(finite):.2f} to {max(finite):.2f}", "dim"))
 
 
 def _max_vio_row(max_vio: Sequence[float], bars: str) -> Text:
     # From 0 (every expert has its share) to 1 (one has twice its share); worse is off the scale.
     text = Text.assemble(("MaxVio  ", "dim"))
     for value in max_vio:
-        text.append(
-            spark([value], 0.0, 1.0, bars), "green" if value < 0.3 else "yellow" if value < 1.0 else "red"
-        )
+        text.append(spark([value], 0.0, 1.0, bars), "green" if value < 0.3 else "yellow" if value < 1.0 else "red")
     text.append(f"  mean {_mean(max_vio):.2f}, worst {max(max_vio):.2f}", "dim")
     return text
 

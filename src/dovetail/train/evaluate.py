@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import torch
 
@@ -18,15 +17,16 @@ from dovetail.train.loss import token_losses
 def held_out(
     model: Transformer, store: TokenStore, length: int, batch_size: int, max_windows: int | None = None
 ) -> tuple[float, float]:
-    """(nats per token, bits per byte) over the store, or over its first `max_windows` windows.
+    """(nats per token, bits per byte) over the store, or over about `max_windows` windows spread across it.
 
     A part of the store is charged the store's mean bytes per token.
     """
     device = model.norm.weight.device
     nats, scored = 0.0, 0
-    batches = None if max_windows is None else math.ceil(max_windows / batch_size)
-    windows = evaluation_windows(store, length, max(length // 2, 1), batch_size)
-    for window in itertools.islice(windows, batches):
+    stride = max(length // 2, 1)
+    windows = evaluation_windows(store, length, stride, batch_size)
+    every = 1 if max_windows is None else max(1, store.num_tokens // stride // max(max_windows, batch_size))
+    for window in itertools.islice(windows, 0, None, every):
         tokens = window.batch.tokens.to(device)
         hidden = model(tokens[:, :-1].contiguous()).hidden.flatten(0, 1)
         losses = token_losses(hidden, model.head_weight, tokens[:, 1:].flatten())

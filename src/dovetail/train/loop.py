@@ -162,13 +162,15 @@ def _loop(state: Run, display: Display) -> None:
                 if log is not None:
                     log.write(metrics)
                     display.update(metrics)
-                if _is_due(config.train.evaluate_every, counters.step) and log is not None:
-                    _evaluate(state, counters, log, display)
-                is_last = counters.step == state.num_steps
-                if is_last or stopped or _is_due(config.train.checkpoint_every, counters.step):
-                    _save(state, counters, checkpointer, log)
                 if counters.bad_in_a_row >= config.train.max_bad_steps:
+                    checkpointer.wait()
                     raise Diverged(_diverged(state, counters, root))
+                is_last = counters.step == state.num_steps
+                if log is not None and (is_last or _is_due(config.train.evaluate_every, counters.step)):
+                    _evaluate(state, counters, log, display)  # before the save, so that a saved step has its figure
+                is_good = counters.bad_in_a_row == 0  # amid bad steps, the checkpoint before them is kept
+                if is_last or stopped or (is_good and _is_due(config.train.checkpoint_every, counters.step)):
+                    _save(state, counters, checkpointer, log)
                 if stopped and not is_last:
                     checkpointer.wait()
                     raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
@@ -242,9 +244,8 @@ def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display)
     if state.held_out_store is None:
         return
     train = state.config.train
-    loss, bits = held_out(
-        state.model, state.held_out_store, train.sequence_length, train.microbatch_size, train.evaluate_windows
-    )
+    windows = None if counters.step == state.num_steps else train.evaluate_windows  # all of them at the end
+    loss, bits = held_out(state.model, state.held_out_store, train.sequence_length, train.microbatch_size, windows)
     metrics = HeldOutMetrics(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits)
     log.write(metrics)
     display.update(metrics)

@@ -66,9 +66,7 @@ class MetricsLog:
         """Add one line; it survives this process from here on, and the machine from the next `sync` on."""
         kind = "step" if isinstance(metrics, StepMetrics) else "held_out"
         record = {"kind": kind, **dataclasses.asdict(metrics)}
-        self._file.write(
-            json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n"
-        )
+        self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

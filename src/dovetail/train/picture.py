@@ -93,9 +93,7 @@ def _draw_losses(axes: Axes, steps: Sequence[StepMetrics], held_out: Sequence[He
         )
     skipped = [step.tokens for before, step in pairwise(steps) if step.skipped > before.skipped]
     for index, where in enumerate(skipped):
-        axes.axvline(
-            where, color=SKIPPED, linewidth=0.8, linestyle=":", label=None if index else "skipped step"
-        )
+        axes.axvline(where, color=SKIPPED, linewidth=0.8, linestyle=":", label=None if index else "skipped step")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -110,9 +108,7 @@ def _draw_max_vio(axes: Axes, steps: Sequence[StepMetrics]) -> None:
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(layers)))
     for index, (layer, color) in enumerate(zip(layers, colors, strict=True)):
         is_named = len(layers) <= 8 or index in (0, len(layers) - 1)
-        axes.plot(
-            tokens, smooth(layer), color=color, linewidth=1.1, label=f"{index + 1}" if is_named else None
-        )
+        axes.plot(tokens, smooth(layer), color=color, linewidth=1.1, label=f"{index + 1}" if is_named else None)
     axes.plot(tokens, smooth(layers.mean(axis=0)), color=INK, linewidth=2.0, label="mean")
     axes.set_ylim(bottom=0)
     axes.set_ylabel("MaxVio of expert load\n(max load / mean load - 1)")

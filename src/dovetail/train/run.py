@@ -71,8 +71,8 @@ class TrainConfig(Record):
     max_bad_steps: int = Field(default=5, gt=0)  # non-finite steps in a row before the run stops
     checkpoint_every: int = Field(default=100, gt=0)  # steps
     keep_checkpoints: int = Field(default=3, gt=0)
-    evaluate_every: int | None = Field(default=None, gt=0)  # steps; on `evaluate_windows` of the held-out text
-    evaluate_windows: int = Field(default=32, gt=0)
+    evaluate_every: int | None = Field(default=None, gt=0)  # steps; the end of the run is always evaluated, on all
+    evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text for an evaluation on the way
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainConfig:

@@ -82,9 +82,7 @@ class Schedule(Record):
                 if index + 1 < len(self.segments):
                     raise ValueError(f"segment {index} has no end but is not the last: give it one")
                 if segment.shape != "constant":
-                    raise ValueError(
-                        f"the last segment is {segment.shape} but has no end; add a constant one after it"
-                    )
+                    raise ValueError(f"the last segment is {segment.shape} but has no end; add a constant one after it")
                 return self
             unit, end = segment.end
             if end <= last[unit]:
@@ -129,9 +127,7 @@ def value(schedule: Schedule, at: Progress) -> float:
         unit, end = segment.end
         if at.in_unit(unit) < end:
             # Positions in another unit can lag behind a boundary already passed, hence the clamp.
-            share = (
-                max(0.0, (at.in_unit(unit) - begin) / (end - begin)) if segment.shape != "constant" else 1.0
-            )
+            share = max(0.0, (at.in_unit(unit) - begin) / (end - begin)) if segment.shape != "constant" else 1.0
             return _between(segment, before, share)
         begin, before = end, segment.value
     raise AssertionError("a valid schedule ends with a segment that has no end")
@@ -184,8 +180,7 @@ def with_peak(schedule: Schedule, peak: float) -> Schedule:
         update={
             "start": schedule.start / top * peak,
             "segments": tuple(
-                segment.model_copy(update={"value": segment.value / top * peak})
-                for segment in schedule.segments
+                segment.model_copy(update={"value": segment.value / top * peak}) for segment in schedule.segments
             ),
         }
     )
