@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoConfig, DeepseekV3ForCausalLM
 
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.allocator import keep_freed_memory
@@ -52,15 +53,14 @@ def parse_rival(text: str) -> Rival:
     )
 
 
-def build_rival(spec: ModelSpec, rival: Rival, dtype: torch.dtype) -> nn.Module:
+def build_rival(spec: ModelSpec, rival: Rival, dtype: torch.dtype) -> Any:
     """The model of `spec` without MTP, weights of seed SEED as `initialize` draws them."""
     if rival.keeps_memory:
         keep_freed_memory()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    config = AutoConfig.for_model(**spec.model_copy(update={"num_nextn_predict_layers": 0}).to_hf())
-    model: nn.Module = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation=rival.attention, experts_implementation=rival.experts
-    )
+    config: Any = AutoConfig.for_model(**spec.model_copy(update={"num_nextn_predict_layers": 0}).to_hf())
+    config._attn_implementation, config._experts_implementation = rival.attention, rival.experts
+    model: Any = DeepseekV3ForCausalLM(config)  # its annotations do not hold under a strict checker
     ours = build_ours(spec, torch.float32)
     weights = {key: value for name, tensor in ours.state_dict().items() for key, value in _renamed(name, tensor)}
     model.load_state_dict(weights)

@@ -12,7 +12,6 @@ last-level cache from one step to the next, so the floor is not a bound to the l
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from typing import Annotated
 import torch
 import typer
 from _machine import Ceilings, measure_ceilings, use_threads
-from _sides import Build, Case, Lap, Series, Turn, append_rows, print_table, progress, ratio, take_turns
+from _sides import Build, Case, Lap, Series, Turn, append_rows, print_table, ratio, take_turns
 from _transformers import Rival, build_ours, build_rival, parse_rival
 from torch import Tensor
 from transformers import DynamicCache
@@ -30,11 +29,12 @@ from transformers import DynamicCache
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, layer_parameters, parameters
 from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.fused import FusedRunner
+from dovetail.engine.runner import Runner
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
 OURS = "dovetail"
+CONTEXTS, BATCHES = [1024, 4096], [1, 8]
 RIVALS = ["eager+grouped_mm", "sdpa+grouped_mm", "eager+batched_mm"]
 STEPS = 12  # per turn,
 TURN_SECONDS = 2.0  # or as many as fit, at least two
@@ -67,12 +67,12 @@ def timed_steps(step: Callable[[int], Tensor]) -> Lap:
 
 
 @torch.no_grad()
-def build_fused(spec: ModelSpec, cases: list[Case]) -> Turn:
+def build_dovetail(spec: ModelSpec, cases: list[Case]) -> Turn:
     keep_freed_memory()
     model = build_ours(spec, torch.bfloat16)
     capacity = max(context for context, _ in cases) + STEPS
     cache = ContiguousCache(model.spec, max(batch for _, batch in cases), capacity, torch.bfloat16)
-    runner = FusedRunner(model, cache)
+    runner = Runner(model, cache)
     filled: list[int] = []
 
     @torch.no_grad()
@@ -132,8 +132,8 @@ def floor_bytes(spec: ModelSpec, case: Case) -> tuple[float, float]:
 
 def main(
     model: Annotated[str, typer.Option(help="A preset: 20m, 104m, ...")] = "104m",
-    context: Annotated[list[int], typer.Option(help="Tokens in the cache; may be repeated.")] = [1024, 4096],
-    batch: Annotated[list[int], typer.Option(help="Sequences; may be repeated.")] = [1, 8],
+    context: Annotated[list[int], typer.Option(help="Tokens in the cache; may be repeated.")] = CONTEXTS,
+    batch: Annotated[list[int], typer.Option(help="Sequences; may be repeated.")] = BATCHES,
     rival: Annotated[list[str], typer.Option(help="eager|sdpa + grouped_mm|loop|batched_mm [+ compiled]")] = RIVALS,
     ours_only: bool = False,
     warmup: int = 1,
@@ -144,7 +144,7 @@ def main(
     use_threads(threads)
     spec = load_model(model)
     cases: list[Case] = [(tokens, sequences) for tokens in context for sequences in batch]
-    builds: dict[str, Build] = {OURS: partial(build_fused, spec, cases)}
+    builds: dict[str, Build] = {OURS: partial(build_dovetail, spec, cases)}
     builds |= {each.name: partial(build_theirs, spec, each) for each in map(parse_rival, [] if ours_only else rival)}
     ceilings = measure_ceilings()
     results = take_turns(builds, cases, warmup, repeats)
@@ -179,8 +179,6 @@ def report(
     print_table([*columns, "floor ms", "of floor", "check"], lines)
     if record:
         append_rows("decode", rows)
-    else:
-        progress("not recorded")
 
 
 if __name__ == "__main__":

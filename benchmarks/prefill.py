@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import typer
 from _machine import Ceilings, measure_ceilings, use_threads
-from _sides import Build, Case, Lap, Series, Turn, append_rows, print_table, ratio, take_turns, timed
+from _sides import Build, Case, Series, Turn, append_rows, print_table, ratio, take_turns, timed
 from _transformers import Rival, build_ours, build_rival, parse_rival
 from torch import Tensor
 from transformers import DynamicCache
@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import attention_flop_per_token, parameters
 from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.fused import FusedRunner
+from dovetail.engine.runner import Runner
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
@@ -33,10 +33,10 @@ def prompt_of(length: int, vocab_size: int) -> Tensor:
     return torch.randint(vocab_size, (length,), generator=torch.Generator().manual_seed(0))
 
 
-def build_fused(spec: ModelSpec, length: int) -> Turn:
+def build_dovetail(spec: ModelSpec, length: int) -> Turn:
     keep_freed_memory()
     model = build_ours(spec, torch.bfloat16)
-    runner = FusedRunner(model, ContiguousCache(model.spec, 1, length, torch.bfloat16))
+    runner = Runner(model, ContiguousCache(model.spec, 1, length, torch.bfloat16))
     prompt = prompt_of(length, spec.vocab_size)
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ def main(
     use_threads(threads)
     spec = load_model(model)
     rivals = [] if ours_only else [parse_rival(text) for text in rival]
-    builds: dict[str, Build] = {OURS: partial(build_fused, spec, length)}
+    builds: dict[str, Build] = {OURS: partial(build_dovetail, spec, length)}
     builds |= {each.name: partial(build_theirs, spec, each, length) for each in rivals}
     ceilings = measure_ceilings()
     case: Case = (length,)

@@ -66,7 +66,7 @@ def build_bare(spec: ModelSpec) -> Turn:
 
     def step(tokens: Tensor) -> float:
         loss = token_loss(model(tokens[:, :-1].contiguous()).hidden, model.head_weight, tokens[:, 1:])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
         norm = optimizer.grad_norm(gradients)
         optimizer.step(gradients, VALUES.learning_rate, min(1.0, 1.0 / (norm + 1e-6)))

@@ -87,9 +87,7 @@ def periodic() -> Periodic:
     the head undo), when the embedding is not that of the right token, and when the cache entry of one
     period ago is missing or stale. Drafts are right from position PERIOD - 1 on.
     """
-    attention = Mla(
-        num_attention_heads=1, kv_lora_rank=64, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=VOCAB
-    )
+    attention = Mla(num_attention_heads=1, kv_lora_rank=64, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=VOCAB)
     spec = build_spec(vocab_size=VOCAB, attention=attention, rope_theta=10.0)
     model = Transformer(spec, torch.float32)
     initialize(model, 0)
@@ -116,7 +114,7 @@ def noisy(periodic: Periodic) -> Transformer:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.mtp.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
 
 

@@ -6,7 +6,7 @@ import torch
 from dovetail.engine import speculative
 from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
-from dovetail.engine.runner import make_runner
+from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.speculative import Draft, accept
@@ -98,7 +98,7 @@ def test_greedy_acceptance_stops_at_the_first_difference():
 def grown(model, prompt, count, params, depth):
     """`count` sequences that have one prompt and seeds of their own, all prefilled (once, then copied)."""
     spec = model.spec
-    runner = make_runner(model, ContiguousCache(spec, count, len(prompt) + 2 * depth + 2, torch.float32))
+    runner = Runner(model, ContiguousCache(spec, count, len(prompt) + 2 * depth + 2, torch.float32))
     sequences = []
     for slot in range(count):
         sequences.append(
@@ -168,7 +168,7 @@ def test_greedy_speculation_with_perfect_drafts(periodic, depth):
 def test_depth_is_checked(engine_spec, engine_model):
     spec = engine_spec(num_nextn_predict_layers=1)
     llm = LLM(engine_model(spec), spec)
-    with pytest.raises(ValueError, match="speculate = 2 .* 1 MTP modules .* speculate <= 1"):
+    with pytest.raises(ValueError, match=r"speculate = 2 .* 1 MTP modules .* speculate <= 1"):
         llm.generate([[1, 2]], GREEDY, speculate=2)
     with pytest.raises(ValueError, match="speculate = -1"):
         llm.generate([[1, 2]], GREEDY, speculate=-1)

@@ -29,7 +29,7 @@ def test_kernels_are_the_reference(shape: tuple[int, ...], dtype: torch.dtype, d
     truth = swiglu_reference(gate_up.double())
     assert elementwise_error(swiglu(gate_up), truth) < tolerance(dtype, terms=OPERATIONS)
     grad_gate_up, output = swiglu_backward(grad, gate_up)
-    assert torch.equal(output, swiglu(gate_up))
+    assert elementwise_error(output, truth) < tolerance(dtype, terms=OPERATIONS)
     true_gradient, _ = swiglu_backward_reference(grad.double(), gate_up.double())
     # 1 + g (1 - s) cancels near its zero at g = -1.28: normwise
     assert normwise_error(grad_gate_up, true_gradient) < tolerance(dtype, terms=OPERATIONS)
@@ -53,8 +53,9 @@ def test_large_gates_saturate_as_silu_does() -> None:
     error = (swiglu(gate_up) - truth).abs() / gate.abs().clamp(min=1.0)
     assert error.max() < tolerance(torch.float32)
     gradient, _ = swiglu_backward(torch.ones(1, len(gate)), gate_up)
-    assert gradient.isfinite().all()
-    assert gradient[0, :3].abs().max() < tolerance(torch.float32)
+    true_gradient, _ = swiglu_backward_reference(torch.ones(1, len(gate)).double(), gate_up.double())
+    error = (gradient - true_gradient).abs() / gate.abs().clamp(min=1.0).repeat(2)
+    assert error.max() < tolerance(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

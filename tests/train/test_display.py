@@ -129,7 +129,8 @@ def test_live_panel_is_not_redrawn_for_every_fast_step() -> None:
         clock.now += 0.02
     display.close()
     shown = console.export_text()
-    assert shown.count("a run") <= 13 and "step 100 of 100" in shown
+    assert shown.count("a run") <= 13
+    assert "step 100 of 100" in shown
 
 
 def test_live_panel_on_a_terminal_without_unicode() -> None:
@@ -137,7 +138,8 @@ def test_live_panel_on_a_terminal_without_unicode() -> None:
     display.update(step_metrics(1))
     display.close()
     shown = console.export_text()
-    assert shown.isascii() and f"MaxVio  {PLAIN_BARS[0]}{PLAIN_BARS[4]}" in shown
+    assert shown.isascii()
+    assert f"MaxVio  {PLAIN_BARS[0]}{PLAIN_BARS[4]}" in shown
 
 
 def test_dumb_terminal_gets_lines() -> None:

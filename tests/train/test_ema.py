@@ -133,7 +133,8 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
     load(path, {"weights": weights, "ema": second.state()})
     train(second, weights, range(4, 9))
     second.close()
-    assert same(second.average, whole.average) and int(second.num_updates) == 9
+    assert same(second.average, whole.average)
+    assert int(second.num_updates) == 9
 
 
 def test_an_error_in_the_thread_is_raised() -> None:

@@ -50,7 +50,9 @@ def test_records_come_back(tmp_path: Path) -> None:
         assert read_metrics(path) == written[:count]  # flushed line by line
     log.close()
     first = json.loads(path.read_text().splitlines()[0])
-    assert first["kind"] == "step" and first["learning_rate"] == 1e-3 / 3 and first["max_vio"] == [0.5, 1 / 3]
+    assert first["kind"] == "step"
+    assert first["learning_rate"] == 1e-3 / 3
+    assert first["max_vio"] == [0.5, 1 / 3]
 
 
 def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:
@@ -60,7 +62,9 @@ def test_what_is_not_finite_is_valid_json(tmp_path: Path) -> None:
     log.close()
     assert json.loads(path.read_text(), parse_constant=pytest.fail)["loss"] is None
     (record,) = read_metrics(path)
-    assert isinstance(record, StepMetrics) and math.isnan(record.loss) and math.isnan(record.mtp_loss)
+    assert isinstance(record, StepMetrics)
+    assert math.isnan(record.loss)
+    assert math.isnan(record.mtp_loss)
 
 
 def test_resumed_file_is_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def test_picture_is_a_png_that_appears_whole(tmp_path: Path) -> None:
     picture = tmp_path / "pictures" / "run.png"
     draw_run(tmp_path / "metrics.jsonl", picture, "a run")
     pixels = matplotlib.image.imread(picture)
-    assert pixels.shape == (990, 1350, 4) and pixels[..., :3].min() < 0.2
+    assert pixels.shape == (990, 1350, 4)
+    assert pixels[..., :3].min() < 0.2
     assert [path.name for path in picture.parent.iterdir()] == ["run.png"]
 
 

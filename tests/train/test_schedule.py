@@ -68,7 +68,8 @@ def test_v3_batch_gamma_and_mtp_weight_at_every_breakpoint() -> None:  # [V3 §4
     assert at(10 * T) == (15360, 0.001, 0.1)
     assert at(14_300 * B - 1) == (15360, 0.001, 0.1)
     assert at(14_300 * B) == (15360, 0.0, 0.1)
-    assert v3.sequence_length == 4096 and 15360 * 4096 == 62_914_560  # tokens in the largest batch
+    assert v3.sequence_length == 4096
+    assert 15360 * 4096 == 62_914_560
 
 
 @pytest.mark.parametrize(

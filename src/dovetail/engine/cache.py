@@ -44,6 +44,16 @@ class ContiguousCache:
     def capacity(self) -> int:
         return self.data.shape[2]
 
+    def check(self, positions: Tensor) -> int:
+        """How many positions are in use after writing `positions`. Raises `ValueError` beyond the capacity."""
+        num_keys = int(positions.max()) + 1
+        if num_keys > self.capacity:
+            raise ValueError(
+                f"position {num_keys - 1} is outside a cache of {self.capacity} positions per sequence; "
+                f"build it with capacity >= {num_keys} (prompt + new tokens + drafts), or ask for fewer tokens"
+            )
+        return num_keys
+
     def update(
         self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -72,12 +82,7 @@ class SelectedSlots:
     ) -> tuple[Tensor, Tensor]:
         """Views where the slots are consecutive, else copies. Raises `ValueError` beyond the capacity."""
         assert positions.shape[0] == len(self.slots), "one row of positions per slot"
-        num_keys = int(positions.max()) + 1
-        if num_keys > self.cache.capacity:
-            raise ValueError(
-                f"position {num_keys - 1} is outside a cache of {self.cache.capacity} positions per sequence; "
-                f"build it with capacity >= {num_keys} (prompt + new tokens + drafts), or ask for fewer tokens"
-            )
+        num_keys = self.cache.check(positions)
         data = self.cache.data[layer]
         slots = torch.tensor(self.slots, device=data.device)
         data[slots[:, None], positions] = torch.cat((latent, rope_key), dim=-1).to(data.dtype)

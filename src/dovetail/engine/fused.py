@@ -1,7 +1,7 @@
-"""A runner for CPUs: `runner.Runner` with its short steps done by the kernels of `rows_numba`.
+"""The short steps of `runner.Runner` on a CPU, by the kernels of `rows_numba`.
 
-Prompts go through the model as before. Rows [R] may be any mix of slots; all rows of a call are written to the
-cache before any is attended to, and each attends up to its own position.
+Rows [R] may be any mix of slots; all rows of a call are written to the cache before any is attended to, and each
+attends up to its own position. The model's weights must stay where they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dovetail.engine import rows_numba
 from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.runner import Runner
 from dovetail.model.mla import MultiHeadLatentAttention
 from dovetail.model.moe import MoeMlp
 from dovetail.model.norm import RmsNorm
@@ -37,26 +36,15 @@ class FusedBlock:
     gate: tuple[int, int, int, bool, bool, np.float32]
 
 
-class FusedRunner:
-    """Same methods and results as `Runner`, up to rounding; the model's weights must stay where they are."""
+class FusedSteps:
+    """`step`, `draft` and `logits` as in `Runner`, up to rounding."""
 
     def __init__(self, model: Transformer, cache: ContiguousCache) -> None:
-        self.reference = Runner(model, cache)
         self.model, self.cache = model, cache
         self.blocks = [_fuse(block, model, cache) for block in model.layers]
         self.drafters = [_fuse(mtp.block, model, cache) for mtp in model.mtp]
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
-
-    @property
-    def device(self) -> torch.device:
-        return self.cache.data.device
-
-    def prefill(self, slot: int, tokens: Tensor) -> Tensor:
-        return self.reference.prefill(slot, tokens)
-
-    def prefill_draft(self, depth: int, slot: int, hidden: Tensor, next_tokens: Tensor) -> Tensor:
-        return self.reference.prefill_draft(depth, slot, hidden, next_tokens)
 
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         rows = self._rows(slots, positions)
@@ -75,7 +63,7 @@ class FusedRunner:
         return self._finish(x, mtp.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        flat = hidden.flatten(0, -2).contiguous()
+        flat = hidden.reshape(-1, hidden.shape[-1])
         logits = torch.empty(flat.shape[0], self.head_weight.shape[0], dtype=torch.float32)
         rows_numba.head(array(flat), self.head_weight, logits.numpy())
         return logits.view(*hidden.shape[:-1], -1)

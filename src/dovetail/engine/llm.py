@@ -13,7 +13,7 @@ import torch
 from dovetail.engine import speculative
 from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.completion_text import CompletionText
-from dovetail.engine.runner import Runner, make_runner
+from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Completion, Sequence
 from dovetail.model.transformer import Transformer
@@ -152,7 +152,7 @@ class LLM:
         # The last token of a sequence is never run, but drafts after it may be, to be thrown away.
         capacity = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences) + depth
         parameter = self.model.embed_tokens.weight
-        runner = make_runner(
+        runner = Runner(
             self.model, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device)
         )
         waiting, active, free = deque(sequences), list[Sequence](), list(range(batch))

@@ -1,12 +1,11 @@
 """CPU kernels for a few rows at a time: decoding and the verification of drafts.
 
 One call does a whole half of a block, on x [R, dim] FP32 in place. Weights are read once for all rows, straight
-from the model's tensors; activations stay FP32. Attention is the absorbed form of `model.mla`, head by head:
-query, scores over the cache, mixture of latents and value projection of one head and row need nothing from
-another, so they are one parallel loop.
+from the model's tensors; activations stay FP32. Attention is the absorbed form of `model.mla`.
 
-What a row computes does not depend on which rows are beside it: each output is one `dot` in one order. So a
-token verified together with others has bit for bit the logits of a token decoded alone.
+What a row computes does not depend on which rows are beside it: `dots` and `mix` promise it for one output, and
+sums over experts go by the experts' numbers. So a token verified together with others has bit for bit the logits
+of a token decoded alone.
 
 Letters: R rows, C latent width, E experts, K choices, I width of an expert.
 """
@@ -18,35 +17,11 @@ from numba import prange
 from numba.extending import register_jitable
 
 from dovetail.model.gate_numba import select_row
-from dovetail.numerics.cpu_numba import exp, kernel, load, sigmoid, store
+from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, load, ordered, sigmoid, store
+from dovetail.numerics.dots_numba import dots, mix
 
+HEADS = 4  # heads of a row that attend together
 OUTPUTS = 16  # outputs per piece of work where experts are summed: long enough runs of each weight
-
-
-@register_jitable
-def dot(weights, x):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(len(x)):
-        total += load(weights, i) * x[i]
-    return total
-
-
-@register_jitable
-def mix(factors, rows, total):  # type: ignore[no-untyped-def]
-    """total [C] = sum over n of factors[n] * rows[n, :C], four rows at a time to spare loads and stores of total."""
-    width = len(total)
-    total[:] = np.float32(0.0)
-    whole = len(factors) // 4 * 4
-    for n in range(0, whole, 4):
-        a, b, c, d = factors[n], factors[n + 1], factors[n + 2], factors[n + 3]
-        # Sliced after the row is picked: a slice of columns first would lose the unit stride.
-        r0, r1, r2, r3 = rows[n, :width], rows[n + 1, :width], rows[n + 2, :width], rows[n + 3, :width]
-        for i in range(width):
-            total[i] += a * load(r0, i) + b * load(r1, i) + c * load(r2, i) + d * load(r3, i)
-    for n in range(whole, len(factors)):
-        f, row = factors[n], rows[n, :width]
-        for i in range(width):
-            total[i] += f * load(row, i)
 
 
 @register_jitable
@@ -76,19 +51,18 @@ def norm_rows(x, weight, eps):  # type: ignore[no-untyped-def]
 
 
 @register_jitable
-def attend(query, keys, scale, scores, mixed):  # type: ignore[no-untyped-def]
-    """mixed [C] = softmax(scale keys query) keys[:, :C] for query [C + rope], keys [S, C + rope]."""
-    top = np.float32(-np.inf)
+def soften(scores, scale):  # type: ignore[no-untyped-def]
+    """scores become softmax(scale * scores)."""
+    key = ordered(np.float32(-np.inf))
     for s in range(len(scores)):
-        scores[s] = dot(keys[s], query) * scale
-        top = max(top, scores[s])
-    total = np.float32(0.0)
+        scores[s] *= scale
+        key = max(key, ordered(scores[s]))
+    top, total = from_ordered(key), np.float32(0.0)
     for s in range(len(scores)):
         scores[s] = exp(scores[s] - top)
         total += scores[s]
     for s in range(len(scores)):
         scores[s] /= total
-    mix(scores, keys, mixed)
 
 
 @kernel
@@ -99,41 +73,62 @@ def attention(  # type: ignore[no-untyped-def]
     queries are not compressed."""
     rows, dim = x.shape
     rope = 2 * cos.shape[1]
-    latent, q_rank = cache.shape[2] - rope, q_a.shape[0]
+    entry, q_rank = cache.shape[2], q_a.shape[0]
+    latent = entry - rope
     head_dim = q_b.shape[0] // heads
     nope, per_head = head_dim - rope, kv_b.shape[0] // heads
     width = per_head - nope
     normed = norm_rows(x, norm_weight, eps)
-    low = np.empty((rows, q_rank + latent + rope), dtype=np.float32)
-    for n in prange(low.shape[1]):
-        weights = q_a[n] if n < q_rank else kv_a[n - q_rank]
-        for r in range(rows):
-            low[r, n] = dot(weights, normed[r])
-    queries = norm_rows(low[:, :q_rank].copy(), q_a_norm, eps) if q_rank else normed
-    entry = np.empty(latent + rope, dtype=np.float32)
+    low = np.empty((rows, q_rank + entry), dtype=np.float32)
+    for n in prange(q_rank + entry):
+        if n < q_rank:
+            dots(q_a, n, normed, 0, rows, low, n, q_rank + entry)
+        else:
+            dots(kv_a, n - q_rank, normed, 0, rows, low, n, q_rank + entry)
+    compressed = norm_rows(low[:, :q_rank].copy(), q_a_norm, eps) if q_rank else normed
+    new = np.empty(entry, dtype=np.float32)
     for r in range(rows):
-        norm(low[r, q_rank : q_rank + latent], kv_a_norm, eps, entry[:latent])
-        rotate(low[r, q_rank + latent :], cos[r], sin[r], entry[latent:])
+        norm(low[r, q_rank : q_rank + latent], kv_a_norm, eps, new[:latent])
+        rotate(low[r, q_rank + latent :], cos[r], sin[r], new[latent:])
         to = cache[slots[r], positions[r]]
-        for i in range(len(entry)):
-            store(to, i, entry[i])
-    values = np.empty((rows, heads * width), dtype=np.float32)
-    for item in prange(heads * rows):
-        h, r = item // rows, item % rows
-        q = np.empty(head_dim, dtype=np.float32)
+        for i in range(entry):
+            store(to, i, new[i])
+    # Queries in the space of the cache, one head at a time for all rows: [rows * heads, entry].
+    absorbed = np.empty((rows * heads, entry), dtype=np.float32)
+    for h in prange(heads):
+        q = np.empty((rows, head_dim), dtype=np.float32)
         for i in range(head_dim):
-            q[i] = dot(q_b[h * head_dim + i], queries[r])
-        absorbed = np.empty(latent + rope, dtype=np.float32)
-        mix(q[:nope], kv_b[h * per_head : h * per_head + nope], absorbed[:latent])
-        rotate(q[nope:], cos[r], sin[r], absorbed[latent:])
-        keys = cache[slots[r], : positions[r] + 1]
-        mixed = np.empty(latent, dtype=np.float32)
-        attend(absorbed, keys, scale, np.empty(len(keys), dtype=np.float32), mixed)
-        for i in range(width):
-            values[r, h * width + i] = dot(kv_b[h * per_head + nope + i], mixed)
-    for n in prange(dim):
+            dots(q_b, h * head_dim + i, compressed, 0, rows, q, i, head_dim)
+        moved = np.empty((rows, latent), dtype=np.float32)
+        mix(q, 0, rows, nope, kv_b, h * per_head, latent, moved, 0)
         for r in range(rows):
-            x[r, n] += dot(o[n], values[r])
+            absorbed[r * heads + h, :latent] = moved[r]
+            rotate(q[r, nope:], cos[r], sin[r], absorbed[r * heads + h, latent:])
+    # A few heads at a time, so that each key is loaded once for all of them.
+    keys = cache.reshape((-1, entry))
+    groups = max(min(heads, 2), (heads + HEADS - 1) // HEADS)
+    mixed = np.empty((heads * rows, latent), dtype=np.float32)
+    for item in prange(rows * groups):
+        r, group = item // groups, item % groups
+        start, stop = group * heads // groups, (group + 1) * heads // groups
+        num_keys, row = positions[r] + 1, slots[r] * cache.shape[1]
+        scores = np.empty((stop - start, num_keys), dtype=np.float32)
+        for s in range(num_keys):
+            dots(keys, row + s, absorbed, r * heads + start, stop - start, scores, s, num_keys)
+        for h in range(stop - start):
+            soften(scores[h], scale)
+        out = np.empty((stop - start, latent), dtype=np.float32)
+        mix(scores, 0, stop - start, num_keys, keys, row, latent, out, 0)
+        for h in range(stop - start):
+            mixed[(start + h) * rows + r] = out[h]
+    values = np.empty((rows, heads * width), dtype=np.float32)
+    for n in prange(heads * width):
+        h, i = n // width, n % width
+        dots(kv_b, h * per_head + nope + i, mixed, h * rows, rows, values, n, heads * width)
+    out = np.empty((rows, dim), dtype=np.float32)
+    for n in prange(dim):
+        dots(o, n, values, 0, rows, out, n, dim)
+    x += out
 
 
 @kernel
@@ -142,14 +137,25 @@ def dense(x, eps, norm_weight, gate_up, down):  # type: ignore[no-untyped-def]
     rows, dim = x.shape
     width = down.shape[1]
     normed = norm_rows(x, norm_weight, eps)
-    act = np.empty((rows, width), dtype=np.float32)
+    act = np.empty((2 * rows, width), dtype=np.float32)  # gates of all rows, then ups
     for n in prange(width):
-        for r in range(rows):
-            gate = dot(gate_up[n], normed[r])
-            act[r, n] = gate * sigmoid(gate) * dot(gate_up[width + n], normed[r])
+        swiglu(gate_up, n, width + n, normed, 0, rows, act, rows, n)
+    out = np.empty((rows, dim), dtype=np.float32)
     for n in prange(dim):
-        for r in range(rows):
-            x[r, n] += dot(down[n], act[r])
+        dots(down, n, act, 0, rows, out, n, dim)
+    x += out
+
+
+@register_jitable
+def swiglu(weights, gate, up, x, first, count, act, spare, n):  # type: ignore[no-untyped-def]
+    """act[first + i, n] for i < count, of x[first + i] and the weights' rows `gate` and `up`; rows of act from
+    `spare` on are room to work in."""
+    width = act.shape[1]
+    dots(weights, gate, x, first, count, act, first * width + n, width)
+    dots(weights, up, x, first, count, act, (spare + first) * width + n, width)
+    for i in range(first, first + count):
+        g = act[i, n]
+        act[i, n] = g * sigmoid(g) * act[spare + i, n]
 
 
 @register_jitable
@@ -204,40 +210,45 @@ def experts(  # type: ignore[no-untyped-def]
     num_experts, width, shared_width = down.shape[0], down.shape[2], shared_down.shape[1]
     normed = norm_rows(x, norm_weight, eps)
     logits = np.empty((rows, num_experts), dtype=np.float32)
-    for e in prange(num_experts):
-        for r in range(rows):
-            logits[r, e] = dot(router[e], normed[r])
+    for e in range(num_experts):
+        dots(router, e, normed, 0, rows, logits, e, num_experts)
     ids = np.empty((rows, choices), dtype=np.int64)
     weights = np.empty((rows, choices), dtype=np.float32)
     for r in range(rows):
         route_row(logits[r], bias, ids[r], weights[r], gate)
     used, starts, pairs = group_pairs(ids, num_experts)
-    act = np.empty((rows * choices, width), dtype=np.float32)
-    shared = np.empty((rows, shared_width), dtype=np.float32)
+    num_pairs = len(pairs)
+    grouped = np.empty((num_pairs, dim), dtype=np.float32)  # inputs in the order of `pairs`
+    for p in range(num_pairs):
+        grouped[p] = normed[pairs[p] // choices]
+    act = np.empty((2 * num_pairs, width), dtype=np.float32)
+    shared = np.empty((2 * rows, shared_width), dtype=np.float32)
+    up_rows, down_rows = gate_up.reshape((-1, dim)), down.reshape((-1, width))
     for n in prange(len(used) * width + shared_width):
         if n < len(used) * width:
             i, j = n // width, n % width
-            w = gate_up[used[i]]
-            for p in range(starts[i], starts[i + 1]):
-                row = normed[pairs[p] // choices]
-                g = dot(w[j], row)
-                act[pairs[p], j] = g * sigmoid(g) * dot(w[width + j], row)
+            row = used[i] * 2 * width + j
+            swiglu(up_rows, row, row + width, grouped, starts[i], starts[i + 1] - starts[i], act, num_pairs, j)
         else:
             j = n - len(used) * width
-            for r in range(rows):
-                g = dot(shared_gate_up[j], normed[r])
-                shared[r, j] = g * sigmoid(g) * dot(shared_gate_up[shared_width + j], normed[r])
+            swiglu(shared_gate_up, j, shared_width + j, normed, 0, rows, shared, rows, j)
     for block in prange((dim + OUTPUTS - 1) // OUTPUTS):
         first, last = block * OUTPUTS, min((block + 1) * OUTPUTS, dim)
+        out = np.empty((max(num_pairs, rows), last - first), dtype=np.float32)
         for i in range(len(used)):
-            w = down[used[i]]
             for n in range(first, last):
-                for p in range(starts[i], starts[i + 1]):
-                    r = pairs[p] // choices
-                    x[r, n] += weights.flat[pairs[p]] * dot(w[n], act[pairs[p]])
-        for n in range(first, last):
-            for r in range(rows):
-                x[r, n] += dot(shared_down[n], shared[r])
+                at = starts[i] * (last - first) + n - first
+                count = starts[i + 1] - starts[i]
+                dots(down_rows, used[i] * dim + n, act, starts[i], count, out, at, last - first)
+        # A row's choices are added in the order of their experts' numbers, whatever other rows chose.
+        for p in range(num_pairs):
+            weight, to = weights.flat[pairs[p]], x[pairs[p] // choices, first:last]
+            for n in range(last - first):
+                to[n] += weight * out[p, n]
+        if shared_width:
+            for n in range(first, last):
+                dots(shared_down, n, shared, 0, rows, out, n - first, last - first)
+            x[:, first:last] += out[:rows]
 
 
 @kernel
@@ -255,8 +266,7 @@ def join(embedding, hidden, tokens, eps, enorm, hnorm, eh_proj):  # type: ignore
         norm(wide, hnorm, eps, both[r, dim:])
     out = np.empty((rows, dim), dtype=np.float32)
     for n in prange(dim):
-        for r in range(rows):
-            out[r, n] = dot(eh_proj[n], both[r])
+        dots(eh_proj, n, both, 0, rows, out, n, dim)
     return out
 
 
@@ -287,5 +297,4 @@ def head(hidden, weights, logits):  # type: ignore[no-untyped-def]
         for i in range(dim):
             wide[r, i] = load(hidden[r], i)
     for n in prange(weights.shape[0]):
-        for r in range(rows):
-            logits[r, n] = dot(weights[n], wide[r])
+        dots(weights, n, wide, 0, rows, logits, n, weights.shape[0])

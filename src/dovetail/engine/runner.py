@@ -2,8 +2,8 @@
 
 A row is one (slot, position) of the cache with the token that stands there. Rows of one slot are adjacent and
 their positions ascend by one (a token and the drafts after it, to be verified together); all rows are written
-to the cache before any is attended to, so each sees those of its slot up to itself. This is the reference, in
-plain torch; rows are [R], slots and positions int64 on the model's device.
+to the cache before any is attended to, so each sees those of its slot up to itself. Rows are [R], slots and
+positions int64 on the model's device. Here is the reference, in plain torch; on a CPU `fused` does the short steps.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.cache import ContiguousCache, SelectedSlots
+from dovetail.engine.fused import FusedSteps
 from dovetail.model.transformer import Transformer
+from dovetail.numerics.cpu_numba import takes
 
 
 class Runner:
     """One model and the cache of the sequences it is working on."""
 
-    def __init__(self, model: Transformer, cache: ContiguousCache) -> None:
+    def __init__(self, model: Transformer, cache: ContiguousCache, fused: bool = True) -> None:
+        """`fused`: use the CPU kernels where they take the model."""
         self.model = model
         self.cache = cache
+        takes_it = fused and takes(model.embed_tokens.weight, cache.data)
+        self.fused = FusedSteps(model, cache) if takes_it else None
 
     @property
     def device(self) -> torch.device:
@@ -42,6 +47,8 @@ class Runner:
     @torch.no_grad()
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows [R] -> hidden [R, dim] after the final norm."""
+        if self.fused is not None:
+            return self.fused.step(tokens, slots, positions)
 
         def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
             return self.model(tokens[rows], positions[rows], cache=cache, absorbed=True).hidden
@@ -54,6 +61,8 @@ class Runner:
     ) -> Tensor:
         """Rows through MTP module `depth`: hidden [R, dim] of each position and the token [R] that it is given
         (`speculative` says which) -> hidden [R, dim] after the module's norm."""
+        if self.fused is not None:
+            return self.fused.draft(depth, hidden, next_tokens, slots, positions)
 
         def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
             output = self.model.mtp_forward(
@@ -66,7 +75,7 @@ class Runner:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab] FP32."""
-        return self.model.logits(hidden)
+        return self.model.logits(hidden) if self.fused is None else self.fused.logits(hidden)
 
     def _by_slot(self, slots: Tensor, run: Callable[[SelectedSlots, Tensor], Tensor]) -> Tensor:
         """`run` on rows [B, T] for each number T of rows that slots have; its results [B, T, dim] as [R, dim]."""
@@ -77,11 +86,6 @@ class Runner:
         for rows, hidden in parts:
             output[rows] = hidden
         return output
-
-
-def make_runner(model: Transformer, cache: ContiguousCache) -> Runner:
-    """The fastest runner there is for this model."""
-    return Runner(model, cache)
 
 
 def _groups(slots: Tensor) -> Iterator[tuple[list[int], Tensor]]:

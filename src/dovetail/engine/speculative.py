@@ -144,8 +144,8 @@ def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[lis
     positions = [len(sequence.tokens) - 1 + i for sequence in sequences for i in range(depth + 1)]
     tokens = [token for row in rows for token in row]
     hidden = runner.step(_tensor(runner, tokens), _tensor(runner, slots), _tensor(runner, positions))
-    logits = runner.logits(hidden).unflatten(0, (len(sequences), depth + 1))
-    hidden = hidden.unflatten(0, (len(sequences), depth + 1))
+    logits = runner.logits(hidden).view(len(sequences), depth + 1, -1)
+    hidden = hidden.view(len(sequences), depth + 1, -1)
     choices = logits.argmax(dim=-1).tolist()
     results = []
     for b, (sequence, proposal) in enumerate(zip(sequences, drafts, strict=True)):

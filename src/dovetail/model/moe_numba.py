@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-import numba
+import functools
+
 import numpy as np
 import torch
 from numba import prange
@@ -14,7 +15,7 @@ from torch import Tensor
 from dovetail.numerics.cpu_numba import array, kernel, load, store
 
 
-@numba.njit(cache=True)
+@functools.partial(kernel, parallel=False)
 def _place(ids, starts, row_ids, token_ids):  # type: ignore[no-untyped-def]
     token_ids[:] = -1
     next_row = starts.copy()

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from dovetail.spec.model import Mla, ModelSpec
+
 LAMBDA = 6.0
 
 
@@ -28,6 +30,18 @@ def tolerance(dtype: torch.dtype, *, roundings: float = 1.0, terms: float = 1.0)
     return roundings * unit_roundoff(dtype) + LAMBDA * math.sqrt(terms) * unit_roundoff(inside)
 
 
+def network_terms(spec: ModelSpec, length: int) -> int:
+    """Terms summed on the longest path from an embedding to a logit over a context of `length` tokens."""
+    mla, moe = spec.attention, spec.moe
+    assert isinstance(mla, Mla)
+    norms = 3 * spec.hidden_size + mla.kv_lora_rank
+    attention = spec.hidden_size + max(mla.q_lora_rank or 0, mla.kv_lora_rank) + mla.qk_head_dim + length
+    output = mla.num_attention_heads * mla.v_head_dim
+    width = max(spec.intermediate_size, moe.moe_intermediate_size * max(moe.n_shared_experts, 1) if moe else 0)
+    layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
+    return layers * (norms + attention + output + spec.hidden_size + width) + spec.hidden_size
+
+
 def elementwise_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / |expected|; differences of one smallest normal number count as none.
 
@@ -40,10 +54,16 @@ def elementwise_error(actual: Tensor, expected: Tensor) -> float:
 
 def normwise_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|: for sums, whose small elements are differences of large terms."""
+    return rowwise_error(actual.flatten()[None], expected.flatten()[None])
+
+
+def rowwise_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest normwise error of a row, so that wrong small rows do not hide behind large ones."""
     difference, magnitude = _difference(actual, expected)
-    largest = _largest(magnitude)
-    worst = _largest(difference)
-    return worst / largest if largest else math.inf if worst else 0.0
+    if not difference.numel():
+        return 0.0
+    worst, largest = difference.amax(dim=-1), magnitude.amax(dim=-1)
+    return _largest(torch.where(worst == 0, 0.0, worst / largest))
 
 
 def _difference(actual: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:

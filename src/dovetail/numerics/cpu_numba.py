@@ -13,6 +13,10 @@ that torch has loaded, so both share one pool and do not fight for cores.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -32,9 +36,27 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 EXP_ERROR = 2e-7  # relative error of `exp` below, over [-87, 88]
 
 
-def kernel(function: Any) -> Any:
+def kernel(function: Any, parallel: bool = True) -> Any:
     """Compile `function` on first use, parallel over its pranges; the machine code is cached on disk."""
-    return numba.njit(parallel=True, fastmath=FAST, cache=True, error_model="numpy", boundscheck=False)(function)
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_directory())
+    try:
+        options = {"fastmath": FAST, "error_model": "numpy", "boundscheck": False}
+        return numba.njit(parallel=parallel, cache=True, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@functools.cache
+def kernel_directory() -> Path:
+    """Where compiled kernels are kept: one directory per version of their sources.
+
+    numba looks at a kernel's own file only, and would go on using one compiled with an older `load` or `exp`.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].glob("*/*_numba.py")):
+        digest.update(path.read_bytes())
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "dovetail" / f"kernels-{digest.hexdigest()[:16]}"
 
 
 def array(tensor: Tensor) -> np.ndarray:

@@ -72,9 +72,7 @@ class Tokenizer:
     fim_begin: int | None
     fim_hole: int | None
     fim_end: int | None
-    piece_bytes: tuple[bytes, ...] | None = field(
-        repr=False
-    )  # of each id; None if the decoder is not byte-level
+    piece_bytes: tuple[bytes, ...] | None = field(repr=False)  # by id; None: the decoder is not byte-level
 
     @staticmethod
     def train(documents: Iterable[str], vocab_size: int, pattern: str = SOURCE_PATTERN) -> Tokenizer:

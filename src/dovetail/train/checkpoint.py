@@ -146,8 +146,7 @@ def step_of(path: Path) -> int:
 def load(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
     """Fill the tensors of `state` in place, bit for bit, and return `extra`.
 
-    `partial`: the checkpoint may hold more than `state` asks for.
-
+    With `partial` the checkpoint may hold more than `state` asks for.
     Raises CheckpointError if a file is missing or does not match its checksum, and ValueError if names, shapes
     or dtypes of `state` are not those of the checkpoint; in both cases no tensor has been touched.
     """
@@ -231,11 +230,9 @@ def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def _check_fits(path: Path, flat: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
-    for names, where in (
-        (flat.keys() - stored.keys(), "the checkpoint"),
-        (stored.keys() - flat.keys(), "the state"),
-    ):
+def _check_fits(path: Path, flat: Mapping[str, Tensor], stored: Mapping[str, Any], partial: bool) -> None:
+    surplus = set() if partial else stored.keys() - flat.keys()
+    for names, where in ((flat.keys() - stored.keys(), "the checkpoint"), (surplus, "the state")):
         if names:
             some = ", ".join(sorted(names)[:3])
             raise ValueError(f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?")

@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from dovetail.engine.llm import LLM
+from dovetail.engine.sampler import SamplingParams
+from dovetail.model.weights import export_hf
+from dovetail.text.tokenizer import Tokenizer
+
+PROMPTS = [[1, 2, 3], [4] * 11, [5, 6], [7, 8, 9, 10, 11], [12]]
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=12, seed=3, top_p=0.95, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(engine_spec, engine_model):
+    spec = engine_spec()
+    return LLM(engine_model(spec, seed=1), spec)
+
+
+@pytest.fixture(scope="module")
+def texts(engine_spec, engine_model):
+    """An LLM with a tokenizer of single bytes, whose random model says all kinds of them."""
+    tokenizer = Tokenizer.train([], 261)
+    spec = engine_spec(vocab_size=261, eos_token_id=1)
+    return LLM(engine_model(spec, seed=1), spec, tokenizer)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_a_completion_does_not_depend_on_its_batch(llm, params, speculate):
+    together = llm.generate(PROMPTS, params, speculate)
+    alone = [llm.generate([prompt], params, speculate)[0] for prompt in PROMPTS]
+    few_slots = LLM(llm.model, llm.spec, max_batch=2).generate(PROMPTS[::-1], params, speculate)[::-1]
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert [c.token_ids for c in together] == [c.token_ids for c in few_slots]
+
+
+def test_seeds(llm):
+    same = llm.generate([PROMPTS[0]] * 2, SAMPLED)
+    assert same[0].token_ids == same[1].token_ids == llm.generate([PROMPTS[0]], SAMPLED)[0].token_ids
+    seeds = [SAMPLED.model_copy(update={"seed": seed}) for seed in range(4)]
+    assert len({tuple(c.token_ids) for c in llm.generate([PROMPTS[0]] * 4, seeds)}) == 4
+
+
+def test_params_of_each_prompt(llm):
+    each = [GREEDY.model_copy(update={"max_tokens": n}) for n in (1, 5, 12)]
+    completions = llm.generate([PROMPTS[0]] * 3, each)
+    assert [len(c.token_ids) for c in completions] == [1, 5, 12]
+    assert completions[2].token_ids[:5] == completions[1].token_ids
+
+
+@pytest.mark.parametrize("speculate", [0, 1, 2])
+def test_eos_ends_a_sequence_and_max_tokens_another(llm, speculate):
+    plain = llm.generate(PROMPTS, GREEDY)
+    eos = plain[1].token_ids[4]
+    stopping = LLM(llm.model, llm.spec.model_copy(update={"eos_token_id": eos}))
+    completions = stopping.generate(PROMPTS, GREEDY.model_copy(update={"ignore_eos": False}), speculate)
+    for before, after in zip(plain, completions, strict=True):
+        is_in = eos in before.token_ids
+        end = before.token_ids.index(eos) + 1 if is_in else 12
+        assert after.token_ids == before.token_ids[:end]
+        assert after.finish_reason == ("stop" if is_in else "length")
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    assert [c.token_ids for c in stopping.generate(PROMPTS, GREEDY, speculate)] == [c.token_ids for c in plain]
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_the_context_ends_at_max_position_embeddings(llm, speculate):
+    params = GREEDY.model_copy(update={"max_tokens": 1000})
+    prompts = [[3] * 120, [3] * 127]
+    completions = llm.generate(prompts, params, speculate)
+    assert [len(c.token_ids) for c in completions] == [8, 1]
+    assert [c.finish_reason for c in completions] == ["length", "length"]
+    assert [c.prompt_tokens for c in completions] == [120, 127]
+
+
+def test_statistics(llm):
+    plain, drafted = (llm.generate(PROMPTS[:2], GREEDY, speculate)[0].statistics for speculate in (0, 2))
+    assert (plain.drafted, plain.accepted, plain.steps, plain.acceptance) == (0, 0, 11, 0)
+    assert drafted.drafted == 2 * drafted.steps
+    assert 0 <= drafted.accepted <= drafted.drafted
+    assert drafted.prefill_seconds > 0
+    assert drafted.decode_seconds > 0
+
+
+def test_no_prompts(llm):
+    assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 1 is empty"),
+        ([[1] * 128], "prompt 0 has 128 tokens; max_position_embeddings = 128"),
+        ([[1, 64]], "prompt 0: 64 at position 1 is not a token; vocab_size = 64"),
+        ([[-1]], "prompt 0: -1 at position 0"),
+        (["text"], "prompt 0 is text, which needs a tokenizer"),
+        ("text", "give a list of prompts"),
+    ],
+)
+def test_prompts_are_checked(llm, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, GREEDY)
+
+
+def test_other_mistakes_are_named(llm):
+    with pytest.raises(ValueError, match="2 prompts but 1 params"):
+        llm.generate(PROMPTS[:2], [GREEDY])
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        llm.generate(PROMPTS[:1], SamplingParams(stop=["a"]))
+    with pytest.raises(ValueError, match="stream gives text"):
+        llm.stream([1, 2], GREEDY)
+    with pytest.raises(ValueError, match="max_batch = 0"):
+        LLM(llm.model, llm.spec, max_batch=0)
+
+
+def test_text_prompts_begin_as_documents_do(texts):
+    completions = texts.generate(["ab", [0, *texts.tokenizer.encode("ab")]], GREEDY)
+    assert completions[0].token_ids == completions[1].token_ids
+    assert completions[0].prompt_tokens == 3
+    assert completions[0].text == texts.tokenizer.decode(completions[0].token_ids)
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_stream_is_generate_in_parts(texts, params, speculate):
+    params = params.model_copy(update={"max_tokens": 40})
+    whole = texts.generate(["ab"], params, speculate)[0]
+    parts = list(texts.stream("ab", params, speculate))
+    assert "".join(parts) == whole.text
+    assert len(parts) > 5
+    assert "" not in parts
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_stop_strings_end_text_and_sequence(texts, speculate):
+    params = GREEDY.model_copy(update={"max_tokens": 40})
+    whole = texts.generate(["ab"], params)[0]
+    stop = next(whole.text[i : i + 2] for i in range(10, 30) if "\ufffd" not in whole.text[i : i + 2])
+    params = params.model_copy(update={"stop": ("nowhere", stop)})
+    completion = texts.generate(["ab"], params, speculate)[0]
+    assert completion.text == whole.text[: whole.text.index(stop)]
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
+    assert texts.tokenizer.decode(completion.token_ids).endswith(stop)
+    assert "".join(texts.stream("ab", params, speculate)) == completion.text
+
+
+def test_errors_of_stream_come_with_the_call(texts):
+    with pytest.raises(ValueError, match="not a token"):
+        texts.stream([400], GREEDY)
+
+
+def test_load_a_checkpoint(texts, tmp_path):
+    texts.tokenizer.save(tmp_path)
+    export_hf(texts.model, texts.spec, tmp_path / "model", tokenizer_files=tmp_path.glob("*.json"))
+    loaded = LLM.load(tmp_path / "model", dtype=torch.float32)
+    before, after = (each.generate(["def "], GREEDY, speculate=1)[0] for each in (texts, loaded))
+    assert after.token_ids == before.token_ids
+    assert after.text == before.text
+
+
+def test_bfloat16(texts, tmp_path):
+    texts.tokenizer.save(tmp_path)
+    export_hf(texts.model, texts.spec, tmp_path / "model", tokenizer_files=tmp_path.glob("*.json"))
+    loaded = LLM.load(tmp_path / "model")
+    assert len(loaded.generate(["def "], GREEDY, speculate=2)[0].token_ids) == 12

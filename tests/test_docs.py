@@ -1,0 +1,208 @@
+"""The documentation is true: names exist, links lead somewhere, code runs, tables are those of the classes.
+
+A backticked dotted name that opens with a subpackage or module of dovetail, such as `train.loop.train`, is code.
+Logs of the past (the changelog, docs/log.md) may name what is gone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from dovetail.config import load, validate
+from dovetail.text.documents import DataConfig
+from dovetail.train.optim import AdamWConfig
+from dovetail.train.run import ModelConfig, RunConfig, TokenizerConfig, TrainConfig, resolve_model
+from dovetail.train.schedule import TrainingSchedule
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "dovetail"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+LASTING = [page for page in PAGES if page.name not in ("CHANGELOG.md", "log.md")]
+TOP = sorted({path.stem for path in SOURCE.iterdir() if path.stem.isidentifier() and not path.stem.startswith("_")})
+NAME = re.compile(rf"`((?:{'|'.join(TOP)})(?:\.[A-Za-z_]\w*)+)`")
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FILES = ("toml", "json", "jsonl", "py", "md")
+
+
+def ids(pages: list[Path]) -> list[str]:
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+def blocks(page: Path, info: str) -> list[str]:
+    return [body for header, body in FENCE.findall(page.read_text("utf-8")) if header.strip() == info]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text("utf-8"))
+
+
+def resolve(name: str) -> Any:
+    """What `name` stands for below dovetail: the longest module, then attributes."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        module_name = ".".join(["dovetail", *parts[:length]])
+        try:
+            found = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name):
+                raise
+            continue
+        for part in parts[length:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+def names(text: str) -> list[str]:
+    """Those of code: not of files, and not of published tensors (`model.layers.0.mlp.gate.weight`)."""
+    found = [name for name in NAME.findall(text) if not name.startswith("model.layers.")]
+    return [name for name in found if name.rsplit(".", 1)[1] not in FILES]
+
+
+def test_a_name_is_found_and_a_wrong_one_is_not() -> None:
+    assert names("`train.loop.train`, `config.json`, `torch.save`, `spec.model.ModelSpec.to_hf`") == [
+        "train.loop.train",
+        "spec.model.ModelSpec.to_hf",
+    ]
+    assert resolve("spec.model.ModelSpec").__name__ == "ModelSpec"
+    for wrong in ("train.loop.trian", "train.lop.train", "spec.model.ModelSpec.from_hff"):
+        with pytest.raises((AttributeError, ModuleNotFoundError)):
+            resolve(wrong)
+
+
+@pytest.mark.parametrize("page", LASTING, ids=ids(LASTING))
+def test_names_exist(page: Path) -> None:
+    for name in names(prose(page)):
+        resolve(name)
+
+
+def test_the_tour_names_something_of_every_walk() -> None:
+    found = set(names(prose(ROOT / "docs" / "tour.md")))
+    assert {"train.step.train_step", "engine.speculative.step", "model.weights.export_hf", "cost.count.parameters"} <= found
+    assert len(found) > 80
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids(PAGES))
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page}: {link}"
+        assert target.is_relative_to(ROOT), f"{page}: {link} leaves the repository"
+        assert not anchor or anchor in anchors(target), f"{page}: {link} has no such heading"
+
+
+CODE = [
+    pytest.param(body, id=f"{page.relative_to(ROOT)}:{number}")
+    for page in PAGES
+    for number, body in enumerate(blocks(page, "python"), start=1)
+]
+
+
+@pytest.mark.parametrize("body", CODE)
+def test_code_blocks_run(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(body, "<docs>", "exec"), {"__name__": "docs"})
+
+
+def test_the_tree_in_design_is_the_tree() -> None:
+    (tree,) = blocks(ROOT / "docs" / "design.md", "tree")
+    rows = [line.split(maxsplit=1) for line in tree.splitlines()]
+    listed = [name for name, _ in rows]
+    assert len(listed) == len(set(listed))
+    actual = {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if path.stat().st_size}
+    assert set(listed) == actual
+
+
+def test_the_layers_in_design_are_those_that_are_checked() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    (printed,) = blocks(ROOT / "docs" / "design.md", "layers")
+    assert printed.split("\n")[:-1] == [layer.replace("dovetail.", "") for layer in layers]
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "Top level": RunConfig,
+    "[model]": ModelConfig,
+    "[tokenizer]": TokenizerConfig,
+    "[data]": DataConfig,
+    "[train]": TrainConfig,
+    "[optimizer]": AdamWConfig,
+}
+WORDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
+
+
+def kind(annotation: Any) -> str:
+    """How the guide writes a field's type."""
+    if annotation in WORDS:
+        return WORDS[annotation]
+    arguments = [each for each in get_args(annotation) if each is not type(None)]
+    if get_origin(annotation) is Literal:
+        *most, last = (f'"{each}"' for each in arguments)
+        return f"{', '.join(most)} or {last}"
+    if get_origin(annotation) is tuple:
+        return f"list of {kind(arguments[0])}"
+    if get_origin(annotation) is dict or isinstance(annotation, type):
+        return "table"
+    assert get_origin(annotation) in (Union, type(int | None)), annotation
+    return " or ".join(kind(each) for each in arguments)
+
+
+def default(value: Any) -> str:
+    """How the guide writes a default: as TOML; "none" for None, nothing where one must be given or is a table."""
+    if value is PydanticUndefined or isinstance(value, BaseModel):
+        return ""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple | dict):
+        assert not value, value
+        return "`{}`" if isinstance(value, dict) else "`[]`"
+    return f'`"{value}"`' if isinstance(value, str) else f"`{value!r}`"
+
+
+def table_rows(section: str) -> list[list[str]]:
+    """key, value and default of the rows of a section's table in the training guide."""
+    text = (ROOT / "docs" / "guides" / "train.md").read_text("utf-8")
+    body = re.split(r"^#+ ", text.split(f"### {section}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in body.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["key", "value", "default", "meaning"]
+    return [row[:3] for row in rows[2:]]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_keys_of_the_run_file(section: str) -> None:
+    fields = SECTIONS[section].model_fields
+    expected = [[f"`{name}`", kind(field.annotation), default(field.default)] for name, field in fields.items()]
+    assert table_rows(section) == expected
+
+
+def test_the_run_file_loads(tmp_path: Path) -> None:
+    (body,) = blocks(ROOT / "docs" / "guides" / "train.md", "toml run-file")
+    path = tmp_path / "notes.toml"
+    path.write_text(body, "utf-8")
+    config = load(path, RunConfig, ["train.steps=200", "out=runs/short"])
+    assert (config.train.steps, config.out) == (200, Path("runs/short"))
+    assert resolve_model(config.model).num_hidden_layers == 4
+
+
+def test_the_schedule_loads() -> None:
+    (body,) = blocks(ROOT / "docs" / "guides" / "train.md", "toml schedule")
+    schedule = validate(TrainingSchedule, tomllib.loads(body)["schedule"], "docs")
+    assert len(schedule.learning_rate.segments) == 3
