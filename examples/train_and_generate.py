@@ -1,4 +1,4 @@
-"""Train a tiny model for 20 steps on a directory of text, stop it once on the way, export it and generate."""
+"""Train a tiny model for 20 steps on a directory of text, export it, and generate with and without speculation."""
 
 from pathlib import Path
 
@@ -29,6 +29,6 @@ for line in export(Path("run"), Path("model"), ExportOptions()):
     print(line)
 
 llm = LLM.load("model")
-greedy = SamplingParams(temperature=0, max_tokens=16)
+greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 plain, drafted = (llm.generate(["A dove"], greedy, speculate)[0] for speculate in (0, 1))
 print(f"{len(plain.token_ids)} tokens, the same with speculation: {plain.token_ids == drafted.token_ids}")
