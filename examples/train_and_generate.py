@@ -16,7 +16,7 @@ for number in range(4):
 
 RUN = {
     "out": "run",
-    "model": {"preset": "quickstart", "change": {"num_hidden_layers": 2, "vocab_size": 320}},
+    "model": {"preset": "quickstart", "change": {"num_hidden_layers": 2, "n_routed_experts": 8, "vocab_size": 320}},
     "data": {"kind": "files", "path": "text", "held_out_share": 0, "fim_rate": 0},
     "train": {"steps": 20, "sequence_length": 32, "microbatch_size": 4, "learning_rate": 3e-3},
     "schedule": "quickstart",

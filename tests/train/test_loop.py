@@ -9,56 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from dovetail.config import dump, load
-from dovetail.text.documents import DataConfig
 from dovetail.train import loop
 from dovetail.train.loop import Diverged, Interrupted, train
 from dovetail.train.metrics import StepMetrics, read_metrics
-from dovetail.train.run import ModelConfig, RunConfig, TrainConfig, load_weights
+from dovetail.train.run import RunConfig, load_weights
 
-TINY = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 2,
-}
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    directory = tmp_path / "text"
-    directory.mkdir()
-    words = random.Random(0)
-    for number in range(20):
-        lines = (" ".join(words.choices(["alpha", "beta", "gamma", "delta"], k=12)) for _ in range(30))
-        (directory / f"{number}.txt").write_text("\n".join(lines))
-    return directory
-
-
-def config(out: Path, text: Path, **changes: object) -> RunConfig:
-    settings = {"steps": 8, "sequence_length": 32, "microbatch_size": 4, "checkpoint_every": 3, "ema_decay": 0.9}
-    return RunConfig(
-        out=out,
-        model=ModelConfig(preset="quickstart", change=TINY),
-        data=DataConfig(kind="files", path=text, held_out_share=0.2),
-        train=TrainConfig(**{**settings, **changes}),
-        schedule="quickstart",
-    )
-
+Build = Callable[..., RunConfig]
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     plain, average = (load_weights(directory, ema)[0] for ema in (False, True))
@@ -75,12 +38,11 @@ def losses_of(directory: Path) -> list[float]:
     return [each.loss for each in read_metrics(directory / "metrics.jsonl") if isinstance(each, StepMetrics)]
 
 
-def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(config(tmp_path / "whole", text))
+    train(tiny_run(tmp_path / "whole", text))
     step, lives = loop._one_step, iter([4, 7, 99])
-    stopped = config(tmp_path / "stopped", text)
+    stopped = tiny_run(tmp_path / "stopped", text)
     for last in lives:
 
         def one_step(state: loop.Run, counters: loop.Counters, last: int = last) -> StepMetrics:
@@ -97,13 +59,13 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_recompute_and_microbatches_change_no_routing_statistics(tmp_path: Path, text: Path) -> None:
-    train(config(tmp_path / "plain", text))
-    train(config(tmp_path / "again", text, recompute=True))
+def test_recompute_and_microbatches_change_no_routing_statistics(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    train(tiny_run(tmp_path / "plain", text))
+    train(tiny_run(tmp_path / "again", text, recompute=True))
     assert_same_weights(tmp_path / "plain", tmp_path / "again")
 
 
-def test_ctrl_c_saves_the_step_it_was_in(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_the_step_it_was_in(tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     step = loop._one_step
 
     def one_step(state: loop.Run, counters: loop.Counters) -> StepMetrics:
@@ -113,15 +75,14 @@ def test_ctrl_c_saves_the_step_it_was_in(tmp_path: Path, text: Path, monkeypatch
 
     monkeypatch.setattr(loop, "_one_step", one_step)
     with pytest.raises(Interrupted, match="after step 5 of 8"):
-        train(config(tmp_path / "run", text))
+        train(tiny_run(tmp_path / "run", text))
     monkeypatch.setattr(loop, "_one_step", step)
-    train(config(tmp_path / "run", text))
-    train(config(tmp_path / "whole", text))
+    train(tiny_run(tmp_path / "run", text))
+    train(tiny_run(tmp_path / "whole", text))
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_non_finite_steps_are_skipped_counted_and_then_fatal(
-    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+def test_non_finite_steps_are_skipped_counted_and_then_fatal(tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = loop.train_step
 
@@ -133,37 +94,37 @@ def test_non_finite_steps_are_skipped_counted_and_then_fatal(
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match=r"2 steps in a row, up to step 6, .*step-00000003"):
-        train(config(tmp_path / "run", text, max_bad_steps=2))
+        train(tiny_run(tmp_path / "run", text, max_bad_steps=2))
     steps = [each for each in read_metrics(tmp_path / "run" / "metrics.jsonl") if isinstance(each, StepMetrics)]
     assert [each.skipped for each in steps] == [0, 0, 0, 0, 1, 2]
 
 
-def test_other_settings_in_the_same_directory_are_refused(tmp_path: Path, text: Path) -> None:
-    train(config(tmp_path / "run", text, steps=1))
+def test_other_settings_in_the_same_directory_are_refused(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    train(tiny_run(tmp_path / "run", text, steps=1))
     with pytest.raises(ValueError, match=r"train.seed was 0 and is now 1.*set out to a new directory"):
-        train(config(tmp_path / "run", text, steps=1, seed=1))
+        train(tiny_run(tmp_path / "run", text, steps=1, seed=1))
 
 
-def test_minutes_become_steps_once(tmp_path: Path, text: Path) -> None:
-    state = train(config(tmp_path / "run", text, steps=None, minutes=0.01))
+def test_minutes_become_steps_once(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    state = train(tiny_run(tmp_path / "run", text, steps=None, minutes=0.01))
     budget = json.loads((tmp_path / "run" / "budget.json").read_text())
     assert state.num_steps == budget["num_steps"] >= 1
-    assert train(config(tmp_path / "run", text, steps=None, minutes=0.01)).num_steps == state.num_steps
+    assert train(tiny_run(tmp_path / "run", text, steps=None, minutes=0.01)).num_steps == state.num_steps
 
 
-def test_a_run_file_survives_dump_and_load(tmp_path: Path, text: Path) -> None:
-    before = config(tmp_path / "run", text)
+def test_a_run_file_survives_dump_and_load(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    before = tiny_run(tmp_path / "run", text)
     (tmp_path / "run.toml").write_text(dump(before))
     assert load(tmp_path / "run.toml", RunConfig) == before
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_at_random_a_run_ends_with_the_same_weights(tmp_path: Path, text: Path) -> None:
+def test_killed_twenty_times_at_random_a_run_ends_with_the_same_weights(tmp_path: Path, text: Path, tiny_run: Build) -> None:
     """kill -9 while starting, stepping and saving."""
     changes = {"steps": 240, "checkpoint_every": 4}
-    train(config(tmp_path / "whole", text, **changes))
+    train(tiny_run(tmp_path / "whole", text, **changes))
     out = tmp_path / "killed"
-    (tmp_path / "run.toml").write_text(dump(config(out, text, **changes)))
+    (tmp_path / "run.toml").write_text(dump(tiny_run(out, text, **changes)))
     moments, kills = random.Random(1), 0
     while True:
         process = subprocess.Popen(

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
 
 from dovetail.cost.count import training_flop_per_token
@@ -36,6 +36,7 @@ from dovetail.train.evaluate import held_out
 from dovetail.train.metrics import HeldOutMetrics, MetricsLog, StepMetrics
 from dovetail.train.optim import AdamW
 from dovetail.train.peak import measure_peak
+from dovetail.train.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.run import RunConfig
 from dovetail.train.schedule import Progress, TrainingSchedule, Values, values
 from dovetail.train.step import Objective, StepResult, train_step
@@ -87,24 +88,27 @@ def train(config: RunConfig, display: Display | None = None) -> Run:
     CheckpointError if the disk gives out.
     """
     keep_freed_memory()
-    run.claim(config)
-    display = display or Display("dovetail train", 1)
-    try:
-        state = prepare(config, display)
-        display.num_steps = state.num_steps
-        _loop(state, display)
-    finally:
-        display.close()
+    with process_group():
+        if display is None or rank_and_world()[0] > 0:
+            display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
+        try:
+            state = prepare(config, display)
+            display.num_steps = state.num_steps
+            _loop(state, display)
+        finally:
+            display.close()
     return state
 
 
 def prepare(config: RunConfig, display: Display) -> Run:
-    """Text, tokens, model and budget: everything up to the first step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Text, tokens, model and budget: everything up to the first step. Rank 0 writes files, the others read them."""
+    device = local_device()
     spec = run.resolve_model(config.model)
     schedule = run.resolve_schedule(config)
-    tokenizer = run.prepare_tokenizer(config, spec, display.message)
-    train_store, held_out_store = run.prepare_stores(config, tokenizer, display.message)
+    with first_rank_first():
+        run.claim(config)
+        tokenizer = run.prepare_tokenizer(config, spec, display.message)
+        train_store, held_out_store = run.prepare_stores(config, tokenizer, display.message)
     dtype = run.resolve_dtype(config.train.dtype, device)
     with device:
         model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
@@ -149,14 +153,14 @@ def resume(state: Run, root: Path) -> Counters:
 
 def _loop(state: Run, display: Display) -> None:
     config, root = state.config, state.config.out / "checkpoints"
-    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    is_first = rank_and_world()[0] == 0
     checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
     counters = resume(state, root)
     if counters.step:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
     log = MetricsLog(config.out / "metrics.jsonl", counters.step) if is_first else None
     try:
-        with _stop_signals() as stopped:
+        with _stop_signals() as received:
             while counters.step < state.num_steps:
                 metrics = _one_step(state, counters)
                 if log is not None:
@@ -169,9 +173,10 @@ def _loop(state: Run, display: Display) -> None:
                 if log is not None and (is_last or _is_due(config.train.evaluate_every, counters.step)):
                     _evaluate(state, counters, log, display)  # before the save, so that a saved step has its figure
                 is_good = counters.bad_in_a_row == 0  # amid bad steps, the checkpoint before them is kept
-                if is_last or stopped or (is_good and _is_due(config.train.checkpoint_every, counters.step)):
+                is_stopped = any_rank(bool(received))
+                if is_last or is_stopped or (is_good and _is_due(config.train.checkpoint_every, counters.step)):
                     _save(state, counters, checkpointer, log)
-                if stopped and not is_last:
+                if is_stopped and not is_last:
                     checkpointer.wait()
                     raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
         checkpointer.wait()
@@ -184,7 +189,7 @@ def _loop(state: Run, display: Display) -> None:
 def _one_step(state: Run, counters: Counters) -> StepMetrics:
     start = time.perf_counter()
     config, train = state.config, state.config.train
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     at = Progress(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
     now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
     batch = read_batch(
@@ -267,6 +272,8 @@ def _steps_in_time(
     if path.exists():
         return int(json.loads(path.read_text())["num_steps"])
     assert config.train.minutes is not None
+    if rank_and_world()[1] > 1:
+        raise ValueError("train.minutes is measured by one process; under torchrun set train.steps")
     train = config.train
     initialize(model, train.seed)
     optimizer = AdamW(model.named_parameters(), config.optimizer)

@@ -107,7 +107,8 @@ class Coefficients:
 
 def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
     written = (slot.parameter, slot.master, slot.moment1, slot.moment2)
-    if takes(gradient, *written) and all(tensor.is_contiguous() for tensor in written):
+    is_plain = slot.master.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in written)
+    if is_plain and takes(gradient, *written):
         optim_numba.update(slot, gradient, config, coefficients)
     else:
         update_reference(slot, gradient, config, coefficients)

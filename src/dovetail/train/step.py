@@ -102,7 +102,7 @@ def train_step(
     """Train on `batches`, the equal microbatches of this rank; every rank of a process group calls it."""
     parameters = dict(model.named_parameters())
     gradients: dict[str, Tensor] = {}
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=model.norm.weight.device)
     counts: list[Tensor] = []
     for batch in batches:
         losses = compute_losses(model, batch, objective.separate_documents)
@@ -110,7 +110,7 @@ def train_step(
         balance = objective.balance_alpha * losses.balance
         ((losses.token + values.mtp_weight * mtp + balance) / len(batches)).backward()
         _collect(parameters, gradients, in_fp32=len(batches) > 1 or dist.is_initialized())
-        sums += torch.stack([losses.token, mtp, balance]).detach().double().cpu() / len(batches)
+        sums += torch.stack([losses.token, mtp, balance]).detach().double() / len(batches)
         counts = [a + b for a, b in zip(counts, losses.counts, strict=True)] if counts else losses.counts
     if dist.is_initialized():
         _average_over_ranks(gradients, sums, counts)

@@ -1,0 +1,65 @@
+"""Data parallelism under torchrun: who this process is, and what ranks must agree on. Without torchrun, nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The process group of a torchrun launch, for the duration."""
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def local_device() -> torch.device:
+    """This process's GPU where there are any, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))  # set by torchrun
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Rank 0 runs the block while the others wait, then they run it. A failure of rank 0 fails all."""
+    rank, world = rank_and_world()
+    if rank > 0 and not all_ranks(True):
+        raise ValueError("rank 0 could not prepare the run; its message says why")
+    is_well = False
+    try:
+        yield
+        is_well = True
+    finally:
+        if rank == 0 and world > 1:
+            all_ranks(is_well)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank; all call it together."""
+    return not all_ranks(not flag)
+
+
+def all_ranks(flag: bool) -> bool:
+    if not dist.is_initialized():
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    votes = torch.tensor(int(flag), device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    return bool(votes)
