@@ -29,19 +29,21 @@ class Rival:
     experts: str = "grouped_mm"  # or eager (a loop), batched_mm
     keeps_memory: bool = True  # the allocator setting that dovetail has
     is_compiled: bool = False
+    has_static_cache: bool = False  # decoding only: room for all tokens from the start, nothing joined
 
     @property
     def name(self) -> str:
         parts = [self.attention, "loop" if self.experts == "eager" else self.experts]
         parts += [] if self.keeps_memory else ["default malloc"]
+        parts += ["static cache"] if self.has_static_cache else []
         parts += ["compiled"] if self.is_compiled else []
         return "transformers " + ", ".join(parts)
 
 
 def parse_rival(text: str) -> Rival:
-    """From words joined by +, in any order: eager sdpa, grouped_mm loop batched_mm, malloc, compiled."""
+    """From words joined by +, in any order: eager sdpa, grouped_mm loop batched_mm, malloc, compiled, static."""
     words = text.split("+")
-    known = {"eager", "sdpa", "grouped_mm", "loop", "batched_mm", "malloc", "compiled"}
+    known = {"eager", "sdpa", "grouped_mm", "loop", "batched_mm", "malloc", "compiled", "static"}
     if unknown := set(words) - known:
         raise ValueError(f"{text!r}: {', '.join(sorted(unknown))} is not among {', '.join(sorted(known))}")
     experts = next((word for word in words if word in ("grouped_mm", "loop", "batched_mm")), "grouped_mm")
@@ -50,6 +52,7 @@ def parse_rival(text: str) -> Rival:
         experts="eager" if experts == "loop" else experts,
         keeps_memory="malloc" not in words,
         is_compiled="compiled" in words,
+        has_static_cache="static" in words,
     )
 
 

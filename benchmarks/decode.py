@@ -24,7 +24,7 @@ from _machine import Ceilings, measure_ceilings, use_threads
 from _sides import Build, Case, Lap, Series, Turn, append_rows, print_table, ratio, take_turns
 from _transformers import Rival, build_ours, build_rival, parse_rival
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, layer_parameters, parameters
@@ -35,7 +35,7 @@ from dovetail.spec.model import ModelSpec
 
 OURS = "dovetail"
 CONTEXTS, BATCHES = [1024, 4096], [1, 8]
-RIVALS = ["eager+grouped_mm", "sdpa+grouped_mm", "eager+batched_mm"]
+RIVALS = ["eager+grouped_mm", "eager+grouped_mm+static", "eager+batched_mm+static", "eager+grouped_mm+malloc"]
 STEPS = 12  # per turn,
 TURN_SECONDS = 2.0  # or as many as fit, at least two
 # The same shape in BF16 at batch 1 / 8 after 1,024 tokens, two cores like these; not measured in this run.
@@ -106,8 +106,9 @@ def build_theirs(spec: ModelSpec, rival: Rival) -> Turn:
             prefilled.clear()
             prefilled[context] = DynamicCache(config=model.config)
             model(prompt[None], past_key_values=prefilled[context], use_cache=True, logits_to_keep=1)
-        cache = copy.deepcopy(prefilled[context])
-        cache.batch_repeat_interleave(batch)
+        cache = repeated(prefilled[context], batch)
+        if rival.has_static_cache:
+            cache = in_static(cache, StaticCache(config=model.config, max_cache_len=context + STEPS))
 
         def step(i: int) -> Tensor:
             logits: Tensor = forward(tokens[i][:, None], past_key_values=cache, use_cache=True).logits[:, -1]
@@ -116,6 +117,18 @@ def build_theirs(spec: ModelSpec, rival: Rival) -> Turn:
         return timed_steps(step)
 
     return turn
+
+
+def repeated(cache: DynamicCache, batch: int) -> DynamicCache:
+    cache = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(batch)
+    return cache
+
+
+def in_static(cache: DynamicCache, static: StaticCache) -> StaticCache:
+    for index, layer in enumerate(cache.layers):
+        static.update(layer.keys, layer.values, index)
+    return static
 
 
 def floor_bytes(spec: ModelSpec, case: Case) -> tuple[float, float]:
@@ -134,7 +147,9 @@ def main(
     model: Annotated[str, typer.Option(help="A preset: 20m, 104m, ...")] = "104m",
     context: Annotated[list[int], typer.Option(help="Tokens in the cache; may be repeated.")] = CONTEXTS,
     batch: Annotated[list[int], typer.Option(help="Sequences; may be repeated.")] = BATCHES,
-    rival: Annotated[list[str], typer.Option(help="eager|sdpa + grouped_mm|loop|batched_mm [+ compiled]")] = RIVALS,
+    rival: Annotated[
+        list[str], typer.Option(help="eager|sdpa + grouped_mm|loop|batched_mm [+ static] [+ malloc] [+ compiled]")
+    ] = RIVALS,
     ours_only: bool = False,
     warmup: int = 1,
     repeats: int = 3,

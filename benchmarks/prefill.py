@@ -25,7 +25,7 @@ from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
 OURS = "dovetail"
-RIVALS = ["eager+grouped_mm", "sdpa+grouped_mm", "eager+loop"]
+RIVALS = ["eager+grouped_mm", "sdpa+grouped_mm", "eager+loop", "eager+grouped_mm+malloc"]
 ELSEWHERE = "llama.cpp, measured elsewhere, other machine: 1,110-1,438 tokens/s at 1,024 tokens"
 
 
@@ -68,7 +68,7 @@ def floor_seconds(spec: ModelSpec, length: int, ceilings: Ceilings) -> float:
 def main(
     model: Annotated[str, typer.Option(help="A preset: 20m, 104m, ...")] = "104m",
     length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 1024,
-    rival: Annotated[list[str], typer.Option(help="eager|sdpa + grouped_mm|loop [+ compiled]")] = RIVALS,
+    rival: Annotated[list[str], typer.Option(help="eager|sdpa + grouped_mm|loop [+ malloc] [+ compiled]")] = RIVALS,
     ours_only: bool = False,
     warmup: int = 2,
     repeats: int = 7,

@@ -86,9 +86,7 @@ def test_reproduce_prints_both_columns_and_the_contradictions() -> None:
         (("inspekt",), 2, "inspekt"),
     ],
 )
-def test_mistakes_are_said_on_stderr_without_a_traceback(
-    arguments: tuple[str, ...], code: int, message: str
-) -> None:
+def test_mistakes_are_said_on_stderr_without_a_traceback(arguments: tuple[str, ...], code: int, message: str) -> None:
     done = run(*arguments)
     assert done.returncode == code and done.stdout == ""
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -76,9 +76,7 @@ def test_a_file_becomes_a_frozen_object(tmp_path: Path) -> None:
         ("steps = [", ["run.toml", "not valid TOML", "line 1"]),
     ],
 )
-def test_each_mistake_is_one_line_with_key_value_and_remedy(
-    tmp_path: Path, text: str, parts: list[str]
-) -> None:
+def test_each_mistake_is_one_line_with_key_value_and_remedy(tmp_path: Path, text: str, parts: list[str]) -> None:
     message = failure(tmp_path, text)
     assert all(part in message for part in parts), message
 
@@ -121,9 +119,7 @@ def test_an_override_without_a_dotted_key_is_refused(tmp_path: Path, override: s
 
 
 def test_an_override_is_checked_like_the_file(tmp_path: Path) -> None:
-    assert "unknown key 'optimizer.betaz'; did you mean betas?" in failure(
-        tmp_path, "steps = 7", "optimizer.betaz=1"
-    )
+    assert "unknown key 'optimizer.betaz'; did you mean betas?" in failure(tmp_path, "steps = 7", "optimizer.betaz=1")
     assert "steps is 7, not a table" in failure(tmp_path, "steps = 7", "steps.inner=1")
 
 

@@ -140,7 +140,7 @@ def import_(
     drop_mtp: Annotated[bool, typer.Option(help="Go on without MTP tensors that the config asks for.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
 ) -> None:
-    """Read a published checkpoint, dequantise it, and keep it where `generate` and `train` find it."""
+    """Read a published checkpoint, check every tensor, dequantise it, and write it for `generate`."""
     from dovetail import convert
 
     for line in convert.import_(hf_dir, out, drop_mtp, overwrite):

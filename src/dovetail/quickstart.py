@@ -1,8 +1,7 @@
 """The whole path in a few minutes: text, tokenizer, training, evaluation, export, generation.
 
-The corpus is the Python standard library of the interpreter that runs this; nothing is fetched. Each stage leaves
-its result in the run's directory and is passed over when that is there, so that the same command goes on where it
-was stopped. Figures are printed as predicted (from the description, before the run) and measured.
+The corpus is the Python standard library of the interpreter that runs this; nothing is fetched. Tokenizer, tokens
+and training go on from what the run's directory holds; the short stages after them are done again. Figures are printed as predicted (from the description, before the run) and measured.
 """
 
 from __future__ import annotations
@@ -162,9 +161,12 @@ def generation_rows(results: list[Generation]) -> list[tuple[str, ...]]:
     first = results[0]
     shown = [("", ""), (f"# ... {first.name}, the end of the prompt, then what the model adds",)]
     text = first.prompt.splitlines()[-6:]
-    return [*rows, *shown, *((line,) for line in [*text[:-1], text[-1] + first.plain.text.split("\n")[0]]), *(
-        (line,) for line in first.plain.text.splitlines()[1:]
-    )]
+    return [
+        *rows,
+        *shown,
+        *((line,) for line in [*text[:-1], text[-1] + first.plain.text.split("\n")[0]]),
+        *((line,) for line in first.plain.text.splitlines()[1:]),
+    ]
 
 
 def _rate(completion: Completion) -> float:

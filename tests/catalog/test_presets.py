@@ -26,9 +26,7 @@ def test_published_shapes() -> None:
     assert (v2.hidden_size, v2.num_hidden_layers, v2.intermediate_size) == (5120, 60, 12288)
     assert (lite.hidden_size, lite.num_hidden_layers, lite.intermediate_size) == (2048, 27, 10944)
     assert v3.moe and v2.moe and lite.moe
-    gates = [
-        (moe.scoring_func, moe.topk_method, moe.routed_scaling_factor) for moe in (v3.moe, v2.moe, lite.moe)
-    ]
+    gates = [(moe.scoring_func, moe.topk_method, moe.routed_scaling_factor) for moe in (v3.moe, v2.moe, lite.moe)]
     assert gates == [
         ("sigmoid", "noaux_tc", 2.5),
         ("softmax", "group_limited_greedy", 16.0),
@@ -50,9 +48,7 @@ def test_a_table_of_a_run_file_is_a_dial_or_flat_keys() -> None:
     flat = load_model("qwen2.5-72b").to_hf()
     kept = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     assert isinstance(read_model({key: flat[key] for key in kept}).attention, Gqa)
-    with pytest.raises(
-        ValueError, match=r"run.toml: dial: unknown key 'widht'; did you mean width\? \(and 1 more"
-    ):
+    with pytest.raises(ValueError, match=r"run.toml: dial: unknown key 'widht'; did you mean width\? \(and 1 more"):
         read_model({"dial": {"widht": 256}}, where="run.toml")
     with pytest.raises(ValueError, match=r"run.toml: dial: width = 2112: from 2048 up"):
         read_model({"dial": {"width": 2112}}, where="run.toml")

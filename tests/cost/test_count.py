@@ -134,9 +134,7 @@ def test_flop_are_those_that_torch_counts(mtp: bool) -> None:
             model.logits(model.mtp_forward(0, output.hidden, ids).hidden)
     vectors = sum(each.numel() for each in [*model.parameters(), *model.buffers()] if each.dim() == 1)
     if not mtp:
-        vectors -= sum(
-            each.numel() for each in [*model.mtp.parameters(), *model.mtp.buffers()] if each.dim() == 1
-        )
+        vectors -= sum(each.numel() for each in [*model.mtp.parameters(), *model.mtp.buffers()] if each.dim() == 1)
     counted = tokens * (count.forward_flop_per_token(spec, tokens, causal=False, mtp=mtp) - 2 * vectors)
     assert counter.get_total_flops() == counted
 

@@ -14,9 +14,7 @@ QUICKSTART = load_model("quickstart")
 def test_weight_bytes_are_those_of_the_model() -> None:
     with torch.device("meta"):
         model = Transformer(QUICKSTART)
-    assert memory.weight_bytes(QUICKSTART) == sum(
-        each.nbytes for each in [*model.parameters(), *model.buffers()]
-    )
+    assert memory.weight_bytes(QUICKSTART) == sum(each.nbytes for each in [*model.parameters(), *model.buffers()])
 
 
 def test_training_state_per_parameter() -> None:
@@ -34,9 +32,7 @@ def test_training_state_per_parameter() -> None:
 
 @pytest.mark.parametrize("has_query_rank", [True, False])
 @pytest.mark.parametrize("has_experts", [True, False])
-def test_activations_are_what_the_model_keeps_for_its_backward_pass(
-    has_query_rank: bool, has_experts: bool
-) -> None:
+def test_activations_are_what_the_model_keeps_for_its_backward_pass(has_query_rank: bool, has_experts: bool) -> None:
     spec = QUICKSTART if has_experts else QUICKSTART.model_copy(update={"moe": None})
     if not has_query_rank:
         attention = spec.attention.model_copy(update={"q_lora_rank": None})

@@ -61,7 +61,8 @@ def test_blocks_are_the_reference(length: int, dtype: torch.dtype, draw: Draw) -
     tensors = inputs(1, 2, length, dtype, draw)
     ours, truth = run(causal_attention, tensors), truth_of(tensors)
     for name, mine, right in zip(("output", "q", "k", "v"), ours, truth, strict=True):
-        assert mine.dtype == dtype and mine.shape == right.shape
+        assert mine.dtype == dtype
+        assert mine.shape == right.shape
         if name in ("q", "k") and length == 1:  # the softmax of one score has no gradient
             assert mine.abs().max() < tolerance(dtype, terms=V) * 40
         elif name == "q":  # nor has the first query; and rows near it are small beside the rest
@@ -85,9 +86,7 @@ def test_documents_are_kept_apart(length: int, dtype: torch.dtype, draw: Draw) -
 
 
 @pytest.mark.parametrize("length", [65, 300])
-def test_stale_columns_past_the_first_step_are_seen(
-    length: int, draw: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stale_columns_past_the_first_step_are_seen(length: int, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug this kernel had: beyond one step of keys the backward pass left what it should have cleared."""
     tensors = inputs(1, 2, length, torch.float32, draw)
     truth = truth_of(tensors)
@@ -107,9 +106,7 @@ def test_stale_columns_past_the_first_step_are_seen(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_block_size_does_not_matter(
-    dtype: torch.dtype, draw: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_block_size_does_not_matter(dtype: torch.dtype, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(1, 2, 150, dtype, draw)
     whole = run(causal_attention, tensors)
     for block in (37, 64, 149):
@@ -125,7 +122,8 @@ def test_nothing_and_one(shape: tuple[int, int, int], dtype: torch.dtype, draw: 
     ours = run(causal_attention, tensors)
     assert [each.shape for each in ours] == [(*shape, V), (*shape, QK), (*shape, QK), (*shape, V)]
     if shape[2] == 1:  # one key takes everything
-        assert torch.equal(ours[0], tensors[2]) and torch.equal(ours[3], tensors[3])
+        assert torch.equal(ours[0], tensors[2])
+        assert torch.equal(ours[3], tensors[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

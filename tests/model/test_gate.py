@@ -18,7 +18,9 @@ Draw = Callable[..., Tensor]
 V3_MOE = load_model("deepseek-v3").moe
 V2_MOE = load_model("deepseek-v2").moe
 LITE_MOE = load_model("deepseek-v2-lite").moe
-assert V3_MOE and V2_MOE and LITE_MOE
+assert V3_MOE
+assert V2_MOE
+assert LITE_MOE
 PUBLISHED = {"V3": V3_MOE, "V2": V2_MOE, "V2-Lite": LITE_MOE}
 
 
@@ -203,7 +205,8 @@ def test_balance_loss_pulls_the_scores_of_loaded_experts_down(draw: Draw) -> Non
     logits[:, 3] += 2.0
     logits.requires_grad_()
     balance_loss(route(logits, None, small()), 1, small()).backward()
-    assert logits.grad is not None and (logits.grad[:, 3] > 0).all()
+    assert logits.grad is not None
+    assert (logits.grad[:, 3] > 0).all()
 
 
 def test_bias_update_by_sign() -> None:

@@ -106,9 +106,7 @@ def test_the_equations(shape: dict[str, object], tiny_spec: SpecFactory, draw: D
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_absorbed_is_expanded(
-    shape: dict[str, object], dtype: torch.dtype, tiny_spec: SpecFactory, draw: Draw
-) -> None:
+def test_absorbed_is_expanded(shape: dict[str, object], dtype: torch.dtype, tiny_spec: SpecFactory, draw: Draw) -> None:
     spec = tiny_spec(**shape)
     layer, x = layer_of(spec, draw, dtype), draw(2, 19, 32, dtype=dtype)
     expanded = layer(x, context(spec, places(2, 0, 19)), 0)
@@ -174,7 +172,8 @@ def test_nothing_and_one(shape: tuple[int, int], dtype: torch.dtype, tiny_spec: 
     layer, x = layer_of(spec, draw, dtype), draw(*shape, 32, dtype=dtype).requires_grad_()
     output = layer(x, context(spec, places(shape[0], 0, shape[1])), 0)
     output.sum().backward()
-    assert output.shape == (*shape, 32) and x.grad is not None
+    assert output.shape == (*shape, 32)
+    assert x.grad is not None
     if shape == (1, 1):  # attention to oneself: the value projections alone
         mla, weights = spec.attention, dict(layer.named_parameters())
         latent = layer.kv_a_layernorm(layer.kv_a_proj_with_mqa(x)[..., : mla.kv_lora_rank])

@@ -1,5 +1,6 @@
 """The MTP contract point by point, each wrong variant shown to be another function, and the loss's targets."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -102,8 +103,10 @@ def test_embedding_and_head_are_the_main_models(tiny_spec: SpecFactory, random_m
     loss = token_loss(model.mtp_forward(0, hidden, tokens[:, 1:11]).hidden, model.head_weight, tokens[:, 2:])
     loss.backward()
     seen = model.embed_tokens.weight.grad
-    assert seen is not None and set(seen.abs().sum(1).nonzero().flatten().tolist()) == set(tokens[0, 1:11].tolist())
-    assert model.lm_head is not None and model.lm_head.weight.grad is not None
+    assert seen is not None
+    assert set(seen.abs().sum(1).nonzero().flatten().tolist()) == set(tokens[0, 1:11].tolist())
+    assert model.lm_head is not None
+    assert model.lm_head.weight.grad is not None
 
 
 # ---- The loss ----
@@ -117,9 +120,7 @@ def batch_of(tokens: Tensor, borders: list[int] | None = None) -> Batch:
 
 
 @pytest.mark.parametrize("depths", [1, 2, 3])
-def test_each_depth_predicts_one_token_further(
-    depths: int, tiny_spec: SpecFactory, random_model: ModelFactory
-) -> None:
+def test_each_depth_predicts_one_token_further(depths: int, tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     """L_k is the mean over its T - k - 1 positions of -log P(t_{i+k+2}), k from 0; module k reads module k - 1."""
     spec = tiny_spec(num_nextn_predict_layers=depths)
     model, tokens = random_model(spec), some_tokens(spec, 2, 16)
@@ -148,7 +149,7 @@ def documents_alone(model: Transformer, tokens: Tensor, borders: list[int]) -> t
     edges = [0, *borders, tokens.shape[1]]
     sums = torch.zeros(1 + len(model.mtp))
     counts = torch.zeros(1 + len(model.mtp))
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         document = tokens[:, start:stop]
         hidden = model(document[:, :-1]).hidden if stop - start > 1 else None
         for k in range(1 + len(model.mtp)):  # k = 0 is the main model
@@ -182,7 +183,8 @@ def test_no_loss_crosses_a_document_border(tiny_spec: SpecFactory, random_model:
     ours = torch.autograd.grad(losses.token + torch.stack(losses.mtp).mean(), weights, allow_unused=True)
     theirs = torch.autograd.grad(token + torch.stack(mtp).mean(), weights, allow_unused=True)
     for mine, right in zip(ours, theirs, strict=True):
-        assert mine is not None and right is not None
+        assert mine is not None
+        assert right is not None
         assert normwise_error(mine, right) < 3 * bound
     joined = compute_losses(model, batch_of(tokens, BORDERS), separate_documents=False)
     assert normwise_error(joined.token, token) > 10 * bound

@@ -40,7 +40,8 @@ def test_kernels_are_the_reference(shape: tuple[int, ...], dtype: torch.dtype, d
 def test_strides_do_not_matter(dtype: torch.dtype, draw: Draw) -> None:
     gate_up, grad = draw(9, 40, dtype=dtype), draw(9, 20, dtype=dtype)
     strided, strided_grad = gate_up.t().contiguous().t(), grad.repeat(1, 2)[:, :20]
-    assert not strided.is_contiguous() and not strided_grad.is_contiguous()
+    assert not strided.is_contiguous()
+    assert not strided_grad.is_contiguous()
     assert torch.equal(swiglu(strided), swiglu(gate_up))
     pairs = zip(swiglu_backward(strided_grad, strided), swiglu_backward(grad, gate_up), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
@@ -65,9 +66,11 @@ def test_what_is_not_finite_stays_so(column: int, poison: float, dtype: torch.dt
     gate_up, grad = draw(4, 40, dtype=dtype), draw(4, 20, dtype=dtype)
     gate_up[2, column] = poison
     output = swiglu(gate_up)
-    assert not output[2, 3].isfinite() and output[[0, 1, 3]].isfinite().all()
+    assert not output[2, 3].isfinite()
+    assert output[[0, 1, 3]].isfinite().all()
     gradient, _ = swiglu_backward(grad, gate_up)
-    assert not gradient[2, [3, 23]].isfinite().all() and gradient[[0, 1, 3]].isfinite().all()
+    assert not gradient[2, [3, 23]].isfinite().all()
+    assert gradient[[0, 1, 3]].isfinite().all()
     grad[1, 5] = poison
     assert not swiglu_backward(grad, gate_up)[0][1, [5, 25]].isfinite().any()
 

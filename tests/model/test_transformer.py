@@ -54,7 +54,8 @@ def test_parameter_counts_of_the_published_models(name: str, total: int) -> None
 
 def expected_block(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:
     mla, moe, dim = spec.attention, spec.moe, spec.hidden_size
-    assert isinstance(mla, Mla) and moe
+    assert isinstance(mla, Mla)
+    assert moe
     heads, width = mla.num_attention_heads, moe.moe_intermediate_size
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (dim,),
@@ -116,7 +117,8 @@ def test_tied_embeddings_have_no_head(tiny_spec: SpecFactory, random_model: Mode
     logits = model.logits(model(some_tokens(spec, 1, 5)).hidden)
     logits.logsumexp(-1).sum().backward()
     grad = model.embed_tokens.weight.grad
-    assert grad is not None and grad.abs().sum(1).count_nonzero() == spec.vocab_size  # as a head, every row
+    assert grad is not None
+    assert grad.abs().sum(1).count_nonzero() == spec.vocab_size
 
 
 # ---- Initialisation ----
@@ -153,7 +155,8 @@ def test_initialisation_is_a_function_of_the_seed_in_every_dtype(tiny_spec: Spec
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(torch.equal(first[name].to(low[name].dtype), low[name]) for name in first)
     drawn = [name for name in first if first[name].std() > 0]
-    assert len(drawn) > 30 and not any(torch.equal(first[name], other[name]) for name in drawn)
+    assert len(drawn) > 30
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
     experts = first["layers.1.mlp.experts.down_proj"]
     assert not torch.equal(experts[0], experts[1])
 
@@ -214,7 +217,8 @@ def test_packed_documents_are_those_alone(tiny_spec: SpecFactory, random_model: 
     ours = torch.autograd.grad(packed, weights, probe, allow_unused=True)
     theirs = torch.autograd.grad(alone, weights, probe, allow_unused=True)
     for mine, right in zip(ours, theirs, strict=True):
-        assert mine is not None and right is not None
+        assert mine is not None
+        assert right is not None
         assert normwise_error(mine, right) < 3 * bound_of(spec, 290)
     with torch.no_grad():
         assert normwise_error(model(tokens).hidden, alone) > 100 * bound_of(spec, 290)
@@ -238,7 +242,9 @@ def test_no_tokens_and_one(
     model = random_model(spec, dtype)
     output = model(some_tokens(spec, *shape))
     logits = model.logits(output.hidden)
-    assert logits.shape == (*shape, 96) and logits.dtype == torch.float32 and output.hidden.dtype == dtype
+    assert logits.shape == (*shape, 96)
+    assert logits.dtype == torch.float32
+    assert output.hidden.dtype == dtype
     logits.sum().backward()
     assert [int(routing.counts.sum()) for routing in output.routings] == [2 * shape[0] * shape[1]] * 2
 

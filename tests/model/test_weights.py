@@ -53,9 +53,7 @@ VARIANTS = {
 def same_bits(ours: Transformer, theirs: Transformer) -> bool:
     left, right = ours.state_dict(), theirs.state_dict()
     same_types = all(left[key].dtype == right[key].dtype for key in left)
-    return (
-        left.keys() == right.keys() and same_types and all(torch.equal(left[key], right[key]) for key in left)
-    )
+    return left.keys() == right.keys() and same_types and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def stored_on_disk(directory: Path) -> dict[str, Tensor]:
@@ -79,9 +77,7 @@ def test_round_trip_is_bitwise(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_listed_tensors_are_those_of_the_model_on_the_meta_device(
-    variant: str, tiny_spec: SpecFactory
-) -> None:
+def test_listed_tensors_are_those_of_the_model_on_the_meta_device(variant: str, tiny_spec: SpecFactory) -> None:
     spec = tiny_spec(**VARIANTS[variant])
     with torch.device("meta"):
         state = Transformer(spec).state_dict()
@@ -104,9 +100,7 @@ def meta_published(state: dict[str, Tensor], spec: ModelSpec, fp8: bool) -> list
     return pairs
 
 
-def test_every_element_of_the_state_is_published_once(
-    tiny_spec: SpecFactory, random_model: ModelFactory
-) -> None:
+def test_every_element_of_the_state_is_published_once(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     spec = tiny_spec(num_nextn_predict_layers=2)
     state = random_model(spec).state_dict()
     seen = {key: torch.zeros_like(tensor, dtype=torch.int64) for key, tensor in state.items()}
@@ -116,9 +110,7 @@ def test_every_element_of_the_state_is_published_once(
     assert all((count == 1).all() for count in seen.values())
 
 
-def test_gate_rows_come_first_and_experts_in_order(
-    tiny_spec: SpecFactory, random_model: ModelFactory
-) -> None:
+def test_gate_rows_come_first_and_experts_in_order(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     spec = tiny_spec()
     state = random_model(spec).state_dict()
     published = dict(to_published(state, spec))
@@ -139,9 +131,7 @@ def test_mtp_module_is_the_layer_after_the_last_with_copies_of_embedding_and_hea
     disk = stored_on_disk(tmp_path / "out")
     assert torch.equal(disk["model.layers.3.embed_tokens.weight"], disk["model.embed_tokens.weight"])
     assert torch.equal(disk["model.layers.3.shared_head.head.weight"], disk["lm_head.weight"])
-    assert torch.equal(
-        disk["model.layers.3.shared_head.norm.weight"], model.state_dict()["mtp.0.norm.weight"]
-    )
+    assert torch.equal(disk["model.layers.3.shared_head.norm.weight"], model.state_dict()["mtp.0.norm.weight"])
     assert torch.equal(disk["model.layers.3.eh_proj.weight"], model.state_dict()["mtp.0.eh_proj.weight"])
     assert not any(name.startswith("model.layers.4.") for name in disk)
 
@@ -158,10 +148,7 @@ def test_shards_respect_their_limit_and_the_index_is_complete(
     assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     names = [name for name, _, _ in published_tensors(spec)]
     assert sorted(index["weight_map"]) == sorted(names) and set(index["weight_map"].values()) == set(files)
-    sizes = [
-        sum(t.numel() * t.element_size() for t in load_file(tmp_path / "out" / file).values())
-        for file in files
-    ]
+    sizes = [sum(t.numel() * t.element_size() for t in load_file(tmp_path / "out" / file).values()) for file in files]
     assert max(sizes) <= 40_000 and index["metadata"]["total_size"] == sum(sizes)
     assert same_bits(model, import_hf(tmp_path / "out", dtype=torch.float32)[0])
 
@@ -364,9 +351,7 @@ def test_disk_that_fills_up_leaves_what_was_there(
 
     monkeypatch.setattr(weights, "save_file", filling_disk)
     with pytest.raises(OSError, match=r"no room .* nothing was left behind") as raised:
-        export_hf(
-            random_model(spec, seed=5), spec, tmp_path / "out", max_shard_bytes=40_000, overwrite=overwrite
-        )
+        export_hf(random_model(spec, seed=5), spec, tmp_path / "out", max_shard_bytes=40_000, overwrite=overwrite)
     assert raised.value.errno == errno.ENOSPC and calls == 3
     assert sorted(tmp_path.iterdir()) == before
     if overwrite:
@@ -432,8 +417,6 @@ def test_fp8_export_names_a_tensor_that_is_not_finite(
     spec = tiny_spec()
     model = random_model(spec)
     model.state_dict()["layers.1.mlp.experts.down_proj"][3, 2, 1] = math.nan
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.1\.mlp\.experts\.3\.down_proj\.weight.* inf or NaN"
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.3\.down_proj\.weight.* inf or NaN"):
         export_hf(model, spec, tmp_path / "out", fp8=True)
     assert list(tmp_path.iterdir()) == []

@@ -20,9 +20,7 @@ DOWN = "model.layers.2.mlp.experts.3.down_proj.weight"
 
 
 @pytest.fixture
-def checkpoint(
-    tmp_path: Path, tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]
-) -> Path:
+def checkpoint(tmp_path: Path, tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]) -> Path:
     """A sound FP8 checkpoint in several shards."""
     spec = tiny_spec()
     export_hf(random_model(spec), spec, tmp_path / "hf", fp8=True, max_shard_bytes=30_000)
@@ -70,9 +68,7 @@ def test_truncated_shard_names_the_tensor_that_is_cut(checkpoint: Path, num_byte
     header.pop("__metadata__")
     path.write_bytes(whole[:-num_bytes])
     size = len(whole) - num_bytes - 8 - struct.unpack("<Q", whole[:8])[0]
-    cut = min(
-        (field["data_offsets"][1], name) for name, field in header.items() if field["data_offsets"][1] > size
-    )
+    cut = min((field["data_offsets"][1], name) for name, field in header.items() if field["data_offsets"][1] > size)
     refused(checkpoint, str(path), "truncated", cut[1], str(len(whole) - num_bytes))
 
 
@@ -83,9 +79,7 @@ def test_shard_cut_inside_its_header_is_named(checkpoint: Path, keep: int) -> No
     refused(checkpoint, str(path))
 
 
-@pytest.mark.parametrize(
-    "content", [b"x" * 500, struct.pack("<Q", 10) + b"not a json", struct.pack("<Q", 2) + b"[]"]
-)
+@pytest.mark.parametrize("content", [b"x" * 500, struct.pack("<Q", 10) + b"not a json", struct.pack("<Q", 2) + b"[]"])
 def test_file_that_is_not_safetensors_is_named(checkpoint: Path, content: bytes) -> None:
     path = shard_of(checkpoint, DOWN)
     path.write_bytes(content)
@@ -212,9 +206,7 @@ def test_index_and_shard_that_disagree(checkpoint: Path) -> None:
     refused(checkpoint, shard, "model.phantom")
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}']
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}', '{"weight_map": {"a": 3}}'])
 def test_broken_index_is_named(checkpoint: Path, content: str) -> None:
     (checkpoint / INDEX).write_text(content)
     refused(checkpoint, str(checkpoint / INDEX))
@@ -245,9 +237,7 @@ def test_other_quantisations_are_refused(checkpoint: Path) -> None:
 
 
 def without_mtp(checkpoint: Path) -> None:
-    names = [
-        name for name in json.loads((checkpoint / INDEX).read_text())["weight_map"] if ".layers.3." in name
-    ]
+    names = [name for name in json.loads((checkpoint / INDEX).read_text())["weight_map"] if ".layers.3." in name]
     for name in names:
         rewrite(checkpoint, name, lambda tensors, name=name: tensors.pop(name))
 

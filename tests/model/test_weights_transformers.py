@@ -125,16 +125,12 @@ def test_gate_and_up_swapped_is_seen(
     assert (ours - theirs).abs().max() > 100 * TOLERANCE * ours.abs().max()
 
 
-def test_experts_in_another_order_are_seen(
-    tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory
-) -> None:
+def test_experts_in_another_order_are_seen(tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     spec = tiny_spec()
     model = random_model(spec)
     export_hf(model, spec, tmp_path / "out")
     experts = "model.layers.2.mlp.experts"
-    rewrite(
-        tmp_path / "out", lambda t: swap(t, f"{experts}.2.down_proj.weight", f"{experts}.3.down_proj.weight")
-    )
+    rewrite(tmp_path / "out", lambda t: swap(t, f"{experts}.2.down_proj.weight", f"{experts}.3.down_proj.weight"))
     tokens = some_tokens(spec.vocab_size)
     ours, theirs = our_logits(model, tokens), their_logits(tmp_path / "out", tokens)
     assert (ours - theirs).abs().max() > 100 * TOLERANCE * ours.abs().max()

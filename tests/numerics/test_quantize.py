@@ -117,9 +117,7 @@ def test_block_below_the_amax_floor_keeps_its_values() -> None:
     quantized = quantize_weight(weight)
     assert quantized.scale.item() == pytest.approx(AMAX_FLOOR / E4M3_MAX)
     step = quantized.scale.item() * 2**-9  # the subnormal step
-    assert (
-        (dequantize(quantized) - weight).abs() <= torch.maximum(weight.abs() / 15, torch.tensor(step))
-    ).all()
+    assert ((dequantize(quantized) - weight).abs() <= torch.maximum(weight.abs() / 15, torch.tensor(step))).all()
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

@@ -25,9 +25,7 @@ GOLDEN = {
 
 
 def test_every_number_is_the_golden_one() -> None:
-    found = {
-        (name, row.model, row.quantity): row.ours for name in table_names() for row in reproduce(name).rows
-    }
+    found = {(name, row.model, row.quantity): row.ours for name in table_names() for row in reproduce(name).rows}
     assert found.keys() == GOLDEN.keys()
     for key, ours in found.items():
         assert float(f"{ours:.6g}") == GOLDEN[key], key
@@ -43,12 +41,7 @@ def test_each_row_comes_out_or_the_paper_contradicts_itself(name: str) -> None:
 
 
 def test_the_inconsistent_rows() -> None:
-    rows = [
-        (row.model, row.paper)
-        for name in table_names()
-        for row in reproduce(name).rows
-        if row.is_inconsistent
-    ]
+    rows = [(row.model, row.paper) for name in table_names() for row in reproduce(name).rows if row.is_inconsistent]
     assert rows == [("llama-3.1-405b", "7.28"), ("qwen2.5-72b", "394"), ("llama-3.1-405b", "2448")]
 
 

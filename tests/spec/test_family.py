@@ -46,9 +46,7 @@ def test_quickstart_has_about_four_million_parameters() -> None:
 
 
 @pytest.mark.parametrize(("name", "millions"), [("300m", 300), ("600m", 600), ("1b", 1000)])
-def test_larger_presets_have_the_size_in_their_name_and_shapes_that_kernels_take(
-    name: str, millions: int
-) -> None:
+def test_larger_presets_have_the_size_in_their_name_and_shapes_that_kernels_take(name: str, millions: int) -> None:
     spec = load_model(name)
     assert parameters(spec).total / 1e6 == pytest.approx(millions, rel=0.1)
     assert set(accepted_by(spec).values()) == {None}

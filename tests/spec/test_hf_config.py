@@ -136,9 +136,7 @@ def test_a_config_that_transformers_made_alone() -> None:
 
 def test_yarn_scales_the_same_after_the_round_trip() -> None:
     theirs = DeepseekV3Config(**ModelSpec.from_hf(PUBLISHED).to_hf())
-    original = DeepseekV3Config(
-        **{key: value for key, value in PUBLISHED.items() if key != "quantization_config"}
-    )
+    original = DeepseekV3Config(**{key: value for key, value in PUBLISHED.items() if key != "quantization_config"})
     ours, published = (ROPE_INIT_FUNCTIONS["yarn"](config) for config in (theirs, original))
     assert ours[1] == published[1] == 1.0
     assert ours[0].tolist() == published[0].tolist()
@@ -173,9 +171,7 @@ def test_v2_through_transformers(name: str) -> None:
 
 
 def test_a_greedy_gate_looks_at_no_groups_whatever_the_file_says() -> None:
-    config = changed(
-        model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax", n_group=8, topk_group=3
-    )
+    config = changed(model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax", n_group=8, topk_group=3)
     spec = ModelSpec.from_hf(config)
     assert spec.moe and (spec.moe.n_group, spec.moe.topk_group) == (1, 1)
 
@@ -195,16 +191,26 @@ def test_a_model_without_experts() -> None:
     spec = ModelSpec.from_hf(changed(n_routed_experts=None))
     assert spec.moe is None and not spec.is_moe_layer(60)
     assert ModelSpec.from_hf(spec.to_hf()) == spec
-    assert (
-        DeepseekV3Config(**spec.to_hf()).first_k_dense_replace == 61
-    )  # so transformers builds no experts either
+    assert DeepseekV3Config(**spec.to_hf()).first_k_dense_replace == 61  # so transformers builds no experts either
 
 
 @pytest.mark.parametrize(
     "key",
-    """vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads q_lora_rank kv_lora_rank
-    qk_nope_head_dim qk_rope_head_dim v_head_dim num_experts_per_tok moe_intermediate_size
-    first_k_dense_replace""".split(),
+    [
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "intermediate_size",
+        "num_attention_heads",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "first_k_dense_replace",
+    ],
 )
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ValueError, match=f"missing key '{key}'"):
@@ -244,9 +250,7 @@ def test_several_end_tokens_become_the_first() -> None:
 
 
 def test_flat_tables_are_strict() -> None:
-    flat = {
-        key: PUBLISHED[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")
-    }
+    flat = {key: PUBLISHED[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size")}
     flat |= {
         "num_attention_heads": 2,
         "kv_lora_rank": 8,

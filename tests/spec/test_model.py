@@ -62,9 +62,7 @@ def test_models_that_cannot_be() -> None:
     mla = Mla(**MLA)
     with pytest.raises(ValueError, match="qk_rope_head_dim = 3 is odd"):
         Mla(**{**MLA, "qk_rope_head_dim": 3})
-    with pytest.raises(
-        ValueError, match="num_attention_heads = 8 is not a multiple of num_key_value_heads = 3"
-    ):
+    with pytest.raises(ValueError, match="num_attention_heads = 8 is not a multiple of num_key_value_heads = 3"):
         Gqa(num_attention_heads=8, num_key_value_heads=3, head_dim=4)
     with pytest.raises(ValueError, match="first_k_dense_replace = 3 is more than num_hidden_layers = 2"):
         ModelSpec(**BODY, attention=mla, moe=Moe(**MOE, first_k_dense_replace=3))

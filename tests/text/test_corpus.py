@@ -22,9 +22,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
         EncodedDocument(list(range(end - length, end)), length)
         for end, length in zip(ENDS.tolist(), LENGTHS, strict=True)
     ]
-    return write_store(
-        documents, tmp_path_factory.mktemp("corpus") / "store", 300, "abc", {}, shard_tokens=17
-    )
+    return write_store(documents, tmp_path_factory.mktemp("corpus") / "store", 300, "abc", {}, shard_tokens=17)
 
 
 def test_samples_tile_the_stream(store: TokenStore) -> None:
@@ -97,9 +95,7 @@ def test_window_that_is_not_moved_back_would_score_twice(store: TokenStore) -> N
     windows = list(evaluation_windows(store, 20, 10, 100))
     scored = windows[0].scored.sum(dim=1).tolist()
     assert scored == [20, *[10] * 7, 9]
-    last_stride = (
-        windows[0].batch.tokens[:, -10:].flatten().tolist()
-    )  # the wrong variant: always the last stride
+    last_stride = windows[0].batch.tokens[:, -10:].flatten().tolist()  # the wrong variant: always the last stride
     assert len(set(last_stride)) < len(last_stride)
 
 

@@ -120,17 +120,13 @@ def test_stdlib_is_source_without_tests_tables_and_packages() -> None:
         "__pycache__",
     }
     assert not [name for name in names if unwanted & set(name.split("/"))]
-    assert "html/entities.py" not in names and not [
-        name for name in names if name.startswith("_sysconfigdata")
-    ]
+    assert "html/entities.py" not in names and not [name for name in names if name.startswith("_sysconfigdata")]
 
 
 def test_stdlib_splits_by_file() -> None:
     skipped: Counter[str] = Counter()
     sizes = {
-        split: sum(
-            d.num_bytes for d in read_documents(DataConfig(), split, lambda name, why: skipped.update([why]))
-        )
+        split: sum(d.num_bytes for d in read_documents(DataConfig(), split, lambda name, why: skipped.update([why])))
         for split in ("train", "held_out")
     }
     assert sizes["train"] > 5e6
@@ -139,9 +135,7 @@ def test_stdlib_splits_by_file() -> None:
 
 
 def test_jsonl(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_bytes(
-        b'{"text": "one", "id": 1}\n\n{"text": "two \xc3\xa9"}\n{"text": ""}\n'
-    )
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one", "id": 1}\n\n{"text": "two \xc3\xa9"}\n{"text": ""}\n')
     (tmp_path / "a.jsonl").write_text('{"text": "zero\\u0000\\nline"}')
     (tmp_path / "notes.txt").write_text("not JSON")
     documents, skipped = read(DataConfig(kind="jsonl", path=tmp_path))
@@ -204,9 +198,7 @@ def test_parquet(tmp_path: Path) -> None:
 def test_parquet_errors_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     write_parquet(path, {"body": ["one"], "n": [1]})
-    with pytest.raises(
-        ValueError, match=r"rows\.parquet: no column 'text'; it has body, n; set data\.text_key"
-    ):
+    with pytest.raises(ValueError, match=r"rows\.parquet: no column 'text'; it has body, n; set data\.text_key"):
         read(DataConfig(kind="parquet", path=path))
     with pytest.raises(ValueError, match=r"rows\.parquet, row 0: 'n' holds int, not text"):
         read(DataConfig(kind="parquet", path=path, text_key="n"))
@@ -252,7 +244,5 @@ def test_saved_datasets(tmp_path: Path) -> None:
 def test_data_files_are_no_saved_dataset(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").touch()
     for path in (tmp_path, tmp_path / "rows.parquet"):
-        with pytest.raises(
-            ValueError, match=r"not a directory that `datasets` wrote .* 'jsonl' or 'parquet'"
-        ):
+        with pytest.raises(ValueError, match=r"not a directory that `datasets` wrote .* 'jsonl' or 'parquet'"):
             read(DataConfig(kind="datasets", path=path))

@@ -46,9 +46,7 @@ PINNED_UNIFORM = 0.011546754286331562
 def is_prefix_suffix_middle(tokenizer: Tokenizer, ids: list[int], text: str) -> bool:
     """Whether ids are bos fim_begin prefix fim_hole suffix fim_end middle eos of `text`."""
     hole, end = ids.index(3), ids.index(4)
-    prefix, suffix, middle = (
-        tokenizer.decode(part) for part in (ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1])
-    )
+    prefix, suffix, middle = (tokenizer.decode(part) for part in (ids[2:hole], ids[hole + 1 : end], ids[end + 1 : -1]))
     return ids[:2] == [0, 2] and ids[-1] == 1 and prefix + middle + suffix == text
 
 
@@ -112,9 +110,7 @@ def test_combined_tokens_are_punctuation_and_line_breaks(line_tokenizer: Tokeniz
     index=st.integers(0, 99),
     rate=st.floats(0, 1),
 )
-def test_split_keeps_the_text(
-    line_tokenizer: Tokenizer, text: str, seed: int, index: int, rate: float
-) -> None:
+def test_split_keeps_the_text(line_tokenizer: Tokenizer, text: str, seed: int, index: int, rate: float) -> None:
     combined, ids = combined_tokens(line_tokenizer), line_tokenizer.encode(text)
     split = split_combined(ids, combined, seed, index, rate)
     assert line_tokenizer.decode(split) == text

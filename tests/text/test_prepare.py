@@ -93,9 +93,7 @@ def test_damaged_store_is_not_used(config: DataConfig, tokenizer: Tokenizer, tmp
         prepare_store(config, tokenizer, tmp_path / "data", "train")
 
 
-def test_renamed_store_is_not_taken_for_another(
-    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_renamed_store_is_not_taken_for_another(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
     first = prepare_store(config, tokenizer, tmp_path / "data", "train").directory
     other = config.model_copy(update={"seed": 1, "fim_rate": 1.0})
     second = prepare_store(other, tokenizer, tmp_path / "data", "train").directory

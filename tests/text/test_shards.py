@@ -93,9 +93,7 @@ def test_index_of_another_format(tmp_path: Path) -> None:
 
 
 def test_no_documents(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"no documents to tokenise \(left out: 3 binary, 1 empty\); check data\.path"
-    ):
+    with pytest.raises(ValueError, match=r"no documents to tokenise \(left out: 3 binary, 1 empty\); check data\.path"):
         write_store([], tmp_path / "store", 300, "abc", {"empty": 1, "binary": 3})
     assert list(tmp_path.iterdir()) == []
 
@@ -172,9 +170,7 @@ def test_full_disk_is_said_cleanly(tmp_path: Path) -> None:
     many = (EncodedDocument(list(range(300)), 300) for _ in range(2000))
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
-        with pytest.raises(
-            OSError, match=r"the disk is full after 0\.\d MB of token shards; free some space"
-        ):
+        with pytest.raises(OSError, match=r"the disk is full after 0\.\d MB of token shards; free some space"):
             write_store(many, tmp_path / "store", 300, "abc", {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -46,9 +46,7 @@ def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "c"]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -67,9 +65,7 @@ def test_tokenizers_that_are_not_byte_level(sentencepiece_like: Tokenizer, text:
     assert "".join(streamed(tokenizer, ids)) == text
 
 
-def test_byte_questions_to_other_tokenizers_are_refused(
-    sentencepiece_like: Tokenizer, tmp_path: Path
-) -> None:
+def test_byte_questions_to_other_tokenizers_are_refused(sentencepiece_like: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not byte-level"):
         sentencepiece_like.encode_bytes(b"a")
     with pytest.raises(ValueError, match="not byte-level"):

@@ -25,9 +25,7 @@ def test_special_ids_come_first_in_the_published_order(tokenizer: Tokenizer) -> 
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    text=st.text() | st.text("\u00e9\u6f22\U0001f389 \t\r\n():.,'\"aZ_09\x00\x7f\u0301\u200d", max_size=60)
-)
+@given(text=st.text() | st.text("\u00e9\u6f22\U0001f389 \t\r\n():.,'\"aZ_09\x00\x7f\u0301\u200d", max_size=60))
 def test_text_comes_back_exactly(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -41,9 +39,7 @@ def test_bytes_come_back_exactly(tokenizer: Tokenizer, data: bytes) -> None:
 def test_every_byte_has_a_token(tokenizer: Tokenizer) -> None:
     data = bytes(range(256))
     assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
-    assert all(
-        tokenizer.decode_bytes(tokenizer.encode_bytes(bytes([b, 0xFF]))) == bytes([b, 0xFF]) for b in data
-    )
+    assert all(tokenizer.decode_bytes(tokenizer.encode_bytes(bytes([b, 0xFF]))) == bytes([b, 0xFF]) for b in data)
 
 
 def test_batch_is_each_text_alone(tokenizer: Tokenizer, source: str) -> None:
@@ -94,9 +90,7 @@ def test_training_does_not_depend_on_the_process(source: str, tokenizer: Tokeniz
         "PYTHONHASHSEED": "7",
         "RAYON_NUM_THREADS": "1",
     }
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == tokenizer.fingerprint
 
 
@@ -113,9 +107,7 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, source: str, tmp_pat
         assert (loaded.bos_id, loaded.eos_id, loaded.fim_hole) == (0, 1, 3)
 
 
-def test_failed_save_leaves_the_old_file(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_save_leaves_the_old_file(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.save(tmp_path)
     before = (tmp_path / "tokenizer.json").read_bytes()
 

@@ -24,9 +24,7 @@ def test_agrees_with_the_program(source: str, command: list[str]) -> None:
     assert shutil.which(command[0])
     data = source.encode() * 3
     program = subprocess.run(command, input=data, capture_output=True, check=True).stdout
-    assert compressed_sizes([data])[" ".join(command[:2])] * len(data) / 8 == pytest.approx(
-        len(program), abs=32
-    )
+    assert compressed_sizes([data])[" ".join(command[:2])] * len(data) / 8 == pytest.approx(len(program), abs=32)
 
 
 def test_noise_does_not_compress_and_repetition_does() -> None:

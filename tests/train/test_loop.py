@@ -23,6 +23,7 @@ from dovetail.train.run import RunConfig, load_weights
 
 Build = Callable[..., RunConfig]
 
+
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     plain, average = (load_weights(directory, ema)[0] for ema in (False, True))
     return plain | {f"average.{name}": tensor for name, tensor in average.items()}
@@ -38,7 +39,8 @@ def losses_of(directory: Path) -> list[float]:
     return [each.loss for each in read_metrics(directory / "metrics.jsonl") if isinstance(each, StepMetrics)]
 
 
-def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tiny_run(tmp_path / "whole", text))
     step, lives = loop._one_step, iter([4, 7, 99])
@@ -65,7 +67,9 @@ def test_recompute_and_microbatches_change_no_routing_statistics(tmp_path: Path,
     assert_same_weights(tmp_path / "plain", tmp_path / "again")
 
 
-def test_ctrl_c_saves_the_step_it_was_in(tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_the_step_it_was_in(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = loop._one_step
 
     def one_step(state: loop.Run, counters: loop.Counters) -> StepMetrics:
@@ -82,7 +86,8 @@ def test_ctrl_c_saves_the_step_it_was_in(tmp_path: Path, text: Path, tiny_run: B
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_non_finite_steps_are_skipped_counted_and_then_fatal(tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+def test_non_finite_steps_are_skipped_counted_and_then_fatal(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = loop.train_step
 
@@ -119,7 +124,9 @@ def test_a_run_file_survives_dump_and_load(tmp_path: Path, text: Path, tiny_run:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_at_random_a_run_ends_with_the_same_weights(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+def test_killed_twenty_times_at_random_a_run_ends_with_the_same_weights(
+    tmp_path: Path, text: Path, tiny_run: Build
+) -> None:
     """kill -9 while starting, stepping and saving."""
     changes = {"steps": 240, "checkpoint_every": 4}
     train(tiny_run(tmp_path / "whole", text, **changes))

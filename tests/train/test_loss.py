@@ -48,7 +48,8 @@ def test_loss_and_gradients(rows: int, vocab: int, dtype: torch.dtype, draw: Dra
     hidden, head = draw(rows, DIM, dtype=dtype), draw(vocab, DIM, dtype=dtype, scale=0.4)
     targets = targets_for(rows, vocab, ignored=(0, rows // 2) if rows > 2 else ())
     ours, truth = ours_of(hidden, head, targets), truth_of(hidden, head, targets)
-    assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
+    assert ours[0].dtype == torch.float32
+    assert ours[1].dtype == ours[2].dtype == dtype
     if vocab == 1:  # one token is certain
         assert not any(each.any() for each in ours)
         return
@@ -60,9 +61,7 @@ def test_loss_and_gradients(rows: int, vocab: int, dtype: torch.dtype, draw: Dra
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_chunk", [1, 96 * 3, 96 * 10, 96 * 11])
-def test_chunks_do_not_matter(
-    per_chunk: int, dtype: torch.dtype, draw: Draw, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chunks_do_not_matter(per_chunk: int, dtype: torch.dtype, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 1, 3, 10 and 11 of 10 rows."""
     hidden, head = draw(2, 5, DIM, dtype=dtype), draw(96, DIM, dtype=dtype, scale=0.4)
     targets = targets_for(10, 96, ignored=(3, 4, 5)).view(2, 5)
@@ -86,8 +85,11 @@ def test_nothing_to_learn_from(dtype: torch.dtype, draw: Draw) -> None:
     """No rows, or all targets ignored: 0 and zero gradients, where torch's mean is NaN."""
     for rows in (0, 4):
         ours = ours_of(draw(rows, DIM, dtype=dtype), draw(96, DIM, dtype=dtype), torch.full((rows,), IGNORED))
-        assert ours[0] == 0 and not ours[1].any() and not ours[2].any()
-        assert ours[1].shape == (rows, DIM) and ours[2].shape == (96, DIM)
+        assert ours[0] == 0
+        assert not ours[1].any()
+        assert not ours[2].any()
+        assert ours[1].shape == (rows, DIM)
+        assert ours[2].shape == (96, DIM)
     assert math.isnan(token_loss_reference(draw(4, DIM), draw(96, DIM), torch.full((4,), IGNORED)))
 
 
@@ -99,7 +101,8 @@ def test_losses_of_each_target(dtype: torch.dtype, draw: Draw, monkeypatch: pyte
     for per_chunk in (1 << 24, 130 * 5):
         monkeypatch.setattr(loss, "LOGITS_PER_CHUNK", per_chunk)
         losses = token_losses(hidden, head, targets)
-        assert losses.dtype == torch.float32 and not losses[[0, 36]].any()
+        assert losses.dtype == torch.float32
+        assert not losses[[0, 36]].any()
         assert normwise_error(losses, truth) < bound(hidden, head, dtype)
     assert token_losses(hidden[:0], head, targets[:0]).shape == (0,)
 
@@ -136,7 +139,8 @@ def test_large_logits(dtype: torch.dtype) -> None:
     losses = token_losses(rows, torch.eye(4, dtype=dtype), targets)
     assert elementwise_error(losses[:1], truth[:1]) < tolerance(torch.float32, terms=4)
     # the loss is what is left of logits of 3e38 and 90
-    assert losses[1] == 0 and abs(losses[2] - math.log(4)) < 3e38 * tolerance(torch.float32)
+    assert losses[1] == 0
+    assert abs(losses[2] - math.log(4)) < 3e38 * tolerance(torch.float32)
     assert abs(losses[3] - truth[3]) < 90 * tolerance(torch.float32, terms=4)
     gradient = logits_through(rows[[0, 3]], targets[[0, 3]])[1]
     assert normwise_error(gradient[0], torch.tensor([0.5, -0.5, 0, 0])) < tolerance(dtype)
@@ -149,7 +153,8 @@ def test_what_is_not_finite_is_seen(poison: float, dtype: torch.dtype, draw: Dra
     hidden[4, 3] = poison
     total, gradient, head_gradient = ours_of(hidden, head, targets_for(9, 96))
     assert not total.isfinite()
-    assert not gradient[4].isfinite().any() and gradient[[0, 8]].isfinite().all()
+    assert not gradient[4].isfinite().any()
+    assert gradient[[0, 8]].isfinite().all()
     assert not head_gradient.isfinite().any()
     losses = token_losses(hidden, head, targets_for(9, 96))
     assert torch.equal(losses.isfinite(), torch.arange(9) != 4)

@@ -168,7 +168,8 @@ def test_masters_are_fp32_and_fp32_parameters_their_own(draw: Draw) -> None:
     low, wide = draw(4, 4, dtype=torch.bfloat16), draw(4)
     optimizer = AdamW([("low", low), ("wide", wide)], CONFIG)
     slots = optimizer.slots
-    assert slots["low"].master.dtype == torch.float32 and slots["wide"].master.data_ptr() == wide.data_ptr()
+    assert slots["low"].master.dtype == torch.float32
+    assert slots["wide"].master.data_ptr() == wide.data_ptr()
     assert all(slot.moment1.dtype == slot.moment2.dtype == torch.bfloat16 for slot in slots.values())
     slots["low"].master.add_(1.0)
     optimizer.refresh_parameters()

@@ -84,7 +84,8 @@ def test_loss_is_the_weighted_sum(depths: int, tiny_spec: SpecFactory, random_mo
         assert math.isclose(result.mtp_loss, sum(losses.mtp).detach() / depths, rel_tol=bound)
     else:
         assert math.isnan(result.mtp_loss)
-    assert result.is_finite and len(result.max_vio) == 2 + depths
+    assert result.is_finite
+    assert len(result.max_vio) == 2 + depths
     assert all(parameter.grad is None for parameter in parameters.values())
 
 
@@ -99,12 +100,13 @@ def test_balance_counts_every_layer_and_the_mtp_module(tiny_spec: SpecFactory, r
 def test_the_mtp_weight_reaches_the_gradient(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     spec = tiny_spec()
     model, batches = random_model(spec), [batch_of(spec, 2)]
-    without, result, _ = stepped(model, batches, replace(VALUES, mtp_weight=0.0, gamma=0.0))
+    without, result, _ = stepped(model, batches, replace(VALUES, mtp_weight=0.0), AdamWConfig(weight_decay=0.0))
     assert math.isfinite(result.mtp_loss)
     for name, parameter in without.named_parameters():
         moved = not torch.equal(parameter, dict(model.named_parameters())[name])
-        # the MTP module's router still has its balance loss
-        assert moved == (not name.startswith("mtp.0.norm")), name
+        # the MTP module's router still has its balance loss; nothing reaches what comes after it
+        after_router = ("mtp.0.norm", "mtp.0.block.mlp.experts", "mtp.0.block.mlp.shared_experts")
+        assert moved == (not name.startswith(after_router)), name
     with_it, _, _ = stepped(model, batches)
     assert not torch.equal(with_it.mtp[0].norm.weight, model.mtp[0].norm.weight)
     assert not torch.equal(with_it.lm_head.weight, without.lm_head.weight)
@@ -145,9 +147,9 @@ def test_microbatches_add_up_in_fp32(tiny_spec: SpecFactory, random_model: Model
 def test_clipping_scales_the_whole_gradient(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     spec = tiny_spec()
     model, batches = random_model(spec), [batch_of(spec, 2)]
-    free, result, free_optimizer = stepped(model, batches, config=AdamWConfig(eps=1.0, max_grad_norm=1e9))
+    _free, result, free_optimizer = stepped(model, batches, config=AdamWConfig(eps=1.0, max_grad_norm=1e9))
     limit = result.grad_norm / 7
-    clipped, again, optimizer = stepped(model, batches, config=AdamWConfig(eps=1.0, max_grad_norm=limit))
+    _clipped, again, optimizer = stepped(model, batches, config=AdamWConfig(eps=1.0, max_grad_norm=limit))
     assert again.grad_norm == result.grad_norm  # reported before clipping
     for name, slot in optimizer.slots.items():
         expected = free_optimizer.slots[name].moment1.float() / 7
@@ -226,7 +228,9 @@ def test_v2_gates_have_no_bias_to_move(tiny_spec: SpecFactory, random_model: Mod
     spec = tiny_spec(scoring_func="softmax", topk_method="group_limited_greedy", norm_topk_prob=False)
     model = random_model(spec)
     after, result, _ = stepped(model, [batch_of(spec, 2)])
-    assert result.is_finite and not biases(after) and len(result.max_vio) == 3
+    assert result.is_finite
+    assert not biases(after)
+    assert len(result.max_vio) == 3
 
 
 # ---- Steps that must not happen ----
@@ -290,12 +294,11 @@ def test_training_goes_on_after_a_skipped_step(tiny_spec: SpecFactory, random_mo
     with torch.no_grad():
         kept = skipping.norm.weight[0].clone()
         skipping.norm.weight[0] = float("nan")
-        assert not train_step(skipping, optimizers[0], [batch], VALUES, OBJECTIVE).is_finite
-    with torch.enable_grad():
-        with torch.no_grad():
-            skipping.norm.weight[0] = kept
-        for model, optimizer in zip((skipping, straight), optimizers, strict=True):
-            assert train_step(model, optimizer, [batch], VALUES, OBJECTIVE).is_finite
+    assert not train_step(skipping, optimizers[0], [batch], VALUES, OBJECTIVE).is_finite
+    with torch.no_grad():
+        skipping.norm.weight[0] = kept
+    for model, optimizer in zip((skipping, straight), optimizers, strict=True):
+        assert train_step(model, optimizer, [batch], VALUES, OBJECTIVE).is_finite
     pairs = zip(skipping.state_dict().values(), straight.state_dict().values(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
@@ -308,10 +311,9 @@ def test_a_batch_is_learned_by_heart(dtype: torch.dtype, tiny_spec: SpecFactory,
     spec = tiny_spec()
     model, batch = random_model(spec, dtype), batch_of(spec, 2)
     optimizer = AdamW(model.named_parameters(), AdamWConfig(weight_decay=0.0))
-    results = [
-        train_step(model, optimizer, [batch], replace(VALUES, learning_rate=1e-2), OBJECTIVE) for _ in range(40)
-    ]
-    assert results[-1].loss < results[0].loss / 5 and results[-1].mtp_loss < results[0].mtp_loss / 5
+    results = [train_step(model, optimizer, [batch], replace(VALUES, learning_rate=1e-2), OBJECTIVE) for _ in range(40)]
+    assert results[-1].loss < results[0].loss / 5
+    assert results[-1].mtp_loss < results[0].mtp_loss / 5
 
 
 def test_a_step_goes_down_the_gradient(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:

@@ -96,9 +96,7 @@ def training_memory(
 
 def generation_memory(spec: ModelSpec, batch: int, context: int, mtp: bool = False) -> GenerationMemory:
     """Bytes to generate with `batch` sequences of up to `context` tokens; `mtp`: its modules cache too."""
-    return GenerationMemory(
-        weights=weight_bytes(spec), cache=batch * context * cache_bytes_per_token(spec, BF16, mtp)
-    )
+    return GenerationMemory(weights=weight_bytes(spec), cache=batch * context * cache_bytes_per_token(spec, BF16, mtp))
 
 
 def weight_bytes(spec: ModelSpec) -> int:
@@ -127,16 +125,12 @@ def activation_bytes_per_token(spec: ModelSpec, recompute: bool = False) -> int:
     """Bytes that one token keeps from the forward to the backward pass, all layers and MTP modules."""
     depth = spec.num_nextn_predict_layers
     elements = 2 * spec.hidden_size * (1 + depth)  # before and after each final norm
-    elements += (
-        5 * spec.hidden_size * depth
-    )  # the two inputs of each MTP projection, normed and not, and its output
+    elements += 5 * spec.hidden_size * depth  # the two inputs of each MTP projection, normed and not, and its output
     wide = 0
     for layer in range(spec.num_hidden_layers + depth):
         elements += _attention_elements(spec, recompute) + _ffn_elements(spec, layer, recompute)
         if spec.moe and spec.is_moe_layer(layer):
-            wide += (
-                3 * spec.moe.n_routed_experts + spec.hidden_size
-            )  # logits, scores, their gradient; gate's input
+            wide += 3 * spec.moe.n_routed_experts + spec.hidden_size  # logits, scores, their gradient; gate's input
     return BF16 * elements + FP32 * wide
 
 

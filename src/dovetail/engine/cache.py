@@ -29,9 +29,7 @@ class ContiguousCache:
         """Zeroed, not just allocated: a masked key has weight 0, and 0 * NaN would still be NaN."""
         mla = spec.attention
         if not isinstance(mla, Mla):
-            raise ValueError(
-                "a latent cache belongs to an MLA model; grouped-query models are for counting only"
-            )
+            raise ValueError("a latent cache belongs to an MLA model; grouped-query models are for counting only")
         layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
         self.latent_dim = mla.kv_lora_rank
         self.data = torch.zeros(layers, batch, capacity, mla.cache_dim, dtype=dtype, device=device)
@@ -54,9 +52,7 @@ class ContiguousCache:
             )
         return num_keys
 
-    def update(
-        self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """See `model.mla.LatentCache`; row b of the arguments belongs to slot b."""
         return self.select(range(self.batch)).update(layer, positions, latent, rope_key)
 
@@ -64,9 +60,7 @@ class ContiguousCache:
         """The cache of some slots, in that order, sharing this one's memory. Raises `ValueError` for no such slot."""
         for slot in slots:
             if not 0 <= slot < self.batch:
-                raise ValueError(
-                    f"slot {slot} is not in a cache of {self.batch} slots (0 to {self.batch - 1})"
-                )
+                raise ValueError(f"slot {slot} is not in a cache of {self.batch} slots (0 to {self.batch - 1})")
         return SelectedSlots(cache=self, slots=tuple(slots))
 
 
@@ -77,9 +71,7 @@ class SelectedSlots:
     cache: ContiguousCache
     slots: tuple[int, ...]
 
-    def update(
-        self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """Views where the slots are consecutive, else copies. Raises `ValueError` beyond the capacity."""
         assert positions.shape[0] == len(self.slots), "one row of positions per slot"
         num_keys = self.cache.check(positions)

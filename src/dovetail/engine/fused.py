@@ -109,9 +109,7 @@ def _fuse(block: Block, model: Transformer, cache: ContiguousCache) -> FusedBloc
         torch.empty(dim, 0, dtype=dtype) if shared is None else shared.down_proj.weight,
     )
     weights = (norm, *(array(tensor) for tensor in tensors))
-    return FusedBlock(
-        attention=attention, mlp=weights, cache=data, choices=moe.num_experts_per_tok, gate=_gate(moe)
-    )
+    return FusedBlock(attention=attention, mlp=weights, cache=data, choices=moe.num_experts_per_tok, gate=_gate(moe))
 
 
 def _attention(attention: MultiHeadLatentAttention) -> Arrays:

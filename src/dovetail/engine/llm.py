@@ -94,17 +94,13 @@ class LLM:
             raise ValueError("prompts is one string; give a list of prompts")
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts but {len(each)} params; give one for all, or one per prompt"
-            )
+            raise ValueError(f"{len(prompts)} prompts but {len(each)} params; give one for all, or one per prompt")
         return [self._sequence(i, *pair) for i, pair in enumerate(zip(prompts, each, strict=True))]
 
     def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
         tokens = self._tokens(index, prompt)
         if self.tokenizer is None and params.stop:
-            raise ValueError(
-                "stop strings need a tokenizer; without one use max_tokens or the end-of-sequence token"
-            )
+            raise ValueError("stop strings need a tokenizer; without one use max_tokens or the end-of-sequence token")
         return Sequence(
             tokens=tokens,
             prompt_tokens=len(tokens),
@@ -152,9 +148,7 @@ class LLM:
         # The last token of a sequence is never run, but drafts after it may be, to be thrown away.
         capacity = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences) + depth
         parameter = self.model.embed_tokens.weight
-        runner = Runner(
-            self.model, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device)
-        )
+        runner = Runner(self.model, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device))
         waiting, active, free = deque(sequences), list[Sequence](), list(range(batch))
         while waiting or active:
             if waiting and free:

@@ -56,9 +56,7 @@ class Runner:
         return self._by_slot(slots, run)
 
     @torch.no_grad()
-    def draft(
-        self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor
-    ) -> Tensor:
+    def draft(self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows through MTP module `depth`: hidden [R, dim] of each position and the token [R] that it is given
         (`speculative` says which) -> hidden [R, dim] after the module's norm."""
         if self.fused is not None:

@@ -39,9 +39,7 @@ class Statistics:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     text: str  # without end-of-sequence token and stop string; empty without a tokenizer
-    token_ids: list[
-        int
-    ]  # all that were generated, those of a stop string and the end-of-sequence token included
+    token_ids: list[int]  # all that were generated, those of a stop string and the end-of-sequence token included
     finish_reason: FinishReason
     prompt_tokens: int
     statistics: Statistics

@@ -137,9 +137,7 @@ def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[lis
     The caller appends them. Sequences keep the hidden states that the next draft needs.
     """
     drafts = draft(runner, sequences, depth) if depth else [Draft() for _ in sequences]
-    rows = [
-        [sequence.tokens[-1], *proposal.tokens] for sequence, proposal in zip(sequences, drafts, strict=True)
-    ]
+    rows = [[sequence.tokens[-1], *proposal.tokens] for sequence, proposal in zip(sequences, drafts, strict=True)]
     slots = [sequence.slot for sequence in sequences for _ in range(depth + 1)]
     positions = [len(sequence.tokens) - 1 + i for sequence in sequences for i in range(depth + 1)]
     tokens = [token for row in rows for token in row]

@@ -92,7 +92,13 @@ class _BlockAttention(torch.autograd.Function):
         heads = grad.shape[:2]
         grad = grad.reshape(v.shape)
         grad_q, grad_k, grad_v = block_attention_backward(grad, q, k, v, log_sum, first, ctx.scale)
-        return grad_q.view(*heads, *q.shape[1:]), grad_k.view(*heads, *k.shape[1:]), grad_v.view(*heads, *v.shape[1:]), None, None
+        return (
+            grad_q.view(*heads, *q.shape[1:]),
+            grad_k.view(*heads, *k.shape[1:]),
+            grad_v.view(*heads, *v.shape[1:]),
+            None,
+            None,
+        )
 
 
 def block_attention_backward(

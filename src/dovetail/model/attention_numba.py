@@ -81,8 +81,6 @@ def softmax(scores: Tensor, start: int, scale: float, first: Tensor, log_sum: Te
     _softmax(array(scores), start, np.float32(scale), array(first), array(log_sum), _rows(scores))
 
 
-def softmax_backward(
-    scores: Tensor, grad: Tensor, start: int, scale: float, first: Tensor, log_sum: Tensor
-) -> None:
+def softmax_backward(scores: Tensor, grad: Tensor, start: int, scale: float, first: Tensor, log_sum: Tensor) -> None:
     """scores become probabilities, and grad (of the probabilities) the gradient of the unscaled scores."""
     _softmax_backward(array(scores), array(grad), start, np.float32(scale), array(first), array(log_sum), _rows(scores))

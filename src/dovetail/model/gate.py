@@ -62,9 +62,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
     weights = scores.gather(1, expert_ids)
     if moe.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # 1e-20 as in the published HF code
-    return Routing(
-        expert_ids=expert_ids, weights=weights * moe.routed_scaling_factor, scores=scores, counts=counts
-    )
+    return Routing(expert_ids=expert_ids, weights=weights * moe.routed_scaling_factor, scores=scores, counts=counts)
 
 
 def select(biased: Tensor, moe: Moe) -> Tensor:

@@ -88,8 +88,7 @@ def read_header(path: Path) -> list[Entry]:
         size_of = _BYTES.get(entry.dtype)
         if size_of is not None and end - start != math.prod(entry.shape) * size_of:
             raise ValueError(
-                f"{path}: tensor {entry.name!r} has {end - start} bytes, not those of {entry.dtype}"
-                f" {list(entry.shape)}"
+                f"{path}: tensor {entry.name!r} has {end - start} bytes, not those of {entry.dtype} {list(entry.shape)}"
             )
     return [entry for entry, _ in entries]
 
@@ -189,9 +188,7 @@ def _refuse_missing(
     raise ValueError(line)
 
 
-def _refuse_unexpected(
-    unexpected: list[str], expected: Mapping[str, Stored], entries: Mapping[str, Entry]
-) -> None:
+def _refuse_unexpected(unexpected: list[str], expected: Mapping[str, Stored], entries: Mapping[str, Entry]) -> None:
     name = unexpected[0]
     line = f"{entries[name].file}: unexpected tensor {name!r}, which {CONFIG} does not call for"
     line += f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""

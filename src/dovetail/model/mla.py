@@ -30,9 +30,7 @@ from dovetail.spec.model import Mla, ModelSpec
 class LatentCache(Protocol):
     """Where latents and rotary keys of earlier tokens live; the model knows no more about it."""
 
-    def update(
-        self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """Write latent [B, T, kv_lora_rank] and rope_key [B, T, qk_rope_head_dim] at positions [B, T].
 
         Returns latent [B, S, .] and rope_key [B, S, .] with S = 1 + the largest position.

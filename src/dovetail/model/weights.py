@@ -64,9 +64,7 @@ def stored_view(state: Mapping[str, Tensor], stored: Stored) -> Tensor:
     return tensor
 
 
-def to_published(
-    state: Mapping[str, Tensor], spec: ModelSpec, fp8: Fp8Choice = False
-) -> Iterator[tuple[str, Tensor]]:
+def to_published(state: Mapping[str, Tensor], spec: ModelSpec, fp8: Fp8Choice = False) -> Iterator[tuple[str, Tensor]]:
     """(published name, tensor) of all of `state`, in file order: views of it, or FP8 data and scales."""
     for stored in stored_tensors(spec):
         yield from _published(stored, stored_view(state, stored), fp8)
@@ -138,9 +136,7 @@ def load_into(model: Transformer, hf_dir: str | Path, *, mtp: MtpChoice = "requi
     """
     directory, spec = Path(hf_dir), model.spec
     if mtp == "drop" and spec.num_nextn_predict_layers:
-        raise ValueError(
-            f'mtp="drop" would leave the model\'s {spec.num_nextn_predict_layers} MTP modules unloaded'
-        )
+        raise ValueError(f'mtp="drop" would leave the model\'s {spec.num_nextn_predict_layers} MTP modules unloaded')
     entries, tile = _checked_inventory(directory, spec, mtp)
     state = model.state_dict()
     by_file: dict[Path, list[tuple[Stored, Tensor]]] = {}
@@ -156,9 +152,7 @@ def load_into(model: Transformer, hf_dir: str | Path, *, mtp: MtpChoice = "requi
                 view.copy_(_tensor(shard, entries, stored.name, tile, view.dtype, view.device))
 
 
-def _checked_inventory(
-    directory: Path, spec: ModelSpec, mtp: MtpChoice
-) -> tuple[dict[str, Entry], tuple[int, int]]:
+def _checked_inventory(directory: Path, spec: ModelSpec, mtp: MtpChoice) -> tuple[dict[str, Entry], tuple[int, int]]:
     tile = weight_tile(read_config(directory), directory)
     entries = read_inventory(directory)
     check_inventory(entries, spec, directory, tile, mtp)
@@ -216,9 +210,7 @@ def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[s
         return
     quantized = quantize_weight(view, power_of_two=fp8 == "ue8m0")
     if not bool(torch.isfinite(quantized.scale).all()):
-        raise ValueError(
-            f"the model's {stored.key!r} ({stored.name!r}) holds inf or NaN; FP8 cannot carry them"
-        )
+        raise ValueError(f"the model's {stored.key!r} ({stored.name!r}) holds inf or NaN; FP8 cannot carry them")
     yield stored.name, quantized.data
     yield stored.name + SCALE_SUFFIX, quantized.scale
 
@@ -241,15 +233,11 @@ def _plan(
         group.append(stored)
         shards[-1] = group, used + size
     if left := sorted(state.keys() - keys):
-        raise ValueError(
-            f"the spec has no place for the model's {left[0]!r} and {len(left) - 1} more; wrong spec?"
-        )
+        raise ValueError(f"the spec has no place for the model's {left[0]!r} and {len(left) - 1} more; wrong spec?")
     return shards
 
 
-def _write_shards(
-    state: Mapping[str, Tensor], shards: Sequence[list[Stored]], directory: Path, fp8: Fp8Choice
-) -> None:
+def _write_shards(state: Mapping[str, Tensor], shards: Sequence[list[Stored]], directory: Path, fp8: Fp8Choice) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, group in enumerate(shards, start=1):

@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -137,9 +136,7 @@ def _make_dots(count: int) -> Any:
 
 def _make_mix(count: int) -> Any:
     @intrinsic
-    def mix(
-        typing_context: Any, p: Any, first: Any, num: Any, w: Any, row: Any, column: Any, out: Any, at: Any
-    ) -> Any:
+    def mix(typing_context: Any, p: Any, first: Any, num: Any, w: Any, row: Any, column: Any, out: Any, at: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
             factors, weights, results = _arrays(context, builder, signature, arguments)
             stride = cgutils.unpack_tuple(builder, factors.shape)[1]

@@ -31,9 +31,7 @@ class Quantized:
     tile: tuple[int, int]
 
 
-def quantize_weight(
-    weight: Tensor, tile: tuple[int, int] = WEIGHT_TILE, power_of_two: bool = False
-) -> Quantized:
+def quantize_weight(weight: Tensor, tile: tuple[int, int] = WEIGHT_TILE, power_of_two: bool = False) -> Quantized:
     """Quantise `weight` [rows, columns] by blocks of `tile`, computing in FP32.
 
     `power_of_two` rounds every scale up to a power of two (UE8M0, the `scale_fmt` of V3.1), so that
@@ -66,9 +64,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 
 def _check_matrix(tensor: Tensor) -> None:
     if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise ValueError(
-            f"blocks are of a float matrix, not of {tensor.dtype} with shape {list(tensor.shape)}"
-        )
+        raise ValueError(f"blocks are of a float matrix, not of {tensor.dtype} with shape {list(tensor.shape)}")
 
 
 def _split(matrix: Tensor, tile: tuple[int, int]) -> Tensor:

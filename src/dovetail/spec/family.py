@@ -46,9 +46,7 @@ class Dial(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.width >= FULL_MLA_WIDTH and self.width not in HIDDEN_SIZES:
-            raise ValueError(
-                f"width = {self.width}: from {FULL_MLA_WIDTH} up it must be one of {HIDDEN_SIZES}"
-            )
+            raise ValueError(f"width = {self.width}: from {FULL_MLA_WIDTH} up it must be one of {HIDDEN_SIZES}")
         return self
 
 

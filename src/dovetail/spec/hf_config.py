@@ -29,13 +29,38 @@ _RENAMED = {
 
 # Accepted and not read: they say nothing about the shape or the function computed.
 _IGNORED = frozenset(
-    """
-    architectures auto_map aux_loss_alpha seq_aux attention_dropout use_cache torch_dtype dtype ep_size
-    transformers_version quantization_config pretraining_tp output_router_logits pad_token_id head_dim
-    num_key_value_heads qk_head_dim sliding_window use_sliding_window max_window_layers layer_types
-    chunk_size_feed_forward id2label label2id is_encoder_decoder output_attentions output_hidden_states
-    return_dict problem_type _name_or_path
-    """.split()
+    [
+        "architectures",
+        "auto_map",
+        "aux_loss_alpha",
+        "seq_aux",
+        "attention_dropout",
+        "use_cache",
+        "torch_dtype",
+        "dtype",
+        "ep_size",
+        "transformers_version",
+        "quantization_config",
+        "pretraining_tp",
+        "output_router_logits",
+        "pad_token_id",
+        "head_dim",
+        "num_key_value_heads",
+        "qk_head_dim",
+        "sliding_window",
+        "use_sliding_window",
+        "max_window_layers",
+        "layer_types",
+        "chunk_size_feed_forward",
+        "id2label",
+        "label2id",
+        "is_encoder_decoder",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "problem_type",
+        "_name_or_path",
+    ]
 )
 
 # Keys that would change the function computed; any other value is refused rather than silently ignored.

@@ -51,13 +51,9 @@ def _fp8_reason(spec: ModelSpec) -> str | None:
     if isinstance(spec.attention, Mla):
         widths["kv_lora_rank"] = spec.attention.kv_lora_rank
         widths["q_lora_rank"] = spec.attention.q_lora_rank or 0
-        widths["num_attention_heads * v_head_dim"] = (
-            spec.attention.num_attention_heads * spec.attention.v_head_dim
-        )
+        widths["num_attention_heads * v_head_dim"] = spec.attention.num_attention_heads * spec.attention.v_head_dim
     else:
-        widths["num_attention_heads * head_dim"] = (
-            spec.attention.num_attention_heads * spec.attention.head_dim
-        )
+        widths["num_attention_heads * head_dim"] = spec.attention.num_attention_heads * spec.attention.head_dim
     ragged = [f"{name} = {width}" for name, width in widths.items() if width % FP8_TILE]
     return f"{', '.join(ragged)}: not multiples of {FP8_TILE}" if ragged else None
 

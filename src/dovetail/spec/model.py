@@ -28,9 +28,7 @@ class Mla(Record):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd; RoPE rotates pairs of dimensions"
-            )
+            raise ValueError(f"qk_rope_head_dim = {self.qk_rope_head_dim} is odd; RoPE rotates pairs of dimensions")
         return self
 
     @property
@@ -55,9 +53,7 @@ class Gqa(Record):
     def _check(self) -> Self:
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
-            raise ValueError(
-                f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}"
-            )
+            raise ValueError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}")
         return self
 
     @property
@@ -84,9 +80,7 @@ class Moe(Record):
     def _check(self) -> Self:
         experts, groups, kept = self.n_routed_experts, self.n_group, self.topk_group
         if experts % groups:
-            raise ValueError(
-                f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups"
-            )
+            raise ValueError(f"n_routed_experts = {experts} does not divide into n_group = {groups} equal groups")
         if kept > groups:
             raise ValueError(f"topk_group = {kept} groups cannot be kept of n_group = {groups}")
         reachable = kept * (experts // groups)
@@ -162,9 +156,7 @@ class ModelSpec(Record):
                 f"{self.num_hidden_layers}"
             )
         if isinstance(self.attention, Gqa) and (self.moe or self.num_nextn_predict_layers):
-            raise ValueError(
-                "grouped-query attention is described for counting dense models: no experts, no MTP"
-            )
+            raise ValueError("grouped-query attention is described for counting dense models: no experts, no MTP")
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:

@@ -119,9 +119,7 @@ def _block(spec: ModelSpec, layer: int, key: str) -> Iterator[Stored]:
 def _attention_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     mla = spec.attention
     if not isinstance(mla, Mla):
-        raise ValueError(
-            "tensor names are known for latent attention only; this spec has grouped-query attention"
-        )
+        raise ValueError("tensor names are known for latent attention only; this spec has grouped-query attention")
     heads, width = mla.num_attention_heads, spec.hidden_size
     if mla.q_lora_rank is None:
         yield "q_proj.weight", (heads * mla.qk_head_dim, width)

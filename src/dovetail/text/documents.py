@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from dovetail.config import Record
 
 Skip = Callable[[str, str], None]  # (document, why it was left out)
 Split = Literal["train", "held_out", "all"]
@@ -42,10 +44,8 @@ PATTERNS: dict[str, tuple[str, ...]] = {
 }
 
 
-class DataConfig(BaseModel):
+class DataConfig(Record):
     """Where text comes from and what is done to it before it is tokenised."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["stdlib", "files", "jsonl", "parquet", "datasets"] = "stdlib"
     path: Path | None = None  # a file or a directory; none for stdlib
@@ -77,9 +77,7 @@ class SourceFile:
     path: Path
 
 
-def read_documents(
-    config: DataConfig, split: Split = "all", on_skip: Skip | None = None
-) -> Iterator[Document]:
+def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | None = None) -> Iterator[Document]:
     """The documents of one split in their fixed order.
 
     Files of kind "files" and "stdlib" that cannot be read as UTF-8 text are left out and reported to
@@ -146,8 +144,7 @@ def walk(root: Path, patterns: tuple[str, ...], left_out: tuple[str, ...]) -> It
         subdirectories[:] = [
             name
             for name in subdirectories
-            if not matches(name, (".*", "__pycache__"))
-            and not matches(f"{(below / name).as_posix()}/", left_out)
+            if not matches(name, (".*", "__pycache__")) and not matches(f"{(below / name).as_posix()}/", left_out)
         ]
         for file_name in names:
             name = (below / file_name).as_posix()
@@ -189,13 +186,8 @@ def read_jsonl(file: SourceFile, text_key: str) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"{where}: not JSON ({error}); repair or delete the line") from error
             fields = row if isinstance(row, dict) else {}
             if not isinstance(fields.get(text_key), str):
-                keys = (
-                    ", ".join(sorted(key for key, value in fields.items() if isinstance(value, str)))
-                    or "none"
-                )
-                raise ValueError(
-                    f"{where}: no text under {text_key!r} (keys with text: {keys}); set data.text_key"
-                )
+                keys = ", ".join(sorted(key for key, value in fields.items() if isinstance(value, str))) or "none"
+                raise ValueError(f"{where}: no text under {text_key!r} (keys with text: {keys}); set data.text_key")
             yield f"{file.name}:{number}", fields[text_key]
 
 
@@ -242,9 +234,7 @@ def check_column(where: str, text_key: str, columns: list[str]) -> None:
         raise ValueError(f"{where}: no column {text_key!r}; it has {', '.join(columns)}; set data.text_key")
 
 
-def check_rows(
-    texts: Iterator[Any], name: str, where: str, text_key: str, skip: Skip
-) -> Iterator[tuple[str, str]]:
+def check_rows(texts: Iterator[Any], name: str, where: str, text_key: str, skip: Skip) -> Iterator[tuple[str, str]]:
     for number, text in enumerate(texts):
         if isinstance(text, str):
             yield f"{name}:{number}", text

@@ -22,9 +22,7 @@ def sample_indices(num_samples: int, seed: int, start: int, count: int) -> NDArr
     Every epoch (num_samples positions) visits each sample once, in an order of its own.
     """
     if num_samples < 1:
-        raise ValueError(
-            f"{num_samples} samples: there is nothing to order; give more text or a shorter sequence"
-        )
+        raise ValueError(f"{num_samples} samples: there is nothing to order; give more text or a shorter sequence")
     if seed < 0 or start < 0 or count < 0:
         raise ValueError(f"seed {seed}, start {start} and count {count} must not be negative")
     positions = np.arange(start, start + count, dtype=np.uint64)
@@ -46,9 +44,7 @@ def rank_slice(count: int, rank: int, world: int) -> slice:
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is outside a world of {world}")
     if count % world:
-        raise ValueError(
-            f"a batch of {count} samples cannot be shared evenly by {world} ranks; make it a multiple"
-        )
+        raise ValueError(f"a batch of {count} samples cannot be shared evenly by {world} ranks; make it a multiple")
     share = count // world
     return slice(rank * share, (rank + 1) * share)
 

@@ -23,9 +23,7 @@ from dovetail.text.shard_writer import EncodedDocument, write_store
 from dovetail.text.shards import FORMAT, TokenStore, open_store
 from dovetail.text.tokenizer import Tokenizer
 
-BATCH_BYTES = (
-    1 << 22
-)  # text handed to the tokenizer at a time: enough for every core, little enough for memory
+BATCH_BYTES = 1 << 22  # text handed to the tokenizer at a time: enough for every core, little enough for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +133,7 @@ def by_size(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[in
         yield batch
 
 
-def report(
-    documents: Iterable[EncodedDocument], on_progress: Callable[[Progress], None]
-) -> Iterator[EncodedDocument]:
+def report(documents: Iterable[EncodedDocument], on_progress: Callable[[Progress], None]) -> Iterator[EncodedDocument]:
     num_bytes = num_tokens = 0
     for count, document in enumerate(documents, start=1):
         num_bytes += document.num_bytes

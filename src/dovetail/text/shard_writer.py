@@ -87,8 +87,7 @@ def write_files(
     if not ends:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())) or "none"
         raise ValueError(
-            f"no documents to tokenise (left out: {reasons}); check data.path, data.patterns and "
-            "data.held_out_share"
+            f"no documents to tokenise (left out: {reasons}); check data.path, data.patterns and data.held_out_share"
         )
     shards = tokens.close()
     boundaries = np.asarray(ends, "<u8").tobytes()

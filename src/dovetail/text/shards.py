@@ -19,23 +19,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
+
+from dovetail.config import Record
 
 FORMAT = 1
 
 
-class StoredFile(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class StoredFile(Record):
     name: str
     num_bytes: int
     sha256: str
 
 
-class Index(BaseModel):
+class Index(Record):
     """What index.json holds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
     fingerprint: str  # of tokenizer, source and settings: equal ones give equal tokens

@@ -34,9 +34,9 @@ DEEPSEEK_PATTERN = (
     r"|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-SOURCE_PATTERN = DEEPSEEK_PATTERN.replace(
-    r"[\p{P}\p{S}]+[\r\n]*", r"[\p{P}\p{S}]+(?:[\r\n]+[ \t]*)?"
-).replace(r"\s*[\r\n]+", r"\s*[\r\n]+[ \t]*")
+SOURCE_PATTERN = DEEPSEEK_PATTERN.replace(r"[\p{P}\p{S}]+[\r\n]*", r"[\p{P}\p{S}]+(?:[\r\n]+[ \t]*)?").replace(
+    r"\s*[\r\n]+", r"\s*[\r\n]+[ \t]*"
+)
 
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"  # ids 0 and 1, as in DeepSeek-V3's config.json
 FIM_BEGIN, FIM_HOLE, FIM_END = "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"

@@ -58,6 +58,8 @@ def state_bytes(run: Run) -> int:
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
 
 
-def _grouped_mm_flop(left: torch.Size, right: torch.Size, *rest: object, out_shape: object = None, **named: object) -> int:
+def _grouped_mm_flop(
+    left: torch.Size, right: torch.Size, *rest: object, out_shape: object = None, **named: object
+) -> int:
     """[R, k] times [E, k, n] by rows of each expert, or [n, R] times [R, m] into one product per expert."""
     return 2 * left[0] * left[1] * right[-1]

@@ -7,8 +7,6 @@ the same number of threads).
 
 from __future__ import annotations
 
-import json
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -17,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -25,11 +22,11 @@ from dovetail.cost.count import training_flop_per_token
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
-from dovetail.text.atomic import write_bytes
-from dovetail.text.corpus import Batch, read_batch
+from dovetail.text.corpus import read_batch
 from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train import checkpoint, run
+from dovetail.train.budget import steps_in_time
 from dovetail.train.display import Display
 from dovetail.train.ema import Ema
 from dovetail.train.evaluate import held_out
@@ -39,10 +36,7 @@ from dovetail.train.peak import measure_peak
 from dovetail.train.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.run import RunConfig
 from dovetail.train.schedule import Progress, TrainingSchedule, Values, values
-from dovetail.train.step import Objective, StepResult, train_step
-
-STEPS_TO_MEASURE = 12  # for train.minutes; the first ones compile kernels and are not counted
-STEPS_TO_WARM_UP = 4
+from dovetail.train.step import Objective, StepResult, microbatches, train_step
 
 
 class Diverged(RuntimeError):
@@ -112,7 +106,7 @@ def prepare(config: RunConfig, display: Display) -> Run:
     dtype = run.resolve_dtype(config.train.dtype, device)
     with device:
         model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
-    num_steps = config.train.steps or _steps_in_time(config, schedule, model, train_store, display)
+    num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
     initialize(model, config.train.seed)
     optimizer = AdamW(model.named_parameters(), config.optimizer)
     masters = {name: slot.master for name, slot in optimizer.slots.items()}
@@ -168,7 +162,7 @@ def _loop(state: Run, display: Display) -> None:
                     display.update(metrics)
                 if counters.bad_in_a_row >= config.train.max_bad_steps:
                     checkpointer.wait()
-                    raise Diverged(_diverged(state, counters, root))
+                    raise Diverged(_diverged(counters, root))
                 is_last = counters.step == state.num_steps
                 if log is not None and (is_last or _is_due(config.train.evaluate_every, counters.step)):
                     _evaluate(state, counters, log, display)  # before the save, so that a saved step has its figure
@@ -197,7 +191,7 @@ def _one_step(state: Run, counters: Counters) -> StepMetrics:
     )
     objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
     result = train_step(
-        state.model, state.optimizer, _microbatches(batch, train.microbatch_size), now, objective, state.ema
+        state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
     )
     num_tokens = now.batch_size * train.sequence_length
     counters.step += 1
@@ -207,7 +201,9 @@ def _one_step(state: Run, counters: Counters) -> StepMetrics:
     counters.bad_in_a_row = 0 if result.is_finite else counters.bad_in_a_row + 1
     seconds = time.perf_counter() - start
     flop = training_flop_per_token(state.spec, train.sequence_length, mtp=True)
-    return _metrics(counters, result, now, num_tokens / seconds, flop * num_tokens / seconds / (state.peak * world), seconds)
+    return _metrics(
+        counters, result, now, num_tokens / seconds, flop * num_tokens / seconds / (state.peak * world), seconds
+    )
 
 
 def _metrics(
@@ -232,11 +228,6 @@ def _metrics(
     )
 
 
-def _microbatches(batch: Batch, size: int) -> list[Batch]:
-    parts = zip(batch.tokens.split(size), batch.document_ids.split(size), strict=True)
-    return [Batch(tokens=tokens, document_ids=ids) for tokens, ids in parts]
-
-
 def _save(state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, log: MetricsLog | None) -> None:
     if log is not None:
         log.sync()
@@ -256,39 +247,12 @@ def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display)
     display.update(metrics)
 
 
-def _diverged(state: Run, counters: Counters, root: Path) -> str:
+def _diverged(counters: Counters, root: Path) -> str:
     return (
         f"{counters.bad_in_a_row} steps in a row, up to step {counters.step}, had a loss or gradient that is not "
-        f"finite; the last good checkpoint is {checkpoint.latest(root) or 'none'}. Lower train.learning_rate "
-        f"(now {state.schedule.learning_rate.segments[0].value:g}) or look at the data from sample {counters.samples}"
+        f"finite; the last good checkpoint is {checkpoint.latest(root) or 'none'}. Lower train.learning_rate, or look "
+        f"at the data before sample {counters.samples}"
     )
-
-
-def _steps_in_time(
-    config: RunConfig, schedule: TrainingSchedule, model: Transformer, store: TokenStore, display: Display
-) -> int:
-    """How many steps fit in train.minutes; measured once, then kept with the run so that resuming is exact."""
-    path = config.out / "budget.json"
-    if path.exists():
-        return int(json.loads(path.read_text())["num_steps"])
-    assert config.train.minutes is not None
-    if rank_and_world()[1] > 1:
-        raise ValueError("train.minutes is measured by one process; under torchrun set train.steps")
-    train = config.train
-    initialize(model, train.seed)
-    optimizer = AdamW(model.named_parameters(), config.optimizer)
-    times = []
-    for step in range(STEPS_TO_WARM_UP + STEPS_TO_MEASURE):
-        start = time.perf_counter()
-        now = values(schedule, Progress(step=1, fraction=0.5), batch_multiple=train.microbatch_size)
-        batch = read_batch(store, train.sequence_length, train.seed, step * now.batch_size, now.batch_size)
-        train_step(model, optimizer, _microbatches(batch, train.microbatch_size), now, Objective())
-        times.append(time.perf_counter() - start)
-    seconds = sorted(times[STEPS_TO_WARM_UP:])[STEPS_TO_MEASURE // 2]
-    num_steps = max(1, math.floor(60 * train.minutes / seconds))
-    display.message(f"{train.minutes:g} minutes at {1000 * seconds:.0f} ms a step: {num_steps} steps")
-    write_bytes(path, json.dumps({"num_steps": num_steps, "step_seconds": seconds}).encode())
-    return num_steps
 
 
 def _is_due(every: int | None, step: int) -> bool:

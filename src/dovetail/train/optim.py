@@ -16,17 +16,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from dovetail.config import Record
 from dovetail.numerics.cpu_numba import takes
 from dovetail.train import optim_numba
 
 
-class AdamWConfig(BaseModel):
+class AdamWConfig(Record):
     """Keys of a run file's [optimizer] table; defaults are V3's [V3 §4.2]."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.95, ge=0, lt=1)

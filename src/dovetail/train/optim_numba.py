@@ -25,7 +25,13 @@ def _update(parameter, master, moment1, moment2, grad, scalars):  # type: ignore
     for block in prange((n + BLOCK - 1) // BLOCK):
         start = block * BLOCK
         stop = min(start + BLOCK, n)
-        p, w, m, v, g = parameter[start:stop], master[start:stop], moment1[start:stop], moment2[start:stop], grad[start:stop]
+        p, w, m, v, g = (
+            parameter[start:stop],
+            master[start:stop],
+            moment1[start:stop],
+            moment2[start:stop],
+            grad[start:stop],
+        )
         for i in range(stop - start):
             x = load(g, i) * scale
             a = beta1 * load(m, i) + rest1 * x

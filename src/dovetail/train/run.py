@@ -1,11 +1,11 @@
 """A run file and the directory of a run.
 
-    out/run.toml      the settings, as resolved; a run goes on only under the same ones
-    out/tokenizer/    tokenizer.json (trained here or copied)
-    out/tokens/       token stores of the training and the held-out text
-    out/checkpoints/  see `checkpoint`
-    out/metrics.jsonl see `metrics`
-    out/budget.json   the number of steps, fixed at the start where `train.minutes` asks for a time
+out/run.toml      the settings, as resolved; a run goes on only under the same ones
+out/tokenizer/    tokenizer.json (trained here or copied)
+out/tokens/       token stores of the training and the held-out text
+out/checkpoints/  see `checkpoint`
+out/metrics.jsonl see `metrics`
+out/budget.json   the number of steps, fixed at the start where `train.minutes` asks for a time
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train import checkpoint
 from dovetail.train.optim import AdamWConfig
-from dovetail.train.schedule import TrainingSchedule, load_schedule, with_peak
+from dovetail.train.schedule import TrainingSchedule, as_fractions, load_schedule, with_peak
 
+WARMUP = 0.02  # share of the budget, where a published number of steps would be next to none of a short run
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -62,6 +63,8 @@ class TrainConfig(Record):
     sequence_length: int = Field(default=256, gt=1)  # tokens
     microbatch_size: int = Field(default=8, gt=0)  # sequences per forward pass and rank
     learning_rate: float | None = Field(default=None, gt=0)  # peak, in place of the schedule's own
+    batch_size: int | None = Field(default=None, gt=0)  # sequences per step at the peak, likewise
+    fit_schedule: bool = False  # stretch a schedule in steps or tokens over this run's budget
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: BF16 where the hardware multiplies it
     balance_alpha: float = Field(default=1e-4, ge=0)  # [V3 §4.2]
@@ -113,9 +116,11 @@ def resolve_model(config: ModelConfig) -> ModelSpec:
 
 def resolve_schedule(config: RunConfig) -> TrainingSchedule:
     schedule = load_schedule(config.schedule) if isinstance(config.schedule, str) else config.schedule
-    if config.train.learning_rate is None:
-        return schedule
-    return schedule.model_copy(update={"learning_rate": with_peak(schedule.learning_rate, config.train.learning_rate)})
+    if config.train.fit_schedule:
+        schedule = as_fractions(schedule, warmup=WARMUP)
+    peaks = {"learning_rate": config.train.learning_rate, "batch_size": config.train.batch_size}
+    changes = {name: with_peak(getattr(schedule, name), peak) for name, peak in peaks.items() if peak is not None}
+    return schedule.model_copy(update=changes)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -196,7 +201,7 @@ def is_run(directory: Path) -> bool:
 
 
 def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], ModelSpec, int]:
-    """State dict in BF16 (FP32 where the model is), spec and step of a run's newest whole checkpoint.
+    """State dict, spec and step of a run's newest whole checkpoint; BF16 unless the run was set to FP32.
 
     `ema` takes the moving average instead. Raises ValueError where there is no checkpoint or no average.
     """
@@ -207,7 +212,7 @@ def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Te
     if ema and config.train.ema_decay is None:
         raise ValueError(f"{directory}: the run keeps no moving average; set train.ema_decay")
     spec = resolve_model(config.model)
-    model = Transformer(spec, dtype=resolve_dtype(config.train.dtype, torch.device("cpu")))
+    model = Transformer(spec, dtype=DTYPES.get(config.train.dtype, torch.bfloat16))
     masters = {name: torch.empty(each.shape) for name, each in model.named_parameters()}
     wanted = {"ema": {"average": masters}} if ema else {"optimizer": {"master": masters}}
     checkpoint.load(newest, {**wanted, "buffers": dict(model.named_buffers())}, partial=True)

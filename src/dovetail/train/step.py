@@ -129,6 +129,11 @@ def train_step(
     )
 
 
+def microbatches(batch: Batch, size: int) -> list[Batch]:
+    parts = zip(batch.tokens.split(size), batch.document_ids.split(size), strict=True)
+    return [Batch(tokens=tokens, document_ids=ids) for tokens, ids in parts]
+
+
 def _update(
     model: Transformer,
     optimizer: AdamW,
