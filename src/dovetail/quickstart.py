@@ -1,7 +1,8 @@
 """The whole path in a few minutes: text, tokenizer, training, evaluation, export, generation.
 
 The corpus is the Python standard library of the interpreter that runs this; nothing is fetched. Tokenizer, tokens
-and training go on from what the run's directory holds; the short stages after them are done again. Figures are printed as predicted (from the description, before the run) and measured.
+and training go on from what the run's directory holds; the short stages after them are done again. Figures are
+printed as predicted (from the description, before the run) and measured.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def _loop(state: Run, display: Display) -> None:
 
 def _one_step(state: Run, counters: Counters) -> StepMetrics:
     start = time.perf_counter()
-    config, train = state.config, state.config.train
+    train = state.config.train
     rank, world = rank_and_world()
     at = Progress(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
     now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
