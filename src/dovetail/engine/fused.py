@@ -46,6 +46,22 @@ class FusedSteps:
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
 
+    def prefill_last(self, slot: int, tokens: Tensor) -> Tensor:
+        """A prompt [T] into `slot` -> hidden [1, dim] of its last token.
+
+        Nothing else of the last block is needed but its cache: the others' attention and experts there are left out.
+        """
+        model = self.model
+        context = model.context(tokens[None], None, None, self.cache.select([slot]), False)
+        x = model.embed_tokens(tokens[None])
+        for block in model.layers[:-1]:
+            x = block(x, context, model.dispatcher, [])
+        last = model.layers[-1]
+        last.self_attn.remember(last.input_layernorm(x), context, last.layer)
+        row = x[0, -1:].float().numpy()
+        self._run(self.blocks[-1], row, self._rows(torch.tensor([slot]), torch.tensor([len(tokens) - 1])))
+        return self._finish(row, model.norm)
+
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         rows = self._rows(slots, positions)
         x = rows_numba.embed(self.embedding, tokens.numpy())

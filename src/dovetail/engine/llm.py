@@ -165,9 +165,12 @@ class LLM:
 def start(runner: Runner, sequence: Sequence, depth: int) -> None:
     """Prefill the prompt into the sequence's slot and add the first token."""
     begin = time.perf_counter()
-    hidden = runner.prefill(sequence.slot, torch.tensor(sequence.tokens, device=runner.device))
+    tokens = torch.tensor(sequence.tokens, device=runner.device)
     if depth:
+        hidden = runner.prefill(sequence.slot, tokens)
         speculative.fill_prompt(runner, sequence, hidden, depth)
+    else:
+        hidden = runner.prefill_last(sequence.slot, tokens)
     logits = runner.logits(hidden[-1])
     if sequence.params.is_greedy:
         token = int(logits.argmax())

@@ -36,7 +36,13 @@ class Runner:
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor) -> Tensor:
         """tokens [T] from position 0 on into `slot` -> hidden [T, dim] after the final norm."""
-        return self.model(tokens[None], cache=self.cache.select([slot])).hidden[0]
+        hidden: Tensor = self.model(tokens[None], cache=self.cache.select([slot])).hidden
+        return hidden[0]
+
+    @torch.no_grad()
+    def prefill_last(self, slot: int, tokens: Tensor) -> Tensor:
+        """As `prefill`, but the last token's hidden [1, dim] alone, which is less work."""
+        return self.prefill(slot, tokens)[-1:] if self.fused is None else self.fused.prefill_last(slot, tokens)
 
     @torch.no_grad()
     def prefill_draft(self, depth: int, slot: int, hidden: Tensor, next_tokens: Tensor) -> Tensor:

@@ -85,13 +85,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; `context` says where the tokens are and what came before."""
-        mla = self.mla
-        latent, rope_key = self.kv_a_proj_with_mqa(x).split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=-1)
-        latent = context.again(self.kv_a_layernorm, latent)
-        rope_key = rotate(rope_key, context.cos, context.sin)
-        low = x if mla.q_lora_rank is None else context.again(self.q_a_layernorm, self.q_a_proj(x))
-        if context.cache is not None:
-            latent, rope_key = context.cache.update(layer, context.positions, latent, rope_key)
+        latent, rope_key = self.remember(x, context, layer)
+        low = x if self.mla.q_lora_rank is None else context.again(self.q_a_layernorm, self.q_a_proj(x))
         if context.absorbed:
             heads = self._absorbed(self.queries(low), latent, rope_key, context)
         elif latent.shape[1] == x.shape[1]:
@@ -100,6 +95,16 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             heads = self._expanded_over_cache(self.queries(low), latent, rope_key, context)
         return self.o_proj(heads.flatten(2))
+
+    def remember(self, x: Tensor, context: Context, layer: int) -> tuple[Tensor, Tensor]:
+        """Latent [B, S, kv_lora_rank] and rotated key [B, S, qk_rope_head_dim] of x and, with a cache, of what came
+        before: all that attention needs of it."""
+        both = self.kv_a_proj_with_mqa(x).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
+        latent = context.again(self.kv_a_layernorm, both[0])
+        rope_key = rotate(both[1], context.cos, context.sin)
+        if context.cache is None:
+            return latent, rope_key
+        return context.cache.update(layer, context.positions, latent, rope_key)
 
     def _expand(self, low: Tensor, latent: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor) -> Heads:
         """The up-projections: queries, keys and values per head [B, H, T, .]."""
