@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -106,9 +106,12 @@ def build_theirs(spec: ModelSpec, rival: Rival) -> Turn:
             prefilled.clear()
             prefilled[context] = DynamicCache(config=model.config)
             model(prompt[None], past_key_values=prefilled[context], use_cache=True, logits_to_keep=1)
-        cache = repeated(prefilled[context], batch)
+        cache = copied(prefilled[context], batch)
         if rival.has_static_cache:
-            cache = in_static(cache, StaticCache(config=model.config, max_cache_len=context + STEPS))
+            static: Any = StaticCache(config=model.config, max_cache_len=context + STEPS)
+            for index, layer in enumerate(cache.layers):
+                static.update(layer.keys, layer.values, index)
+            cache = static
 
         def step(i: int) -> Tensor:
             logits: Tensor = forward(tokens[i][:, None], past_key_values=cache, use_cache=True).logits[:, -1]
@@ -119,16 +122,11 @@ def build_theirs(spec: ModelSpec, rival: Rival) -> Turn:
     return turn
 
 
-def repeated(cache: DynamicCache, batch: int) -> DynamicCache:
+def copied(cache: DynamicCache, batch: int) -> Any:
+    """Of one sequence, for `batch` of them."""
     cache = copy.deepcopy(cache)
     cache.batch_repeat_interleave(batch)
     return cache
-
-
-def in_static(cache: DynamicCache, static: StaticCache) -> StaticCache:
-    for index, layer in enumerate(cache.layers):
-        static.update(layer.keys, layer.values, index)
-    return static
 
 
 def floor_bytes(spec: ModelSpec, case: Case) -> tuple[float, float]:

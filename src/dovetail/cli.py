@@ -64,7 +64,7 @@ def reproduce(
 
 @app.command()
 def quickstart(
-    minutes: Annotated[float, typer.Option(min=0.7, help="Wall-clock minutes for everything.")] = 5.0,
+    minutes: Annotated[float, typer.Option(min=1.2, help="Wall-clock minutes for everything.")] = 5.0,
     out: Annotated[Path | None, typer.Option(help="Directory of the run [default: quickstart-<minutes>min].")] = None,
 ) -> None:
     """Train on Python's own library, evaluate, export, generate; the same command goes on after a stop."""

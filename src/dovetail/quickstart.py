@@ -33,7 +33,7 @@ from dovetail.train.picture import draw_run
 from dovetail.train.run import ModelConfig, RunConfig, TrainConfig
 
 PRESET = "quickstart"
-OVERHEAD_MINUTES = 0.6  # tokenizer, compiling kernels, evaluation, generation
+OVERHEAD_MINUTES = 1.0  # tokenizer, compiling kernels, evaluation, generation
 PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 160, 96, 4
 
 

@@ -17,7 +17,7 @@ from numba import prange
 from numba.extending import register_jitable
 
 from dovetail.model.gate_numba import select_row
-from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, load, ordered, sigmoid, store
+from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, load, ordered, serial_kernel, sigmoid, store
 from dovetail.numerics.dots_numba import dots, mix
 
 HEADS = 4  # heads of a row that attend together
@@ -270,7 +270,7 @@ def join(embedding, hidden, tokens, eps, enorm, hnorm, eh_proj):  # type: ignore
     return out
 
 
-@kernel
+@serial_kernel
 def embed(embedding, tokens):  # type: ignore[no-untyped-def]
     out = np.empty((len(tokens), embedding.shape[1]), dtype=np.float32)
     for r in range(len(tokens)):
@@ -279,7 +279,7 @@ def embed(embedding, tokens):  # type: ignore[no-untyped-def]
     return out
 
 
-@kernel
+@serial_kernel
 def finish(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """out = norm(x), rounded to the model's format."""
     normed = norm_rows(x, weight, eps)

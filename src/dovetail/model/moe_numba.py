@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, kernel, load, store
+from dovetail.numerics.cpu_numba import array, kernel, load, serial_kernel, store
 
 
-@functools.partial(kernel, parallel=False)
+@serial_kernel
 def _place(ids, starts, row_ids, token_ids):  # type: ignore[no-untyped-def]
     token_ids[:] = -1
     next_row = starts.copy()

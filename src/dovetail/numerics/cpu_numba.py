@@ -46,6 +46,9 @@ def kernel(function: Any, parallel: bool = True) -> Any:
         numba.config.CACHE_DIR = before
 
 
+serial_kernel = functools.partial(kernel, parallel=False)
+
+
 @functools.cache
 def kernel_directory() -> Path:
     """Where compiled kernels are kept: one directory per version of their sources.
@@ -108,7 +111,7 @@ def _load(row, index):  # type: ignore[no-untyped-def]  # numba compares the sig
     return lambda row, index: row[index]
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def round_bf16(value: float) -> int:
     """The 16 bits of `value` rounded to nearest even; NaN stays a NaN."""
     bits = bits_of(np.float32(value))
@@ -131,7 +134,7 @@ def _store(row, index, value):  # type: ignore[no-untyped-def]
     return store_float
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def exp(x: float) -> float:
     """e**x in FP32, for kernels."""
     clamped = min(max(np.float32(x), np.float32(-87.3)), np.float32(88.3))
@@ -152,18 +155,18 @@ def exp(x: float) -> float:
     return result if x == x else x  # NaN in, NaN out
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def ordered(value: float) -> int:
     """An int32 that orders as FP32 does (a NaN above or below all): integer maxima vectorise, float maxima do not."""
     bits = bits_of(np.float32(value))
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def from_ordered(key: int) -> float:
     return float_of(key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def sigmoid(x: float) -> float:
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))

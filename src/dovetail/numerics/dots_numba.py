@@ -177,7 +177,7 @@ _dots1, _dots2, _dots4 = _make_dots(1), _make_dots(2), _make_dots(4)
 _mix1, _mix2, _mix4 = _make_mix(1), _make_mix(2), _make_mix(4)
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def dots(w, row, x, first, count, out, at, step):  # type: ignore[no-untyped-def]
     """out.flat[at + i * step] = w[row] . x[first + i] for i < count; all contiguous, w and x [., K], x FP32."""
     i = 0
@@ -191,7 +191,7 @@ def dots(w, row, x, first, count, out, at, step):  # type: ignore[no-untyped-def
         _dots1(w, row, x, first + i, out, at + i * step, step)
 
 
-@register_jitable(inline="always")
+@register_jitable(forceinline=True)
 def mix(p, first, count, num, w, row, width, out, at):  # type: ignore[no-untyped-def]
     """out[at + i, :width] = p[first + i, :num] @ w[row : row + num, :width] for i < count; all contiguous, p FP32."""
     whole = width // BLOCK * BLOCK
