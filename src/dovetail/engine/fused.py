@@ -43,6 +43,8 @@ class FusedSteps:
         self.model, self.cache = model, cache
         self.blocks = [_fuse(block, model, cache) for block in model.layers]
         self.drafters = [_fuse(mtp.block, model, cache) for mtp in model.mtp]
+        positions = torch.arange(cache.capacity)
+        self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
 
@@ -87,8 +89,8 @@ class FusedSteps:
     def _rows(self, slots: Tensor, positions: Tensor) -> Arrays:
         """slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's capacity."""
         self.cache.check(positions)
-        cos, sin = tables(self.model.spec, self.model.mla.qk_rope_head_dim, positions)
-        return slots.numpy(), positions.numpy(), cos.numpy(), sin.numpy()
+        where = positions.numpy()
+        return slots.numpy(), where, self.cos[where], self.sin[where]
 
     def _run(self, block: FusedBlock, x: np.ndarray, rows: Arrays) -> None:
         scale, heads = np.float32(self.model.layers[0].self_attn.scale), self.model.mla.num_attention_heads
