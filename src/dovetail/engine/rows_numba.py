@@ -21,7 +21,7 @@ from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, load, ordered
 from dovetail.numerics.dots_numba import dots, mix
 
 HEADS = 4  # heads of a row that attend together
-OUTPUTS = 16  # outputs per piece of work where experts are summed: long enough runs of each weight
+OUTPUTS = 64  # most outputs per piece of work where experts are summed: long runs of each expert's weights
 
 
 @register_jitable
@@ -232,8 +232,9 @@ def experts(  # type: ignore[no-untyped-def]
         else:
             j = n - len(used) * width
             swiglu(shared_gate_up, j, shared_width + j, normed, 0, rows, shared, rows, j)
-    for block in prange((dim + OUTPUTS - 1) // OUTPUTS):
-        first, last = block * OUTPUTS, min((block + 1) * OUTPUTS, dim)
+    piece = min(OUTPUTS, (dim + 7) // 8)  # but at least eight pieces, for the threads
+    for block in prange((dim + piece - 1) // piece):
+        first, last = block * piece, min((block + 1) * piece, dim)
         out = np.empty((max(num_pairs, rows), last - first), dtype=np.float32)
         for i in range(len(used)):
             for n in range(first, last):

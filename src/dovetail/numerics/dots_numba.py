@@ -26,6 +26,7 @@ from dovetail.numerics.cpu_numba import load
 
 LANES = 16
 UNROLL = 4  # accumulators per result in `dots`, to hide the latency of a multiply-add
+PREFETCH_BYTES = 4096
 BLOCK = 2 * LANES  # columns of `mix` that are in registers at a time
 
 FLOAT, VECTOR = ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
@@ -62,6 +63,15 @@ def _multiply_add(builder: Any, a: Any, b: Any, total: Any) -> None:
     signature = ir.FunctionType(a.type, [a.type] * 3)
     function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.fma.{suffix}")
     builder.store(builder.call(function, [a, b, builder.load(total)]), total)
+
+
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Ask for the memory PREFETCH_BYTES past `pointer`: hardware stops at every 4 KB page, a matrix does not."""
+    address = builder.gep(builder.bitcast(pointer, ir.IntType(8).as_pointer()), [INT64(PREFETCH_BYTES)])
+    word = ir.IntType(32)
+    signature = ir.FunctionType(ir.VoidType(), [address.type, word, word, word])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(function, [address, word(0), word(3), word(1)])  # to read, into all caches, data
 
 
 def _sum_lanes(builder: Any, vector: Any) -> Any:
@@ -108,6 +118,8 @@ def _make_dots(count: int) -> Any:
                 with cgutils.for_range_slice(builder, begin, end, INT64(LANES * unroll), inc=True) as (index, _):
                     for u in range(unroll):
                         here = builder.add(index, INT64(u * LANES))
+                        if u % 2 == 0:  # 32 BF16 are a cache line
+                            _prefetch(builder, builder.gep(weight_row, [here]))
                         weight = _load_weights(builder, builder.gep(weight_row, [here]), LANES)
                         for start, totals in zip(starts, whole, strict=True):
                             value = _load_floats(builder, builder.gep(start, [here]))
