@@ -136,13 +136,16 @@ def test_microbatches_are_one_big_batch(parts: int, tiny_spec: SpecFactory, rand
 
 
 def test_microbatches_add_up_in_fp32(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
-    """Sixteen times the same BF16 gradient over 16 must be that gradient; a BF16 sum loses its low bits."""
+    """Eight times an eighth of a BF16 gradient is that gradient, bit for bit; a BF16 sum would round 3/8 of it."""
     spec = tiny_spec()
     model, batch = random_model(spec, torch.bfloat16), batch_of(spec, 2)
-    _, one, _ = stepped(model, [batch])
-    _, many, _ = stepped(model, [batch] * 12)
-    # in each microbatch the gradient of loss / 12 is rounded once more to BF16, element by element
-    assert math.isclose(one.grad_norm, many.grad_norm, rel_tol=2 * tolerance(torch.bfloat16))
+    config = AdamWConfig(eps=1.0, max_grad_norm=1e9)
+    _, _, one = stepped(model, [batch], config=config)
+    _, _, many = stepped(model, [batch] * 8, config=config)
+    low = [name for name, slot in one.slots.items() if slot.parameter.dtype == torch.bfloat16]
+    assert len(low) > 20
+    for name in low:
+        assert torch.equal(one.slots[name].moment1, many.slots[name].moment1), name
 
 
 def test_clipping_scales_the_whole_gradient(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:

@@ -10,7 +10,7 @@ pass,
     experts     the same, with K rows per token gathered, K gates and ups, K outputs (for the gradient of the
                 gate's weights); the shared experts' gate and up; the router's FP32 input and scores
     MTP         both inputs of each module before and after their norms, and their projection
-    head        the hidden state before and after each final norm; the logits of one chunk in FP32, twice
+    head        the hidden state before and after each final norm; the logits of one chunk, once, in BF16
 
 in BF16, per token. SwiGLU outputs and attention probabilities are made anew and not kept. The band around it
 covers what is not listed: expert rows padded to whole tiles, gradients and work buffers of the layer at hand,
@@ -74,16 +74,16 @@ def training_memory(
     moving_average: bool = True,
     recompute: bool = False,
     gradient_bytes: int = FP32,
-    loss_chunk: int = 1024,
+    loss_chunk: int = 1 << 24,
 ) -> TrainingMemory:
     """Bytes to train `spec` on microbatches of `tokens` tokens.
 
     `recompute` is of RMSNorm outputs and MLA up-projections [V3 §3.2.3]; `gradient_bytes` is per parameter
-    (FP32 where microbatches accumulate); `loss_chunk` is the number of tokens whose logits exist at once.
+    (FP32 where microbatches accumulate); `loss_chunk` is how many logits exist at once.
     """
     narrow, wide = _trained_parameters(spec)
     activations = tokens * activation_bytes_per_token(spec, recompute)
-    activations += 2 * FP32 * min(tokens, loss_chunk) * spec.vocab_size
+    activations += BF16 * min(tokens * spec.vocab_size, loss_chunk)
     return TrainingMemory(
         weights=weight_bytes(spec),
         master_weights=FP32 * narrow,
