@@ -47,9 +47,11 @@ class LLM:
         cls,
         checkpoint_dir: str | Path,
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> LLM:
-        """From a directory in the Hugging Face layout, its `tokenizer.json` included. Raises `ValueError`."""
+        """From a directory in the Hugging Face layout, its `tokenizer.json` included; on a GPU, if there is one, unless
+        told. Raises `ValueError`."""
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, spec = import_hf(checkpoint_dir, dtype=dtype, device=device)
         return cls(model, spec, Tokenizer.load(checkpoint_dir))
 

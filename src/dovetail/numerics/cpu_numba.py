@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def kernel_directory() -> Path:
     for path in sorted(Path(__file__).parents[1].glob("*/*_numba.py")):
         digest.update(path.read_bytes())
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "dovetail" / f"kernels-{digest.hexdigest()[:16]}"
+    directory = caches / "dovetail" / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to: compile once per process
+        return Path(tempfile.mkdtemp(prefix="dovetail-kernels-"))
+    return directory
 
 
 def array(tensor: Tensor) -> np.ndarray:
