@@ -21,7 +21,7 @@ class TextStream:
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # The rest serves decoders that are not byte-level only.
-        self.library = DecodeStream(skip_special_tokens=True)
+        self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
         self.emitted = 0  # characters
 
@@ -31,7 +31,7 @@ class TextStream:
             return self.utf8.decode(self.tokenizer.decode_bytes(ids))
         ids = list(ids)
         self.ids += ids
-        text = "".join([self.library.step(self.tokenizer.backend, i) or "" for i in ids])
+        text = "".join([self.decoder.step(self.tokenizer.backend, i) or "" for i in ids])
         self.emitted += len(text)
         return text
 
