@@ -1,4 +1,4 @@
-"""Sides of a comparison, each in a process of its own, measured in turn: A B C, A B C, ...
+"""Sides of a comparison, each in a process of its own, measured in turn: A B C, B C A, ...
 
 A process each, because allocator settings, thread pools and primitive caches belong to a process; in turn,
 because the machine's speed drifts by more than the differences looked for. While one runs, the others wait on a
@@ -96,12 +96,14 @@ def take_turns(
         pipe.recv()
         progress(f"{name}: ready")
     laps: dict[tuple[str, Case], list[Lap]] = {(name, case): [] for case in cases for name in builds}
+    order = list(builds)
     for case in cases:
         for round_index in range(warmup + repeats):
             start = time.perf_counter()
-            for name, pipe in pipes.items():
-                pipe.send(case)
-                lap = pipe.recv()
+            first = round_index % len(order)  # every side comes first at times: who precedes leaves its mark on caches
+            for name in order[first:] + order[:first]:
+                pipes[name].send(case)
+                lap = pipes[name].recv()
                 if round_index >= warmup:
                     laps[name, case].append(lap)
             progress(f"{case} round {round_index + 1}/{warmup + repeats}: {time.perf_counter() - start:.1f} s")
