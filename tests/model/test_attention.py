@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numba
 import pytest
 import torch
 from torch import Tensor
@@ -14,11 +15,20 @@ from dovetail.model.attention import (
     document_starts,
     masked_attention,
 )
+from dovetail.numerics import gemm_numba
 from dovetail.numerics.compare import normwise_error, rowwise_error, tolerance
 
 Draw = Callable[..., Tensor]
 LENGTHS = [1, 40, 64, 65, 255, 256, 257, 300, 600]
 QK, V, SCALE = 24, 20, 24**-0.5
+
+
+@pytest.fixture(params=["fp32", "bf16", "bf16 by blocks"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """BF16 head by head where the machine has the instruction, and as on one that has not."""
+    if request.param == "bf16 by blocks":
+        monkeypatch.setattr(gemm_numba, "is_available", lambda: False)
+    return torch.float32 if request.param == "fp32" else torch.bfloat16
 
 
 def inputs(batch: int, heads: int, length: int, dtype: torch.dtype, draw: Draw) -> list[Tensor]:
@@ -55,7 +65,6 @@ def some_documents(length: int) -> Tensor:
     return document_starts(ids)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_blocks_are_the_reference(length: int, dtype: torch.dtype, draw: Draw) -> None:
     tensors = inputs(1, 2, length, dtype, draw)
@@ -71,7 +80,6 @@ def test_blocks_are_the_reference(length: int, dtype: torch.dtype, draw: Draw) -
             assert rowwise_error(mine, right) < 2 * bound(tensors, dtype), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 66, 256, 600])
 def test_documents_are_kept_apart(length: int, dtype: torch.dtype, draw: Draw) -> None:
     tensors, first = inputs(3, 2, length, dtype, draw), some_documents(length)
@@ -105,7 +113,6 @@ def test_stale_columns_past_the_first_step_are_seen(length: int, draw: Draw, mon
     assert normwise_error(ours[1], truth[1]) > 100 * bound(tensors, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_block_size_does_not_matter(dtype: torch.dtype, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(1, 2, 150, dtype, draw)
     whole = run(causal_attention, tensors)
@@ -115,7 +122,23 @@ def test_the_block_size_does_not_matter(dtype: torch.dtype, draw: Draw, monkeypa
             assert normwise_error(mine, right) < 2 * bound(tensors, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_matter(draw: Draw) -> None:
+    """Bit for bit, with a head's queries dealt to several tasks too."""
+    tensors, first = inputs(3, 1, 333, torch.bfloat16, draw), some_documents(333)
+    threads, results = numba.get_num_threads(), []
+    try:
+        for count in {1, threads, numba.config.NUMBA_NUM_THREADS}:
+            numba.set_num_threads(count)
+            results += [
+                run(causal_attention, tensors, first),
+                run(causal_attention, [x[:1] for x in tensors], first[:1]),
+            ]
+    finally:
+        numba.set_num_threads(threads)
+    for ours in results:
+        assert all(torch.equal(mine, right[: len(mine)]) for mine, right in zip(ours, results[0], strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 5), (2, 3, 0), (2, 1, 1)], ids=str)
 def test_nothing_and_one(shape: tuple[int, int, int], dtype: torch.dtype, draw: Draw) -> None:
     tensors = inputs(*shape, dtype, draw)
@@ -126,7 +149,6 @@ def test_nothing_and_one(shape: tuple[int, int, int], dtype: torch.dtype, draw: 
         assert torch.equal(ours[3], tensors[3])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [33, QUERY_BLOCK + 5])
 def test_strides_do_not_matter(length: int, dtype: torch.dtype, draw: Draw) -> None:
     tensors, first = inputs(3, 2, length, dtype, draw), some_documents(length + 3)[:, :length]
@@ -144,7 +166,6 @@ def test_large_logits_fp32(draw: Draw) -> None:
         assert normwise_error(mine, right) < bound(tensors, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e-40, 1e-20, 1.0, 1e3, 1e15])
 def test_weights_sum_to_one_whatever_the_logits(size: float, dtype: torch.dtype, draw: Draw) -> None:
     tensors = inputs(1, 2, 270, dtype, draw)
@@ -157,7 +178,6 @@ def test_weights_sum_to_one_whatever_the_logits(size: float, dtype: torch.dtype,
         assert all(each.isfinite().all() for each in ours)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_those_who_see_it(poison: float, dtype: torch.dtype, draw: Draw) -> None:
     for index, is_hit in ((0, torch.arange(300) == 270), (1, torch.arange(300) >= 270)):

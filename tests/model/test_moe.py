@@ -15,10 +15,6 @@ from dovetail.model.moe import (
     MoeMlp,
     combine_reference,
     gather_reference,
-    grouped_linear,
-    grouped_linear_reference,
-    grouped_outer,
-    grouped_outer_reference,
     plan_rows,
 )
 from dovetail.numerics.compare import normwise_error, rowwise_error, tolerance
@@ -131,25 +127,7 @@ def test_what_is_not_finite_stays_with_its_token(poison: float, draw: Draw) -> N
     assert torch.equal(output.isfinite().all(1), torch.arange(37) != 0)
 
 
-# ---- Grouped GEMMs ----
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("widths", [(24, 16), (13, 7), (16, 12)], ids=str)  # the last two do not fit grouped_mm
-@pytest.mark.parametrize("offsets", [[0, 0, 0, 0], [0, 8, 8, 40], [0, 0, 32, 32], [0, 1, 4, 9]], ids=str)
-def test_grouped_gemms(offsets: list[int], widths: tuple[int, int], dtype: torch.dtype, draw: Draw) -> None:
-    rows, right = draw(offsets[-1], widths[0], dtype=dtype), draw(offsets[-1], widths[1], dtype=dtype)
-    weights = draw(3, widths[1], widths[0], dtype=dtype)
-    wide = rows.double(), right.double(), weights.double()
-    truth = grouped_linear_reference(wide[0], wide[2], offsets)
-    assert normwise_error(grouped_linear(rows, weights, offsets), truth) < tolerance(dtype, terms=widths[0])
-    back = grouped_linear_reference(wide[1], wide[2].transpose(1, 2), offsets)
-    ours = grouped_linear(right, weights.transpose(1, 2), offsets)
-    assert normwise_error(ours, back) < tolerance(dtype, terms=widths[1])
-    outer = grouped_outer(rows, right, offsets)
-    true_outer = grouped_outer_reference(wide[0], wide[1], offsets)
-    assert normwise_error(outer, true_outer) < tolerance(dtype, terms=offsets[-1] + 1)
-    assert not outer[[i for i in range(3) if offsets[i] == offsets[i + 1]]].any()
+# ---- The layer ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

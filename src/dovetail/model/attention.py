@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model import attention_numba
-from dovetail.numerics.cpu_numba import takes
+from dovetail.model import attention_bf16_numba, attention_numba
+from dovetail.numerics.cpu_numba import array, takes
+from dovetail.numerics.gemm import has_kernel
 
 QUERY_BLOCK = 256  # queries per block on a CPU: scores of 256 x 256 stay in its caches
 
@@ -37,6 +40,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tenso
     if takes(q, k, v):
         if first is None:
             first = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32)
+        if has_kernel(q, k, v):
+            return _HeadAttention.apply(q, k, v, scale, first)
         return _BlockAttention.apply(q, k, v, scale, first)
     if q.is_cuda:
         mask = None if first is None else _mask(first, q.shape[2])
@@ -64,6 +69,36 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Ten
     wide = scores if scores.dtype == torch.float64 else scores.float()
     probabilities = wide.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return probabilities.to(v.dtype) @ v
+
+
+class _HeadAttention(torch.autograd.Function):
+    """The kernels of `attention_bf16_numba`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor) -> Tensor:
+        q, k, v, first = (x.contiguous() for x in (q, k, v, first))
+        batch, heads, length, v_dim = v.shape
+        output = v.new_empty(batch, length, heads, v_dim)
+        log_sum = torch.empty(batch * heads, length)
+        shape, splits = (*q.shape, v_dim), -(-numba.get_num_threads() // max(batch * heads, 1))
+        flat = (array(x.view(-1)) for x in (q, k, v))
+        attention_bf16_numba.forward(
+            *flat, np.float32(scale), array(first), array(output.view(-1)), array(log_sum), shape, splits
+        )
+        ctx.save_for_backward(q, k, v, log_sum, first)
+        ctx.scale, ctx.shape = scale, shape
+        return output.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, log_sum, first = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        flat = (array(x.contiguous().view(-1)) for x in (grad, q, k, v))
+        flat_grads = (array(x.view(-1)) for x in grads)
+        attention_bf16_numba.backward(
+            *flat, np.float32(ctx.scale), array(first), array(log_sum), *flat_grads, ctx.shape
+        )
+        return grads[0], grads[1], grads[2], None, None
 
 
 class _BlockAttention(torch.autograd.Function):

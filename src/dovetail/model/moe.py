@@ -11,18 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dovetail.model import moe_numba
 from dovetail.model.gate import Gate, Routing
 from dovetail.model.swiglu import DenseMlp, swiglu, swiglu_backward
 from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics.gemm import grouped_linear, grouped_outer, row_multiple
 from dovetail.spec.model import ModelSpec
-
-# Each new row count costs a CPU GEMM 0.6-0.8 ms to set up (measured with torch 2.13): experts get
-# multiples of this many rows, the rest zeros.
-ROW_MULTIPLE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +42,13 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here."""
+    """All experts are here; each gets a multiple of `row_multiple` rows, by default what is fastest for them."""
 
-    def __init__(self, row_multiple: int = ROW_MULTIPLE) -> None:
+    def __init__(self, row_multiple: int | None = None) -> None:
         self.row_multiple = row_multiple
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        offsets, row_ids, token_ids = plan_rows(routing, self.row_multiple)
+        offsets, row_ids, token_ids = plan_rows(routing, self.row_multiple or row_multiple(x))
         rows = _Gather.apply(x, row_ids, token_ids) if takes(x) else gather_reference(x, token_ids)
         return Dispatched(rows=rows, offsets=offsets, row_ids=row_ids, token_ids=token_ids)
 
@@ -145,39 +141,6 @@ class _Experts(torch.autograd.Function):
         grad_down = grouped_outer(grad, act, ctx.offsets)
         grad_gate_up = grouped_outer(grad_hidden, rows, ctx.offsets)
         return grouped_linear(grad_hidden, gate_up.transpose(1, 2), ctx.offsets), grad_gate_up, grad_down, None
-
-
-def grouped_linear(rows: Tensor, weights: Tensor, offsets: list[int]) -> Tensor:
-    """rows [R, n_in] of expert e times weights[e] [n_out, n_in] transposed -> [R, n_out]."""
-    if _is_aligned(rows.dtype, *weights.shape[1:]):
-        return F.grouped_mm(rows, weights.transpose(1, 2), offs=_ends(offsets, rows))
-    return grouped_linear_reference(rows, weights, offsets)
-
-
-def grouped_outer(left: Tensor, right: Tensor, offsets: list[int]) -> Tensor:
-    """left [R, n]^T times right [R, m] for each expert's rows -> [E, n, m]; zero where an expert has none."""
-    if _is_aligned(left.dtype, left.shape[1], right.shape[1]):
-        return F.grouped_mm(left.t(), right, offs=_ends(offsets, left))
-    return grouped_outer_reference(left, right, offsets)
-
-
-def _is_aligned(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether grouped_mm takes BF16 matrices with rows of these widths: it wants whole multiples of 16 bytes."""
-    return dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
-
-
-def _ends(offsets: list[int], rows: Tensor) -> Tensor:
-    return torch.tensor(offsets[1:], dtype=torch.int32, device=rows.device)
-
-
-def grouped_linear_reference(rows: Tensor, weights: Tensor, offsets: list[int]) -> Tensor:
-    bounds = zip(offsets, offsets[1:], weights, strict=False)
-    return torch.cat([rows[start:stop] @ weight.t() for start, stop, weight in bounds])
-
-
-def grouped_outer_reference(left: Tensor, right: Tensor, offsets: list[int]) -> Tensor:
-    bounds = zip(offsets, offsets[1:], strict=False)
-    return torch.stack([left[start:stop].t() @ right[start:stop] for start, stop in bounds])
 
 
 class MoeMlp(nn.Module):

@@ -1,0 +1,142 @@
+"""Causal attention of one head at a time on CPUs with AVX-512 BF16, forward and backward.
+
+A step of queries is multiplied by the keys it may see, its softmax taken, and the result multiplied by the values
+before the next step begins: scores never leave the core's own caches, and none is computed right of the step's last
+query. Scores stay in FP32; probabilities are rounded to BF16, as the reference has it.
+
+q, k [B, H, T, dim], v [B, H, T, v_dim] flat; grads of the same layout; the output is [B, T, H, v_dim].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from numba.extending import register_jitable
+
+from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, ordered, store
+from dovetail.numerics.gemm_numba import LANES, PANEL, float_product, pack, packed_size, product
+
+STEP = 64  # queries at a time
+
+
+@register_jitable(forceinline=True)
+def _whole(count, multiple):  # type: ignore[no-untyped-def]
+    return (count + multiple - 1) // multiple * multiple
+
+
+@register_jitable(forceinline=True)
+def _softmax(scores, scale, lo, hi, out):  # type: ignore[no-untyped-def]
+    """Probabilities of keys lo .. hi - 1, zeros elsewhere; returns their log-sum-exp."""
+    for j in range(len(scores)):
+        scores[j] *= scale
+    scores[:lo] = -np.inf
+    scores[hi:] = -np.inf
+    key = ordered(np.float32(-np.inf))
+    for j in range(len(scores)):
+        key = max(key, ordered(scores[j]))
+    top = from_ordered(key)
+    total = np.float32(0.0)
+    for j in range(len(scores)):
+        e = exp(scores[j] - top)  # a masked key leaves at most 1e-38
+        scores[j] = e
+        total += e
+    inverse = np.float32(1.0) / total
+    for j in range(len(scores)):
+        store(out, j, scores[j] * inverse)
+    out[:lo] = 0
+    out[hi:] = 0
+    return top + np.log(total)
+
+
+@kernel
+def forward(q, k, v, scale, first, out, log_sum, shape, splits):  # type: ignore[no-untyped-def]
+    """out and log_sum [B * H, T]; shape = (B, H, T, dim, v_dim). A head's steps go to `splits` tasks in turn."""
+    batch, heads, length, dim, v_dim = shape
+    keys_stride, values_stride = PANEL * ((dim + 1) // 2), PANEL * ((length + 1) // 2)
+    for task in prange(batch * heads * splits):
+        h, split = task // splits, task % splits
+        sequence, head = h // heads, h % heads
+        keys, values = np.empty(packed_size(dim, length), np.uint32), np.empty(packed_size(length, v_dim), np.uint32)
+        pack(k, h * length * dim, dim, True, dim, length, keys, PANEL)
+        pack(v, h * length * v_dim, v_dim, False, length, v_dim, values, PANEL)
+        width = _whole(length, PANEL)
+        scores, weights = np.empty((STEP, width), np.float32), np.empty((STEP, width), np.uint16)
+        packed = np.empty(max(packed_size(dim, STEP), packed_size(width, STEP)), np.uint32)
+        for start in range(split * STEP, length, splits * STEP):
+            rows = min(STEP, length - start)
+            end = start + rows
+            pack(q, (h * length + start) * dim, dim, True, dim, rows, packed, LANES)
+            float_product(packed, (dim + 1) // 2, keys, keys_stride, rows, end, scores, False)
+            for i in range(rows):
+                lo = np.int64(first[sequence, start + i])
+                log_sum[h, start + i] = _softmax(scores[i, :end], scale, lo, start + i + 1, weights[i, :end])
+            pack(weights.reshape(-1), 0, width, True, end, rows, packed, LANES)
+            at = ((sequence * length + start) * heads + head) * v_dim
+            product(packed, (end + 1) // 2, values, 0, values_stride, rows, v_dim, out, at, heads * v_dim)
+
+
+@register_jitable(forceinline=True)
+def _softmax_backward(scores, grad, scale, shift, lo, hi, weights, grad_scores):  # type: ignore[no-untyped-def]
+    """Probabilities again, and the gradient of the unscaled scores, both BF16."""
+    for j in range(len(scores)):
+        scores[j] = exp(scores[j] * scale - shift)
+    scores[:lo] = np.float32(0.0)
+    scores[hi:] = np.float32(0.0)
+    grad[hi:] = np.float32(0.0)
+    dot = np.float32(0.0)
+    for j in range(len(scores)):
+        dot += scores[j] * grad[j]
+    for j in range(len(scores)):
+        store(weights, j, scores[j])
+        store(grad_scores, j, scores[j] * (grad[j] - dot) * scale)
+
+
+@register_jitable
+def _round(source, out, at, rows, columns):  # type: ignore[no-untyped-def]
+    for i in range(rows):
+        row, wide = out[at + i * columns : at + (i + 1) * columns], source[i, :columns]
+        for j in range(columns):
+            store(row, j, wide[j])
+
+
+@kernel
+def backward(grad, q, k, v, scale, first, log_sum, grad_q, grad_k, grad_v, shape):  # type: ignore[no-untyped-def]
+    """Gradients of q, k, v; grad [B, H, T, v_dim]; those of k and v are summed in FP32 over the steps."""
+    batch, heads, length, dim, v_dim = shape
+    inner, outer, v_inner = (dim + 1) // 2, (length + 1) // 2, (v_dim + 1) // 2
+    for h in prange(batch * heads):
+        at, v_at, width = h * length * dim, h * length * v_dim, _whole(length, PANEL)
+        keys, keys_t = np.empty(packed_size(dim, length), np.uint32), np.empty(packed_size(length, dim), np.uint32)
+        values = np.empty(packed_size(v_dim, length), np.uint32)
+        pack(k, at, dim, True, dim, length, keys, PANEL)
+        pack(k, at, dim, False, length, dim, keys_t, PANEL)
+        pack(v, v_at, v_dim, True, v_dim, length, values, PANEL)
+        scores, grad_weights = np.empty((STEP, width), np.float32), np.empty((STEP, width), np.float32)
+        weights, grad_scores = np.empty((STEP, width), np.uint16), np.empty((STEP, width), np.uint16)
+        sum_k = np.zeros((width, _whole(dim, PANEL)), np.float32)
+        sum_v = np.zeros((width, _whole(v_dim, PANEL)), np.float32)
+        left = np.empty(max(packed_size(max(dim, v_dim), STEP), packed_size(width, STEP)), np.uint32)
+        left_t = np.empty(packed_size(STEP, width), np.uint32)
+        right = np.empty(packed_size(STEP, max(dim, v_dim)), np.uint32)
+        for start in range(0, length, STEP):
+            rows = min(STEP, length - start)
+            end, row_at, v_row_at = start + rows, at + start * dim, v_at + start * v_dim
+            pack(q, row_at, dim, True, dim, rows, left, LANES)
+            float_product(left, inner, keys, PANEL * inner, rows, end, scores, False)
+            pack(grad, v_row_at, v_dim, True, v_dim, rows, left, LANES)
+            float_product(left, v_inner, values, PANEL * v_inner, rows, end, grad_weights, False)
+            for i in range(rows):
+                lo, hi, shift = np.int64(first[h // heads, start + i]), start + i + 1, log_sum[h, start + i]
+                here = scores[i, :end], grad_weights[i, :end], weights[i, :end], grad_scores[i, :end]
+                _softmax_backward(here[0], here[1], scale, shift, lo, hi, here[2], here[3])
+            pack(grad_scores.reshape(-1), 0, width, True, end, rows, left, LANES)
+            product(left, (end + 1) // 2, keys_t, 0, PANEL * outer, rows, dim, grad_q, row_at, dim)
+            pairs = (rows + 1) // 2
+            pack(grad_scores.reshape(-1), 0, width, False, rows, end, left_t, LANES)
+            pack(q, row_at, dim, False, rows, dim, right, PANEL)
+            float_product(left_t, pairs, right, PANEL * pairs, end, dim, sum_k, True)
+            pack(weights.reshape(-1), 0, width, False, rows, end, left_t, LANES)
+            pack(grad, v_row_at, v_dim, False, rows, v_dim, right, PANEL)
+            float_product(left_t, pairs, right, PANEL * pairs, end, v_dim, sum_v, True)
+        _round(sum_k, grad_k, at, length, dim)
+        _round(sum_v, grad_v, v_at, length, v_dim)
