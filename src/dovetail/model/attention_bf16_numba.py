@@ -13,8 +13,10 @@ import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
-from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, ordered, store
-from dovetail.numerics.gemm_numba import LANES, PANEL, float_product, pack, packed_size, product
+from dovetail.numerics.cpu_numba import kernel, store
+from dovetail.numerics.gemm_numba import LANES, LINE, PANEL, float_product, pack, packed_size, product
+from dovetail.numerics.softmax_numba import softmax_backward_row, softmax_row
+from dovetail.numerics.tiles_numba import prefetch
 
 STEP = 64  # queries at a time
 
@@ -25,27 +27,10 @@ def _whole(count, multiple):  # type: ignore[no-untyped-def]
 
 
 @register_jitable(forceinline=True)
-def _softmax(scores, scale, lo, hi, out):  # type: ignore[no-untyped-def]
-    """Probabilities of keys lo .. hi - 1, zeros elsewhere; returns their log-sum-exp."""
-    for j in range(len(scores)):
-        scores[j] *= scale
-    scores[:lo] = -np.inf
-    scores[hi:] = -np.inf
-    key = ordered(np.float32(-np.inf))
-    for j in range(len(scores)):
-        key = max(key, ordered(scores[j]))
-    top = from_ordered(key)
-    total = np.float32(0.0)
-    for j in range(len(scores)):
-        e = exp(scores[j] - top)  # a masked key leaves at most 1e-38
-        scores[j] = e
-        total += e
-    inverse = np.float32(1.0) / total
-    for j in range(len(scores)):
-        store(out, j, scores[j] * inverse)
-    out[:lo] = 0
-    out[hi:] = 0
-    return top + np.log(total)
+def _fetch_row(x, row, width):  # type: ignore[no-untyped-def]
+    """Ask for a row of x: the next head's comes from memory while this one is computed."""
+    for column in range(0, width, LINE):
+        prefetch(x, row * width + column)
 
 
 @kernel
@@ -65,30 +50,20 @@ def forward(q, k, v, scale, first, out, log_sum, shape, splits):  # type: ignore
         for start in range(split * STEP, length, splits * STEP):
             rows = min(STEP, length - start)
             end = start + rows
+            seen = _whole(end, PANEL)
             pack(q, (h * length + start) * dim, dim, True, dim, rows, packed, LANES)
             float_product(packed, (dim + 1) // 2, keys, keys_stride, rows, end, scores, False)
             for i in range(rows):
-                lo = np.int64(first[sequence, start + i])
-                log_sum[h, start + i] = _softmax(scores[i, :end], scale, lo, start + i + 1, weights[i, :end])
+                if splits == 1 and h + 1 < batch * heads:
+                    _fetch_row(q, (h + 1) * length + start + i, dim)
+                    _fetch_row(k, (h + 1) * length + start + i, dim)
+                    _fetch_row(v, (h + 1) * length + start + i, v_dim)
+                lo, hi, at = np.int64(first[sequence, start + i]), start + i + 1, i * width
+                top, total = softmax_row(scores, at, seen, scale, lo, hi, weights, at)
+                log_sum[h, start + i] = top + np.log(total)
             pack(weights.reshape(-1), 0, width, True, end, rows, packed, LANES)
             at = ((sequence * length + start) * heads + head) * v_dim
             product(packed, (end + 1) // 2, values, 0, values_stride, rows, v_dim, out, at, heads * v_dim)
-
-
-@register_jitable(forceinline=True)
-def _softmax_backward(scores, grad, scale, shift, lo, hi, weights, grad_scores):  # type: ignore[no-untyped-def]
-    """Probabilities again, and the gradient of the unscaled scores, both BF16."""
-    for j in range(len(scores)):
-        scores[j] = exp(scores[j] * scale - shift)
-    scores[:lo] = np.float32(0.0)
-    scores[hi:] = np.float32(0.0)
-    grad[hi:] = np.float32(0.0)
-    dot = np.float32(0.0)
-    for j in range(len(scores)):
-        dot += scores[j] * grad[j]
-    for j in range(len(scores)):
-        store(weights, j, scores[j])
-        store(grad_scores, j, scores[j] * (grad[j] - dot) * scale)
 
 
 @register_jitable
@@ -121,14 +96,22 @@ def backward(grad, q, k, v, scale, first, log_sum, grad_q, grad_k, grad_v, shape
         for start in range(0, length, STEP):
             rows = min(STEP, length - start)
             end, row_at, v_row_at = start + rows, at + start * dim, v_at + start * v_dim
+            seen = _whole(end, PANEL)
             pack(q, row_at, dim, True, dim, rows, left, LANES)
             float_product(left, inner, keys, PANEL * inner, rows, end, scores, False)
             pack(grad, v_row_at, v_dim, True, v_dim, rows, left, LANES)
             float_product(left, v_inner, values, PANEL * v_inner, rows, end, grad_weights, False)
             for i in range(rows):
+                if h + 1 < batch * heads:
+                    following = (h + 1) * length + start + i
+                    _fetch_row(q, following, dim)
+                    _fetch_row(k, following, dim)
+                    _fetch_row(v, following, v_dim)
+                    _fetch_row(grad, following, v_dim)
                 lo, hi, shift = np.int64(first[h // heads, start + i]), start + i + 1, log_sum[h, start + i]
-                here = scores[i, :end], grad_weights[i, :end], weights[i, :end], grad_scores[i, :end]
-                _softmax_backward(here[0], here[1], scale, shift, lo, hi, here[2], here[3])
+                softmax_backward_row(
+                    scores, grad_weights, i * width, seen, scale, shift, lo, hi, weights, grad_scores, i * width
+                )
             pack(grad_scores.reshape(-1), 0, width, True, end, rows, left, LANES)
             product(left, (end + 1) // 2, keys_t, 0, PANEL * outer, rows, dim, grad_q, row_at, dim)
             pairs = (rows + 1) // 2

@@ -25,17 +25,17 @@ PAIRS = ir.VectorType(INT32, LANES)
 HALVES = ir.VectorType(INT16, LANES)
 
 
-def _data(context: Any, builder: Any, signature: Any, arguments: Any, index: int) -> Any:
+def data_of(context: Any, builder: Any, signature: Any, arguments: Any, index: int) -> Any:
     return context.make_array(signature.args[index])(context, builder, arguments[index]).data
 
 
-def _load(builder: Any, pointer: Any, type_: Any) -> Any:
+def load(builder: Any, pointer: Any, type_: Any) -> Any:
     value = builder.load(builder.bitcast(pointer, type_.as_pointer()))
     value.align = 4
     return value
 
 
-def _store(builder: Any, value: Any, pointer: Any) -> None:
+def store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
 
 
@@ -43,7 +43,7 @@ def _first_lanes(builder: Any, lanes: int, count: Any) -> Any:
     """A mask of the first `count` (int64, any) of so many lanes."""
     type_ = ir.VectorType(INT64, lanes)
     undefined = ir.Constant(type_, ir.Undefined)
-    spread = _shuffle(builder, builder.insert_element(undefined, count, INT32(0)), undefined, [0] * lanes)
+    spread = shuffle(builder, builder.insert_element(undefined, count, INT32(0)), undefined, [0] * lanes)
     return builder.icmp_signed("<", ir.Constant(type_, list(range(lanes))), spread)
 
 
@@ -63,11 +63,11 @@ def _store_halves(builder: Any, value: Any, pointer: Any, mask: Any) -> None:
     builder.call(function, [value, pointer, INT32(2), mask])
 
 
-def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(INT32, len(lanes)), lanes))
 
 
-def _to_bf16(builder: Any, values: list[Any]) -> Any:
+def to_bf16(builder: Any, values: list[Any]) -> Any:
     """One or two vectors of FP32, rounded to nearest even, side by side."""
     halves = ir.VectorType(INT16, LANES * len(values))
     name = "cvtneps2bf16" if len(values) == 1 else "cvtne2ps2bf16"
@@ -88,10 +88,10 @@ def _sums(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list[l
     with cgutils.for_range(builder, pairs) as loop:
         a_here = builder.gep(left, [builder.mul(loop.index, INT64(LANES))])
         b_here = builder.gep(right, [builder.mul(loop.index, INT64(PANEL))])
-        weights = [_load(builder, builder.gep(b_here, [INT64(v * LANES)]), PAIRS) for v in range(len(slots[0]))]
+        weights = [load(builder, builder.gep(b_here, [INT64(v * LANES)]), PAIRS) for v in range(len(slots[0]))]
         for i, row in enumerate(slots):
             pair = builder.insert_element(undefined, builder.load(builder.gep(a_here, [INT64(i)])), INT32(0))
-            spread = _shuffle(builder, pair, undefined, [0] * LANES)
+            spread = shuffle(builder, pair, undefined, [0] * LANES)
             for weight, slot in zip(weights, row, strict=True):
                 builder.store(builder.call(dot, [builder.load(slot), spread, weight]), slot)
     return [[builder.load(slot) for slot in row] for row in slots]
@@ -103,7 +103,7 @@ def _make_bf16_tile(vectors: int) -> Any:
     @intrinsic
     def tile(typing_context, a, a_at, b, b_at, pairs, c, c_at, ldc, m, n):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            left, right, out = (_data(context, builder, signature, arguments, i) for i in (0, 2, 5))
+            left, right, out = (data_of(context, builder, signature, arguments, i) for i in (0, 2, 5))
             left, right = builder.gep(left, [arguments[1]]), builder.gep(right, [arguments[3]])
             zeros = [[ir.Constant(FLOATS, [0.0] * LANES)] * vectors] * TILE_ROWS
             sums = _sums(builder, left, right, arguments[4], zeros)
@@ -111,7 +111,7 @@ def _make_bf16_tile(vectors: int) -> Any:
             for i, row in enumerate(sums):
                 with builder.if_then(builder.icmp_signed("<", INT64(i), arguments[8]), likely=True):
                     first = builder.gep(out, [builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))])
-                    _store_halves(builder, _to_bf16(builder, row), first, mask)
+                    _store_halves(builder, to_bf16(builder, row), first, mask)
             return context.get_dummy_value()
 
         index = types.int64
@@ -126,17 +126,17 @@ def _makefloat_tile(adds: bool) -> Any:
     @intrinsic
     def tile(typing_context, a, a_at, b, b_at, pairs, c, c_at, ldc):  # type: ignore[no-untyped-def]
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            left, right, out = (_data(context, builder, signature, arguments, i) for i in (0, 2, 5))
+            left, right, out = (data_of(context, builder, signature, arguments, i) for i in (0, 2, 5))
             left, right = builder.gep(left, [arguments[1]]), builder.gep(right, [arguments[3]])
             places = []
             for i in range(TILE_ROWS):
                 start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
                 places.append([builder.gep(out, [builder.add(start, INT64(at))]) for at in range(0, PANEL, LANES)])
             zero = ir.Constant(FLOATS, [0.0] * LANES)
-            begin = [[_load(builder, place, FLOATS) if adds else zero for place in row] for row in places]
+            begin = [[load(builder, place, FLOATS) if adds else zero for place in row] for row in places]
             for row, sums in zip(places, _sums(builder, left, right, arguments[4], begin), strict=True):
                 for place, value in zip(row, sums, strict=True):
-                    _store(builder, value, place)
+                    store(builder, value, place)
             return context.get_dummy_value()
 
         index = types.int64
@@ -164,19 +164,19 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
 
     by_pair = []
     for i in range(0, LANES, 2):
-        by_pair += [_shuffle(builder, rows[i], rows[i + 1], interleave(1, high)) for high in (False, True)]
+        by_pair += [shuffle(builder, rows[i], rows[i + 1], interleave(1, high)) for high in (False, True)]
     by_four: list[Any] = []  # [4 block + c]: of rows 4 block ... 4 block + 3, columns c, 4 + c, 8 + c, 12 + c
     for i in range(0, LANES, 4):
         for low in (0, 1):
             pairs = by_pair[i + low], by_pair[i + 2 + low]
-            by_four += [_shuffle(builder, *pairs, interleave(2, high)) for high in (False, True)]
+            by_four += [shuffle(builder, *pairs, interleave(2, high)) for high in (False, True)]
     result: list[Any] = [None] * LANES
     for c in range(4):
         for first, lanes in ((0, quarters(0, 2)), (4, quarters(1, 3))):
-            low = _shuffle(builder, by_four[c], by_four[4 + c], lanes)
-            high = _shuffle(builder, by_four[8 + c], by_four[12 + c], lanes)
-            result[first + c] = _shuffle(builder, low, high, quarters(0, 2))
-            result[first + 8 + c] = _shuffle(builder, low, high, quarters(1, 3))
+            low = shuffle(builder, by_four[c], by_four[4 + c], lanes)
+            high = shuffle(builder, by_four[8 + c], by_four[12 + c], lanes)
+            result[first + c] = shuffle(builder, low, high, quarters(0, 2))
+            result[first + 8 + c] = shuffle(builder, low, high, quarters(1, 3))
     return result
 
 
@@ -188,7 +188,7 @@ def pack_transposed(typing_context, x, at, stride, rows, left, out, out_at, out_
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, target = (_data(context, builder, signature, arguments, i) for i in (0, 5))
+        source, target = (data_of(context, builder, signature, arguments, i) for i in (0, 5))
         mask = _first_lanes(builder, 2 * LANES, arguments[4])
         rows = []
         for i in range(LANES):
@@ -198,7 +198,7 @@ def pack_transposed(typing_context, x, at, stride, rows, left, out, out_at, out_
             rows.append(builder.bitcast(halves, PAIRS))
         for i, row in enumerate(_transpose(builder, rows)):
             start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
-            _store(builder, row, builder.gep(target, [start]))
+            store(builder, row, builder.gep(target, [start]))
         return context.get_dummy_value()
 
     index = types.int64
@@ -210,14 +210,14 @@ def pack_interleaved(typing_context, x, at, stride, has_second, columns, out, ou
     """out[i] = the pair (x[0, i], x[1, i]) of two rows `stride` apart, zeros past `columns` and for no second row."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source, target = (_data(context, builder, signature, arguments, i) for i in (0, 5))
+        source, target = (data_of(context, builder, signature, arguments, i) for i in (0, 5))
         first = _load_halves(builder, builder.gep(source, [arguments[1]]), _first_lanes(builder, LANES, arguments[4]))
         columns = builder.select(arguments[3], arguments[4], INT64(0))
         start = builder.add(arguments[1], arguments[2])
         second = _load_halves(builder, builder.gep(source, [start]), _first_lanes(builder, LANES, columns))
         lanes = [j for i in range(LANES) for j in (i, LANES + i)]
-        pairs = builder.bitcast(_shuffle(builder, first, second, lanes), PAIRS)
-        _store(builder, pairs, builder.gep(target, [arguments[6]]))
+        pairs = builder.bitcast(shuffle(builder, first, second, lanes), PAIRS)
+        store(builder, pairs, builder.gep(target, [arguments[6]]))
         return context.get_dummy_value()
 
     index = types.int64
@@ -229,7 +229,7 @@ def prefetch(typing_context, x, at):  # type: ignore[no-untyped-def]
     """Ask for x.flat[at]'s cache line, into the second level on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = builder.gep(_data(context, builder, signature, arguments, 0), [arguments[1]])
+        address = builder.gep(data_of(context, builder, signature, arguments, 0), [arguments[1]])
         address = builder.bitcast(address, ir.IntType(8).as_pointer())
         signature_prefetch = ir.FunctionType(ir.VoidType(), [address.type, INT32, INT32, INT32])
         function = cgutils.get_or_insert_function(builder.module, signature_prefetch, "llvm.prefetch.p0")
@@ -244,7 +244,7 @@ def take_next(typing_context, counter):  # type: ignore[no-untyped-def]
     """counter[0]++, atomically; returns what it was."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _data(context, builder, signature, arguments, 0)
+        pointer = data_of(context, builder, signature, arguments, 0)
         return builder.atomic_rmw("add", pointer, INT64(1), "monotonic")
 
     return types.int64(counter), generate
