@@ -172,7 +172,8 @@ def route_row(scores, bias, ids, weights, gate):  # type: ignore[no-untyped-def]
             total += scores[e]
         for e in range(len(scores)):
             scores[e] /= total
-    select_row(scores + bias, ids, groups, kept_groups, best)
+    worth, kept = np.empty(groups, np.float32), np.empty(groups, np.bool_)
+    select_row(scores + bias, ids, kept_groups, best, worth, kept)
     total = np.float32(1e-20)
     for k in range(len(ids)):
         weights[k] = scores[ids[k]]

@@ -12,14 +12,15 @@ from dovetail.numerics.cpu_numba import array, kernel
 from dovetail.spec.model import Moe
 
 
+CHUNK = 64  # tokens that share one working space
+
+
 @register_jitable
-def select_row(score, ids, groups, kept_groups, best):  # type: ignore[no-untyped-def]
-    """Fill ids [K] from biased scores [E], which are overwritten."""
-    experts = score.shape[0]
+def select_row(score, ids, kept_groups, best, worth, kept):  # type: ignore[no-untyped-def]
+    """Fill ids [K] from biased scores [E], which are overwritten; worth and kept [groups] are working space."""
+    experts, groups = score.shape[0], worth.shape[0]
     size = experts // groups
     if groups > 1:
-        worth = np.empty(groups, dtype=np.float32)
-        keep = np.zeros(groups, dtype=np.bool_)
         for g in range(groups):
             first = second = np.float32(-np.inf)
             for e in range(g * size, (g + 1) * size):
@@ -29,29 +30,33 @@ def select_row(score, ids, groups, kept_groups, best):  # type: ignore[no-untype
                 elif v > second:
                     second = v
             worth[g] = first + second if best == 2 else first
+        kept[:] = False
         for _ in range(kept_groups):
             top = -1
             for g in range(groups):
-                if not keep[g] and (top < 0 or worth[g] > worth[top]):
+                if not kept[g] and (top < 0 or worth[g] > worth[top]):
                     top = g
-            keep[top] = True
-        for e in range(experts):
-            if not keep[e // size]:
-                score[e] = -np.inf
+            kept[top] = True
+        for g in range(groups):
+            if not kept[g]:
+                score[g * size : (g + 1) * size] = -np.inf
     for k in range(ids.shape[0]):
-        top = -1
+        top, highest = 0, np.float32(-np.inf)
         for e in range(experts):
-            if score[e] != -np.inf and (top < 0 or score[e] > score[top]):
-                top = e
-        ids[k] = max(top, 0)
-        if top >= 0:
-            score[top] = -np.inf
+            if score[e] > highest:
+                top, highest = e, score[e]
+        ids[k] = top
+        score[top] = -np.inf
 
 
 @kernel
 def _select(biased, ids, groups, kept_groups, best):  # type: ignore[no-untyped-def]
-    for n in prange(biased.shape[0]):
-        select_row(biased[n].copy(), ids[n], groups, kept_groups, best)
+    tokens, experts = biased.shape
+    for chunk in prange((tokens + CHUNK - 1) // CHUNK):
+        score, worth, kept = np.empty(experts, np.float32), np.empty(groups, np.float32), np.empty(groups, np.bool_)
+        for n in range(chunk * CHUNK, min((chunk + 1) * CHUNK, tokens)):
+            score[:] = biased[n]
+            select_row(score, ids[n], kept_groups, best, worth, kept)
 
 
 def select(biased: Tensor, moe: Moe) -> Tensor:
