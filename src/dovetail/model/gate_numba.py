@@ -11,7 +11,6 @@ from torch import Tensor
 from dovetail.numerics.cpu_numba import array, kernel
 from dovetail.spec.model import Moe
 
-
 CHUNK = 64  # tokens that share one working space
 
 
