@@ -24,6 +24,7 @@ from dovetail.model.heads import Heads, split_heads
 from dovetail.model.norm import RmsNorm
 from dovetail.model.recompute import Recompute
 from dovetail.model.rope import attention_scale, rotate
+from dovetail.numerics.linear import Linear
 from dovetail.spec.model import Mla, ModelSpec
 
 
@@ -69,8 +70,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.scale = attention_scale(spec, mla.qk_head_dim)
         dim, heads = spec.hidden_size, mla.num_attention_heads
 
-        def linear(n_in: int, n_out: int) -> nn.Linear:
-            return nn.Linear(n_in, n_out, bias=False, dtype=dtype)
+        def linear(n_in: int, n_out: int) -> Linear:
+            return Linear(n_in, n_out, dtype)
 
         if mla.q_lora_rank is None:
             self.q_proj = linear(dim, heads * mla.qk_head_dim)

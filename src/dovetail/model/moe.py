@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from dovetail.model import moe_numba
 from dovetail.model.gate import Gate, Routing
-from dovetail.model.swiglu import DenseMlp, swiglu, swiglu_backward
+from dovetail.model.mlp import DenseMlp
+from dovetail.model.quantized_mlp import MlpPrecision, quantized_mlp
+from dovetail.model.swiglu import swiglu, swiglu_backward
 from dovetail.numerics.cpu_numba import takes
 from dovetail.numerics.gemm import grouped_linear, grouped_outer, row_multiple
 from dovetail.spec.model import ModelSpec
@@ -118,9 +120,12 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, dim, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width, dtype=dtype))
+        self.precision: MlpPrecision | None = None  # BF16 or FP32 until a recipe says otherwise
 
     def forward(self, rows: Tensor, offsets: list[int]) -> Tensor:
-        return _Experts.apply(rows, self.gate_up_proj, self.down_proj, offsets)
+        if self.precision is None:
+            return _Experts.apply(rows, self.gate_up_proj, self.down_proj, offsets)
+        return quantized_mlp(rows, self.gate_up_proj, self.down_proj, offsets, self.precision)
 
 
 class _Experts(torch.autograd.Function):

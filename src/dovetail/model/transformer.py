@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from dovetail.model.attention import document_starts
 from dovetail.model.gate import Routing
 from dovetail.model.mla import Context, LatentCache, MultiHeadLatentAttention
+from dovetail.model.mlp import DenseMlp
 from dovetail.model.moe import Dispatcher, LocalDispatcher, MoeMlp
 from dovetail.model.norm import RmsNorm
 from dovetail.model.recompute import Recompute
 from dovetail.model.rope import tables
-from dovetail.model.swiglu import DenseMlp
+from dovetail.numerics.linear import Linear
 from dovetail.spec.model import Mla, ModelSpec
 
 
@@ -69,7 +70,7 @@ class Mtp(nn.Module):
         dim, eps = spec.hidden_size, spec.rms_norm_eps
         self.enorm = RmsNorm(dim, eps)
         self.hnorm = RmsNorm(dim, eps)
-        self.eh_proj = nn.Linear(2 * dim, dim, bias=False, dtype=dtype)
+        self.eh_proj = Linear(2 * dim, dim, dtype)
         self.block = Block(spec, layer, dtype)
         self.norm = RmsNorm(dim, eps)
 

@@ -37,17 +37,21 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 EXP_ERROR = 2e-7  # relative error of `exp` below, over [-87, 88]
 
 
-def kernel(function: Any, parallel: bool = True) -> Any:
-    """Compile `function` on first use, parallel over its pranges; the machine code is cached on disk."""
+def kernel(function: Any, parallel: bool = True, fast: bool = True) -> Any:
+    """Compile `function` on first use, parallel over its pranges; the machine code is cached on disk.
+
+    `fast` lets the compiler regroup sums and multiply by reciprocals.
+    """
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(kernel_directory())
     try:
-        options = {"fastmath": FAST, "error_model": "numpy", "boundscheck": False}
+        options = {"fastmath": FAST if fast else False, "error_model": "numpy", "boundscheck": False}
         return numba.njit(parallel=parallel, cache=True, **options)(function)
     finally:
         numba.config.CACHE_DIR = before
 
 
 serial_kernel = functools.partial(kernel, parallel=False)
+exact_kernel = functools.partial(kernel, fast=False)  # IEEE arithmetic, bit for bit
 
 
 @functools.cache

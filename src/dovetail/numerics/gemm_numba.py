@@ -139,13 +139,14 @@ def _window(start, first, count, k, stride, k_is_inner):  # type: ignore[no-unty
 
 
 @register_jitable
-def _tasks(sizes):  # type: ignore[no-untyped-def]
-    """(group, first row, first column) of blocks of c, BLOCK_ROWS x BLOCK_COLUMNS each."""
+def list_tasks(sizes):  # type: ignore[no-untyped-def]
+    """(group, first row, first and last column) of blocks of c, BLOCK_ROWS x BLOCK_COLUMNS each."""
     tasks = []
     for g in range(len(sizes)):
         for row in range(0, sizes[g, 0], BLOCK_ROWS):
             for column in range(0, sizes[g, 1], BLOCK_COLUMNS):
-                tasks.append((np.int64(g), np.int64(row), np.int64(column)))
+                end = min(column + BLOCK_COLUMNS, sizes[g, 1])
+                tasks.append((np.int64(g), np.int64(row), np.int64(column), np.int64(end)))
     return tasks
 
 
@@ -159,7 +160,7 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
     Threads take the next block of c when they are done with one. While a panel is multiplied, what will be packed
     next is fetched: operands come from memory as often as not.
     """
-    tasks = _tasks(sizes)
+    tasks = list_tasks(sizes)
     most_m, most_k = sizes[:, 0].max(), sizes[:, 2].max()
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
@@ -170,14 +171,14 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
             task = take_next(counter)
             if task >= len(tasks):
                 break
-            g, first, begin = tasks[task]
+            g, first, begin, end = tasks[task]
             m, n, k = sizes[g]
-            rows, end, pairs = min(BLOCK_ROWS, m - first), min(n, begin + BLOCK_COLUMNS), (k + 1) // 2
+            rows, pairs = min(BLOCK_ROWS, m - first), (k + 1) // 2
             if held != (g, first):
                 window = _window(starts[g, 0], first, rows, k, strides[0], a_inner)
                 pack(a, window[0], strides[0], a_inner, k, rows, packed_a, LANES)
                 held = (g, first)
-            next_g, next_first, next_begin = tasks[min(task + threads, len(tasks) - 1)]
+            next_g, next_first, next_begin, next_end = tasks[min(task + threads, len(tasks) - 1)]
             next_m, next_n, next_k = sizes[next_g]
             next_a = _window(
                 starts[next_g, 0], next_first, min(BLOCK_ROWS, next_m - next_first), next_k, strides[0], a_inner

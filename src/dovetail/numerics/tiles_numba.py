@@ -39,7 +39,7 @@ def store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
 
 
-def _first_lanes(builder: Any, lanes: int, count: Any) -> Any:
+def first_lanes(builder: Any, lanes: int, count: Any) -> Any:
     """A mask of the first `count` (int64, any) of so many lanes."""
     type_ = ir.VectorType(INT64, lanes)
     undefined = ir.Constant(type_, ir.Undefined)
@@ -47,7 +47,7 @@ def _first_lanes(builder: Any, lanes: int, count: Any) -> Any:
     return builder.icmp_signed("<", ir.Constant(type_, list(range(lanes))), spread)
 
 
-def _load_halves(builder: Any, pointer: Any, mask: Any) -> Any:
+def load_halves(builder: Any, pointer: Any, mask: Any) -> Any:
     """BF16 bits where the mask is set, zeros elsewhere: nothing past the end of a matrix is read."""
     type_ = ir.VectorType(INT16, mask.type.count)
     pointer = builder.bitcast(pointer, type_.as_pointer())
@@ -56,7 +56,7 @@ def _load_halves(builder: Any, pointer: Any, mask: Any) -> Any:
     return builder.call(function, [pointer, INT32(2), mask, ir.Constant(type_, [0] * type_.count)])
 
 
-def _store_halves(builder: Any, value: Any, pointer: Any, mask: Any) -> None:
+def store_halves(builder: Any, value: Any, pointer: Any, mask: Any) -> None:
     pointer = builder.bitcast(pointer, value.type.as_pointer())
     signature = ir.FunctionType(ir.VoidType(), [value.type, pointer.type, INT32, mask.type])
     function = cgutils.get_or_insert_function(builder.module, signature, f"llvm.masked.store.v{mask.type.count}i16.p0")
@@ -76,7 +76,7 @@ def to_bf16(builder: Any, values: list[Any]) -> Any:
     return builder.call(function, values[::-1])
 
 
-def _sums(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list[list[Any]]:
+def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list[list[Any]]:
     """Registers of FP32 sums, `start` plus products of packed panels of a [pairs, LANES] and b [pairs, PANEL]."""
     signature = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
     dot = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512bf16.dpbf16ps.512")
@@ -106,12 +106,12 @@ def _make_bf16_tile(vectors: int) -> Any:
             left, right, out = (data_of(context, builder, signature, arguments, i) for i in (0, 2, 5))
             left, right = builder.gep(left, [arguments[1]]), builder.gep(right, [arguments[3]])
             zeros = [[ir.Constant(FLOATS, [0.0] * LANES)] * vectors] * TILE_ROWS
-            sums = _sums(builder, left, right, arguments[4], zeros)
-            mask = _first_lanes(builder, LANES * vectors, arguments[9])
+            sums = sums_of(builder, left, right, arguments[4], zeros)
+            mask = first_lanes(builder, LANES * vectors, arguments[9])
             for i, row in enumerate(sums):
                 with builder.if_then(builder.icmp_signed("<", INT64(i), arguments[8]), likely=True):
                     first = builder.gep(out, [builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))])
-                    _store_halves(builder, to_bf16(builder, row), first, mask)
+                    store_halves(builder, to_bf16(builder, row), first, mask)
             return context.get_dummy_value()
 
         index = types.int64
@@ -134,7 +134,7 @@ def _makefloat_tile(adds: bool) -> Any:
                 places.append([builder.gep(out, [builder.add(start, INT64(at))]) for at in range(0, PANEL, LANES)])
             zero = ir.Constant(FLOATS, [0.0] * LANES)
             begin = [[load(builder, place, FLOATS) if adds else zero for place in row] for row in places]
-            for row, sums in zip(places, _sums(builder, left, right, arguments[4], begin), strict=True):
+            for row, sums in zip(places, sums_of(builder, left, right, arguments[4], begin), strict=True):
                 for place, value in zip(row, sums, strict=True):
                     store(builder, value, place)
             return context.get_dummy_value()
@@ -189,12 +189,12 @@ def pack_transposed(typing_context, x, at, stride, rows, left, out, out_at, out_
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target = (data_of(context, builder, signature, arguments, i) for i in (0, 5))
-        mask = _first_lanes(builder, 2 * LANES, arguments[4])
+        mask = first_lanes(builder, 2 * LANES, arguments[4])
         rows = []
         for i in range(LANES):
             row = builder.select(builder.icmp_signed("<", INT64(i), arguments[3]), INT64(i), INT64(0))
             start = builder.add(arguments[1], builder.mul(row, arguments[2]))
-            halves = _load_halves(builder, builder.gep(source, [start]), mask)
+            halves = load_halves(builder, builder.gep(source, [start]), mask)
             rows.append(builder.bitcast(halves, PAIRS))
         for i, row in enumerate(_transpose(builder, rows)):
             start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
@@ -211,10 +211,10 @@ def pack_interleaved(typing_context, x, at, stride, has_second, columns, out, ou
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target = (data_of(context, builder, signature, arguments, i) for i in (0, 5))
-        first = _load_halves(builder, builder.gep(source, [arguments[1]]), _first_lanes(builder, LANES, arguments[4]))
+        first = load_halves(builder, builder.gep(source, [arguments[1]]), first_lanes(builder, LANES, arguments[4]))
         columns = builder.select(arguments[3], arguments[4], INT64(0))
         start = builder.add(arguments[1], arguments[2])
-        second = _load_halves(builder, builder.gep(source, [start]), _first_lanes(builder, LANES, columns))
+        second = load_halves(builder, builder.gep(source, [start]), first_lanes(builder, LANES, columns))
         lanes = [j for i in range(LANES) for j in (i, LANES + i)]
         pairs = builder.bitcast(shuffle(builder, first, second, lanes), PAIRS)
         store(builder, pairs, builder.gep(target, [arguments[6]]))

@@ -18,7 +18,9 @@ from types import FrameType
 from rich.console import Console
 from torch import Tensor
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.cost.count import training_flop_per_token
+from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
@@ -106,6 +108,7 @@ def prepare(config: RunConfig, display: Display) -> Run:
     dtype = run.resolve_dtype(config.train.dtype, device)
     with device:
         model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
+    apply_recipe(model, load_recipe(config.train.precision))
     num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
     initialize(model, config.train.seed)
     optimizer = AdamW(model.named_parameters(), config.optimizer)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.config import Record, dump, load, near_matches, read_toml
 from dovetail.model.transformer import Transformer
@@ -67,6 +68,7 @@ class TrainConfig(Record):
     fit_schedule: bool = False  # stretch a schedule in steps or tokens over this run's budget
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: BF16 where the hardware multiplies it
+    precision: str = "bf16"  # a recipe of the catalog: deepseek-v3 quantises the layers' products to FP8
     balance_alpha: float = Field(default=1e-4, ge=0)  # [V3 §4.2]
     separate_documents: bool = False  # pre-training packs without borders [V3 §4.1]
     recompute: bool = False  # RMSNorm outputs and MLA up-projections again in the backward pass [V3 §3.2.3]
@@ -76,6 +78,11 @@ class TrainConfig(Record):
     keep_checkpoints: int = Field(default=3, gt=0)
     evaluate_every: int | None = Field(default=None, gt=0)  # steps; the end of the run is always evaluated, on all
     evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text for an evaluation on the way
+
+    @field_validator("precision")
+    @classmethod
+    def _is_a_recipe(cls, name: str) -> str:
+        return load_recipe(name).name
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainConfig:

@@ -1,0 +1,102 @@
+"""Linear layers and SwiGLU feed-forwards in a recipe's precision, as autograd functions.
+
+Forward and backward products run on quantised operands; weights stay BF16 and are quantised for each use. For the
+backward pass a layer keeps its input as `operands.Kept`, a feed-forward also its SwiGLU's input, whose output is
+made again [V3 §3.3.3]. Gradients come out in BF16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dovetail.numerics.operands import (
+    Kept,
+    Operand,
+    block_operand,
+    column_operand,
+    keep,
+    keep_rows,
+    retiled_operand,
+    row_operand,
+    token_tiles,
+)
+from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
+from dovetail.spec.precision import GemmPrecision
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, in BF16 or FP32 until it is given a `precision`."""
+
+    def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
+        super().__init__(n_in, n_out, bias=False, dtype=dtype)
+        self.precision: GemmPrecision | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.precision is None:
+            return F.linear(x, self.weight)
+        return quantized_linear(x, self.weight, self.precision)
+
+
+def quantized_linear(x: Tensor, weight: Tensor, precision: GemmPrecision) -> Tensor:
+    """x [..., K] BF16, weight [N, K] -> [..., N]."""
+    output: Tensor = _Linear.apply(x.flatten(0, -2), weight, precision)
+    return output.view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: GemmPrecision) -> Tensor:
+        rows, kept = _input(x.contiguous(), precision)
+        save(ctx, [kept], weight)
+        ctx.precision = precision
+        return fprop(rows, block_operand(weight[None], precision.weight), [0, len(x)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        (kept,), (weight,) = saved(ctx)
+        grad_x, grad_weight = gemm_backward(grad.contiguous(), kept, weight[None], [0, len(grad)], ctx.precision)
+        return grad_x, grad_weight[0], None
+
+
+def _input(x: Tensor, precision: GemmPrecision) -> tuple[Operand, Kept]:
+    """The input as fprop takes it, and as it is kept."""
+    if precision.saved_input is None:
+        return keep_rows(x, precision.input)
+    return row_operand(x, precision.input), keep(x, precision.saved_input)
+
+
+def gemm_forward(x: Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> tuple[Tensor, Kept]:
+    """Output [R, N] of rows x [R, K] and stacked weights [G, N, K], and what is kept of x."""
+    rows, kept = _input(x, precision)
+    return fprop(rows, block_operand(weight, precision.weight), offsets), kept
+
+
+def gemm_backward(
+    grad: Tensor, kept: Kept | Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x [R, K] and of the stacked weights; `kept` is the input, as it was kept or made again (BF16)."""
+    grad_x = dgrad(row_operand(grad, precision.grad), block_operand(weight, precision.weight), offsets)
+    bounds, _ = token_tiles(offsets)
+    if isinstance(kept, Kept):
+        rows = retiled_operand(kept, bounds, precision.wgrad_input)
+    else:
+        rows = column_operand(kept, bounds, precision.wgrad_input)
+    return grad_x, wgrad(column_operand(grad, bounds, precision.wgrad_grad), rows, offsets)
+
+
+def save(ctx: Any, kept: Sequence[Kept], *tensors: Tensor) -> None:
+    """Through save_for_backward, so that hooks on saved tensors see them."""
+    parts = [part for each in kept for part in (each.codes, each.scale)]
+    ctx.save_for_backward(*parts, *tensors)
+    ctx.kept = [(each.quantization, each.width) for each in kept]
+
+
+def saved(ctx: Any) -> tuple[list[Kept], tuple[Tensor, ...]]:
+    tensors, count = ctx.saved_tensors, len(ctx.kept)
+    pairs = zip(tensors[0 : 2 * count : 2], tensors[1 : 2 * count : 2], ctx.kept, strict=True)
+    return [Kept(codes, scale, *rest) for codes, scale, rest in pairs], tensors[2 * count :]

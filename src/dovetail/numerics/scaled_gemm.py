@@ -1,0 +1,147 @@
+"""The three products of a linear layer on quantised operands, for all groups (experts) at once.
+
+    fprop   rows [R, K], weight [G, N, K]          -> [R, N]
+    dgrad   grad [R, N], weight [G, N, K]          -> [R, K]
+    wgrad   grad [R, N], rows [R, K] (column tiles) -> [G, N, K]
+
+A sum runs over tiles of 128 of k; each tile's sum is multiplied by the product of its two scales and added in FP32
+[V3 §3.3.2]. Rows offsets[g] : offsets[g + 1] belong to group g. BF16 comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.numerics import scaled_gemm_numba
+from dovetail.numerics.cpu_numba import array
+from dovetail.numerics.gemm import has_kernel
+from dovetail.numerics.operands import TILE, Operand, token_tiles
+
+
+def fprop(rows: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
+    groups, width, inner = weight.grid.shape
+    output = rows.grid.new_empty(len(rows.grid), width)
+    if not has_kernel(rows.grid):
+        for g, here in _groups(offsets):
+            right_scale = weight.scale[g].repeat_interleave(TILE, 0)[:width]
+            output[here] = product_reference(rows.grid[here], weight.grid[g], rows.scale[here], right_scale)
+        return output
+    starts, counts = _bounds(offsets)
+    experts, tiles = np.arange(groups), rows.scale.shape[1]
+    _multiply(
+        (rows, weight, output),
+        (starts * inner, experts * width * inner, starts * width),
+        (counts, width, inner),
+        (inner, inner, width),
+        (True, True),
+        (starts * tiles, experts * weight.scale[0].numel()),
+        (tiles, 1, tiles, 1),
+        TILE,
+    )
+    return output
+
+
+def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
+    groups, inner, width = weight.grid.shape
+    output = grad.grid.new_empty(len(grad.grid), width)
+    if not has_kernel(grad.grid):
+        for g, here in _groups(offsets):
+            right_scale = weight.scale[g].t().repeat_interleave(TILE, 0)[:width]
+            output[here] = product_reference(grad.grid[here], weight.grid[g].t(), grad.scale[here], right_scale)
+        return output
+    starts, counts = _bounds(offsets)
+    experts, tiles = np.arange(groups), grad.scale.shape[1]
+    _multiply(
+        (grad, weight, output),
+        (starts * inner, experts * inner * width, starts * width),
+        (counts, width, inner),
+        (inner, width, width),
+        (True, False),
+        (starts * tiles, experts * weight.scale[0].numel()),
+        (tiles, 1, 1, weight.scale.shape[2]),
+        TILE,
+    )
+    return output
+
+
+def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
+    """Zero for a group without rows."""
+    (height, width), groups = (grad.grid.shape[1], rows.grid.shape[1]), len(offsets) - 1
+    output = grad.grid.new_empty(groups, height, width)
+    bounds, firsts = token_tiles(offsets)
+    if not has_kernel(grad.grid):
+        ends = [*firsts[1:].tolist(), len(bounds)]
+        for g, here in _groups(offsets):
+            tiles = slice(int(firsts[g]), ends[g])
+            left, right = (each.grid[here].t() for each in (grad, rows))
+            output[g] = product_reference(left, right, grad.scale[tiles].t(), rows.scale[tiles].t())
+        return output
+    starts, counts = _bounds(offsets)
+    _multiply(
+        (grad, rows, output),
+        (starts * height, starts * width, np.arange(groups) * height * width),
+        (height, width, counts),
+        (height, width, width),
+        (False, False),
+        (firsts * height, firsts * width),
+        (1, height, 1, width),
+        1,
+    )
+    return output
+
+
+def product_reference(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    """a [M, K] b^T [K, N] with scales [M, tiles] and [N, tiles], in the kernel's order of summation and bit for bit its
+    result, short of a double rounding (FP64, then FP32) where each tile's sum is added."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
+    wide_a, wide_b = a.float(), b.float()
+    for tile in range(a_scale.shape[1]):
+        part = torch.zeros_like(total)
+        end = min((tile + 1) * TILE, a.shape[1])
+        for k in range(tile * TILE, end, 2):
+            for each in (k + 1, k):  # the odd one of a pair first
+                if each < end:
+                    part += wide_a[:, each, None] * wide_b[None, :, each]  # the product is exact
+        factor = a_scale[:, tile, None] * b_scale[None, :, tile]
+        total = (total.double() + part.double() * factor.double()).float()
+    return total.to(torch.bfloat16)
+
+
+def _multiply(
+    tensors: tuple[Operand, Operand, Tensor],
+    starts: tuple[np.ndarray, ...],
+    sizes: tuple[np.ndarray | int, ...],
+    strides: tuple[int, int, int],
+    is_inner: tuple[bool, bool],
+    scale_starts: tuple[np.ndarray, np.ndarray],
+    scale_strides: tuple[int, int, int, int],
+    block: int,
+) -> None:
+    left, right, out = tensors
+    groups = len(starts[0])
+    scaled_gemm_numba.grouped_scaled_gemm(
+        *(array(x.reshape(-1)) for x in (left.grid, right.grid, out)),
+        np.stack(starts, axis=1),
+        np.stack([np.broadcast_to(size, groups) for size in sizes], axis=1),
+        np.array(strides),
+        *is_inner,
+        *(array(x.contiguous().reshape(-1)) for x in (left.scale, right.scale)),
+        np.stack(scale_starts, axis=1),
+        np.array(scale_strides),
+        block,
+        numba.get_num_threads(),
+    )
+
+
+def _groups(offsets: Sequence[int]) -> list[tuple[int, slice]]:
+    return [(g, slice(start, stop)) for g, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False))]
+
+
+def _bounds(offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    ends = np.asarray(offsets)
+    return ends[:-1], np.diff(ends)

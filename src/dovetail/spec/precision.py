@@ -1,0 +1,77 @@
+"""Precision recipes: for every operand of every matrix product its format, tile and scale rule, as plain data.
+
+A product of a linear layer is run three times in a training step:
+
+    fprop   output     = input   weight^T     k = inputs
+    dgrad   grad input = grad    weight       k = outputs
+    wgrad   grad weight = grad^T input        k = tokens
+
+Both operands have scales for every 128 of k. `row` tiles are 1x128 (per token), `column` tiles 128x1 (per channel,
+along the tokens), `block` tiles 128x128, `tensor` is one scale for all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dovetail.config import Record
+
+Site = Literal[
+    "attention_down",  # q_a_proj, kv_a_proj_with_mqa; q_proj where queries are not compressed
+    "attention_up",  # q_b_proj, kv_b_proj
+    "attention_out",  # o_proj
+    "mlp_up",  # gate and up of dense and shared experts
+    "mlp_down",
+    "expert_up",  # gate and up of routed experts
+    "expert_down",
+    "mtp_join",  # eh_proj
+]
+Tile = Literal["row", "column", "block", "tensor"]
+
+
+class Quantization(Record):
+    """How one operand is rounded."""
+
+    format: str = "e4m3"  # exMy, as in numerics.formats
+    tile: Tile = "row"
+    power_of_two: bool = False  # scales rounded up to a power of two (UE8M0)
+
+
+ROW, COLUMN, BLOCK = Quantization(), Quantization(tile="column"), Quantization(tile="block")
+
+
+class GemmPrecision(Record):
+    """The operands of one linear layer's three products, and what it keeps of its input for the backward pass."""
+
+    input: Quantization = ROW
+    weight: Quantization = BLOCK
+    grad: Quantization = ROW
+    wgrad_input: Quantization = COLUMN
+    wgrad_grad: Quantization = COLUMN
+    saved_input: Quantization | None = None  # None: the input as fprop has it
+
+    @model_validator(mode="after")
+    def _tiles_lie_along_k(self) -> GemmPrecision:
+        for name in ("input", "grad", "saved_input"):
+            operand = getattr(self, name)
+            if operand is not None and operand.tile == "column":
+                raise ValueError(f"{name} has column tiles, but its k runs along the row: use row, block or tensor")
+        for name in ("wgrad_input", "wgrad_grad"):
+            if getattr(self, name).tile == "row":
+                raise ValueError(f"{name} has row tiles, but its k runs along the tokens: use column, block or tensor")
+        if self.weight.tile not in ("block", "tensor"):
+            raise ValueError(f"weight has {self.weight.tile} tiles, but is used along both sides: use block or tensor")
+        return self
+
+
+class Recipe(Record):
+    """What runs in which precision. A site that is not listed runs in the model's own dtype, as do embedding, head,
+    router, norms and the attention core always [V3 §3.3.1]."""
+
+    name: str
+    source: str
+    sites: dict[Site, GemmPrecision] = {}
+    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
+    saved_swiglu: Quantization | None = None  # SwiGLU inputs of experts for the backward pass; None: the model's dtype

@@ -1,0 +1,118 @@
+"""Operands: CPU kernels bit for bit as the references, tile by tile; what is kept comes back."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.numerics import operands
+from dovetail.numerics.formats import float_format, round_to
+from dovetail.numerics.operands import (
+    Operand,
+    block_operand,
+    column_operand,
+    keep,
+    keep_rows,
+    retiled_operand,
+    row_operand,
+    scales_of,
+    token_tiles,
+)
+from dovetail.spec.precision import Quantization, Tile
+
+Draw = Callable[..., Tensor]
+SHAPES = [(0, 5), (1, 1), (3, 128), (130, 257), (5, 300)]
+E5M6 = Quantization(format="e5m6", power_of_two=True)
+
+
+def values(shape: tuple[int, int], draw: Draw, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Normal numbers of very different rows, zeros of both signs, and values that fall below the smallest normal."""
+    x = draw(*shape) * torch.exp2(torch.arange(shape[0]) % 40 - 20.0)[:, None]
+    x[:, ::7] *= 1e-4
+    x[:, 3::11] = -0.0
+    return x.to(dtype)
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Calls a function without the CPU kernels."""
+
+    def call(function: Callable[..., object], *arguments: object) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(operands, "takes", lambda *tensors: False)
+            return function(*arguments)
+
+    return call
+
+
+def same(ours: Operand, reference: Operand) -> bool:
+    grids = (each.grid.view(torch.int16) for each in (ours, reference))
+    return torch.equal(*grids) and torch.equal(ours.scale, reference.scale)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_are_the_references(
+    shape: tuple[int, int], power_of_two: bool, draw: Draw, by_torch: Callable[..., object]
+) -> None:
+    x = values(shape, draw)
+    bounds, _ = token_tiles([0, shape[0] // 3, shape[0]])
+
+    def quantization(tile: Tile) -> Quantization:
+        return Quantization(tile=tile, power_of_two=power_of_two)
+
+    row, column, block = quantization("row"), quantization("column"), quantization("block")
+    assert same(row_operand(x, row), by_torch(row_operand, x, row))
+    assert same(column_operand(x, bounds, column), by_torch(column_operand, x, bounds, column))
+    assert same(block_operand(x[None], block), by_torch(block_operand, x[None], block))
+    for kept_in in (row, E5M6):
+        kept, reference = keep(x, kept_in), by_torch(keep, x, kept_in)
+        assert torch.equal(kept.codes, reference.codes)
+        assert torch.equal(kept.scale, reference.scale)
+        for dtype in (torch.bfloat16, torch.float32):
+            assert torch.equal(kept.restore(dtype), by_torch(kept.restore, dtype))
+        assert same(retiled_operand(kept, bounds, column), by_torch(retiled_operand, kept, bounds, column))
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "e5m6"])
+@pytest.mark.parametrize("tile", ["row", "block", "tensor"])
+def test_a_grid_is_the_rounded_quotient(name: str, tile: Tile, draw: Draw) -> None:
+    """Against one scale per row and tile, spelt out."""
+    x, fmt = values((140, 200), draw), float_format(name)
+    ours = row_operand(x, Quantization(format=name, tile=tile))
+    for row in (0, 77, 139):
+        rows = {"row": slice(row, row + 1), "block": slice(row // 128 * 128, row // 128 * 128 + 128)}.get(tile, slice(140))
+        for number, columns in enumerate([slice(0, 128), slice(128, 200)]):
+            seen = x[rows] if tile == "tensor" else x[rows, columns]
+            scale = seen.float().abs().max().clamp(min=1e-4) / fmt.max
+            assert ours.scale[row, number] == scale
+            assert torch.equal(ours.grid[row, columns].float(), round_to(x[row, columns].float() / scale, fmt))
+
+
+def test_rounding_a_scale_down_would_clip(draw: Draw) -> None:
+    amax = torch.tensor([1.0, 447.0, 448.0, 449.0, 3e-5])
+    exact, rounded = (scales_of(amax, Quantization(power_of_two=power)) for power in (False, True))
+    assert (rounded >= exact).all() and (rounded < 2 * exact).all()
+    assert torch.equal(rounded.log2(), rounded.log2().round())
+    assert rounded[2] == exact[2] == 1.0
+    down = torch.exp2(exact.log2().floor())
+    assert (amax[:4] / down[:4] > 448).sum() == 3
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_seen_in_its_tile_alone(poison: float, draw: Draw, by_torch: Callable[..., object]) -> None:
+    x = values((9, 300), draw)
+    x[4, 130] = poison
+    for call in (lambda f, *a: f(*a), by_torch):
+        operand, kept = call(keep_rows, x, Quantization())
+        is_nan = torch.zeros(9, 3, dtype=torch.bool)
+        is_nan[4, 1] = True
+        assert torch.equal(operand.scale.isnan(), is_nan)
+        assert torch.equal(kept.restore().isnan().any(1), is_nan.any(1))
+
+
+def test_kept_bytes(draw: Draw) -> None:
+    x = values((64, 256), draw)
+    assert keep(x, Quantization()).codes.nbytes == x.numel()
+    assert keep(x, E5M6).codes.nbytes == 1.5 * x.numel()
