@@ -18,7 +18,7 @@ import torch
 from dovetail.config import dump, load
 from dovetail.train import loop
 from dovetail.train.loop import Diverged, Interrupted, train
-from dovetail.train.metrics import StepMetrics, read_metrics
+from dovetail.train.metrics import HealthMetrics, StepMetrics, read_metrics
 from dovetail.train.run import RunConfig, load_weights
 
 Build = Callable[..., RunConfig]
@@ -47,7 +47,7 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_never_stopped(
     stopped = tiny_run(tmp_path / "stopped", text)
     for last in lives:
 
-        def one_step(state: loop.Run, counters: loop.Counters, last: int = last) -> StepMetrics:
+        def one_step(state: loop.Run, counters: loop.Counters, last: int = last) -> object:
             if counters.step == last:
                 raise OSError("the machine went away")
             return step(state, counters)
@@ -67,12 +67,44 @@ def test_recompute_and_microbatches_change_no_routing_statistics(tmp_path: Path,
     assert_same_weights(tmp_path / "plain", tmp_path / "again")
 
 
+def test_a_recipe_trains_resumes_and_reports_its_health(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"precision": "deepseek-v3", "dtype": "bfloat16"}
+    train(tiny_run(tmp_path / "whole", text, **settings))
+    train(tiny_run(tmp_path / "plain", text, dtype="bfloat16"))
+    assert losses_of(tmp_path / "whole") != losses_of(tmp_path / "plain")
+    step = loop._one_step
+
+    def one_step(state: loop.Run, counters: loop.Counters) -> object:
+        if counters.step == 5:
+            raise OSError("the machine went away")
+        return step(state, counters)
+
+    monkeypatch.setattr(loop, "_one_step", one_step)
+    with pytest.raises(OSError, match="went away"):
+        train(tiny_run(tmp_path / "stopped", text, **settings, health_every=3))
+    monkeypatch.setattr(loop, "_one_step", step)
+    train(tiny_run(tmp_path / "stopped", text, **settings, health_every=3))
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")  # watching changes nothing
+    records = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
+    health = [each for each in records if isinstance(each, HealthMetrics)]
+    assert {each.step for each in health} == {3, 6}
+    assert {each.operand for each in health} == {"input", "weight", "grad", "up_weight", "down_weight"}
+    assert any(each.layer.startswith("mtp.") for each in health)
+
+
+def test_a_recipe_wants_bf16(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    with pytest.raises(ValueError, match="use dtype bfloat16"):
+        train(tiny_run(tmp_path / "run", text, precision="deepseek-v3", dtype="float32"))
+
+
 def test_ctrl_c_saves_the_step_it_was_in(
     tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = loop._one_step
 
-    def one_step(state: loop.Run, counters: loop.Counters) -> StepMetrics:
+    def one_step(state: loop.Run, counters: loop.Counters) -> object:
         if counters.step == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return step(state, counters)

@@ -7,10 +7,11 @@ the same number of threads).
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,7 +33,8 @@ from dovetail.train.budget import steps_in_time
 from dovetail.train.display import Display
 from dovetail.train.ema import Ema
 from dovetail.train.evaluate import held_out
-from dovetail.train.metrics import HeldOutMetrics, MetricsLog, StepMetrics
+from dovetail.train.health import Watched, watch
+from dovetail.train.metrics import HealthMetrics, HeldOutMetrics, MetricsLog, StepMetrics
 from dovetail.train.optim import AdamW
 from dovetail.train.peak import measure_peak
 from dovetail.train.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
@@ -159,10 +161,12 @@ def _loop(state: Run, display: Display) -> None:
     try:
         with _stop_signals() as received:
             while counters.step < state.num_steps:
-                metrics = _one_step(state, counters)
+                metrics, health = _one_step(state, counters)
                 if log is not None:
                     log.write(metrics)
                     display.update(metrics)
+                    for each in health:
+                        log.write(each)
                 if counters.bad_in_a_row >= config.train.max_bad_steps:
                     checkpointer.wait()
                     raise Diverged(_diverged(counters, root))
@@ -183,7 +187,7 @@ def _loop(state: Run, display: Display) -> None:
             log.close()
 
 
-def _one_step(state: Run, counters: Counters) -> StepMetrics:
+def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics]]:
     start = time.perf_counter()
     train = state.config.train
     rank, world = rank_and_world()
@@ -193,9 +197,11 @@ def _one_step(state: Run, counters: Counters) -> StepMetrics:
         state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world
     )
     objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
-    result = train_step(
-        state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
-    )
+    is_watched = _is_due(train.health_every, counters.step + 1)
+    with watch(state.model) if is_watched else nullcontext(dict[str, Watched]()) as layers:
+        result = train_step(
+            state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
+        )
     num_tokens = now.batch_size * train.sequence_length
     counters.step += 1
     counters.tokens += num_tokens
@@ -204,9 +210,13 @@ def _one_step(state: Run, counters: Counters) -> StepMetrics:
     counters.bad_in_a_row = 0 if result.is_finite else counters.bad_in_a_row + 1
     seconds = time.perf_counter() - start
     flop = training_flop_per_token(state.spec, train.sequence_length, mtp=True)
-    return _metrics(
-        counters, result, now, num_tokens / seconds, flop * num_tokens / seconds / (state.peak * world), seconds
-    )
+    mfu = flop * num_tokens / seconds / (state.peak * world)
+    health = [
+        HealthMetrics(step=counters.step, layer=layer, operand=operand, **dataclasses.asdict(each))
+        for layer, watched in layers.items()
+        for operand, each in watched.health.items()
+    ]
+    return _metrics(counters, result, now, num_tokens / seconds, mfu, seconds), health
 
 
 def _metrics(

@@ -48,8 +48,22 @@ class HeldOutMetrics:
     bits_per_byte: float
 
 
-Metrics = StepMetrics | HeldOutMetrics
-_KINDS: dict[str, type[StepMetrics | HeldOutMetrics]] = {"step": StepMetrics, "held_out": HeldOutMetrics}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthMetrics:
+    """What a precision recipe did to one operand of one layer in step `step`; `numerics.health.Health` says how."""
+
+    step: int
+    layer: str
+    operand: str  # input, grad, weight; up_weight and down_weight of a feed-forward
+    flushed: float
+    clipped: float
+    smallest_scale: float
+    largest_scale: float
+    signal_to_noise: float  # decibel; NaN in the file's null stands for infinity too
+
+
+Metrics = StepMetrics | HeldOutMetrics | HealthMetrics
+_KINDS: dict[str, type[Metrics]] = {"step": StepMetrics, "held_out": HeldOutMetrics, "health": HealthMetrics}
 
 
 class MetricsLog:
@@ -64,7 +78,7 @@ class MetricsLog:
 
     def write(self, metrics: Metrics) -> None:
         """Add one line; it survives this process from here on, and the machine from the next `sync` on."""
-        kind = "step" if isinstance(metrics, StepMetrics) else "held_out"
+        kind = next(name for name, each in _KINDS.items() if isinstance(metrics, each))
         record = {"kind": kind, **dataclasses.asdict(metrics)}
         self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n")
         self._file.flush()

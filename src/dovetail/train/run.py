@@ -69,6 +69,7 @@ class TrainConfig(Record):
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: BF16 where the hardware multiplies it
     precision: str = "bf16"  # a recipe of the catalog: deepseek-v3 quantises the layers' products to FP8
+    health_every: int | None = Field(default=None, gt=0)  # steps; what the recipe's rounding does, layer by layer
     balance_alpha: float = Field(default=1e-4, ge=0)  # [V3 §4.2]
     separate_documents: bool = False  # pre-training packs without borders [V3 §4.1]
     recompute: bool = False  # RMSNorm outputs and MLA up-projections again in the backward pass [V3 §3.2.3]

@@ -1,0 +1,74 @@
+"""Health of a recipe's quantised operands during one step: watched with hooks, so a step that is not watched pays
+nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.model.mlp import DenseMlp
+from dovetail.model.moe import Experts
+from dovetail.numerics.health import Health, measure_health
+from dovetail.numerics.linear import Linear
+from dovetail.numerics.operands import TILE, Operand, block_operand, row_operand
+from dovetail.spec.precision import Quantization
+
+
+@dataclass(slots=True)
+class Watched:
+    """Operands of one layer, filled while the step runs: input and weight in the forward pass, grad in the backward."""
+
+    health: dict[str, Health] = field(default_factory=dict)
+
+    def rows(self, name: str, x: Tensor, quantization: Quantization) -> None:
+        rows = x.detach().flatten(0, -2).contiguous()
+        operand = row_operand(rows, quantization)
+        spread = operand.scale.repeat_interleave(TILE, 1)[:, : rows.shape[1]]
+        self.health[name] = measure_health(rows, operand, spread, quantization)
+
+    def weight(self, name: str, weight: Tensor, quantization: Quantization) -> None:
+        stacked = weight.detach() if weight.ndim == 3 else weight.detach()[None]
+        operand: Operand = block_operand(stacked, quantization)
+        height, width = stacked.shape[1:]
+        spread = operand.scale.repeat_interleave(TILE, 1)[:, :height].repeat_interleave(TILE, 2)[:, :, :width]
+        self.health[name] = measure_health(stacked, operand, spread, quantization)
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[dict[str, Watched]]:
+    """Layers in a recipe's precision by name; what they hold is complete once forward and backward have run."""
+    layers: dict[str, Watched] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | DenseMlp | Experts) and module.precision is not None:
+            layers[name] = Watched()
+            handles.append(module.register_forward_hook(_observer(layers[name])))
+    try:
+        yield layers
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _observer(watched: Watched) -> Any:
+    def observe(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        with torch.no_grad():
+            if isinstance(module, Linear):
+                precision = grad_precision = module.precision
+                assert precision is not None
+                watched.weight("weight", module.weight, precision.weight)
+            else:
+                precision, grad_precision = module.precision.up, module.precision.down
+                up, down = (getattr(each, "weight", each) for each in (module.gate_up_proj, module.down_proj))
+                watched.weight("up_weight", up, precision.weight)
+                watched.weight("down_weight", down, grad_precision.weight)
+            watched.rows("input", inputs[0], precision.input)
+        if output.requires_grad:
+            output.register_hook(lambda grad: watched.rows("grad", grad, grad_precision.grad))
+
+    return observe
