@@ -20,6 +20,7 @@ from dovetail.model.quantized_mlp import MlpPrecision, quantized_mlp
 from dovetail.model.swiglu import swiglu, swiglu_backward
 from dovetail.numerics.cpu_numba import takes
 from dovetail.numerics.gemm import grouped_linear, grouped_outer, row_multiple
+from dovetail.numerics.sending import sent
 from dovetail.spec.model import ModelSpec
 
 
@@ -157,6 +158,7 @@ class MoeMlp(nn.Module):
         self.experts = Experts(moe.n_routed_experts, spec.hidden_size, moe.moe_intermediate_size, dtype)
         shared_width = moe.n_shared_experts * moe.moe_intermediate_size
         self.shared_experts = DenseMlp(spec.hidden_size, shared_width, dtype) if shared_width else None
+        self.expert_output: str | None = None  # a format of `numerics.sending`, where a recipe has one
 
     def forward(self, x: Tensor, dispatcher: Dispatcher) -> tuple[Tensor, Routing]:
         """x [..., dim] -> the same shape, and where its tokens went."""
@@ -164,6 +166,8 @@ class MoeMlp(nn.Module):
         routing = self.gate(tokens)
         dispatched = dispatcher.dispatch(tokens, routing)
         rows = self.experts(dispatched.rows, dispatched.offsets)
+        if self.expert_output is not None:
+            rows = sent(rows, self.expert_output)
         output = dispatcher.combine(rows, dispatched, routing)
         if self.shared_experts is not None:
             output = output + self.shared_experts(tokens)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from dovetail.model.mlp import DenseMlp
-from dovetail.model.moe import Experts
+from dovetail.model.moe import Experts, MoeMlp
 from dovetail.model.quantized_mlp import MlpPrecision
 from dovetail.numerics.linear import Linear
+from dovetail.numerics.sending import check_sent_format
 from dovetail.spec.precision import Recipe, Site
 
 LINEAR_SITES: dict[str, Site] = {
@@ -26,8 +27,10 @@ LINEAR_SITES: dict[str, Site] = {
 
 def apply_recipe(model: nn.Module, recipe: Recipe) -> None:
     """Raises `ValueError` for a model that is not BF16, and for a recipe that training cannot run."""
-    if not recipe.sites:
+    if recipe.changes_nothing:
         return
+    if recipe.expert_output is not None:
+        check_sent_format(recipe.expert_output)
     dtypes = {module.weight.dtype for _, module in _linears(model)}
     if dtypes - {torch.bfloat16}:
         raise ValueError(f"precision {recipe.name!r} quantises BF16 layers; this model is {dtypes}: use dtype bfloat16")
@@ -40,6 +43,8 @@ def apply_recipe(model: nn.Module, recipe: Recipe) -> None:
             module.precision = _mlp_precision(recipe, "mlp_up", "mlp_down")
         elif isinstance(module, Experts):
             module.precision = _mlp_precision(recipe, "expert_up", "expert_down")
+        elif isinstance(module, MoeMlp):
+            module.expert_output = recipe.expert_output
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:

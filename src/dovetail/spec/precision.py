@@ -75,3 +75,8 @@ class Recipe(Record):
     sites: dict[Site, GemmPrecision] = {}
     promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
     saved_swiglu: Quantization | None = None  # SwiGLU inputs of experts for the backward pass; None: the model's dtype
+    expert_output: str | None = None  # format in which routed experts' outputs are sent back: eXmY, or logfmt-N
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not self.sites and self.expert_output is None
