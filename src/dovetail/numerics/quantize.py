@@ -1,11 +1,13 @@
-"""Block-wise FP8: weights as E4M3 with one scale per 128x128 block [V3 §3.3, V3repo kernel.py].
+"""Block-wise quantisation: a matrix in a small format, with one FP32 scale per tile [V3 §3.3, V3repo kernel.py].
 
-    amax_b  = max |w| over block b, at least 1e-4
-    scale_b = amax_b / 448                      the dequantisation multiplier (published as weight_scale_inv)
-    data    = E4M3(clamp(w / scale_b, -448, 448))
-    w       ~ data * scale_b
+    amax_t  = max |x| over tile t, at least 1e-4
+    scale_t = amax_t / max of the format (448 for E4M3)     the dequantisation multiplier
+    data    = round(clamp(x / scale_t, -max, max))
+    x       ~ data * scale_t
 
-Ragged edges are zero-padded to whole blocks for the amax and cut afterwards: 576 rows have 5 rows of scales.
+Tiles: 1x128 for activations and their gradients (a token's 128 channels), 128x1 for the weight gradient's operand
+(128 tokens of a channel), 128x128 for weights, whose scales are published as weight_scale_inv. Ragged edges are
+zero-padded to whole tiles for the amax and cut afterwards: 576 rows have 5 rows of 128x128 scales.
 """
 
 from __future__ import annotations
@@ -16,74 +18,123 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.numerics.formats import E4M3, FloatFormat, decode, decode_ue8m0, encode, encode_ue8m0, float_format
 from dovetail.spec.tensors import WEIGHT_TILE, scale_shape
 
-E4M3_MAX = 448.0  # largest finite E4M3 value
-AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero block away from 0 [DeepGEMM per_block_cast_to_fp8]
+E4M3_MAX = E4M3.max
+AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero tile away from 0 [DeepGEMM per_block_cast_to_fp8]
+TORCH_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # the rest is kept as integer codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """A float matrix in blocks: `data` times its block's `scale`."""
+    """A matrix in tiles: `data` times its tile's `scale`."""
 
-    data: Tensor  # float8_e4m3fn [rows, columns]
+    data: Tensor  # [rows, columns]: float8 where torch has the format, else the codes of `formats.encode`
     scale: Tensor  # FP32 [ceil(rows / tile[0]), ceil(columns / tile[1])], a multiplier
     tile: tuple[int, int]
+    format: str = "e4m3"
+
+
+def quantize(
+    x: Tensor,
+    tile: tuple[int, int],
+    format: str = "e4m3",
+    power_of_two: bool = False,
+    check: bool = True,
+    name: str = "the tensor to quantise",
+) -> Quantized:
+    """Quantise `x` [rows, columns] by tiles, computing in FP32; not differentiable.
+
+    `power_of_two` rounds every scale up to a power of two (UE8M0), so that multiplying by it is exact. Raises
+    ValueError, which calls x `name`, for what is no float matrix, for a format with FP32's range, and for inf or NaN
+    in x; with `check` off (it makes the host wait for a GPU) a tile that holds these gets NaN on the way back.
+    """
+    fmt = float_format(format)
+    if fmt.exponent_bits == 8:
+        raise ValueError(f"{name}: format {fmt.name!r} has FP32's range and takes no scales; convert to it instead")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"tiles are of a float matrix; {name} is {x.dtype} with shape {list(x.shape)}")
+    tiles = _split(x.detach().to(torch.float32), tile)
+    scale = tiles.abs().amax(dim=(1, 3)).clamp(min=AMAX_FLOOR) / fmt.max
+    if check and not bool(torch.isfinite(scale).all()):
+        refuse_non_finite(x, name)
+    if power_of_two:
+        scale = torch.where(torch.isfinite(scale), decode_ue8m0(encode_ue8m0(scale)), scale)
+    data = _round((tiles / scale[:, None, :, None]).clamp_(-fmt.max, fmt.max), fmt)
+    return Quantized(data=_join(data, x.shape), scale=scale, tile=tile, format=fmt.name)
 
 
 def quantize_weight(weight: Tensor, tile: tuple[int, int] = WEIGHT_TILE, power_of_two: bool = False) -> Quantized:
-    """Quantise `weight` [rows, columns] by blocks of `tile`, computing in FP32.
-
-    `power_of_two` rounds every scale up to a power of two (UE8M0, the `scale_fmt` of V3.1), so that
-    multiplying by it is exact. A block that holds inf or NaN gets NaN on the way back, never a finite value.
-    """
-    _check_matrix(weight)
-    tiles = _split(weight.detach().to(torch.float32), tile)
-    scale = tiles.abs().amax(dim=(1, 3)).clamp(min=AMAX_FLOOR) / E4M3_MAX
-    if power_of_two:
-        scale = _round_up_to_power_of_two(scale)
-    # casts of what is beyond the format saturate in torch 2.13 and gave NaN before
-    scaled = (tiles / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
-    data = _join(scaled.to(torch.float8_e4m3fn), weight.shape)
-    return Quantized(data=data, scale=scale, tile=tile)
+    """`weight` as published: E4M3 in blocks. One that holds inf or NaN gets NaN on the way back, never a finite
+    value."""
+    return quantize(weight, tile, power_of_two=power_of_two, check=False)
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`data * scale` per block, computed in FP32 and rounded once to `dtype`."""
+    """`data * scale` per tile, computed in FP32 and rounded once to `dtype`."""
     data, scale, tile = quantized.data, quantized.scale, quantized.tile
-    _check_matrix(data)
+    values = grid_values(quantized)
     expected = scale_shape(tuple(data.shape), tile)
     if tuple(scale.shape) != expected:
         raise ValueError(
             f"scale has shape {list(scale.shape)}, not {list(expected)}: data is {list(data.shape)},"
             f" blocks are {list(tile)}"
         )
-    tiles = _split(data.to(torch.float32), tile)
+    tiles = _split(values, tile)
     return _join((tiles * scale.to(torch.float32)[:, None, :, None]).to(dtype), data.shape)
 
 
-def _check_matrix(tensor: Tensor) -> None:
-    if tensor.ndim != 2 or not tensor.is_floating_point():
-        raise ValueError(f"blocks are of a float matrix, not of {tensor.dtype} with shape {list(tensor.shape)}")
+def grid_values(quantized: Quantized) -> Tensor:
+    """`data` as FP32 numbers on the format's grid, unscaled [rows, columns]. ValueError where it is no matrix of
+    floats or of the format's codes."""
+    data = quantized.data
+    fmt = float_format(quantized.format)
+    is_codes = data.dtype in (torch.uint8, torch.uint16, torch.int32) and fmt.name not in TORCH_DTYPES
+    if data.ndim != 2 or not (is_codes or data.is_floating_point()):
+        raise ValueError(f"{fmt.name} data is a matrix of floats or codes, not {data.dtype} {list(data.shape)}")
+    return decode(data, fmt) if is_codes else data.to(torch.float32)
+
+
+def retile(
+    quantized: Quantized, tile: tuple[int, int] = (128, 1), format: str | None = None, power_of_two: bool = True
+) -> Quantized:
+    """The same matrix in other tiles, and another `format` if named: 1x128 -> 128x1 for the weight gradient.
+
+    Old and new scales that are powers of two shift exponents only: what does not sink below the new tile's smallest
+    subnormal keeps its value exactly, and no second rounding error arises [V3 §3.3].
+    """
+    return quantize(dequantize(quantized), tile, format or quantized.format, power_of_two, check=False)
+
+
+def refuse_non_finite(x: Tensor, name: str) -> None:
+    """ValueError where `x` holds inf or NaN: how many of each, and what to do about it."""
+    nans, infinities = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
+    if nans or infinities:
+        raise ValueError(
+            f"{name}, shape {list(x.shape)}, holds {nans} NaN and {infinities} infinite values, which no scale can"
+            " carry; find the step that made them (a lower learning rate or gradient clipping often is the remedy)"
+        )
+
+
+def _round(scaled: Tensor, fmt: FloatFormat) -> Tensor:
+    """Clamped `scaled` as the format's float8, or as codes."""
+    dtype = TORCH_DTYPES.get(fmt.name)
+    return encode(scaled, fmt) if dtype is None else scaled.to(dtype)
 
 
 def _split(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Zero-pad to whole blocks and view as [block rows, tile[0], block columns, tile[1]]."""
+    """Zero-pad to whole tiles and view as [tile rows, tile[0], tile columns, tile[1]]."""
+    if min(tile) < 1:
+        raise ValueError(f"tile {list(tile)} of a {list(matrix.shape)} matrix: both sides must be at least 1")
     rows, columns = matrix.shape
     row_tiles, column_tiles = scale_shape((rows, columns), tile)
-    padded = F.pad(matrix, (0, column_tiles * tile[1] - columns, 0, row_tiles * tile[0] - rows))
-    return padded.view(row_tiles, tile[0], column_tiles, tile[1])
+    below, right = row_tiles * tile[0] - rows, column_tiles * tile[1] - columns
+    padded = F.pad(matrix, (0, right, 0, below)) if below or right else matrix
+    return padded.reshape(row_tiles, tile[0], column_tiles, tile[1])
 
 
 def _join(tiles: Tensor, shape: torch.Size) -> Tensor:
     """Undo `_split`: drop the padding."""
     padded = tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * tiles.shape[3])
     return padded[: shape[0], : shape[1]].contiguous()
-
-
-def _round_up_to_power_of_two(scale: Tensor) -> Tensor:
-    """Next power of two by the bits: exponent + 1 where any mantissa bit is set, kept in UE8M0's 1..254."""
-    bits = scale.view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
-    rounded = (exponent.clamp(1, 254) << 23).view(torch.float32)
-    return torch.where(torch.isfinite(scale), rounded, scale)
