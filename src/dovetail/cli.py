@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -45,21 +46,25 @@ def inspect(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="table1 or table2 of the ISCA paper.")],
+    name: Annotated[str, typer.Argument(help="table1 or table2 of the ISCA paper, fp8_accumulation, fp8_loss_gap.")],
+    out: Annotated[Path | None, typer.Option(help="Picture of an experiment [default: NAME.png].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute a table of the paper anew and print both; exit code 1 if a row fails to come out."""
+    """Compute a result of the papers anew and print both; exit code 1 if it fails to come out."""
     from dovetail.reproduce import tables
 
-    result = tables.reproduce(table)
-    if as_json:
-        print_json(tables.as_json(result))
+    if name in tables.EXPERIMENTS:
+        module = import_module(f"dovetail.reproduce.{name}")
+        result = module.reproduce(out or Path(f"{name}.png"))
     else:
-        header = ("model", "quantity", ">paper", ">ours", ">differs by", "reproduced")
-        print_table(f"{result.title} {result.source}", header, tables.printed_rows(result))
-        print(*tables.printed_notes(result), sep="\n")
+        module, result = tables, tables.reproduce(name, out)
+    if as_json:
+        print_json(module.as_json(result))
+    else:
+        print_table(f"{result.title} {result.source}", module.HEADER, module.printed_rows(result))
+        print(*module.printed_notes(result), sep="\n")
     if not result.is_reproduced:
-        raise ValueError(f"{table}: a row that the paper prints did not come out; see the table")
+        raise ValueError(f"{name}: what the paper prints did not come out; see the table")
 
 
 @app.command()
@@ -86,6 +91,34 @@ def train(
 
     state = run_training(load(run, RunConfig, change or ()))
     print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+    recipe: Annotated[str, typer.Option(help="A precision recipe, such as deepseek-v3.")],
+    base: Annotated[str, typer.Option(help="The recipe it is held against.")] = "bf16",
+    seeds: Annotated[int, typer.Option(min=1, help="Of initial weights and data, from train.seed on.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each seed [default: train.steps].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory [default: OUT-BASE-RECIPE, of the run's out].")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, such as train.dtype=bfloat16.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train with two precision recipes on the same batches, and measure the gap in loss over several seeds."""
+    from dovetail.config import load
+    from dovetail.train import compare as comparing
+    from dovetail.train import gap
+    from dovetail.train.run import RunConfig
+
+    settings = comparing.comparison(load(run, RunConfig, change or ()), recipe, base, steps, out)
+    result = comparing.measure(settings, seeds, settings.run.out / "compare.png")
+    if as_json:
+        print_json(gap.as_json(result))
+        return
+    print_table(f"{recipe} against {base}, {result.steps} steps", gap.HEADER, gap.printed_rows(result))
+    print(*gap.printed_notes(result), f"pairs of steps and picture: {settings.run.out}", sep="\n")
 
 
 @app.command()

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dovetail.config import near_matches
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from dovetail.config import Record, near_matches
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe, Site
 
+RecordT = TypeVar("RecordT", bound=Record)
 POWER_OF_TWO = Quantization(power_of_two=True)
 SITES: tuple[Site, ...] = (
     "attention_down",
@@ -30,25 +34,56 @@ def _deepseek_v3() -> Recipe:
     return Recipe(name="deepseek-v3", source="V3 §3.3", sites=sites, saved_swiglu=Quantization())
 
 
-def _everywhere_powers_of_two(recipe: Recipe) -> Recipe:
+def _v3_1(v3: Recipe) -> Recipe:
     """UE8M0 scales everywhere, as V3.1 was trained [its config.json: scale_fmt = ue8m0]."""
+    return _varied(v3, "deepseek-v3.1", "V3.1 config.json: scale_fmt = ue8m0", lambda operand: {"power_of_two": True})
 
-    def powers(precision: GemmPrecision) -> GemmPrecision:
-        operands = {name: getattr(precision, name) for name in GemmPrecision.model_fields}
-        changed = {name: q.model_copy(update={"power_of_two": True}) for name, q in operands.items() if q is not None}
-        return precision.model_copy(update=changed)
 
-    sites = {site: powers(precision) for site, precision in recipe.sites.items()}
-    source = "V3.1 config.json: scale_fmt = ue8m0"
-    return recipe.model_copy(
-        update={"name": "deepseek-v3.1", "source": source, "sites": sites, "saved_swiglu": POWER_OF_TWO}
+def _per_tensor(v3: Recipe) -> Recipe:
+    """One scale for a whole tensor in place of tiles and blocks, the usual way before V3; an outlier takes the
+    precision of all."""
+    return _varied(
+        v3, "v3-per-tensor", "ablation of V3 §3.3.2: no fine-grained scales", lambda operand: {"tile": "tensor"}
     )
+
+
+def _e5m2_gradients(v3: Recipe) -> Recipe:
+    """Gradients of outputs in E5M2, which has more range and one bit less, as hybrids before V3; V3 has E4M3
+    throughout [V3 §3.3.2]."""
+    changes = {"grad": {"format": "e5m2"}, "wgrad_grad": {"format": "e5m2"}}
+    return _varied(v3, "v3-e5m2-gradients", "ablation of V3 §3.3.2: hybrid formats", lambda name: changes.get(name, {}))
+
+
+def _block_gradients(v3: Recipe) -> Recipe:
+    """The gradient that dgrad takes in 128x128 blocks, which diverged on 16B parameters after some 300B tokens
+    [V3 App. B.2]."""
+    changes = {"grad": {"tile": "block"}}
+    return _varied(v3, "v3-block-gradients", "ablation of V3 App. B.2", lambda name: changes.get(name, {}))
+
+
+def _combine(expert_output: str) -> Recipe:
+    """BF16 but for the outputs of routed experts, which arrive in a narrow format: the combine study [ISCA §3.2]."""
+    return Recipe(name=f"combine-{expert_output}", source="ISCA §3.2", expert_output=expert_output)
+
+
+def _varied(recipe: Recipe, name: str, source: str, change: Callable[[str], dict[str, Any]]) -> Recipe:
+    """`recipe` with `change(operand)` made to every operand of every site, `saved_swiglu` included."""
+
+    def varied(record: RecordT) -> RecordT:
+        operands = {key: getattr(record, key) for key in type(record).model_fields}
+        changed = {key: q.model_copy(update=change(key)) for key, q in operands.items() if isinstance(q, Quantization)}
+        return record.model_copy(update=changed)
+
+    sites = {site: varied(precision) for site, precision in recipe.sites.items()}
+    return varied(recipe).model_copy(update={"name": name, "source": source, "sites": sites})
 
 
 def recipes() -> dict[str, Recipe]:
     plain = Recipe(name="bf16", source="no quantisation")
     v3 = _deepseek_v3()
-    return {recipe.name: recipe for recipe in (plain, v3, _everywhere_powers_of_two(v3))}
+    variants = [vary(v3) for vary in (_v3_1, _per_tensor, _e5m2_gradients, _block_gradients)]
+    combines = map(_combine, ("e4m3", "e5m2", "logfmt-8", "logfmt-10"))
+    return {recipe.name: recipe for recipe in (plain, v3, *variants, *combines)}
 
 
 def load_recipe(name: str) -> Recipe:

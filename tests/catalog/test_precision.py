@@ -1,0 +1,63 @@
+"""Recipes by name: what each of the ablations changes, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from dovetail.catalog.precision import load_recipe, recipes
+from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
+
+
+def changed(name: str) -> set[tuple[str, str, object]]:
+    """(operand, property, new value) of all that differs from deepseek-v3, over all sites."""
+    v3, other = load_recipe("deepseek-v3"), load_recipe(name)
+    kept = (v3.sites.keys(), v3.promotion, v3.expert_output)
+    assert (other.sites.keys(), other.promotion, other.expert_output) == kept
+    pairs = [("saved_swiglu", v3.saved_swiglu, other.saved_swiglu)]
+    for site in v3.sites:
+        for operand in GemmPrecision.model_fields:
+            pairs.append((operand, getattr(v3.sites[site], operand), getattr(other.sites[site], operand)))
+    found = set()
+    for operand, before, after in pairs:
+        assert (before is None) == (after is None)
+        for field in Quantization.model_fields if before is not None else ():
+            if getattr(before, field) != getattr(after, field):
+                found.add((operand, field, getattr(after, field)))
+    return found
+
+
+OPERANDS = {*GemmPrecision.model_fields, "saved_swiglu"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("deepseek-v3", set()),
+        ("deepseek-v3.1", {(operand, "power_of_two", True) for operand in OPERANDS - {"saved_input"}}),
+        ("v3-per-tensor", {(operand, "tile", "tensor") for operand in OPERANDS}),
+        ("v3-e5m2-gradients", {("grad", "format", "e5m2"), ("wgrad_grad", "format", "e5m2")}),
+        ("v3-block-gradients", {("grad", "tile", "block")}),
+    ],
+)
+def test_what_a_recipe_changes(name: str, expected: set[tuple[str, str, object]]) -> None:
+    assert changed(name) == expected
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_has_its_name_and_a_source_and_is_valid(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.source
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "logfmt-8", "logfmt-10"])
+def test_the_combine_study_is_bf16_but_for_expert_outputs(format: str) -> None:
+    recipe = load_recipe(f"combine-{format}")
+    assert recipe.expert_output == format and not recipe.changes_nothing
+    plain = load_recipe("bf16")
+    assert recipe.model_copy(update={"expert_output": None, "name": plain.name, "source": plain.source}) == plain
+
+
+def test_a_name_with_a_typo() -> None:
+    with pytest.raises(ValueError, match="'v3-per-tenser' is no precision recipe; did you mean v3-per-tensor"):
+        load_recipe("v3-per-tenser")
