@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, parameters, training_flop_per_token
 from dovetail.cost.memory import TrainingMemory, training_memory
@@ -73,7 +74,7 @@ def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str,
     config = run_config(out, minutes)
     spec = load_model(PRESET)
     tokens = config.train.microbatch_size * config.train.sequence_length
-    memory = training_memory(spec, tokens, gradient_bytes=2)
+    memory = training_memory(spec, tokens, recipe=load_recipe(config.train.precision), gradient_bytes=2)
     state = train(config, Display(f"{PRESET}: the standard library, {minutes:g} minutes", 1))
     draw_run(out / "metrics.jsonl", out / "run.png", f"{PRESET}, {state.num_steps} steps")
     yield "held-out text, bits per byte", evaluation_rows(state)

@@ -1,12 +1,13 @@
-"""Memory predictions against what our own model holds and keeps."""
+"""Memory predictions against what our own model holds; what it keeps for its backward pass: test_activations."""
 
 import pytest
 import torch
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost import memory
-from dovetail.model.moe import LocalDispatcher
-from dovetail.model.transformer import Transformer, initialize
+from dovetail.cost.activations import microbatch_bytes
+from dovetail.model.transformer import Transformer
 
 QUICKSTART = load_model("quickstart")
 
@@ -30,40 +31,23 @@ def test_training_state_per_parameter() -> None:
     assert (lean.moving_average, lean.gradients) == (0, 2 * trained)
 
 
-@pytest.mark.parametrize("has_query_rank", [True, False])
-@pytest.mark.parametrize("has_experts", [True, False])
-def test_activations_are_what_the_model_keeps_for_its_backward_pass(has_query_rank: bool, has_experts: bool) -> None:
-    spec = QUICKSTART if has_experts else QUICKSTART.model_copy(update={"moe": None})
-    if not has_query_rank:
-        attention = spec.attention.model_copy(update={"q_lora_rank": None})
-        spec = spec.model_copy(update={"attention": attention})
-    model = Transformer(spec, dispatcher=LocalDispatcher(row_multiple=1))
-    initialize(model, seed=0)
-    tokens = torch.randint(0, spec.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    ours = {each.untyped_storage().data_ptr() for each in model.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ours:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(tokens)
-        model.mtp_forward(0, output.hidden, tokens)
-    expected = tokens.numel() * memory.activation_bytes_per_token(spec)
-    assert sum(kept.values()) == pytest.approx(expected, rel=0.05)
+def test_activations_are_those_of_the_recipe_and_one_chunk_of_logits() -> None:
+    for recipe in (load_recipe("bf16"), load_recipe("deepseek-v3")):
+        held = memory.training_memory(QUICKSTART, tokens=2048, recipe=recipe)
+        saved = sum(microbatch_bytes(QUICKSTART, 1, 2048, recipe).values())
+        assert held.activations == saved + 2 * 2048 * QUICKSTART.vocab_size
+        chunked = memory.training_memory(QUICKSTART, tokens=2048, recipe=recipe, loss_chunk=1000)
+        assert chunked.activations == saved + 2 * 1000
 
 
 def test_recompute_leaves_out_norms_and_up_projections_and_the_band_holds_the_estimate() -> None:
     full = memory.training_memory(QUICKSTART, tokens=2048)
     lean = memory.training_memory(QUICKSTART, tokens=2048, recompute=True)
-    per_layer = 2 * 192 + 96 + 64 + 3 * (96 + 96 + 64)  # two norms of H, two of the ranks; q, k, v
+    per_layer = 2 * 192 + 3 * (96 + 96 + 64)  # results of two norms; q, k, v
+    per_layer -= (64 + 32) + 32  # what makes q, k, v again: the first projection's output, the rotated key
     assert lean.state == full.state
-    assert full.activations - lean.activations == 2048 * 5 * per_layer * 2
+    mtp_tokens, joined = 2047, 2 * 192
+    assert full.activations - lean.activations == 2 * (4 * 2048 * per_layer + mtp_tokens * (per_layer + joined))
     low, high = full.band
     assert full.state < low < full.total < high
 

@@ -1,20 +1,10 @@
 """Bytes that one process needs, without any parallelism: training, and generation.
 
 State (weights, master weights, gradients, moments, moving average) is exact: it is counted tensor by tensor
-from the checkpoint's own list. Activations are an estimate: the sum of what each layer keeps for its backward
-pass,
-
-    attention   layer input, its norm, latent and query latent before and after their norms, q, k, v, and the
-                input of W_o
-    dense ffn   layer input, its norm, gate and up
-    experts     the same, with K rows per token gathered, K gates and ups, K outputs (for the gradient of the
-                gate's weights); the shared experts' gate and up; the router's FP32 input and scores
-    MTP         both inputs of each module before and after their norms, and their projection
-    head        the hidden state before and after each final norm; the logits of one chunk, once, in BF16
-
-in BF16, per token. SwiGLU outputs and attention probabilities are made anew and not kept. The band around it
-covers what is not listed: expert rows padded to whole tiles, gradients and work buffers of the layer at hand,
-the allocator's holes. The runtime itself (Python, torch and its libraries) is not counted.
+from the checkpoint's own list. Activations are what `cost.activations` lists, to the byte for one sequence whose
+expert rows fill no tiles, and the logits of one chunk. The band around them covers what is not listed: expert rows
+padded to whole tiles, gradients and work buffers of the layer at hand, the allocator's holes. The runtime itself
+(Python, torch and its libraries) is not counted.
 """
 
 from __future__ import annotations
@@ -22,17 +12,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dovetail.cost.activations import PLAIN, microbatch_bytes
 from dovetail.cost.count import cache_bytes_per_token
-from dovetail.spec.model import Mla, ModelSpec
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.precision import Recipe
 from dovetail.spec.tensors import stored_tensors
 
 BF16, FP32 = 2, 4  # bytes
-BAND = (0.9, 1.5)  # of the activations' estimate; what our own model keeps is within 2 % of it (its test)
+BAND = (0.9, 1.5)  # of the activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingMemory:
-    """Bytes by use. `activations` is an estimate within `BAND`; the others are exact."""
+    """Bytes by use. `activations` at their peak are within `BAND`; the others are exact."""
 
     weights: int  # BF16; norms and router FP32
     master_weights: int  # FP32 copies of the BF16 weights
@@ -71,18 +63,19 @@ def training_memory(
     spec: ModelSpec,
     tokens: int,
     *,
+    recipe: Recipe = PLAIN,
     moving_average: bool = True,
     recompute: bool = False,
     gradient_bytes: int = FP32,
     loss_chunk: int = 1 << 24,
 ) -> TrainingMemory:
-    """Bytes to train `spec` on microbatches of `tokens` tokens.
+    """Bytes to train `spec` on microbatches of `tokens` tokens in the precision of `recipe`.
 
     `recompute` is of RMSNorm outputs and MLA up-projections [V3 §3.2.3]; `gradient_bytes` is per parameter
     (FP32 where microbatches accumulate); `loss_chunk` is how many logits exist at once.
     """
     narrow, wide = _trained_parameters(spec)
-    activations = tokens * activation_bytes_per_token(spec, recompute)
+    activations = sum(microbatch_bytes(spec, 1, tokens, recipe, recompute).values())
     activations += BF16 * min(tokens * spec.vocab_size, loss_chunk)
     return TrainingMemory(
         weights=weight_bytes(spec),
@@ -119,36 +112,3 @@ def _trained_parameters(spec: ModelSpec) -> tuple[int, int]:
         else:
             narrow += math.prod(tensor.shape)
     return narrow, wide
-
-
-def activation_bytes_per_token(spec: ModelSpec, recompute: bool = False) -> int:
-    """Bytes that one token keeps from the forward to the backward pass, all layers and MTP modules."""
-    depth = spec.num_nextn_predict_layers
-    elements = 2 * spec.hidden_size * (1 + depth)  # before and after each final norm
-    elements += 5 * spec.hidden_size * depth  # the two inputs of each MTP projection, normed and not, and its output
-    wide = 0
-    for layer in range(spec.num_hidden_layers + depth):
-        elements += _attention_elements(spec, recompute) + _ffn_elements(spec, layer, recompute)
-        if spec.moe and spec.is_moe_layer(layer):
-            wide += 3 * spec.moe.n_routed_experts + spec.hidden_size  # logits, scores, their gradient; gate's input
-    return BF16 * elements + FP32 * wide
-
-
-def _attention_elements(spec: ModelSpec, recompute: bool) -> int:
-    mla, hidden = spec.attention, spec.hidden_size
-    if not isinstance(mla, Mla):
-        raise ValueError("grouped-query attention is described for counting, not for training")
-    heads, query_rank = mla.num_attention_heads, mla.q_lora_rank or 0
-    kept = hidden + mla.kv_lora_rank + query_rank + heads * mla.v_head_dim  # inputs of norms and of W_o
-    if recompute:
-        return kept
-    return kept + hidden + mla.kv_lora_rank + query_rank + heads * (2 * mla.qk_head_dim + mla.v_head_dim)
-
-
-def _ffn_elements(spec: ModelSpec, layer: int, recompute: bool) -> int:
-    hidden, moe = spec.hidden_size, spec.moe
-    kept = hidden if recompute else 2 * hidden
-    if moe is None or not spec.is_moe_layer(layer):
-        return kept + 2 * spec.intermediate_size
-    per_row = 2 * hidden + 2 * moe.moe_intermediate_size  # gathered input, output, gate and up
-    return kept + moe.num_experts_per_tok * per_row + 2 * moe.n_shared_experts * moe.moe_intermediate_size

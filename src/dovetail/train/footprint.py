@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from dovetail.model.transformer import Transformer
+from dovetail.model.transformer import Block, Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.loop import Run
 from dovetail.train.step import compute_losses
@@ -18,8 +22,12 @@ from dovetail.train.step import compute_losses
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepFootprint:
     flop_per_token: float  # forward and backward, MTP included
-    saved_bytes: int  # kept between forward and backward, parameters apart
+    saved: dict[str, int]  # bytes kept between forward and backward, by the parts of cost.activations
     gradient_bytes: int
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(self.saved.values())
 
 
 def measure_step(model: Transformer, length: int, batch_size: int) -> StepFootprint:
@@ -28,26 +36,94 @@ def measure_step(model: Transformer, length: int, batch_size: int) -> StepFootpr
     More FLOP than the rule of `cost.count` by what the rule leaves out: expert rows rounded up, and attention
     scores made a second time in the backward pass.
     """
-    device = model.norm.weight.device
-    tokens = torch.randint(model.spec.vocab_size, (batch_size, length + 1), device=device)
-    batch = Batch(tokens=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
-    own = {each.untyped_storage().data_ptr() for each in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    batch = random_batch(model, length, batch_size)
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop}) as counter:
-        with saved_tensors_hooks(note, lambda tensor: tensor):
+        with counting_saved(model) as ledger:
             losses = compute_losses(model, batch, separate_documents=False)
+        saved = ledger.by_part()
         torch.stack([losses.token, *losses.mtp]).sum().backward()
     gradients = sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
     model.zero_grad(set_to_none=True)
-    flop = counter.get_total_flops() / tokens[:, 1:].numel()
-    return StepFootprint(flop_per_token=flop, saved_bytes=sum(saved.values()), gradient_bytes=gradients)
+    flop = counter.get_total_flops() / (batch_size * length)
+    return StepFootprint(flop_per_token=flop, saved=saved, gradient_bytes=gradients)
+
+
+def random_batch(model: Transformer, length: int, batch_size: int) -> Batch:
+    tokens = torch.randint(model.spec.vocab_size, (batch_size, length + 1), device=model.norm.weight.device)
+    return Batch(tokens=tokens, document_ids=torch.zeros_like(tokens, dtype=torch.int32))
+
+
+class Ledger:
+    """Which part of the model saved which memory first; parameters belong to none."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.part = "ends"
+        self._own = {_storage(each) for each in model.parameters()}
+        self._entries: dict[StorageWeakRef, tuple[str, int]] = {}
+        self._shared: dict[StorageWeakRef, str] = {}
+
+    def note(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._own:
+            part = self._shared.get(storage, self.part)
+            self._entries.setdefault(storage, (part, tensor.untyped_storage().nbytes()))
+        return tensor
+
+    def share(self, *tensors: Tensor) -> None:
+        """These belong to the part at hand, whoever saves them."""
+        for tensor in tensors:
+            self._shared.setdefault(_storage(tensor), self.part)
+
+    def by_part(self) -> dict[str, int]:
+        """Bytes that are still held."""
+        total: dict[str, int] = {}
+        for storage, (part, size) in self._entries.items():
+            if not storage.expired():
+                total[part] = total.get(part, 0) + size
+        return total
+
+
+@contextmanager
+def counting_saved(model: Transformer) -> Iterator[Ledger]:
+    """While one microbatch's losses are computed. Raises ValueError for a model that recomputes: what it makes again
+    never comes by."""
+    if model.recompute:
+        raise ValueError("a model with recompute = true keeps recipes in place of tensors: count one without")
+    ledger = Ledger(model)
+    depths = iter(range(-1, len(model.mtp)))
+
+    def before_embedding(module: nn.Module, inputs: Any) -> None:
+        depth = next(depths)
+        ledger.part = "ends" if depth < 0 else f"mtp {depth}"
+
+    def before_block(block: Block, inputs: Any) -> None:
+        ledger.share(inputs[1].cos, inputs[1].sin)
+        if ledger.part == "ends":
+            ledger.part = f"layer {block.layer}"
+
+    def after_block(block: Block, inputs: Any, output: Tensor) -> None:
+        if ledger.part == f"layer {block.layer}":
+            ledger.part = "ends"
+
+    def after_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        ledger.part = "losses"
+
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    handles = [model.embed_tokens.register_forward_pre_hook(before_embedding)]
+    handles += [block.register_forward_pre_hook(before_block) for block in blocks]
+    handles += [block.register_forward_hook(after_block) for block in blocks]
+    handles += [module.register_forward_hook(after_output) for module in (model.norm, *model.mtp)]
+    try:
+        with saved_tensors_hooks(ledger.note, lambda tensor: tensor):
+            yield ledger
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Equal for tensors in the same memory; unlike an address it is never used again."""
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 def state_bytes(run: Run) -> int:
