@@ -43,8 +43,8 @@ def test_activations_are_those_of_the_recipe_and_one_chunk_of_logits() -> None:
 def test_recompute_leaves_out_norms_and_up_projections_and_the_band_holds_the_estimate() -> None:
     full = memory.training_memory(QUICKSTART, tokens=2048)
     lean = memory.training_memory(QUICKSTART, tokens=2048, recompute=True)
-    per_layer = 2 * 192 + 3 * (96 + 96 + 64)  # results of two norms; q, k, v
-    per_layer -= (64 + 32) + 32  # what makes q, k, v again: the first projection's output, the rotated key
+    per_layer = 2 * 192 + 96 + 64 + 3 * (96 + 96 + 64)  # results of two norms of H, two of the ranks; q, k, v
+    per_layer -= 32  # the rotated key, which makes k again
     assert lean.state == full.state
     mtp_tokens, joined = 2047, 2 * 192
     assert full.activations - lean.activations == 2 * (4 * 2048 * per_layer + mtp_tokens * (per_layer + joined))

@@ -6,7 +6,7 @@ It is the list of what this package's own layers save on a CPU; a test counts th
                 for the up-projections; q, k, v and a log-sum-exp per head; the input of o_proj
     dense ffn   the norm's input and result, the SwiGLU's input
     experts     the same for K rows per token; K outputs, for the gradient of the gate's weights; the gate's input
-                and scores in FP32, and which row is whose; the same as a dense ffn for the shared experts
+                in BF16 and scores in FP32, and which row is whose; the same as a dense ffn for the shared experts
     MTP         both inputs of the join before their norms, and after; then a layer and a final norm
     losses      the gradient of each final norm's result, which the loss makes at once
 
@@ -121,18 +121,17 @@ def _join(spec: ModelSpec, recipe: Recipe, recompute: bool) -> list[SavedTensor]
 def _attention(spec: ModelSpec, mla: Mla, recipe: Recipe, recompute: bool) -> list[SavedTensor]:
     hidden, query_rank, heads = spec.hidden_size, mla.q_lora_rank, mla.num_attention_heads
     down, up = recipe.sites.get("attention_down"), recipe.sites.get("attention_up")
-    remaking: Takers = {"remaking of q, k, v": None} if recompute else {}  # holds what they are made of, in BF16
     saved = _norm("attention norm", hidden)
     if query_rank is None:
-        saved += _taken(hidden, {"kv_a_proj": down, "q_proj": down, **remaking})
+        saved += _taken(hidden, {"kv_a_proj": down, "q_proj": down}, is_remade=recompute)
     else:
-        saved += _taken(hidden, {"kv_a_proj": down, "q_a_proj": down}, is_remade=recompute)
+        saved += _taken(hidden, {"kv_a_proj and q_a_proj": down}, is_remade=recompute)
         saved += _norm("query latent norm", query_rank)
-        saved += _taken(query_rank, {"q_b_proj": up, **remaking})
+        saved += _taken(query_rank, {"q_b_proj": up}, is_remade=recompute)
     saved += _norm("latent norm", mla.kv_lora_rank)
-    saved += _taken(mla.kv_lora_rank, {"kv_b_proj": up, **remaking})
+    saved += _taken(mla.kv_lora_rank, {"kv_b_proj": up}, is_remade=recompute)
     if recompute:
-        saved += [_plain("kv_a_proj output", mla.cache_dim), _plain("rotated key", mla.qk_rope_head_dim)]
+        saved += [_plain("rotated key", mla.qk_rope_head_dim)]
     else:
         saved += [_plain("q, k, v", heads * (2 * mla.qk_head_dim + mla.v_head_dim))]
     saved += [_plain("log-sum-exp", heads, "fp32"), _plain("first visible position", 1, "int32")]
@@ -152,7 +151,9 @@ def _experts(spec: ModelSpec, moe: Moe, recipe: Recipe, recompute: bool) -> list
     hidden, choices, width = spec.hidden_size, moe.num_experts_per_tok, moe.moe_intermediate_size
     up, shared_up = recipe.sites.get("expert_up"), recipe.sites.get("mlp_up")
     saved = _norm("ffn norm", hidden)
-    saved += [_plain("gate input", hidden, "fp32"), _plain("scores", moe.n_routed_experts, "fp32")]
+    takers: Takers = {"gate": None, "shared experts": shared_up} if moe.n_shared_experts else {"gate": None}
+    saved += _taken(hidden, takers, is_remade=recompute)
+    saved += [_plain("scores", moe.n_routed_experts, "fp32")]
     if moe.norm_topk_prob:
         saved += [_plain("chosen scores", choices, "fp32"), _plain("sum of chosen scores", 1, "fp32")]
     saved += [_plain("gate weights", choices, "fp32")]
@@ -160,7 +161,6 @@ def _experts(spec: ModelSpec, moe: Moe, recipe: Recipe, recompute: bool) -> list
     saved += _taken(hidden, {"experts": up}, rows=choices)
     saved += [_swiglu("experts swiglu", width, up, recipe, rows=choices), _plain("expert outputs", choices * hidden)]
     if moe.n_shared_experts:
-        saved += _taken(hidden, {"shared experts": shared_up}, is_remade=recompute)
         saved += [_swiglu("shared experts swiglu", moe.n_shared_experts * width, shared_up, recipe)]
     return saved
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dovetail.model import gate_numba
 from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics.linear import wide_linear
 from dovetail.spec.model import Moe
 
 
@@ -46,7 +46,7 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, dim]."""
-        return route(F.linear(x.to(self.weight.dtype), self.weight), self.e_score_correction_bias, self.moe)
+        return route(wide_linear(x, self.weight), self.e_score_correction_bias, self.moe)
 
 
 def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:

@@ -24,7 +24,7 @@ from dovetail.model.heads import Heads, split_heads
 from dovetail.model.norm import RmsNorm
 from dovetail.model.recompute import Recompute
 from dovetail.model.rope import attention_scale, rotate
-from dovetail.numerics.linear import Linear
+from dovetail.numerics.linear import Input, Linear, quantize_for
 from dovetail.spec.model import Mla, ModelSpec
 
 
@@ -86,8 +86,11 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         """x [B, T, dim] -> [B, T, dim]; `context` says where the tokens are and what came before."""
-        latent, rope_key = self.remember(x, context, layer)
-        low = x if self.mla.q_lora_rank is None else context.again(self.q_a_layernorm, self.q_a_proj(x))
+        low, quantized = x, None
+        if self.mla.q_lora_rank is not None:
+            quantized = quantize_for(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+            low = context.again(self.q_a_layernorm, self.q_a_proj(x, quantized))
+        latent, rope_key = self.remember(x, context, layer, quantized)
         if context.absorbed:
             heads = self._absorbed(self.queries(low), latent, rope_key, context)
         elif latent.shape[1] == x.shape[1]:
@@ -97,11 +100,13 @@ class MultiHeadLatentAttention(nn.Module):
             heads = self._expanded_over_cache(self.queries(low), latent, rope_key, context)
         return self.o_proj(heads.flatten(2))
 
-    def remember(self, x: Tensor, context: Context, layer: int) -> tuple[Tensor, Tensor]:
+    def remember(
+        self, x: Tensor, context: Context, layer: int, quantized: Input | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Latent [B, S, kv_lora_rank] and rotated key [B, S, qk_rope_head_dim] of x and, with a cache, of what came
         before: all that attention needs of it."""
-        both = self.kv_a_proj_with_mqa(x).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
-        latent = context.again(self.kv_a_layernorm, both[0])
+        both = self.kv_a_proj_with_mqa(x, quantized).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
+        latent = context.again(self.kv_a_layernorm, both[0].contiguous())
         rope_key = rotate(both[1], context.cos, context.sin)
         if context.cache is None:
             return latent, rope_key

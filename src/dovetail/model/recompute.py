@@ -29,7 +29,7 @@ class Recipe:
     @torch.no_grad()
     def make(self, index: int) -> Tensor:
         if self._results is None:
-            outputs = self._function(*self._inputs)
+            outputs = self._function(*map(_unpack, self._inputs))
             self._results = outputs if isinstance(outputs, tuple) else (outputs,)
         result = self._results[index]
         self.uses -= 1
@@ -48,14 +48,15 @@ class Recompute:
         """function(*inputs), to be made again rather than saved."""
         outputs = function(*inputs)
         if torch.is_grad_enabled():
-            recipe = Recipe(function, inputs)
+            # What is itself made again is not kept for the sake of what is made of it.
+            recipe = Recipe(function, tuple(self._pack(x) if isinstance(x, Tensor) else x for x in inputs))
             for index, output in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
                 # A dead reference means that the memory may be somebody else's by now.
                 self._recipes[_address(output)] = (weakref.ref(output), recipe, index)
         return outputs
 
     def hooks(self) -> saved_tensors_hooks:
-        return saved_tensors_hooks(self._pack, self._unpack)
+        return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
         reference, recipe, index = self._recipes.get(_address(tensor), (None, None, 0))
@@ -64,12 +65,13 @@ class Recompute:
         recipe.uses += 1
         return recipe, index, tensor.shape, tensor.stride(), tensor.storage_offset()
 
-    def _unpack(self, packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        recipe, index, *geometry = packed
-        made: Tensor = recipe.make(index)
-        return made.as_strided(*geometry)
+
+def _unpack(packed: Any) -> Any:
+    if not isinstance(packed, tuple):
+        return packed
+    recipe, index, *geometry = packed
+    made: Tensor = recipe.make(index)
+    return made.as_strided(*geometry)
 
 
 def _address(tensor: Tensor) -> int:

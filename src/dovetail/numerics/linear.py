@@ -28,6 +28,8 @@ from dovetail.numerics.operands import (
 from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
 from dovetail.spec.precision import GemmPrecision
 
+Input = tuple[Operand, Kept]  # as fprop takes it, and as it is kept
+
 
 class Linear(nn.Linear):
     """A linear layer without bias, in BF16 or FP32 until it is given a `precision`."""
@@ -36,34 +38,61 @@ class Linear(nn.Linear):
         super().__init__(n_in, n_out, bias=False, dtype=dtype)
         self.precision: GemmPrecision | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, quantized: Input | None = None) -> Tensor:
+        """`quantized`: x as `quantize_for` gave it, where several layers take it; it is kept once then."""
         if self.precision is None:
             return F.linear(x, self.weight)
-        return quantized_linear(x, self.weight, self.precision)
+        return quantized_linear(x, self.weight, self.precision, quantized)
 
 
-def quantized_linear(x: Tensor, weight: Tensor, precision: GemmPrecision) -> Tensor:
+def quantize_for(x: Tensor, *layers: Linear) -> Input | None:
+    """x [..., K] for layers of one precision; None where they are not quantised, or not alike."""
+    precision = layers[0].precision
+    if precision is None or any(layer.precision != precision for layer in layers):
+        return None
+    return _input(x.detach().flatten(0, -2).contiguous(), precision)
+
+
+def quantized_linear(x: Tensor, weight: Tensor, precision: GemmPrecision, quantized: Input | None = None) -> Tensor:
     """x [..., K] BF16, weight [N, K] -> [..., N]."""
-    output: Tensor = _Linear.apply(x.flatten(0, -2), weight, precision)
+    output: Tensor = _Linear.apply(x.flatten(0, -2), weight, precision, quantized)
     return output.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: GemmPrecision) -> Tensor:
-        rows, kept = _input(x.contiguous(), precision)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: GemmPrecision, quantized: Input | None) -> Tensor:
+        rows, kept = quantized or _input(x.contiguous(), precision)
         save(ctx, [kept], weight)
         ctx.precision = precision
         return fprop(rows, block_operand(weight[None], precision.weight), [0, len(x)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (kept,), (weight,) = saved(ctx)
         grad_x, grad_weight = gemm_backward(grad.contiguous(), kept, weight[None], [0, len(grad)], ctx.precision)
-        return grad_x, grad_weight[0], None
+        return grad_x, grad_weight[0], None, None
 
 
-def _input(x: Tensor, precision: GemmPrecision) -> tuple[Operand, Kept]:
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, K] in any dtype, weight [M, K] in a wider one -> [N, M] in the wider one; x is kept as it is."""
+    output: Tensor = _WideLinear.apply(x, weight)
+    return output
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return (grad @ weight).to(x.dtype), grad.t() @ x.to(weight.dtype)
+
+
+def _input(x: Tensor, precision: GemmPrecision) -> Input:
     """The input as fprop takes it, and as it is kept."""
     if precision.saved_input is None:
         return keep_rows(x, precision.input)
