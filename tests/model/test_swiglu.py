@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.model.mlp import DenseMlp
 from dovetail.model.swiglu import (
-    DenseMlp,
     swiglu,
     swiglu_backward,
     swiglu_backward_reference,

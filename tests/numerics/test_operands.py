@@ -82,7 +82,9 @@ def test_a_grid_is_the_rounded_quotient(name: str, tile: Tile, draw: Draw) -> No
     x, fmt = values((140, 200), draw), float_format(name)
     ours = row_operand(x, Quantization(format=name, tile=tile))
     for row in (0, 77, 139):
-        rows = {"row": slice(row, row + 1), "block": slice(row // 128 * 128, row // 128 * 128 + 128)}.get(tile, slice(140))
+        rows = {"row": slice(row, row + 1), "block": slice(row // 128 * 128, row // 128 * 128 + 128)}.get(
+            tile, slice(140)
+        )
         for number, columns in enumerate([slice(0, 128), slice(128, 200)]):
             seen = x[rows] if tile == "tensor" else x[rows, columns]
             scale = seen.float().abs().max().clamp(min=1e-4) / fmt.max
@@ -101,7 +103,9 @@ def test_rounding_a_scale_down_would_clip(draw: Draw) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_seen_in_its_tile_alone(poison: float, draw: Draw, by_torch: Callable[..., object]) -> None:
+def test_what_is_not_finite_is_seen_in_its_tile_alone(
+    poison: float, draw: Draw, by_torch: Callable[..., object]
+) -> None:
     x = values((9, 300), draw)
     x[4, 130] = poison
     for call in (lambda f, *a: f(*a), by_torch):

@@ -27,14 +27,12 @@ LINEAR_SITES: dict[str, Site] = {
 
 def apply_recipe(model: nn.Module, recipe: Recipe) -> None:
     """Raises `ValueError` for a model that is not BF16, and for a recipe that training cannot run."""
-    if recipe.changes_nothing:
-        return
     if recipe.expert_output is not None:
         check_sent_format(recipe.expert_output)
     dtypes = {module.weight.dtype for _, module in _linears(model)}
-    if dtypes - {torch.bfloat16}:
+    if recipe.sites and dtypes - {torch.bfloat16}:
         raise ValueError(f"precision {recipe.name!r} quantises BF16 layers; this model is {dtypes}: use dtype bfloat16")
-    if recipe.promotion != 128:
+    if recipe.sites and recipe.promotion != 128:
         raise ValueError(f"recipe {recipe.name!r} has promotion = {recipe.promotion}; training sums by tiles of 128")
     for name, module in _linears(model):
         module.precision = recipe.sites.get(LINEAR_SITES[name])

@@ -34,7 +34,7 @@ Tile = Literal["row", "column", "block", "tensor"]
 class Quantization(Record):
     """How one operand is rounded."""
 
-    format: str = "e4m3"  # exMy, as in numerics.formats
+    format: str = Field(default="e4m3", pattern="^e[0-9]+m[0-9]+$")  # as in numerics.formats
     tile: Tile = "row"
     power_of_two: bool = False  # scales rounded up to a power of two (UE8M0)
 
@@ -76,7 +76,3 @@ class Recipe(Record):
     promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
     saved_swiglu: Quantization | None = None  # SwiGLU inputs of experts for the backward pass; None: the model's dtype
     expert_output: str | None = None  # format in which routed experts' outputs are sent back: eXmY, or logfmt-N
-
-    @property
-    def changes_nothing(self) -> bool:
-        return not self.sites and self.expert_output is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
+from dovetail.catalog.precision import load_recipe
+from dovetail.model.moe import LocalDispatcher
+from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Block, Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.loop import Run
@@ -31,21 +35,30 @@ class StepFootprint:
 
 
 def measure_step(model: Transformer, length: int, batch_size: int) -> StepFootprint:
-    """One forward and backward pass on random tokens; leaves no gradients behind.
-
-    More FLOP than the rule of `cost.count` by what the rule leaves out: expert rows rounded up, and attention
-    scores made a second time in the backward pass.
-    """
+    """One forward and backward pass on random tokens; leaves no gradients behind."""
     batch = random_batch(model, length, batch_size)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm_flop}) as counter:
-        with counting_saved(model) as ledger:
-            losses = compute_losses(model, batch, separate_documents=False)
-        saved = ledger.by_part()
-        torch.stack([losses.token, *losses.mtp]).sum().backward()
+    with counting_saved(model) as ledger:
+        losses = compute_losses(model, batch, separate_documents=False)
+    saved = ledger.by_part()
+    torch.stack([losses.token, *losses.mtp]).sum().backward()
     gradients = sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
     model.zero_grad(set_to_none=True)
-    flop = counter.get_total_flops() / (batch_size * length)
-    return StepFootprint(flop_per_token=flop, saved=saved, gradient_bytes=gradients)
+    return StepFootprint(flop_per_token=flop_per_token(model, batch), saved=saved, gradient_bytes=gradients)
+
+
+def flop_per_token(model: Transformer, batch: Batch) -> float:
+    """Forward and backward as torch counts them, in FP32: it sees its own products, not those of our BF16 kernels.
+
+    More than the rule of `cost.count` by the attention scores, which are made a second time in the backward pass.
+    """
+    wide = copy.deepcopy(model)
+    apply_recipe(wide, load_recipe("bf16"))
+    wide.float()
+    wide.dispatcher = LocalDispatcher(row_multiple=1)
+    with FlopCounterMode(display=False) as counter:
+        losses = compute_losses(wide, batch, separate_documents=False)
+        torch.stack([losses.token, *losses.mtp]).sum().backward()
+    return counter.get_total_flops() / batch.tokens[:, 1:].numel()
 
 
 def random_batch(model: Transformer, length: int, batch_size: int) -> Batch:
@@ -132,10 +145,3 @@ def state_bytes(run: Run) -> int:
     tensors += [each for part in run.optimizer.state().values() for each in part.values()]
     tensors += [] if run.ema is None else run.ema.average.values()
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
-
-
-def _grouped_mm_flop(
-    left: torch.Size, right: torch.Size, *rest: object, out_shape: object = None, **named: object
-) -> int:
-    """[R, k] times [E, k, n] by rows of each expert, or [n, R] times [R, m] into one product per expert."""
-    return 2 * left[0] * left[1] * right[-1]
