@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dovetail.train.metrics import HeldOutMetrics, Metrics, StepMetrics
+from dovetail.train.metrics import HeldOutMetrics, StepMetrics
 
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth to eight eighths of a character cell
 PLAIN_BARS = "12345678"  # for a terminal that is not UTF-8
@@ -68,7 +68,7 @@ class Display:
             self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
             self._live.start()
 
-    def update(self, metrics: Metrics, seconds_left: float | None = None) -> None:
+    def update(self, metrics: StepMetrics | HeldOutMetrics, seconds_left: float | None = None) -> None:
         """Take in a record, and show it if it is time. Time left is estimated from recent steps if not given."""
         if isinstance(metrics, HeldOutMetrics):
             self._held_out = metrics
