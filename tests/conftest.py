@@ -1,5 +1,6 @@
 """The smallest models that still have every part, random weights for them, and random numbers by test name."""
 
+import os
 import zlib
 from collections.abc import Callable
 
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.model import ModelSpec
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: its kernels then run on a CPU
 
 TINY = {
     "model_type": "deepseek_v3",

@@ -1,0 +1,134 @@
+"""Every Triton kernel compiles for Hopper as its wrapper launches it, which needs no GPU: what the interpreter lets
+pass, the compiler may not.
+
+In a process of its own, since TRITON_INTERPRET is read when Triton is imported. There the driver is a stand-in, and a
+launch stops after the compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PRODUCT = "wgmma.mma_async"
+FP8_PRODUCT = "k32.f32.e4m3.e4m3"
+CAST = "cvt.rn.satfinite.e4m3x2.f32"
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="Triton is published for Linux only")
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    counts = json.loads(run.stdout)
+    assert len(counts) > 25
+    for name, count in counts.items():
+        has_product = name.startswith(("multiply", "sum_outer"))
+        assert (count[PRODUCT] > 0) == has_product, name
+        assert (count[FP8_PRODUCT] > 0) == (has_product and "widened" not in name), name
+        is_e4m3 = name.startswith(("_quantize", "_swiglu")) and "e5" not in name
+        assert (count[CAST] > 0) == is_e4m3, name
+
+
+class Hopper:
+    """As much of a driver as compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_all() -> dict[str, dict[str, int]]:
+    """How often each instruction is in the PTX of each kernel."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Hopper())
+    launch, ptx, label = JITFunction.run, {}, [""]
+
+    def stop_before_launch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        built = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        assert built.asm["cubin"], "ptxas made nothing"
+        ptx[f"{kernel.__name__}, {label[0]}"] = built.asm["ptx"]
+        return built
+
+    JITFunction.run = stop_before_launch
+    for name, work in launches().items():
+        label[0] = name
+        work()
+    return {name: {mark: text.count(mark) for mark in (PRODUCT, FP8_PRODUCT, CAST)} for name, text in ptx.items()}
+
+
+def launches() -> dict[str, Callable[[], object]]:
+    """Every wrapper, as for a GPU that casts to FP8. Matrices stay empty: nothing runs."""
+    from dovetail.model import swiglu_triton as swiglu
+    from dovetail.numerics import gemm_triton as gemm
+    from dovetail.numerics import logfmt_triton as logfmt
+    from dovetail.numerics import quantize_triton as quantisation
+    from dovetail.numerics import rounding_triton
+    from dovetail.numerics.accumulate import Fp32Accumulator, HopperAccumulator
+    from dovetail.numerics.logfmt import LogFmt
+
+    plain = rounding_triton.rounding
+
+    def as_on_a_gpu(form: Any, power_of_two: bool, device: torch.device) -> Any:
+        casts = form.name in rounding_triton.CAST_FORMATS
+        return replace(plain(form, power_of_two, device), fused=True, casts=casts)
+
+    quantisation.rounding = swiglu.rounding = as_on_a_gpu  # type: ignore[attr-defined]
+    x, grad = torch.zeros(256, 1024, dtype=torch.bfloat16), torch.zeros(256, 512, dtype=torch.bfloat16)
+    row, block, column = (
+        quantisation.empty_quantized((256, 1024), tile, "e4m3", x.device) for tile in ((1, 128), (128, 128), (128, 1))
+    )
+    ragged = quantisation.empty_quantized((256, 1000), (1, 128), "e4m3", x.device)
+    counts = torch.zeros(2, dtype=torch.int32)
+    sent = LogFmt(
+        data=torch.zeros(256, 1280, dtype=torch.uint8), minimum=row.scale, step=row.scale, bits=10, columns=1024
+    )
+    found: dict[str, Callable[[], object]] = {
+        "columns of experts": lambda: quantisation.quantize_columns(x, [0, 3, 256], check=False),
+        "strided": lambda: quantisation.quantize(x[:, ::2], (1, 128), check=False),
+        "e5m6": lambda: quantisation.quantize(x, (1, 128), "e5m6", check=False),
+        "e5m2": lambda: quantisation.quantize(x, (1, 128), "e5m2", check=False),
+        "kept": lambda: swiglu.swiglu_quantized_backward(grad, row, check=False),
+        "ragged K": lambda: gemm.scaled_matmul(ragged, ragged),
+        "rows by rows": lambda: gemm.scaled_matmul(row, row, dtype=torch.float32),
+        "promoted every 32": lambda: gemm.scaled_matmul(row, block, HopperAccumulator(32)),
+        "widened": lambda: gemm.scaled_matmul(row, block, Fp32Accumulator()),
+        "contiguous": lambda: gemm.grouped_scaled_matmul(row, [block, block], [0, 100, 256]),
+        "masked": lambda: gemm.masked_scaled_matmul(row, [block, block], counts),
+        "wgrad": lambda: gemm.grouped_scaled_outer(column, column, [0, 128, 256]),
+        "wgrad of one": lambda: gemm.scaled_outer(column, column),
+        "decode": lambda: logfmt.decode(sent),
+        "decode in FP32": lambda: logfmt.decode(sent, torch.bfloat16, torch.float32),
+        "encode": lambda: logfmt.encode(x, 9, check=False),
+        "encode in FP32": lambda: logfmt.encode(x, 10, check=False, work=torch.float32),
+    }
+    for tile in ((1, 128), (128, 128), (128, 1)):
+        for rule in (False, True):
+            found[f"{tile}, power of two {rule}"] = lambda t=tile, p=rule: quantisation.quantize(x, t, "e4m3", p, False)
+        found[f"{tile}"] = lambda t=tile: swiglu.swiglu_quantized(x, t, check=False)
+        found[f"{tile}, backward"] = lambda t=tile: swiglu.swiglu_quantized_backward(grad, x, t, check=False)
+    for each in gemm.BLOCKINGS:
+        found[f"{each}"] = lambda b=each: gemm.scaled_matmul(row, block, blocking=b)
+    return found
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(compile_all()))
