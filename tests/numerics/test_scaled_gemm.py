@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.numerics import gemm_numba
+from dovetail.numerics import gemm_numba, scaled_gemm
 from dovetail.numerics.compare import normwise_error, tolerance
 from dovetail.numerics.operands import Operand, block_operand, column_operand, row_operand, token_tiles
 from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
@@ -46,11 +46,15 @@ def test_kernel_is_the_reference_bit_for_bit(
     offsets: list[int], widths: tuple[int, int], draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parts = operands(offsets, widths, draw)
-    ours = products(parts, offsets)
+    ours, has_kernel = products(parts, offsets), gemm_numba.is_available()
     monkeypatch.setattr(gemm_numba, "is_available", lambda: False)
-    for mine, reference in zip(ours, products(parts, offsets), strict=True):
-        assert mine.dtype == torch.bfloat16
-        assert torch.equal(mine, reference)
+    by_tiles = products(parts, offsets)
+    monkeypatch.setattr(scaled_gemm, "product_by_tiles", scaled_gemm.product_reference)
+    terms = (*widths, offsets[-1] + 1)
+    for mine, tiled, reference, count in zip(ours, by_tiles, products(parts, offsets), terms, strict=True):
+        assert mine.dtype == tiled.dtype == torch.bfloat16
+        assert torch.equal(mine, reference if has_kernel else tiled)
+        assert normwise_error(tiled, reference.double()) < 2 * tolerance(torch.bfloat16, terms=count)
 
 
 def wide(operand: Operand, dim: int) -> Tensor:

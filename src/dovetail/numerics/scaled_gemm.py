@@ -29,7 +29,7 @@ def fprop(rows: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
     if not has_kernel(rows.grid):
         for g, here in _groups(offsets):
             right_scale = weight.scale[g].repeat_interleave(TILE, 0)[:width]
-            output[here] = product_reference(rows.grid[here], weight.grid[g], rows.scale[here], right_scale)
+            output[here] = product_by_tiles(rows.grid[here], weight.grid[g], rows.scale[here], right_scale)
         return output
     starts, counts = _bounds(offsets)
     experts, tiles = np.arange(groups), rows.scale.shape[1]
@@ -52,7 +52,7 @@ def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
     if not has_kernel(grad.grid):
         for g, here in _groups(offsets):
             right_scale = weight.scale[g].t().repeat_interleave(TILE, 0)[:width]
-            output[here] = product_reference(grad.grid[here], weight.grid[g].t(), grad.scale[here], right_scale)
+            output[here] = product_by_tiles(grad.grid[here], weight.grid[g].t(), grad.scale[here], right_scale)
         return output
     starts, counts = _bounds(offsets)
     experts, tiles = np.arange(groups), grad.scale.shape[1]
@@ -79,7 +79,7 @@ def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
         for g, here in _groups(offsets):
             tiles = slice(int(firsts[g]), ends[g])
             left, right = (each.grid[here].t() for each in (grad, rows))
-            output[g] = product_reference(left, right, grad.scale[tiles].t(), rows.scale[tiles].t())
+            output[g] = product_by_tiles(left, right, grad.scale[tiles].t(), rows.scale[tiles].t())
         return output
     starts, counts = _bounds(offsets)
     _multiply(
@@ -95,9 +95,19 @@ def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
     return output
 
 
+def product_by_tiles(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    """a [M, K] b^T [K, N] with scales [M, tiles] and [N, tiles], where there is no kernel: a product per tile."""
+    total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
+    for tile in range(a_scale.shape[1]):
+        terms = slice(tile * TILE, (tile + 1) * TILE)
+        part = a[:, terms].float() @ b[:, terms].float().t()
+        total += part * (a_scale[:, tile, None] * b_scale[None, :, tile])
+    return total.to(torch.bfloat16)
+
+
 def product_reference(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """a [M, K] b^T [K, N] with scales [M, tiles] and [N, tiles], in the kernel's order of summation and bit for bit its
-    result, short of a double rounding (FP64, then FP32) where each tile's sum is added."""
+    """The same in the kernel's order of summation and bit for bit its result, short of a double rounding (FP64, then
+    FP32) where each tile's sum is added."""
     total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
     wide_a, wide_b = a.float(), b.float()
     for tile in range(a_scale.shape[1]):
