@@ -96,7 +96,12 @@ def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
         rows.append(("its moving average", f"{average_bits(state):.3f}", f"decay {state.ema.decay}"))
     sizes = compressed_sizes(document.text.encode() for document in documents)
     rows += [(name, f"{bits:.3f}", "on the same files") for name, bits in sizes.items()]
-    return [*rows, ("files", str(len(documents)), f"{store.num_bytes:,} bytes, none trained on")]
+    why = "FP8 on a CPU costs time and gains none: see docs/guides/precision.md"
+    return [
+        *rows,
+        ("files", str(len(documents)), f"{store.num_bytes:,} bytes, none trained on"),
+        ("precision", state.config.train.precision, why),
+    ]
 
 
 def average_bits(state: Run) -> float:
