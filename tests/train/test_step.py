@@ -237,6 +237,14 @@ def test_v2_gates_have_no_bias_to_move(tiny_spec: SpecFactory, random_model: Mod
     assert len(result.max_vio) == 3
 
 
+def test_a_model_of_dense_layers_has_nothing_to_balance(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
+    """Experts in the spec, but every layer dense and no MTP module."""
+    spec = tiny_spec(first_k_dense_replace=3, num_nextn_predict_layers=None)
+    _, result, _ = stepped(random_model(spec), [batch_of(spec, 2)])
+    assert result.is_finite
+    assert (result.balance_loss, result.max_vio) == (0.0, [])
+
+
 # ---- Steps that must not happen ----
 
 

@@ -46,14 +46,15 @@ class Losses:
 
 
 def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -> Losses:
-    """Main and MTP losses of one microbatch: batch.tokens [B, T + 1].
+    """Main and MTP losses of one microbatch, batch.tokens [B, T + 1], moved to where the model is.
 
     With `separate_documents` nothing crosses a border: attention stops there, and a target in another document
     than the position that predicts it does not count.
     """
-    tokens = batch.tokens
+    device = model.norm.weight.device
+    tokens = batch.tokens.to(device)
     batch_size, length = tokens.shape[0], tokens.shape[1] - 1
-    ids = batch.document_ids if separate_documents else None
+    ids = batch.document_ids.to(device) if separate_documents else None
     inputs = tokens[:, :-1].contiguous()
     output = model(inputs, document_ids=None if ids is None else ids[:, :-1])
     routings = list(output.routings)
@@ -72,7 +73,7 @@ def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -
         mtp.append(token_loss(hidden, model.head_weight, _targets(tokens, ids, depth + 2)))
     moe = model.spec.moe
     balance = token.new_zeros(())
-    if moe is not None:
+    if moe is not None and routings:
         balance = torch.stack([balance_loss(routing, batch_size, moe) for routing in routings]).sum()
     return Losses(token=token, mtp=mtp, balance=balance, counts=[routing.counts for routing in routings])
 
