@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dovetail.model.swiglu import swiglu, swiglu_backward
-from dovetail.numerics.linear import gemm_backward, gemm_forward, save, saved
-from dovetail.numerics.operands import keep
+from dovetail.numerics.linear import input_gradient, operand_and_kept, output_of, save, saved, weight_gradient
+from dovetail.numerics.operands import keep, row_operand
 from dovetail.spec.precision import GemmPrecision, Quantization
 
 
@@ -35,8 +35,9 @@ class _Mlp(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: Sequence[int], precision: MlpPrecision
     ) -> Tensor:
-        hidden, kept_rows = gemm_forward(rows.contiguous(), gate_up, offsets, precision.up)
-        output, _ = gemm_forward(swiglu(hidden), down, offsets, precision.down)
+        operand, kept_rows = operand_and_kept(rows.contiguous(), precision.up)
+        hidden = output_of(operand, gate_up, offsets, precision.up)
+        output = output_of(row_operand(swiglu(hidden), precision.down.input), down, offsets, precision.down)
         if precision.saved_swiglu is None:
             save(ctx, [kept_rows], gate_up, down, hidden)
         else:
@@ -49,9 +50,10 @@ class _Mlp(torch.autograd.Function):
         kept, (gate_up, down, *rest) = saved(ctx)
         hidden = rest[0] if rest else kept[1].restore()
         precision, offsets, grad = ctx.precision, ctx.offsets, grad.contiguous()
-        # The output of the SwiGLU is needed for the gradient of `down`, and made again beside its gradient.
-        act = swiglu(hidden)
-        grad_act, grad_down = gemm_backward(grad, act, down, offsets, precision.down)
-        grad_hidden, _ = swiglu_backward(grad_act, hidden)
-        grad_rows, grad_gate_up = gemm_backward(grad_hidden, kept[0], gate_up, offsets, precision.up)
+        # The output is made again as the forward pass made it: the one that comes beside the gradient is grouped
+        # otherwise, and differs in the last bit of one value in 100,000.
+        grad_down = weight_gradient(grad, swiglu(hidden), offsets, precision.down)
+        grad_hidden, _ = swiglu_backward(input_gradient(grad, down, offsets, precision.down), hidden)
+        grad_gate_up = weight_gradient(grad_hidden, kept[0], offsets, precision.up)
+        grad_rows = input_gradient(grad_hidden, gate_up, offsets, precision.up)
         return grad_rows, grad_gate_up, grad_down, None, None

@@ -23,6 +23,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from dovetail.numerics.cpu_numba import load
+from dovetail.numerics.tiles_numba import spread, sum_lanes
 
 LANES = 16
 UNROLL = 4  # accumulators per result in `dots`, to hide the latency of a multiply-add
@@ -74,22 +75,6 @@ def _prefetch(builder: Any, pointer: Any) -> None:
     builder.call(function, [address, word(0), word(3), word(1)])  # to read, into all caches, data
 
 
-def _sum_lanes(builder: Any, vector: Any) -> Any:
-    """Halves added to halves."""
-    lanes = LANES
-    while lanes > 1:
-        lanes //= 2
-        undefined = ir.Constant(vector.type, ir.Undefined)
-        low, high = (
-            builder.shuffle_vector(
-                vector, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), list(range(at, at + lanes)))
-            )
-            for at in (0, lanes)
-        )
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
-
-
 def _accumulator(builder: Any, type_: Any) -> Any:
     slot = cgutils.alloca_once(builder, type_)
     builder.store(ir.Constant(type_, [0.0] * LANES if type_ == VECTOR else 0.0), slot)
@@ -136,7 +121,7 @@ def _make_dots(count: int) -> Any:
             for i, (totals, total) in enumerate(zip(whole, rest, strict=True)):
                 a, b, c, d = (builder.load(each) for each in totals)
                 vector = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
-                value = builder.fadd(_sum_lanes(builder, vector), builder.load(total))
+                value = builder.fadd(sum_lanes(builder, vector), builder.load(total))
                 index = builder.add(arguments[5], builder.mul(INT64(i), arguments[6]))
                 builder.store(value, builder.gep(results.data, [index]))
 
@@ -164,7 +149,7 @@ def _make_mix(count: int) -> Any:
                     start = builder.mul(builder.add(arguments[1], INT64(i)), stride)
                     factor = builder.load(builder.gep(factors.data, [builder.add(start, loop.index)]))
                     for vector, total in zip(vectors, totals[i], strict=True):
-                        _multiply_add(builder, _spread(builder, factor), vector, total)
+                        _multiply_add(builder, spread(builder, factor), vector, total)
             for i in range(count):
                 start = builder.add(builder.mul(builder.add(arguments[7], INT64(i)), out_width), arguments[5])
                 for u, total in enumerate(totals[i]):
@@ -176,13 +161,6 @@ def _make_mix(count: int) -> Any:
         return types.void(p, integer, integer, w, integer, integer, out, integer), generate
 
     return mix
-
-
-def _spread(builder: Any, value: Any) -> Any:
-    """The same FP32 in every lane."""
-    undefined = ir.Constant(VECTOR, ir.Undefined)
-    lanes = builder.insert_element(undefined, value, ir.IntType(32)(0))
-    return builder.shuffle_vector(lanes, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
 
 
 _dots1, _dots2, _dots4 = _make_dots(1), _make_dots(2), _make_dots(4)

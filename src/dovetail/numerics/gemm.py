@@ -39,7 +39,7 @@ def grouped_linear(rows: Tensor, weights: Tensor, offsets: Sequence[int]) -> Ten
     """
     if has_kernel(rows, weights):
         output = rows.new_empty(rows.shape[0], weights.shape[1])
-        starts, counts = _bounds(offsets)
+        starts, counts = bounds_of(offsets)
         experts = np.arange(len(starts))
         _multiply(
             (rows, weights.transpose(1, 2), output),
@@ -56,7 +56,7 @@ def grouped_outer(left: Tensor, right: Tensor, offsets: Sequence[int]) -> Tensor
     """left [R, n]^T times right [R, m] for each expert's rows -> [E, n, m]; zero where an expert has none."""
     if has_kernel(left, right):
         output = left.new_empty(len(offsets) - 1, left.shape[1], right.shape[1])
-        starts, counts = _bounds(offsets)
+        starts, counts = bounds_of(offsets)
         _multiply(
             (left.t(), right, output),
             (starts * left.stride(0), starts * right.stride(0), np.arange(len(starts)) * output.stride(0)),
@@ -101,7 +101,8 @@ def _flat(x: Tensor) -> np.ndarray:
     return array(x.as_strided((x.untyped_storage().nbytes() // 2 - x.storage_offset(),), (1,)))
 
 
-def _bounds(offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def bounds_of(offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """First row and number of rows of each group."""
     ends = np.asarray(offsets)
     return ends[:-1], np.diff(ends)
 

@@ -50,7 +50,7 @@ def quantize_for(x: Tensor, *layers: Linear) -> Input | None:
     precision = layers[0].precision
     if precision is None or any(layer.precision != precision for layer in layers):
         return None
-    return _input(x.detach().flatten(0, -2).contiguous(), precision)
+    return operand_and_kept(x.detach().flatten(0, -2).contiguous(), precision)
 
 
 def quantized_linear(x: Tensor, weight: Tensor, precision: GemmPrecision, quantized: Input | None = None) -> Tensor:
@@ -62,16 +62,17 @@ def quantized_linear(x: Tensor, weight: Tensor, precision: GemmPrecision, quanti
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, precision: GemmPrecision, quantized: Input | None) -> Tensor:
-        rows, kept = quantized or _input(x.contiguous(), precision)
+        rows, kept = quantized or operand_and_kept(x.contiguous(), precision)
         save(ctx, [kept], weight)
         ctx.precision = precision
-        return fprop(rows, block_operand(weight[None], precision.weight), [0, len(x)])
+        return output_of(rows, weight[None], [0, len(x)], precision)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (kept,), (weight,) = saved(ctx)
-        grad_x, grad_weight = gemm_backward(grad.contiguous(), kept, weight[None], [0, len(grad)], ctx.precision)
-        return grad_x, grad_weight[0], None, None
+        grad, offsets, precision = grad.contiguous(), [0, len(grad)], ctx.precision
+        grad_x = input_gradient(grad, weight[None], offsets, precision)
+        return grad_x, weight_gradient(grad, kept, offsets, precision)[0], None, None
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -92,30 +93,31 @@ class _WideLinear(torch.autograd.Function):
         return (grad @ weight).to(x.dtype), grad.t() @ x.to(weight.dtype)
 
 
-def _input(x: Tensor, precision: GemmPrecision) -> Input:
+def operand_and_kept(x: Tensor, precision: GemmPrecision) -> Input:
     """The input as fprop takes it, and as it is kept."""
     if precision.saved_input is None:
         return keep_rows(x, precision.input)
     return row_operand(x, precision.input), keep(x, precision.saved_input)
 
 
-def gemm_forward(x: Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> tuple[Tensor, Kept]:
-    """Output [R, N] of rows x [R, K] and stacked weights [G, N, K], and what is kept of x."""
-    rows, kept = _input(x, precision)
-    return fprop(rows, block_operand(weight, precision.weight), offsets), kept
+def output_of(rows: Operand, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
+    """Rows [R, K] as fprop takes them and stacked weights [G, N, K] -> [R, N]."""
+    return fprop(rows, block_operand(weight, precision.weight), offsets)
 
 
-def gemm_backward(
-    grad: Tensor, kept: Kept | Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision
-) -> tuple[Tensor, Tensor]:
-    """Gradients of x [R, K] and of the stacked weights; `kept` is the input, as it was kept or made again (BF16)."""
-    grad_x = dgrad(row_operand(grad, precision.grad), block_operand(weight, precision.weight), offsets)
+def input_gradient(grad: Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
+    """Of grad [R, N] and stacked weights [G, N, K] -> [R, K]."""
+    return dgrad(row_operand(grad, precision.grad), block_operand(weight, precision.weight), offsets)
+
+
+def weight_gradient(grad: Tensor, kept: Kept | Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
+    """Of grad [R, N] and the input [R, K], as it was kept or made again (BF16) -> [G, N, K]."""
     bounds, _ = token_tiles(offsets)
     if isinstance(kept, Kept):
         rows = retiled_operand(kept, bounds, precision.wgrad_input)
     else:
         rows = column_operand(kept, bounds, precision.wgrad_input)
-    return grad_x, wgrad(column_operand(grad, bounds, precision.wgrad_grad), rows, offsets)
+    return wgrad(column_operand(grad, bounds, precision.wgrad_grad), rows, offsets)
 
 
 def save(ctx: Any, kept: Sequence[Kept], *tensors: Tensor) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 from dovetail.numerics import quantize_numba
 from dovetail.numerics.cpu_numba import array, takes
 from dovetail.numerics.formats import decode, encode, float_format, pack_e5m6, round_to, unpack_e5m6
+from dovetail.numerics.quantize import scale_of
 from dovetail.spec.precision import Quantization
 
 TILE = 128
-AMAX_FLOOR = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Kept:
         if self.quantization.format == "e5m6":
             codes = unpack_e5m6(codes)[:, : self.width]
         values = decode(codes, float_format(self.quantization.format))
-        return (values * _spread(self.scale, 1, self.width)).to(dtype)
+        return (values * spread(self.scale, 1, self.width)).to(dtype)
 
 
 def row_operand(x: Tensor, quantization: Quantization) -> Operand:
@@ -127,7 +127,7 @@ def block_operand(weight: Tensor, quantization: Quantization) -> Operand:
     if quantization.tile == "tensor" and amax.numel():
         amax = amax.amax((1, 2), keepdim=True).expand_as(amax)
     scale = scales_of(amax, quantization)
-    return Operand(_grid(wide / _spread(_spread(scale, 2, columns), 1, rows), quantization), scale)
+    return Operand(_grid(wide / spread(spread(scale, 2, columns), 1, rows), quantization), scale)
 
 
 def token_tiles(offsets: Sequence[int]) -> tuple[Tensor, np.ndarray]:
@@ -142,29 +142,24 @@ def token_tiles(offsets: Sequence[int]) -> tuple[Tensor, np.ndarray]:
 def scales_of(amax: Tensor, quantization: Quantization) -> Tensor:
     """amax / largest value of the format; NaN where amax is not finite."""
     amax = torch.where(amax.isfinite(), amax, torch.nan)
-    scale = amax.clamp(min=AMAX_FLOOR) / float_format(quantization.format).max
-    if quantization.power_of_two:
-        mantissa, exponent = torch.frexp(scale)
-        power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
-        scale = torch.where(scale.isfinite(), power, scale)
-    return scale.contiguous()
+    return scale_of(amax, float_format(quantization.format), quantization.power_of_two).contiguous()
 
 
 def _row_reference(x: Tensor, quantization: Quantization) -> Operand:
     amax = _tiled(x.abs(), 1).amax(2)
     if quantization.tile == "block":
-        amax = _spread(_tiled(amax, 0).amax(1), 0, len(x))
+        amax = spread(_tiled(amax, 0).amax(1), 0, len(x))
     elif quantization.tile == "tensor":
         amax = amax.amax().expand_as(amax) if amax.numel() else amax
     scale = scales_of(amax, quantization)
-    return Operand(_grid(x / _spread(scale, 1, x.shape[1]), quantization), scale)
+    return Operand(_grid(x / spread(scale, 1, x.shape[1]), quantization), scale)
 
 
 def _column_reference(x: Tensor, bounds: Tensor, quantization: Quantization) -> Operand:
     tiles = [slice(start, stop) for start, stop in bounds.tolist()]
     amax = torch.stack([x[tile].abs().amax(0) for tile in tiles]) if tiles else x.new_empty(0, x.shape[1])
     if quantization.tile == "block":
-        amax = _spread(_tiled(amax, 1).amax(2), 1, x.shape[1])
+        amax = spread(_tiled(amax, 1).amax(2), 1, x.shape[1])
     elif quantization.tile == "tensor":
         amax = amax.amax().expand_as(amax) if amax.numel() else amax
     scale = scales_of(amax, quantization)
@@ -186,8 +181,8 @@ def _tiled(x: Tensor, dim: int) -> Tensor:
     return F.pad(x, padding).unflatten(dim, (-1, TILE))
 
 
-def _spread(scale: Tensor, dim: int, size: int) -> Tensor:
-    """Each tile's value for all `size` elements of dimension `dim`."""
+def spread(scale: Tensor, dim: int, size: int) -> Tensor:
+    """Each tile's value for all `size` elements of dimension `dim`, of TILE each."""
     return scale.repeat_interleave(TILE, dim).narrow(dim, 0, size)
 
 

@@ -56,13 +56,19 @@ def quantize(
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"tiles are of a float matrix; {name} is {x.dtype} with shape {list(x.shape)}")
     tiles = _split(x.detach().to(torch.float32), tile)
-    scale = tiles.abs().amax(dim=(1, 3)).clamp(min=AMAX_FLOOR) / fmt.max
+    scale = scale_of(tiles.abs().amax(dim=(1, 3)), fmt, power_of_two)
     if check and not bool(torch.isfinite(scale).all()):
         refuse_non_finite(x, name)
-    if power_of_two:
-        scale = torch.where(torch.isfinite(scale), decode_ue8m0(encode_ue8m0(scale)), scale)
     data = _round((tiles / scale[:, None, :, None]).clamp_(-fmt.max, fmt.max), fmt)
     return Quantized(data=_join(data, x.shape), scale=scale, tile=tile, format=fmt.name)
+
+
+def scale_of(amax: Tensor, fmt: FloatFormat, power_of_two: bool) -> Tensor:
+    """The multiplier of tiles with these largest magnitudes; not finite where they are not."""
+    scale = amax.clamp(min=AMAX_FLOOR) / fmt.max
+    if not power_of_two:
+        return scale
+    return torch.where(torch.isfinite(scale), decode_ue8m0(encode_ue8m0(scale)), scale)
 
 
 def quantize_weight(weight: Tensor, tile: tuple[int, int] = WEIGHT_TILE, power_of_two: bool = False) -> Quantized:

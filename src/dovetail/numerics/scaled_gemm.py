@@ -19,51 +19,39 @@ from torch import Tensor
 
 from dovetail.numerics import scaled_gemm_numba
 from dovetail.numerics.cpu_numba import array
-from dovetail.numerics.gemm import has_kernel
-from dovetail.numerics.operands import TILE, Operand, token_tiles
+from dovetail.numerics.gemm import bounds_of, has_kernel
+from dovetail.numerics.operands import TILE, Operand, spread, token_tiles
 
 
 def fprop(rows: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
-    groups, width, inner = weight.grid.shape
+    return _by_rows(rows, weight, offsets, transposed=False)
+
+
+def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
+    return _by_rows(grad, weight, offsets, transposed=True)
+
+
+def _by_rows(rows: Operand, weight: Operand, offsets: Sequence[int], transposed: bool) -> Tensor:
+    """Each group's rows times its weight's rows, or, `transposed`, its columns."""
+    grid, scale = weight.grid, weight.scale
+    if transposed:
+        grid, scale = grid.transpose(1, 2), scale.transpose(1, 2)
+    groups, width, inner = grid.shape
     output = rows.grid.new_empty(len(rows.grid), width)
     if not has_kernel(rows.grid):
         for g, here in _groups(offsets):
-            right_scale = weight.scale[g].repeat_interleave(TILE, 0)[:width]
-            output[here] = product_by_tiles(rows.grid[here], weight.grid[g], rows.scale[here], right_scale)
+            output[here] = product_by_tiles(rows.grid[here], grid[g], rows.scale[here], spread(scale[g], 0, width))
         return output
-    starts, counts = _bounds(offsets)
+    starts, counts = bounds_of(offsets)
     experts, tiles = np.arange(groups), rows.scale.shape[1]
     _multiply(
         (rows, weight, output),
         (starts * inner, experts * width * inner, starts * width),
         (counts, width, inner),
-        (inner, inner, width),
-        (True, True),
-        (starts * tiles, experts * weight.scale[0].numel()),
-        (tiles, 1, tiles, 1),
-        TILE,
-    )
-    return output
-
-
-def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
-    groups, inner, width = weight.grid.shape
-    output = grad.grid.new_empty(len(grad.grid), width)
-    if not has_kernel(grad.grid):
-        for g, here in _groups(offsets):
-            right_scale = weight.scale[g].t().repeat_interleave(TILE, 0)[:width]
-            output[here] = product_by_tiles(grad.grid[here], weight.grid[g].t(), grad.scale[here], right_scale)
-        return output
-    starts, counts = _bounds(offsets)
-    experts, tiles = np.arange(groups), grad.scale.shape[1]
-    _multiply(
-        (grad, weight, output),
-        (starts * inner, experts * inner * width, starts * width),
-        (counts, width, inner),
-        (inner, width, width),
-        (True, False),
-        (starts * tiles, experts * weight.scale[0].numel()),
-        (tiles, 1, 1, weight.scale.shape[2]),
+        (inner, weight.grid.shape[2], width),
+        (True, not transposed),
+        (starts * tiles, experts * scale[0].numel()),
+        (tiles, 1, *scale.stride()[1:]),
         TILE,
     )
     return output
@@ -81,7 +69,7 @@ def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
             left, right = (each.grid[here].t() for each in (grad, rows))
             output[g] = product_by_tiles(left, right, grad.scale[tiles].t(), rows.scale[tiles].t())
         return output
-    starts, counts = _bounds(offsets)
+    starts, counts = bounds_of(offsets)
     _multiply(
         (grad, rows, output),
         (starts * height, starts * width, np.arange(groups) * height * width),
@@ -150,8 +138,3 @@ def _multiply(
 
 def _groups(offsets: Sequence[int]) -> list[tuple[int, slice]]:
     return [(g, slice(start, stop)) for g, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False))]
-
-
-def _bounds(offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    ends = np.asarray(offsets)
-    return ends[:-1], np.diff(ends)

@@ -21,7 +21,6 @@ from dovetail.numerics.cpu_numba import kernel
 from dovetail.numerics.gemm_numba import BLOCK_ROWS, list_tasks, pack, packed_size
 from dovetail.numerics.tiles_numba import (
     FLOATS,
-    INT32,
     INT64,
     LANES,
     PANEL,
@@ -29,7 +28,7 @@ from dovetail.numerics.tiles_numba import (
     data_of,
     first_lanes,
     load,
-    shuffle,
+    spread,
     store_halves,
     sums_of,
     take_next,
@@ -68,12 +67,10 @@ def _tile(typing_context, a, a_at, a_scales, row, b, b_scales, pairs, c, c_at, l
             b_scale = builder.gep(right_scales, [builder.mul(tile, INT64(PANEL))])
             b_row = [load(builder, builder.gep(b_scale, [INT64(v * LANES)]), FLOATS) for v in range(VECTORS)]
             a_scale = builder.gep(left_scales, [builder.mul(tile, INT64(BLOCK_ROWS))])
-            undefined = ir.Constant(FLOATS, ir.Undefined)
             for i, (row, values) in enumerate(zip(totals, sums, strict=True)):
-                factor = builder.load(builder.gep(a_scale, [INT64(i)]))
-                spread = shuffle(builder, builder.insert_element(undefined, factor, INT32(0)), undefined, [0] * LANES)
+                factor = spread(builder, builder.load(builder.gep(a_scale, [INT64(i)])))
                 for slot, value, scale in zip(row, values, b_row, strict=True):
-                    total = builder.call(fma, [value, builder.fmul(spread, scale), builder.load(slot)])
+                    total = builder.call(fma, [value, builder.fmul(factor, scale), builder.load(slot)])
                     builder.store(total, slot)
         mask = first_lanes(builder, PANEL, arguments[11])
         for i, row in enumerate(totals):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dovetail.numerics.formats import float_format
 from dovetail.numerics.logfmt import BITS, round_to_logfmt
-from dovetail.numerics.operands import TILE, row_operand
+from dovetail.numerics.operands import row_operand, spread
 from dovetail.spec.precision import Quantization
 
 _LOGFMT = re.compile(r"logfmt-([0-9]+)")
@@ -42,8 +42,7 @@ class _Sent(torch.autograd.Function):
         if match is not None:
             return round_to_logfmt(x.float(), int(match[1]), check=False).to(x.dtype)
         operand = row_operand(x.contiguous(), Quantization(format=name))
-        spread = operand.scale.repeat_interleave(TILE, 1)[:, : x.shape[1]]
-        return (operand.grid.float() * spread).to(x.dtype)
+        return (operand.grid.float() * spread(operand.scale, 1, x.shape[1])).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -14,7 +14,20 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from dovetail.numerics.tiles_numba import FLOATS, INT32, INT64, LANES, PANEL, data_of, load, shuffle, store, to_bf16
+from dovetail.numerics.tiles_numba import (
+    FLOATS,
+    INT32,
+    INT64,
+    LANES,
+    PANEL,
+    data_of,
+    load,
+    shuffle,
+    spread,
+    store,
+    sum_lanes,
+    to_bf16,
+)
 
 COEFFICIENTS = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 VECTORS = PANEL // LANES
@@ -24,13 +37,6 @@ NEGATIVE = ir.Constant(FLOATS, [float("-inf")] * LANES)
 
 def _all(value: float) -> Any:
     return ir.Constant(FLOATS, [value] * LANES)
-
-
-def _spread(builder: Any, value: Any) -> Any:
-    """A scalar in every lane."""
-    vector = ir.VectorType(value.type, LANES)
-    undefined = ir.Constant(vector, ir.Undefined)
-    return shuffle(builder, builder.insert_element(undefined, value, INT32(0)), undefined, [0] * LANES)
 
 
 def _call(builder: Any, name: str, *arguments: Any) -> Any:
@@ -59,19 +65,9 @@ def _exp(builder: Any, x: Any) -> Any:
 
 def _counts(builder: Any, column: Any, lo: Any, hi: Any) -> Any:
     """Which lanes from `column` on lie in lo .. hi - 1."""
-    here = builder.add(_spread(builder, column), ir.Constant(INDICES, list(range(LANES))))
-    above = builder.icmp_signed(">=", here, _spread(builder, lo))
-    return builder.and_(above, builder.icmp_signed("<", here, _spread(builder, hi)))
-
-
-def _sum(builder: Any, vector: Any) -> Any:
-    """Halves added to halves."""
-    lanes = LANES
-    while lanes > 1:
-        lanes //= 2
-        low, high = (shuffle(builder, vector, vector, list(range(at, at + lanes))) for at in (0, lanes))
-        vector = builder.fadd(low, high)
-    return builder.extract_element(vector, INT32(0))
+    here = builder.add(spread(builder, column), ir.Constant(INDICES, list(range(LANES))))
+    above = builder.icmp_signed(">=", here, spread(builder, lo))
+    return builder.and_(above, builder.icmp_signed("<", here, spread(builder, hi)))
 
 
 def _slots(builder: Any, value: Any) -> list[Any]:
@@ -100,7 +96,7 @@ def softmax_row(typing_context, scores, at, width, scale, lo, hi, out, out_at): 
         _, at, width, scale, lo, hi, _, out_at = arguments
         row = builder.gep(data_of(context, builder, signature, arguments, 0), [at])
         out = builder.gep(data_of(context, builder, signature, arguments, 6), [out_at])
-        scales, tops, totals = _spread(builder, scale), _slots(builder, NEGATIVE), _slots(builder, _all(0.0))
+        scales, tops, totals = spread(builder, scale), _slots(builder, NEGATIVE), _slots(builder, _all(0.0))
         for panel in _panels(builder, width, [row]):
             for (column, (here,)), slot in zip(panel, tops, strict=True):
                 scaled = builder.fmul(load(builder, here, FLOATS), scales)
@@ -114,14 +110,14 @@ def softmax_row(typing_context, scores, at, width, scale, lo, hi, out, out_at): 
             low, high = (shuffle(builder, top, top, list(range(first, first + lanes))) for first in (0, lanes))
             top = builder.select(builder.fcmp_ordered(">", low, high), low, high)
         top = builder.extract_element(top, INT32(0))
-        shift = _spread(builder, top)
+        shift = spread(builder, top)
         for panel in _panels(builder, width, [row]):
             for (_, (here,)), slot in zip(panel, totals, strict=True):
                 value = _exp(builder, builder.fsub(load(builder, here, FLOATS), shift))
                 store(builder, value, here)
                 builder.store(builder.fadd(builder.load(slot), value), slot)
-        total = _sum(builder, builder.fadd(*(builder.load(slot) for slot in totals)))
-        inverse = _spread(builder, builder.fdiv(ir.Constant(ir.FloatType(), 1.0), total))
+        total = sum_lanes(builder, builder.fadd(*(builder.load(slot) for slot in totals)))
+        inverse = spread(builder, builder.fdiv(ir.Constant(ir.FloatType(), 1.0), total))
         for panel in _panels(builder, width, [row]):
             values = [builder.fmul(load(builder, here, FLOATS), inverse) for _, (here,) in panel]
             store(builder, to_bf16(builder, values), builder.gep(out, [panel[0][0]]))
@@ -139,7 +135,7 @@ def softmax_backward_row(typing_context, scores, grad, at, width, scale, shift, 
         _, _, at, width, scale, shift, lo, hi, _, _, out_at = arguments
         row, grad_row = (builder.gep(data_of(context, builder, signature, arguments, i), [at]) for i in (0, 1))
         out, grad_out = (builder.gep(data_of(context, builder, signature, arguments, i), [out_at]) for i in (8, 9))
-        scales, shifts, dots = _spread(builder, scale), _spread(builder, shift), _slots(builder, _all(0.0))
+        scales, shifts, dots = spread(builder, scale), spread(builder, shift), _slots(builder, _all(0.0))
         zero = _all(0.0)
         for panel in _panels(builder, width, [row, grad_row]):
             for (column, (here, grad_here)), slot in zip(panel, dots, strict=True):
@@ -150,7 +146,7 @@ def softmax_backward_row(typing_context, scores, grad, at, width, scale, shift, 
                 store(builder, value, here)
                 store(builder, grad_value, grad_here)
                 builder.store(_call(builder, "llvm.fma.v16f32", value, grad_value, builder.load(slot)), slot)
-        dot = _spread(builder, _sum(builder, builder.fadd(*(builder.load(slot) for slot in dots))))
+        dot = spread(builder, sum_lanes(builder, builder.fadd(*(builder.load(slot) for slot in dots))))
         for panel in _panels(builder, width, [row, grad_row]):
             values, grads = [], []
             for _, (here, grad_here) in panel:

@@ -39,12 +39,26 @@ def store(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
 
 
+def spread(builder: Any, value: Any, lanes: int = LANES) -> Any:
+    """A scalar in every lane."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    return shuffle(builder, builder.insert_element(undefined, value, INT32(0)), undefined, [0] * lanes)
+
+
+def sum_lanes(builder: Any, vector: Any) -> Any:
+    """Halves added to halves."""
+    lanes = vector.type.count
+    while lanes > 1:
+        lanes //= 2
+        low, high = (shuffle(builder, vector, vector, list(range(at, at + lanes))) for at in (0, lanes))
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, INT32(0))
+
+
 def first_lanes(builder: Any, lanes: int, count: Any) -> Any:
     """A mask of the first `count` (int64, any) of so many lanes."""
-    type_ = ir.VectorType(INT64, lanes)
-    undefined = ir.Constant(type_, ir.Undefined)
-    spread = shuffle(builder, builder.insert_element(undefined, count, INT32(0)), undefined, [0] * lanes)
-    return builder.icmp_signed("<", ir.Constant(type_, list(range(lanes))), spread)
+    numbers = ir.Constant(ir.VectorType(INT64, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, spread(builder, count, lanes))
 
 
 def load_halves(builder: Any, pointer: Any, mask: Any) -> Any:
@@ -80,7 +94,6 @@ def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list
     """Registers of FP32 sums, `start` plus products of packed panels of a [pairs, LANES] and b [pairs, PANEL]."""
     signature = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
     dot = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512bf16.dpbf16ps.512")
-    undefined = ir.Constant(PAIRS, ir.Undefined)
     slots = [[cgutils.alloca_once(builder, FLOATS) for _ in row] for row in start]
     for row, values in zip(slots, start, strict=True):
         for slot, value in zip(row, values, strict=True):
@@ -90,10 +103,9 @@ def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list
         b_here = builder.gep(right, [builder.mul(loop.index, INT64(PANEL))])
         weights = [load(builder, builder.gep(b_here, [INT64(v * LANES)]), PAIRS) for v in range(len(slots[0]))]
         for i, row in enumerate(slots):
-            pair = builder.insert_element(undefined, builder.load(builder.gep(a_here, [INT64(i)])), INT32(0))
-            spread = shuffle(builder, pair, undefined, [0] * LANES)
+            pair = spread(builder, builder.load(builder.gep(a_here, [INT64(i)])))
             for weight, slot in zip(weights, row, strict=True):
-                builder.store(builder.call(dot, [builder.load(slot), spread, weight]), slot)
+                builder.store(builder.call(dot, [builder.load(slot), pair, weight]), slot)
     return [[builder.load(slot) for slot in row] for row in slots]
 
 

@@ -15,7 +15,7 @@ from dovetail.model.mlp import DenseMlp
 from dovetail.model.moe import Experts
 from dovetail.numerics.health import Health, measure_health
 from dovetail.numerics.linear import Linear
-from dovetail.numerics.operands import TILE, Operand, block_operand, row_operand
+from dovetail.numerics.operands import Operand, block_operand, row_operand, spread
 from dovetail.spec.precision import Quantization
 
 
@@ -28,15 +28,15 @@ class Watched:
     def rows(self, name: str, x: Tensor, quantization: Quantization) -> None:
         rows = x.detach().flatten(0, -2).contiguous()
         operand = row_operand(rows, quantization)
-        spread = operand.scale.repeat_interleave(TILE, 1)[:, : rows.shape[1]]
-        self.health[name] = measure_health(rows, operand, spread, quantization)
+        scale = spread(operand.scale, 1, rows.shape[1])
+        self.health[name] = measure_health(rows, operand, scale, quantization)
 
     def weight(self, name: str, weight: Tensor, quantization: Quantization) -> None:
         stacked = weight.detach() if weight.ndim == 3 else weight.detach()[None]
         operand: Operand = block_operand(stacked, quantization)
         height, width = stacked.shape[1:]
-        spread = operand.scale.repeat_interleave(TILE, 1)[:, :height].repeat_interleave(TILE, 2)[:, :, :width]
-        self.health[name] = measure_health(stacked, operand, spread, quantization)
+        scale = spread(spread(operand.scale, 1, height), 2, width)
+        self.health[name] = measure_health(stacked, operand, scale, quantization)
 
 
 @contextmanager
