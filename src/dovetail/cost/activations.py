@@ -199,12 +199,13 @@ def _plain(name: str, elements: int, format: str = "bf16") -> SavedTensor:
 
 
 def _coded(name: str, width: int, quantization: Quantization, rows: int) -> SavedTensor:
-    per_row = _code_bytes(width, quantization.format) + BYTES["fp32"] * -(-width // TILE)
+    per_row = code_bytes(width, quantization.format) + BYTES["fp32"] * -(-width // TILE)
     return SavedTensor(name=name, format=quantization.format, elements=rows * width, bytes=rows * per_row)
 
 
-def _code_bytes(width: int, format: str) -> int:
-    """E5M6 is packed, eight values in twelve bytes; another exMy takes the next whole integer."""
+def code_bytes(width: int, format: str) -> int:
+    """Of `width` values without their scales. E5M6 is packed, eight values in twelve bytes; another exMy takes the next
+    whole integer."""
     if format == "e5m6":
         return 12 * -(-width // 8)
     bits = 1 + sum(map(int, re.findall("[0-9]+", format)))

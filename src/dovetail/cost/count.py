@@ -9,7 +9,7 @@ as in the paper.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from dovetail.spec.model import Gqa, Mla, ModelSpec
 from dovetail.spec.tensors import published_tensors
@@ -67,7 +67,7 @@ class LayerParameters:
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return self.attention + self.dense_ffn + self.routed_experts + self.shared_experts + self.gate + self.norms
 
 
 def parameters(spec: ModelSpec) -> Parameters:

@@ -1,0 +1,267 @@
+"""The operations that `dovetail.calibrate` times: made of the records that plans are made of, run by the functions
+that the model calls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dovetail.catalog.precision import load_recipe
+from dovetail.catalog.presets import load_model
+from dovetail.cost.layer_ops import head_ops, layer_ops
+from dovetail.cost.ops import Attention, Gemm, Op
+from dovetail.model.attention import causal_attention, masked_attention
+from dovetail.model.norm import RmsNorm
+from dovetail.model.swiglu import swiglu, swiglu_backward
+from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics.gemm import grouped_linear, grouped_outer
+from dovetail.numerics.operands import block_operand, column_operand, row_operand, token_tiles
+from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
+from dovetail.spec.layout import Layout
+from dovetail.spec.precision import BLOCK, COLUMN, ROW
+from dovetail.train.loss_numba import losses_and_gradient
+
+# Model, tokens of a micro-batch, recipe: whose products are measured.
+CPU_SHAPES = (
+    ("quickstart", 1024, "bf16"),
+    ("quickstart", 256, "bf16"),
+    ("quickstart", 1024, "deepseek-v3"),
+    ("20m", 1024, "bf16"),
+)
+GPU_SHAPES = (("1b", 8192, "bf16"), ("1b", 1024, "bf16"), ("deepseek-v3", 4096, "bf16"), ("20m", 1024, "bf16"))
+LARGE = 2048  # sides of square products in BF16 and FP32
+SEQUENCE = 256  # tokens, in training
+CONTEXT, BATCH = 2048, 4  # of absorbed attention
+COPIED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# In a model other tensors come between two runs of one operation: so it takes its operands in turn from so many copies
+# that a core's own caches do not hold them.
+CYCLED_BYTES = 8 << 20
+MOST_COPIES = 16
+
+Operation = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One operation to time: `prepare` makes its tensors and returns what is run."""
+
+    name: str
+    kind: Literal["product", "attention", "elementwise", "copy", "launch"]
+    prepare: Callable[[], Operation]
+    flop: float = 0.0
+    bytes: float = 0.0
+    product: Gemm | None = None
+    weight: int = 1  # of several in one figure: about how often a training step of the first listed model runs it
+
+
+def product_work(device: torch.device) -> list[Work]:
+    """Each distinct shape once."""
+    found: dict[tuple[Any, ...], Gemm] = {}
+    for op in (*_listed(device), *_large()):
+        if isinstance(op, Gemm):
+            found.setdefault((op.pass_, math.ceil(op.m), op.n, math.ceil(op.k), op.groups, op.format), op)
+    works = []
+    for key, op in found.items():
+        pass_, m, n, k, groups, format = key
+        name = f"{format} {pass_} {groups} x [{m} x {k} x {n}]"
+
+        def prepare(op: Gemm = op) -> Operation:
+            return _in_turn(lambda: _product(op, device), op.bytes)
+
+        works.append(Work(name=name, kind="product", prepare=prepare, product=op))
+    return works
+
+
+def _in_turn(make: Callable[[], Operation], num_bytes: float) -> Operation:
+    """`make`'s operation with other operands each time."""
+    copies = min(math.ceil(CYCLED_BYTES / num_bytes), MOST_COPIES)
+    turns = itertools.cycle([make() for _ in range(copies)])
+    return lambda: next(turns)()
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU one random row over and over, which is quick to make; only a GPU's clock depends on the values."""
+    if device.type == "cuda":
+        return torch.randn(shape, device=device, dtype=dtype)
+    return torch.randn(shape[-1]).to(dtype).expand(shape).contiguous()
+
+
+def _listed(device: torch.device) -> Iterator[Op]:
+    for model, tokens, recipe in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
+        spec = load_model(model)
+        layout = Layout() if spec.num_hidden_layers < 32 else Layout(dp=64, ep=64)  # as many experts as one GPU holds
+        for layer in {0, spec.num_hidden_layers - 1}:
+            sequences = max(1, tokens // SEQUENCE)
+            yield from layer_ops(spec, layer, layout, load_recipe(recipe), tokens, "training", SEQUENCE, sequences)
+        yield from head_ops(spec, layout, tokens, "training")
+
+
+def _large() -> list[Gemm]:
+    return [
+        Gemm(name="large", pass_="forward", m=LARGE, n=LARGE, k=LARGE, format="bf16"),
+        Gemm(name="large", pass_="forward", m=LARGE, n=LARGE, k=LARGE, format="fp32"),
+    ]
+
+
+def _product(op: Gemm, device: torch.device) -> Operation:
+    """[m, k] x [k, n] of each group, with operands laid out as the pass finds them."""
+    m, n, k, groups = math.ceil(op.m), op.n, math.ceil(op.k), op.groups
+    if op.format == "fp8":
+        return _scaled_product(op.pass_, (m, n, k), groups, device)
+
+    def random(*shape: int) -> Tensor:
+        return _random(shape, DTYPES[op.format], device)
+
+    if op.pass_ == "wgrad":  # gradient [tokens, m], input [tokens, n]
+        left, right = random(groups * k, m), random(groups * k, n)
+        if groups == 1:
+            return lambda: left.t() @ right
+        return lambda: grouped_outer(left, right, _offsets(groups, k))
+    rows = random(groups * m, k)
+    if op.pass_ == "forward":
+        weights = random(groups, n, k)
+        if groups == 1:
+            return lambda: F.linear(rows, weights[0])
+        return lambda: grouped_linear(rows, weights, _offsets(groups, m))
+    weights = random(groups, k, n)  # as the forward pass has them: outputs by inputs
+    if groups == 1:
+        return lambda: rows @ weights[0]
+    return lambda: grouped_linear(rows, weights.transpose(1, 2), _offsets(groups, m))
+
+
+def _scaled_product(pass_: str, shape: tuple[int, int, int], groups: int, device: torch.device) -> Operation:
+    """Of operands that are quantised already."""
+    m, n, k = shape
+
+    def random(*sides: int) -> Tensor:
+        return _random(sides, torch.bfloat16, device)
+
+    if pass_ == "wgrad":
+        offsets = _offsets(groups, k)
+        bounds, _ = token_tiles(offsets)
+        left, right = (column_operand(random(groups * k, side), bounds, COLUMN) for side in (m, n))
+        return lambda: wgrad(left, right, offsets)
+    offsets, rows = _offsets(groups, m), row_operand(random(groups * m, k), ROW)
+    if pass_ == "forward":
+        outputs = block_operand(random(groups, n, k), BLOCK)
+        return lambda: fprop(rows, outputs, offsets)
+    inputs = block_operand(random(groups, k, n), BLOCK)
+    return lambda: dgrad(rows, inputs, offsets)
+
+
+def _offsets(groups: int, rows: int) -> Sequence[int]:
+    return range(0, groups * rows + 1, rows)
+
+
+def attention_work(device: torch.device) -> list[Work]:
+    """As the first of the listed models has it."""
+    model, tokens, recipe = (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)[0]
+    spec, sequences = load_model(model), tokens // SEQUENCE
+    training = layer_ops(spec, 0, Layout(), load_recipe(recipe), tokens, "training", SEQUENCE, sequences)
+    decode = layer_ops(spec, 0, Layout(), load_recipe(recipe), BATCH, "decode", CONTEXT, BATCH)
+    cores = [op for op in (*training, *decode) if isinstance(op, Attention)]
+    forward, backward, absorbed = cores
+
+    def heads(op: Attention, width: int) -> Tensor:
+        shape = (int(op.sequences), op.heads, int(op.tokens // op.sequences), width)
+        return torch.randn(shape, device=device).bfloat16().requires_grad_()
+
+    def run_forward() -> Operation:
+        q, k, v = (heads(forward, width) for width in (forward.qk_dim, forward.qk_dim, forward.v_dim))
+        return lambda: causal_attention(q, k, v, 0.1)
+
+    def run_backward() -> Operation:
+        q, k, v = (heads(backward, width) for width in (backward.qk_dim, backward.qk_dim, backward.v_dim))
+        output = causal_attention(q, k, v, 0.1)
+        grad = torch.randn_like(output)
+        return lambda: torch.autograd.grad(output, (q, k, v), grad, retain_graph=True)
+
+    def run_absorbed() -> Operation:
+        keys = torch.randn(BATCH, 1, CONTEXT, absorbed.qk_dim, device=device).bfloat16()
+        visible = torch.ones(BATCH, 1, 1, CONTEXT, dtype=torch.bool, device=device)
+        query = heads(absorbed, absorbed.qk_dim).detach()
+        return lambda: masked_attention(query, keys, keys[..., : absorbed.v_dim], 0.1, visible)
+
+    runs = (
+        ("forward", forward, run_forward),
+        ("backward", backward, run_backward),
+        ("absorbed", absorbed, run_absorbed),
+    )
+    return [
+        Work(name=f"attention {name}", kind="attention", prepare=run, flop=op.flop, bytes=op.bytes)
+        for name, op, run in runs
+    ]
+
+
+def memory_work(device: torch.device) -> list[Work]:
+    """A copy past all caches; then norms, SwiGLU, sums and losses of the first listed model's size, with bytes as
+    `cost.layer_ops` counts them."""
+    model, tokens, _ = (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)[0]
+    spec = load_model(model)
+    dim, width = spec.hidden_size, spec.intermediate_size
+    row = 2 * tokens  # bytes of one channel in BF16
+
+    def random(*shape: int) -> Tensor:
+        return _random(shape, torch.bfloat16, device)
+
+    def copy() -> Operation:
+        source = torch.ones(COPIED_BYTES[device.type] // 8, device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def norm() -> Operation:
+        layer, x = RmsNorm(dim, 1e-6).to(device), random(tokens, dim)
+        return lambda: layer(x)
+
+    def norm_backward() -> Operation:
+        layer, x = RmsNorm(dim, 1e-6).to(device), random(tokens, dim).requires_grad_()
+        output, grad = layer(x), random(tokens, dim)
+        return lambda: torch.autograd.grad(output, (x, layer.weight), grad, retain_graph=True)
+
+    def forward() -> Operation:
+        gate_up = random(tokens, 2 * width)
+        return lambda: swiglu(gate_up)
+
+    def backward() -> Operation:
+        gate_up, grad = random(tokens, 2 * width), random(tokens, width)
+        return lambda: swiglu_backward(grad, gate_up)
+
+    def add() -> Operation:
+        left, right = random(tokens, dim), random(tokens, dim)
+        return lambda: left + right
+
+    def loss() -> Operation:
+        logits, targets = random(tokens, spec.vocab_size), torch.zeros(tokens, dtype=torch.int64, device=device)
+        if takes(logits):
+            return lambda: losses_and_gradient(logits, targets, 0.0)
+        return lambda: F.cross_entropy(logits, targets, reduction="none")
+
+    def elementwise(name: str, weight: int, channels: int, prepare: Callable[[], Operation]) -> Work:
+        num_bytes, made = row * channels, lambda: _in_turn(prepare, row * channels)
+        return Work(name=name, kind="elementwise", prepare=made, bytes=num_bytes, weight=weight)
+
+    return [
+        Work(name="copy", kind="copy", prepare=copy, bytes=COPIED_BYTES[device.type]),
+        elementwise("norm", 30, 2 * dim, norm),
+        elementwise("norm backward", 24, 3 * dim, norm_backward),
+        elementwise("swiglu", 6, 3 * width, forward),
+        elementwise("swiglu backward", 6, 6 * width, backward),
+        elementwise("add", 14, 3 * dim, add),
+        elementwise("loss", 2, 3 * spec.vocab_size, loss),  # logits read twice and their gradient written
+    ]
+
+
+def launch_work(device: torch.device) -> Work:
+    def prepare() -> Operation:
+        layer, x = RmsNorm(64, 1e-6).to(device), torch.randn(1, 64, device=device).bfloat16()
+        return lambda: layer(x)
+
+    return Work(name="launch", kind="launch", prepare=prepare)

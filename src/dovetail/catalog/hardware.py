@@ -1,0 +1,173 @@
+"""GPUs and clusters by name, or from a user's file.
+
+`gpus/NAME.toml` and `clusters/NAME.toml` mirror `spec.hardware`, with three short cuts: a cluster may name its GPU
+(`gpu = "h800"`) and a cluster it is like but for the keys it gives (`like = "h800-2048"`), and a GPU nobody has
+measured may borrow another's efficiency:
+
+    [borrow]
+    gpu = "h800"      # whose
+    widened = 1.2     # factor by which each end of a band moves out
+    source = "..."    # why that one
+    memory = {...}    # any figure that is known after all, as in [efficiency]
+
+Borrowed products keep their shape and their share of the roofline (the time of the slower of products and memory),
+so that a borrower with other peaks or bandwidth has its own TFLOPS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from dovetail.config import Record, near_matches, read_toml, validate
+from dovetail.spec.hardware import Cluster, Efficiency, Estimate, ExchangePoint, Format, GemmPoint, Gpu, PeakTflops
+
+_GPUS = Path(__file__).parent / "gpus"
+_CLUSTERS = Path(__file__).parent / "clusters"
+
+
+class Borrow(Record):
+    """Whose efficiency a GPU is taken to have, and what is known better."""
+
+    gpu: str
+    widened: float = Field(ge=1)
+    source: str = Field(min_length=1)
+    gemm_relative: dict[Format, Estimate] = {}  # beside the lender's
+    gemm_scale: Estimate | None = None  # of every product's share, where the lender's is known to be out of reach
+    memory: Estimate | None = None
+    attention_prefill: Estimate | None = None
+    attention_backward: Estimate | None = None
+    attention_decode_flop: Estimate | None = None
+    attention_decode_memory: Estimate | None = None
+    launch_us: Estimate | None = None
+    exchanges: tuple[ExchangePoint, ...] = ()
+
+
+class GpuFile(Record):
+    """A GPU as written: `spec.hardware.Gpu` with either [efficiency] or [borrow]."""
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    peak_tflops: PeakTflops
+    memory_bytes: PositiveFloat
+    bandwidth_gbs: PositiveFloat
+    multiprocessors: PositiveInt
+    price_per_hour: Estimate | None = None
+    efficiency: Efficiency | None = None
+    borrow: Borrow | None = None
+
+
+def gpu_names() -> list[str]:
+    """Names that `load_gpu` takes, sorted."""
+    return sorted(path.stem for path in _GPUS.glob("*.toml"))
+
+
+def cluster_names() -> list[str]:
+    """Names that `load_cluster` takes, sorted."""
+    return sorted(path.stem for path in _CLUSTERS.glob("*.toml"))
+
+
+@cache
+def load_gpu(name: str) -> Gpu:
+    """The GPU `name`. Raises ValueError with near matches for an unknown one."""
+    if name not in gpu_names():
+        raise ValueError(f"no GPU {name!r} in the catalog; {near_matches(name, gpu_names())}")
+    return _gpu(read_toml(_GPUS / f"{name}.toml"), where=f"gpus/{name}.toml")
+
+
+def load_cluster(name: str | Path) -> Cluster:
+    """The cluster of the catalog with that name, or of the TOML file at that path (which ends in .toml or has a
+    separator in it). Raises ValueError, one line, for an unknown name and for a file that is wrong."""
+    text = str(name)
+    if text.endswith(".toml") or "/" in text:
+        return read_cluster(read_toml(text), where=text)
+    if text not in cluster_names():
+        raise ValueError(f"no cluster {text!r}: neither in the catalog nor a .toml file; {_nearest(text)}")
+    return _catalog_cluster(text)
+
+
+def _nearest(name: str) -> str:
+    return near_matches(name, cluster_names()) or "to describe your own, copy clusters/template.toml"
+
+
+@cache
+def _catalog_cluster(name: str) -> Cluster:
+    return read_cluster(read_toml(_CLUSTERS / f"{name}.toml"), where=f"clusters/{name}.toml")
+
+
+def read_cluster(table: Mapping[str, Any], where: str = "cluster") -> Cluster:
+    """The cluster that a TOML table describes; `where` opens errors."""
+    if "like" in table:
+        base = table["like"]
+        if base not in cluster_names():
+            raise ValueError(f"{where}: like = {base!r} is no cluster of the catalog; {_nearest(str(base))}")
+        own = {key: value for key, value in table.items() if key != "like"}
+        table = dict(_catalog_cluster(base)) | own
+    gpu = table.get("gpu")
+    if isinstance(gpu, str):
+        if gpu not in gpu_names():
+            raise ValueError(f"{where}: gpu = {gpu!r} is not in the catalog; {near_matches(gpu, gpu_names())}")
+        table = {**table, "gpu": load_gpu(gpu)}
+    elif isinstance(gpu, Mapping):
+        table = {**table, "gpu": _gpu(gpu, where=f"{where}: gpu")}
+    return validate(Cluster, table, where)
+
+
+def _gpu(table: Mapping[str, Any], where: str) -> Gpu:
+    file = validate(GpuFile, table, where)
+    if (file.efficiency is None) == (file.borrow is None):
+        raise ValueError(f"{where}: expected either an [efficiency] table or a [borrow] table, one of the two")
+    plain = {key: getattr(file, key) for key in type(file).model_fields if key not in ("efficiency", "borrow")}
+    if file.efficiency is not None:
+        return Gpu(**plain, efficiency=file.efficiency)
+    assert file.borrow is not None
+    if file.borrow.gpu not in gpu_names():
+        raise ValueError(f"{where}: borrow.gpu = {file.borrow.gpu!r}; {near_matches(file.borrow.gpu, gpu_names())}")
+    return Gpu(**plain, efficiency=_borrowed(file, file.borrow))
+
+
+def _borrowed(file: GpuFile, borrow: Borrow) -> Efficiency:
+    lender = load_gpu(borrow.gpu)
+    lent = lender.efficiency
+    shares = ("memory", "attention_prefill", "attention_backward", "attention_decode_flop")
+    figures = {key: getattr(borrow, key) or _widened(getattr(lent, key), borrow, limit=1.0) for key in shares}
+    for key in ("attention_decode_memory", "launch_us"):
+        limit = 1.0 if key == "attention_decode_memory" else float("inf")
+        figures[key] = getattr(borrow, key) or _widened(getattr(lent, key), borrow, limit)
+    relative = {format: _widened(each, borrow) for format, each in lent.gemm_relative.items()} | borrow.gemm_relative
+    return Efficiency(
+        gemms=tuple(_borrowed_product(file, borrow, lender, point) for point in lent.gemms),
+        gemm_source=f"borrowed from {lender.name}, shares of the roofline: {borrow.source} ({lent.gemm_source})",
+        gemm_relative=relative,
+        exchanges=borrow.exchanges,
+        borrowed_from=lender.name,
+        **figures,
+    )
+
+
+def _widened(estimate: Estimate, borrow: Borrow, limit: float = float("inf")) -> Estimate:
+    low, high = estimate.low / borrow.widened, min(max(limit, estimate.value), estimate.high * borrow.widened)
+    source = f"borrowed from {borrow.gpu}, band widened {borrow.widened:g} times: {borrow.source} ({estimate.source})"
+    return Estimate(value=estimate.value, low=low, high=high, source=source)
+
+
+def _borrowed_product(file: GpuFile, borrow: Borrow, lender: Gpu, point: GemmPoint) -> GemmPoint:
+    """The same shape at the lender's share of the borrower's roofline, in the next wider format where the borrower
+    has no products in the point's own."""
+    format = point.format if point.format != "fp8" or file.peak_tflops.fp8 else "bf16"
+    moved = point.model_copy(update={"format": format})
+    peak, bandwidth = getattr(file.peak_tflops, format) * 1e12, file.bandwidth_gbs * 1e9
+    ideal = max(moved.flop / peak, moved.bytes / bandwidth)
+    share = point.speed * (lender.ideal_seconds(point) / point.flop)
+    if format != point.format and format in lender.efficiency.gemm_relative:
+        share = share * lender.efficiency.gemm_relative[format].band
+    if borrow.gemm_scale is not None:
+        share = share * borrow.gemm_scale.band
+    tflops = moved.flop / ideal / 1e12
+    value = min(share.value, 1.0) * tflops
+    low, high = value * share.low / share.value / borrow.widened, share.high * borrow.widened * tflops
+    return moved.model_copy(update={"tflops": value, "low": low, "high": max(value, min(high, tflops))})

@@ -1,0 +1,123 @@
+"""What one rank runs for a layer, for the ends of the model and for MTP, in order.
+
+Tokens are those of one micro-batch (training), one batch of prompts (prefill) or one step (decode) on one data-parallel
+rank; the lists hold each operation once, so a stage's time is the sum over its layers. Training lists hold the forward
+pass, then the backward one: "dgrad" (V3's 1B, recomputation included) and "wgrad" (1W).
+
+Left out: dropped or padded rows (experts are balanced), masks, random numbers, the update of the gate's bias.
+"""
+
+from __future__ import annotations
+
+from dovetail.cost.attention_ops import absorbed_forward, attention_work, expanded_backward, expanded_forward
+from dovetail.cost.ffn_ops import (
+    FfnWork,
+    Phase,
+    dense_backward,
+    dense_forward,
+    experts_backward,
+    experts_forward,
+)
+from dovetail.cost.ops import BF16, FP32, Elementwise, Op, Pass
+from dovetail.cost.product_ops import Linear, site_precision
+from dovetail.spec.layout import Layout
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.precision import Recipe
+
+
+def layer_ops(
+    spec: ModelSpec,
+    layer: int,
+    layout: Layout,
+    recipe: Recipe,
+    tokens: float,
+    phase: Phase,
+    context: float,
+    sequences: float = 1,
+) -> tuple[Op, ...]:
+    """Layer `layer` on `tokens` tokens of `sequences` sequences, each with `context` keys (its own tokens included; in
+    training the length of a sequence). Layers past the last stand for the MTP modules' blocks.
+
+    Raises ValueError where attention is not MLA.
+    """
+    is_training = phase == "training"
+    attention = attention_work(spec, layout, recipe, tokens, context, sequences, is_training)
+    ffn = FfnWork(spec=spec, layout=layout, recipe=recipe, tokens=tokens / layout.tp, phase=phase)
+    moe = spec.moe if spec.is_moe_layer(layer) else None
+    ops = absorbed_forward(attention) if phase == "decode" else expanded_forward(attention)
+    ops += dense_forward(ffn) if moe is None else experts_forward(ffn, moe)
+    if is_training:
+        ops += dense_backward(ffn) if moe is None else experts_backward(ffn, moe)
+        ops += expanded_backward(attention)
+    return tuple(ops)
+
+
+def embedding_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
+    """The look-up, and its gradient added to one in FP32."""
+    own, row = tokens / layout.tp, BF16 * spec.hidden_size
+    ops: list[Op] = [_pass("look up embeddings", "forward", own * 2 * row)]
+    if phase == "training":
+        ops += [_pass("embeddings' gradient", "wgrad", own * (row + 2 * FP32 * spec.hidden_size))]
+    return tuple(ops)
+
+
+def head_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
+    """Final norm, head and, in training, the loss, whose one kernel reads the logits twice and leaves their gradient in
+    their place. In serving `tokens` are those that are sampled from; choosing one reads the logits once."""
+    own, row = tokens / layout.tp, BF16 * spec.hidden_size
+    logits = own * BF16 * spec.vocab_size
+    head = Linear(name="head", part="head", n_in=spec.hidden_size, n_out=spec.vocab_size, rows=own)
+    ops: list[Op] = [_pass("final norm", "forward", own * 2 * row), head.forward()]
+    if phase != "training":
+        return (*ops, _pass("sample", "forward", logits))
+    ops += [_pass("loss", "forward", logits), _pass("loss's gradient", "dgrad", 2 * logits), head.dgrad()]
+    return (*ops, head.wgrad(), _pass("final norm's gradient", "dgrad", own * 3 * row))
+
+
+def end_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
+    """Embedding and head together, as a single-stage model has them."""
+    return (*embedding_ops(spec, layout, tokens, phase), *head_ops(spec, layout, tokens, phase))
+
+
+def mtp_ops(
+    spec: ModelSpec,
+    layout: Layout,
+    recipe: Recipe,
+    tokens: float,
+    phase: Phase,
+    context: float,
+    sequences: float = 1,
+) -> tuple[Op, ...]:
+    """One MTP module: embedding, both norms, the join of twice the width to one, a whole layer, final norm and head
+    once more [V3 §2.2]."""
+    own, row = tokens / layout.tp, BF16 * spec.hidden_size
+    join = Linear(
+        name="eh_proj",
+        part="mtp",
+        n_in=2 * spec.hidden_size,
+        n_out=spec.hidden_size,
+        rows=own,
+        precision=site_precision(recipe, "mtp_join"),
+    )
+    is_training = phase == "training"
+    ops: list[Op] = [*embedding_ops(spec, layout, tokens, phase)]
+    ops += [_pass("norms of embedding and hidden", "forward", own * 4 * row, "mtp")]
+    ops += [*join.cast_input(is_training), *(join.cast_weight("forward") if is_training else ()), join.forward()]
+    ops += layer_ops(spec, spec.num_hidden_layers, layout, recipe, tokens, phase, context, sequences)
+    ops += head_ops(spec, layout, tokens, phase)
+    if is_training:
+        remade = [] if join.precision else [_pass("norms of embedding and hidden", "dgrad", own * 4 * row, "mtp", True)]
+        ops += [
+            *join.cast_grad(),
+            *join.cast_weight("dgrad"),
+            join.dgrad(),
+            *remade,
+            *join.cast_for_wgrad(),
+            join.wgrad(),
+        ]
+        ops += [_pass("norms' gradient", "dgrad", own * 6 * row, "mtp")]
+    return tuple(ops)
+
+
+def _pass(name: str, pass_: Pass, bytes_: float, part: str = "head", recomputed: bool = False) -> Elementwise:
+    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=part, recomputed=recomputed)

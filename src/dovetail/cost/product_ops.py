@@ -1,0 +1,116 @@
+"""One linear layer as records: its three products, and the casts that bring their operands into FP8.
+
+What is read and written for a cast follows what DeepSeek describes. An activation is written in BF16 by whatever makes
+it, read again to be quantised in tiles of 1x128, written in FP8 and read once more by the product; for the weight
+gradient the saved FP8 tensor is read, and written again in tiles of 128x1 [V3 §3.5.2]. Only SwiGLU and its gradient
+quantise what they make [TileKernels: swiglu_forward_and_per_token_cast, swiglu_backward_and_per_token_cast,
+per_channel_cast_fused].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dovetail.cost.activations import TILE, code_bytes
+from dovetail.cost.ops import BF16, FP32, Elementwise, Gemm, GemmFormat, GemmLayout, Pass
+from dovetail.spec.precision import GemmPrecision, Quantization, Recipe, Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Linear:
+    """A weight [n_out, n_in] (or `groups` of them) met by `rows` tokens (each group by that many, in the mean)."""
+
+    name: str
+    part: str
+    n_in: int
+    n_out: int
+    rows: float
+    groups: int = 1
+    layout: GemmLayout = "dense"
+    precision: GemmPrecision | None = None  # None: BF16
+    plain: GemmFormat = "bf16"  # where there is no precision
+
+    @property
+    def format(self) -> GemmFormat:
+        return self.plain if self.precision is None else "fp8"
+
+    @property
+    def all_rows(self) -> float:
+        return self.rows * self.groups
+
+    def forward(self, recomputed: bool = False) -> Gemm:
+        pass_: Pass = "dgrad" if recomputed else "forward"
+        return self._gemm(self.name, pass_, self.rows, self.n_out, self.n_in, recomputed)
+
+    def dgrad(self) -> Gemm:
+        return self._gemm(self.name, "dgrad", self.rows, self.n_in, self.n_out)
+
+    def wgrad(self) -> Gemm:
+        return self._gemm(self.name, "wgrad", self.n_out, self.n_in, self.rows)
+
+    def _gemm(self, name: str, pass_: Pass, m: float, n: int, k: float, recomputed: bool = False) -> Gemm:
+        return Gemm(
+            name=name,
+            pass_=pass_,
+            m=m,
+            n=n,
+            k=k,
+            groups=self.groups,
+            format=self.format,
+            layout=self.layout,
+            part=self.part,
+            recomputed=recomputed,
+        )
+
+    def cast_weight(self, pass_: Pass, orders: int = 1) -> list[Elementwise]:
+        """BF16 to codes for `orders` products, which take operands along k only [DeepGEMM], so that dgrad's differ from
+        fprop's. In training each use makes them: kept from micro-batch to micro-batch they would take two bytes per
+        parameter that DeepSeek-V3's ranks do not have (`cost.rank_memory`). Serving has them from the start."""
+        if self.precision is None:
+            return []
+        bytes_ = self.groups * self.n_in * self.n_out * (BF16 + orders * (1.0 + FP32 / TILE**2))
+        return [Elementwise(name=f"quantise weight of {self.name}", pass_=pass_, bytes=bytes_, part=self.part)]
+
+    def cast_input(self, is_training: bool) -> list[Elementwise]:
+        """BF16 to the product's input and, in training, to what is kept for the backward pass if that differs."""
+        if self.precision is None:
+            return []
+        written = [self.precision.input]
+        saved = self.precision.saved_input
+        if is_training and saved is not None and saved != self.precision.input:
+            written.append(saved)
+        return [self._cast("quantise input of", "forward", self.n_in, BF16, *written)]
+
+    def cast_grad(self) -> list[Elementwise]:
+        """The gradient of the output from BF16, for dgrad."""
+        if self.precision is None:
+            return []
+        return [self._cast("quantise gradient of", "dgrad", self.n_out, BF16, self.precision.grad)]
+
+    def cast_for_wgrad(self, input_from: float | None = None, grad_from: float = BF16) -> list[Elementwise]:
+        """Both operands of wgrad in column tiles, from sources of so many bytes per value; the input's is what was kept
+        unless told."""
+        precision = self.precision
+        if precision is None:
+            return []
+        if input_from is None:
+            input_from = coded_bytes(TILE, precision.saved_input or precision.input) / TILE
+        return [
+            self._cast("requantise input of", "wgrad", self.n_in, input_from, precision.wgrad_input),
+            self._cast("requantise gradient of", "wgrad", self.n_out, grad_from, precision.wgrad_grad),
+        ]
+
+    def _cast(self, what: str, pass_: Pass, width: int, read: float, *written: Quantization) -> Elementwise:
+        per_row = read * width + sum(coded_bytes(width, each) for each in written)
+        return Elementwise(name=f"{what} {self.name}", pass_=pass_, bytes=self.all_rows * per_row, part=self.part)
+
+
+def site_precision(recipe: Recipe, site: Site) -> GemmPrecision | None:
+    return recipe.sites.get(site)
+
+
+def coded_bytes(width: int, quantization: Quantization | None) -> float:
+    """One row of `width` values with a scale for every 128; BF16 for None."""
+    if quantization is None:
+        return BF16 * width
+    return code_bytes(width, quantization.format) + FP32 * -(-width // TILE)

@@ -1,0 +1,217 @@
+"""Bytes on the ranks of a pipeline in training.
+
+Weights are held in BF16 (norms and router FP32) and quantised when they are used: FP8 copies in both orders that
+products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32. Master weights (FP32)
+and the two moments (BF16 [V3 §3.3.3]) are shared out over all ranks that hold the same weight (ZeRO-1): data-parallel
+ranks, the replicas of routed experts, both copies of a stage where DualPipe has two. The moving average is in the
+host's memory [V3 §3.2.3].
+
+Activations are those of `cost.activations` with its recomputation, times the micro-batches in flight:
+
+    1f1b, zb1p     pp - rank, and pp, of the rank's stage [V3 Table 2]
+    interleaved    (chunks - 1) pp + 2 (pp - rank) - 1 of its chunks [Megatron-LM]
+    dualpipe       pp - rank of stage `rank`, rank + 1 of stage pp - 1 - rank: pp + 1 together
+    dualpipev      the same with 2 pp stages
+
+One thing of that list is not kept here: experts' outputs, which the gradient of the gate's weights needs only where the
+weights are applied after the experts, not in their SwiGLU [TileKernels]. Buffers are an estimate of one forward and one
+backward layer at work. The runtime (CUDA's context, communicators) is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+
+from dovetail.cost.activations import SavedTensor, saved_by_layer, saved_by_part
+from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
+from dovetail.cost.memory import BF16, FP32
+from dovetail.cost.stages import Stage, stages
+from dovetail.spec.layout import Layout
+from dovetail.spec.model import Mla, ModelSpec
+from dovetail.spec.precision import Recipe
+
+BAND = (0.9, 1.15)  # of activations and buffers: experts' loads that differ, the allocator's holes; unverified
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """Bytes of one GPU by use; `host_average` is the moving average's share in the host's memory and in no total."""
+
+    rank: int
+    weights: int  # BF16; norms and router FP32
+    gradients: int
+    master_weights: int
+    moments: int
+    activations: int
+    buffers: int
+    host_average: int
+    in_flight: tuple[tuple[int, int], ...]  # (stage, micro-batches)
+
+    @property
+    def state(self) -> int:
+        return self.weights + self.gradients + self.master_weights + self.moments
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations + self.buffers
+
+    @property
+    def band(self) -> tuple[int, int]:
+        """Least and most to expect: state is exact, activations and buffers are within `BAND`."""
+        moving = self.activations + self.buffers
+        return self.state + int(BAND[0] * moving), self.state + int(BAND[1] * moving)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    weights: int = 0
+    gradients: int = 0
+    master_weights: int = 0
+    moments: int = 0
+    host_average: int = 0
+
+    def plus(self, other: _State, times: int = 1) -> _State:
+        return _State(*(mine + times * theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kinds:
+    """State of a layer and activations of a token in it, without and with experts, and of the rest. A layer kind that
+    the model lacks is None."""
+
+    states: dict[bool, _State]
+    kept: dict[bool, int]
+    mtp_state: _State
+    mtp_kept: int
+    head_kept: int
+
+
+def rank_memory(
+    spec: ModelSpec, layout: Layout, recipe: Recipe, sequence_length: int, rank: int = 0, recompute: bool = True
+) -> RankMemory:
+    """Of pipeline rank `rank`, on micro-batches of `layout.microbatch_size` sequences of `sequence_length` tokens.
+
+    Raises ValueError where attention is not MLA.
+    """
+    kinds, all_stages = _kinds(spec, layout, recipe, recompute), stages(spec, layout, sequence_length)
+    return _rank(spec, layout, sequence_length, rank, kinds, all_stages)
+
+
+def pipeline_memory(
+    spec: ModelSpec, layout: Layout, recipe: Recipe, sequence_length: int, recompute: bool = True
+) -> tuple[RankMemory, ...]:
+    """`rank_memory` of all ranks of one pipeline."""
+    kinds, all_stages = _kinds(spec, layout, recipe, recompute), stages(spec, layout, sequence_length)
+    return tuple(_rank(spec, layout, sequence_length, rank, kinds, all_stages) for rank in range(layout.pp))
+
+
+def kept_by_stage(
+    spec: ModelSpec, recipe: Recipe, stage: Stage, recompute: bool = True
+) -> tuple[tuple[str, SavedTensor], ...]:
+    """(part, tensor) of all that a stage keeps of one micro-batch for its backward pass; bytes are per token."""
+    kept = [(f"layer {layer}", tensor) for layer in stage.layers for tensor in _kept(spec, layer, recipe, recompute)]
+    if stage.has_head:
+        kept += _kept_by_head_and_mtp(spec, recipe, recompute)
+    return tuple(kept)
+
+
+def in_flight(layout: Layout, rank: int, stage: int) -> int:
+    """Micro-batches of which `stage` on `rank` keeps activations at once, at most."""
+    if layout.schedule == "interleaved":
+        chunks = (layout.chunks - 1) * layout.pp + 2 * (layout.pp - rank) - 1
+        most = -(-chunks // layout.chunks)
+    elif layout.schedule == "zb1p":
+        most = layout.pp
+    else:
+        most = layout.num_stages - stage
+    return min(most, layout.microbatches)
+
+
+def _rank(
+    spec: ModelSpec, layout: Layout, sequence_length: int, rank: int, kinds: _Kinds, all_stages: tuple[Stage, ...]
+) -> RankMemory:
+    tokens = layout.microbatch_size * sequence_length
+    mine = [(index, all_stages[index]) for index in layout.stages_of(rank)]
+    state = _state(layout, held_by_ends(spec, layout, [stage for _, stage in mine]))
+    flights = tuple((index, in_flight(layout, rank, index)) for index, _ in mine)
+    per_token = 0
+    for (_, stage), (_, count) in zip(mine, flights, strict=True):
+        for has_experts, layer_state in kinds.states.items():
+            layers = sum(spec.is_moe_layer(layer) == has_experts for layer in stage.layers)
+            state = state.plus(layer_state, layers)
+            per_token += count * layers * kinds.kept[has_experts]
+        if stage.has_head:
+            state = state.plus(kinds.mtp_state, stage.mtp_modules(spec))
+            per_token += count * (kinds.head_kept + kinds.mtp_kept)
+    return RankMemory(
+        rank=rank,
+        weights=state.weights,
+        gradients=state.gradients,
+        master_weights=state.master_weights,
+        moments=state.moments,
+        host_average=state.host_average,
+        activations=per_token * tokens // layout.tp,
+        buffers=_buffers(spec, layout, tokens, any(stage.has_head for _, stage in mine)),
+        in_flight=flights,
+    )
+
+
+def _kinds(spec: ModelSpec, layout: Layout, recipe: Recipe, recompute: bool) -> _Kinds:
+    layers = {spec.is_moe_layer(layer): layer for layer in range(spec.num_hidden_layers)}
+    rest = _kept_by_head_and_mtp(spec, recipe, recompute)
+    modules = spec.num_nextn_predict_layers
+    return _Kinds(
+        states={kind: _state(layout, held_by_layer(spec, layer, layout)) for kind, layer in layers.items()},
+        kept={
+            kind: sum(tensor.bytes for tensor in _kept(spec, layer, recipe, recompute))
+            for kind, layer in layers.items()
+        },
+        mtp_state=_state(layout, held_by_mtp(spec, layout)) if modules else _State(),
+        mtp_kept=sum(tensor.bytes for part, tensor in rest if part != "ends"),
+        head_kept=sum(tensor.bytes for part, tensor in rest if part == "ends"),
+    )
+
+
+def _kept(spec: ModelSpec, layer: int, recipe: Recipe, recompute: bool) -> list[SavedTensor]:
+    return [each for each in saved_by_layer(spec, layer, recipe, recompute) if each.name != "expert outputs"]
+
+
+def _kept_by_head_and_mtp(spec: ModelSpec, recipe: Recipe, recompute: bool) -> list[tuple[str, SavedTensor]]:
+    without_layers = spec.model_copy(update={"num_hidden_layers": 0})
+    if spec.moe is not None:
+        moe = spec.moe.model_copy(update={"first_k_dense_replace": 0})
+        without_layers = without_layers.model_copy(update={"moe": moe})
+    return [
+        (part.name, tensor)
+        for part in saved_by_part(without_layers, recipe, recompute)
+        for tensor in part.tensors
+        if tensor.name != "expert outputs"
+    ]
+
+
+def _state(layout: Layout, held: Iterable[Held]) -> _State:
+    weights = gradients = master = moments = average = 0
+    for each in held:
+        weights += (FP32 if each.is_wide else BF16) * each.elements
+        if each.has_gradient:
+            share = -(-each.elements // (each.replicas * layout.stage_copies))  # ZeRO-1
+            gradients += FP32 * each.elements
+            master += 0 if each.is_wide else FP32 * share
+            moments += 2 * BF16 * share
+            average += FP32 * share
+    return _State(weights, gradients, master, moments, average)
+
+
+def _buffers(spec: ModelSpec, layout: Layout, tokens: int, has_head: bool) -> int:
+    """Work of one layer forward and one backward at the same time, in BF16: rows at the experts before and after their
+    products, both halves of SwiGLU's input and their gradient; queries, keys, values, made again, and their gradients;
+    logits on the last stage; codes of a layer's weights."""
+    mla, hidden, moe = spec.attention, spec.hidden_size, spec.moe
+    assert isinstance(mla, Mla)
+    rows, width = (moe.num_experts_per_tok, moe.moe_intermediate_size) if moe else (1, spec.intermediate_size)
+    experts = 2 * rows * (2 * hidden + 5 * width)
+    heads = 2 * mla.num_attention_heads * (2 * mla.qk_head_dim + 2 * mla.v_head_dim)
+    logits = spec.vocab_size if has_head else 0
+    codes = sum(each.elements for each in held_by_layer(spec, spec.num_hidden_layers - 1, layout) if each.site)
+    return BF16 * tokens * (experts + heads + logits) // layout.tp + codes

@@ -1,0 +1,102 @@
+"""How long one operation takes on one GPU, with a band, and what binds it.
+
+    ideal    = max(FLOP / peak, bytes / bandwidth)          the roofline, of datasheet figures
+    seconds  = ideal / share + launch
+
+Shares are measured: of products by shape (`cost.shares`), of attention and of memory-bound work one each. Fewer
+multiprocessors (the others communicate, as 20 of 132 do in V3's training [V3 §3.2.2]) slow compute in proportion,
+and memory not at all: part of them fill the memory system.
+
+Left out: imbalance between experts, waiting for other ranks, and what caches keep from one operation to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from dovetail.cost.ops import Attention, Elementwise, Gemm
+from dovetail.cost.shares import gemm_share
+from dovetail.spec.band import Band
+from dovetail.spec.hardware import Gpu
+
+Bound = Literal["compute", "memory", "launch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timed:
+    """One operation's time in seconds, the formula with its numbers, and who measured what it rests on."""
+
+    seconds: Band
+    bound: Bound
+    formula: str
+    source: str
+
+
+NOTHING = Timed(seconds=Band.exact(0.0), bound="launch", formula="nothing to do", source="")  # no tokens: no launch
+
+
+@lru_cache(maxsize=1 << 16)
+def op_time(op: Gemm | Attention | Elementwise, gpu: Gpu, multiprocessors: int | None = None) -> Timed:
+    """Seconds that `op` takes alone on `gpu`, with `multiprocessors` of it (None: all).
+
+    Raises ValueError for more multiprocessors than there are, or none.
+    """
+    if multiprocessors is not None and not 0 < multiprocessors <= gpu.multiprocessors:
+        raise ValueError(f"{multiprocessors} multiprocessors of {gpu.name}: expected 1 to {gpu.multiprocessors}")
+    if op.bytes == 0:
+        return NOTHING
+    part = 1.0 if multiprocessors is None else multiprocessors / gpu.multiprocessors
+    if isinstance(op, Gemm):
+        return _gemm_time(op, gpu, part)
+    if isinstance(op, Attention):
+        return _attention_time(op, gpu, part)
+    assert isinstance(op, Elementwise), f"{type(op).__name__} does not run on one GPU alone"
+    share = gpu.efficiency.memory
+    return _timed((0.0, op.bytes / gpu.bandwidth), (share.band, share.band), gpu, f"{op.bytes:.3g} B", share.source)
+
+
+def _gemm_time(op: Gemm, gpu: Gpu, part: float) -> Timed:
+    share = gemm_share(gpu, op.format, op.layout, op.m, op.n, op.k)
+    format, near, efficiency = gpu.runs_as(op.format), share.nearest, gpu.efficiency
+    ideal = op.flop / gpu.peak(format) / part, op.bytes / gpu.bandwidth
+    shape = f"{format} {op.groups} x [{op.m:g} x {op.k:g} x {op.n:g}]"
+    nearest = f"{near.format} {near.layout} {near.groups} x [{near.m} x {near.k} x {near.n}]"
+    source = f"{efficiency.gemm_source}; nearest: {nearest} with {near.tflops:g} TFLOPS"
+    if near.format != format and format in efficiency.gemm_relative:
+        source += f"; {format}: {efficiency.gemm_relative[format].source}"
+    return _timed(ideal, (share.band, share.band), gpu, shape, source)
+
+
+def _attention_time(op: Attention, gpu: Gpu, part: float) -> Timed:
+    reached = gpu.efficiency
+    if op.absorbed:
+        flop_share, memory_share = reached.attention_decode_flop, reached.attention_decode_memory
+    elif op.pass_ == "forward":
+        flop_share, memory_share = reached.attention_prefill, reached.memory
+    else:
+        flop_share, memory_share = reached.attention_backward, reached.memory
+    ideal = op.flop / gpu.peak("bf16") / part, op.bytes / gpu.bandwidth
+    is_compute = ideal[0] / flop_share.value >= ideal[1] / memory_share.value
+    source = (flop_share if is_compute else memory_share).source
+    work = f"{op.flop:.3g} FLOP, {op.bytes:.3g} B"
+    return _timed(ideal, (flop_share.band, memory_share.band), gpu, work, source)
+
+
+def _timed(ideal: tuple[float, float], shares: tuple[Band, Band], gpu: Gpu, work: str, source: str) -> Timed:
+    """The slower of compute and memory at their shares, and the launch."""
+    compute, memory = (seconds / share for seconds, share in zip(ideal, shares, strict=True))
+    is_compute = compute.value >= memory.value
+    slower = compute if is_compute else memory
+    # Where the two are near each other, either end of the band may be the other's.
+    seconds = Band(slower.value, max(compute.low, memory.low), max(compute.high, memory.high))
+    launch = gpu.efficiency.launch_us
+    bound: Bound = "compute" if is_compute else "memory"
+    at, share = (ideal[0], shares[0]) if is_compute else (ideal[1], shares[1])
+    return Timed(
+        seconds=seconds + launch.band * 1e-6,
+        bound="launch" if launch.value * 1e-6 > slower.value else bound,
+        formula=f"{work}: {at * 1e6:.4g} us ({bound}) / {share.value:.3f} + {launch.value:g} us",
+        source=source,
+    )

@@ -1,0 +1,81 @@
+"""Which layers stand on which stage of a pipeline.
+
+Layers stay in order and every stage has at least one. Unless a layout says how many go where, the heaviest stage is
+made as light as can be, in forward FLOP per token, then the others as even as can be. The embedding (a look-up,
+without weight here) stands with the first layer; the head and the MTP modules, each of which runs a layer and the head
+once more, with the last [V3 §3.2.3]. For DeepSeek-V3 on 16 stages that is four layers on each but the last, which has
+one, the MTP module and the head: as much arithmetic as five layers; the profile of DeepSeek has four per chunk too
+[profile-data].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+from dovetail.cost.count import attention_flop_per_token, expert_parameters, layer_parameters, mtp_flop_per_token
+from dovetail.spec.layout import Layout
+from dovetail.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Consecutive layers of the main model, and what else stands on the stage."""
+
+    layers: tuple[int, ...]
+    has_embedding: bool
+    has_head: bool  # with the final norm and the losses
+
+    def mtp_modules(self, spec: ModelSpec) -> int:
+        return spec.num_nextn_predict_layers if self.has_head else 0
+
+
+def stages(spec: ModelSpec, layout: Layout, context: int = 4096) -> tuple[Stage, ...]:
+    """All stages of the pipeline, first to last; `context` is the length of sequences, for attention's weight."""
+    counts = layout.stage_layers
+    if counts is None:
+        weights = tuple(_forward_flop(spec, layer, context) for layer in range(spec.num_hidden_layers))
+        end = 2.0 * spec.vocab_size * spec.hidden_size + mtp_flop_per_token(spec, context)
+        counts = _balanced(weights, end, layout.num_stages)
+    ends = tuple(accumulate(counts))
+    return tuple(
+        Stage(
+            layers=tuple(range(last - count, last)),
+            has_embedding=last == count,
+            has_head=index == len(counts) - 1,
+        )
+        for index, (count, last) in enumerate(zip(counts, ends, strict=True))
+    )
+
+
+def _forward_flop(spec: ModelSpec, layer: int, context: int) -> float:
+    parameters = layer_parameters(spec, layer)
+    active = parameters.total - parameters.routed_experts
+    if spec.moe and parameters.routed_experts:
+        active += spec.moe.num_experts_per_tok * expert_parameters(spec)
+    return 2.0 * active + attention_flop_per_token(spec, context) / spec.num_hidden_layers
+
+
+@lru_cache(maxsize=1024)
+def _balanced(weights: tuple[float, ...], end: float, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage: least largest sum, then least sum of squares; the last stage weighs `end` more."""
+    layers = len(weights)
+    assert 0 < num_stages <= layers, (num_stages, layers)
+    before = (0.0, *accumulate(weights))
+    # best[n]: of n layers on the stages so far, (largest, sum of squares, layers of each stage).
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for stage in range(num_stages):
+        is_last = stage == num_stages - 1
+        left = num_stages - stage - 1
+        reach = 2 * -(-layers // num_stages) + 1  # a stage twice as long as the mean is never the best
+        found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for start, (largest, squares, counts) in best.items():
+            stops = [layers] if is_last else range(start + 1, min(layers - left, start + reach) + 1)
+            for stop in stops:
+                weight = before[stop] - before[start] + (end if is_last else 0.0)
+                candidate = max(largest, weight), squares + weight * weight, (*counts, stop - start)
+                if stop > start and (stop not in found or candidate < found[stop]):
+                    found[stop] = candidate
+        best = found
+    return best[layers][2]

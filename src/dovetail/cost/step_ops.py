@@ -1,0 +1,58 @@
+"""What one rank runs once per optimizer step: gradients summed, AdamW on its share of the weights, weights gathered.
+
+    reduce-scatter   gradients in FP32 over the ranks that hold the same weight
+    norm             of the rank's share, for clipping
+    AdamW            per parameter: gradient, master and moments read; master, moments and the BF16 weight written
+    all-gather       weights in BF16
+    zero             the gradients' accumulators
+
+That gradients travel in FP32 is not in the paper (unverified). Sums over experts' replicas are far between: ep ranks
+apart. Where DualPipe has a stage twice, both copies are in the sum, the second on another rank of the pipeline.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Literal
+
+from dovetail.cost.held import held_by_rank
+from dovetail.cost.ops import BF16, FP32, Collective, Elementwise, Op
+from dovetail.spec.layout import Layout
+from dovetail.spec.model import ModelSpec
+
+ADAM_BYTES = FP32 + 2 * (FP32 + 2 * BF16)  # gradient read; master and moments read and written
+
+
+def step_ops(spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096) -> tuple[Op, ...]:
+    """Of pipeline rank `rank`. Raises ValueError where attention is not MLA."""
+    trained = [each for each in held_by_rank(spec, layout, rank, context) if each.has_gradient]
+    by_replicas: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # elements, bytes as they compute
+    for each in trained:
+        elements, weights = by_replicas[each.replicas]
+        per_element = FP32 if each.is_wide else BF16
+        by_replicas[each.replicas] = elements + each.elements, weights + per_element * each.elements
+    share = sum(elements / replicas for replicas, (elements, _) in by_replicas.items()) / layout.stage_copies
+    held = sum(elements for elements, _ in by_replicas.values())
+    sums: list[Op] = []
+    gathers: list[Op] = []
+    for replicas, (elements, weights) in sorted(by_replicas.items()):
+        stride = layout.dp * layout.tp // replicas
+        for ranks, apart, part in ((replicas, stride, 1), (layout.stage_copies, layout.dp * layout.tp, replicas)):
+            if ranks > 1:
+                sums.append(_collective("reduce_scatter", FP32 * elements / part, ranks, apart))
+                gathers.insert(0, _collective("all_gather", weights / part, ranks, apart))
+    return (
+        *sums,
+        _pass("gradient norm", FP32 * share),
+        _pass("AdamW", (ADAM_BYTES + BF16) * share),
+        *gathers,
+        _pass("zero gradients", FP32 * held),
+    )
+
+
+def _collective(name: Literal["reduce_scatter", "all_gather"], bytes_: float, ranks: int, stride: int) -> Collective:
+    return Collective(name=name, pass_="wgrad", bytes=bytes_, ranks=ranks, stride=stride, part="step")
+
+
+def _pass(name: str, bytes_: float) -> Elementwise:
+    return Elementwise(name=name, pass_="wgrad", bytes=bytes_, part="step")

@@ -1,0 +1,125 @@
+"""Schedules that enter at one end: 1F1B, its interleaved form, and zero-bubble ZB1P; and `make_schedule` for all.
+
+What they idle is in `planner.bubbles`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from dovetail.parallel.dualpipe import dualpipe, dualpipev
+from dovetail.parallel.schedule import Action, Schedule
+
+SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
+
+
+@lru_cache(maxsize=128)  # about a megabyte each
+def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
+    """The schedule `name` (of `SCHEDULES`) for `ranks` pipeline ranks; `chunks` counts only for "interleaved".
+
+    Raises ValueError for a name or sizes that cannot be, with the nearest that can.
+    """
+    if name == "interleaved":
+        return interleaved(ranks, microbatches, chunks)
+    makers = {"1f1b": one_f_one_b, "zb1p": zero_bubble, "dualpipe": dualpipe, "dualpipev": dualpipev}
+    if name not in makers:
+        raise ValueError(f"no schedule {name!r}; there are {', '.join(SCHEDULES)}")
+    return makers[name](ranks, microbatches)
+
+
+def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
+    """1F1B [PipeDream-Flush, Megatron]: rank r runs PP-1-r forwards ahead, then one forward and one backward in turn.
+
+    It holds at most PP-r activations. Raises ValueError for sizes below 1.
+    """
+    _check_sizes(ranks, microbatches)
+    actions = []
+    for rank in range(ranks):
+        ahead = min(ranks - 1 - rank, microbatches)
+        steps = [Action("F", index, rank) for index in range(ahead)]
+        for index in range(microbatches):
+            if index + ahead < microbatches:
+                steps.append(Action("F", index + ahead, rank))
+            steps.append(Action("B", index, rank))
+        actions.append(tuple(steps))
+    return Schedule(
+        name="1f1b",
+        microbatches=microbatches,
+        placement=(tuple(range(ranks)),),
+        actions=tuple(actions),
+        activation_limit=tuple(min(ranks - rank, microbatches) for rank in range(ranks)),
+    )
+
+
+def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
+    """Interleaved 1F1B [arXiv 2104.04473]: rank r holds the `chunks` stages r, r + PP, ...
+
+    Micro-batches go in rounds of PP through one chunk after the other. Raises ValueError unless `microbatches` is a
+    multiple of `ranks`.
+    """
+    _check_sizes(ranks, microbatches)
+    if chunks < 1:
+        raise ValueError(f"interleaved: chunks = {chunks}: a rank holds at least 1 stage")
+    if microbatches % ranks:
+        nearest = max(1, round(microbatches / ranks)) * ranks
+        raise ValueError(
+            f"interleaved: microbatches = {microbatches} is not a multiple of {ranks} ranks; nearest: {nearest}"
+        )
+    work = chunks * microbatches
+    visits = [  # (round of PP micro-batches, chunk, micro-batch of the round), first to last
+        (start + index, chunk)
+        for start in range(0, microbatches, ranks)
+        for chunk in range(chunks)
+        for index in range(ranks)
+    ]
+    actions, limits = [], []
+    for rank in range(ranks):
+        ahead = min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), work)
+        forwards = [Action("F", index, chunk * ranks + rank) for index, chunk in visits]
+        backwards = [Action("B", index, (chunks - 1 - chunk) * ranks + rank) for index, chunk in visits]
+        steps = forwards[:ahead]
+        for turn, backward in enumerate(backwards):
+            steps += forwards[ahead + turn : ahead + turn + 1]
+            steps.append(backward)
+        actions.append(tuple(steps))
+        limits.append(min(ahead + 1, work))
+    return Schedule(
+        name="interleaved",
+        microbatches=microbatches,
+        placement=(tuple(stage % ranks for stage in range(ranks * chunks)),),
+        actions=tuple(actions),
+        activation_limit=tuple(limits),
+    )
+
+
+def zero_bubble(ranks: int, microbatches: int) -> Schedule:
+    """ZB1P (ZB-H1) [arXiv 2401.10241]: 1F1B with every backward split; rank r puts off W by r micro-batches.
+
+    What 1F1B idles at the end is filled with W; every rank holds up to PP activations. Raises ValueError for sizes
+    below 1.
+    """
+    _check_sizes(ranks, microbatches)
+    actions = []
+    for rank in range(ranks):
+        ahead = min(ranks - 1 - rank, microbatches)
+        steps = [Action("F", index, rank) for index in range(ahead)]
+        for index in range(microbatches):
+            if index + ahead < microbatches:
+                steps.append(Action("F", index + ahead, rank))
+            steps.append(Action("I", index, rank))
+            if index >= rank:
+                steps.append(Action("W", index - rank, rank))
+        steps += [Action("W", index, rank) for index in range(max(0, microbatches - rank), microbatches)]
+        actions.append(tuple(steps))
+    return Schedule(
+        name="zb1p",
+        microbatches=microbatches,
+        placement=(tuple(range(ranks)),),
+        actions=tuple(actions),
+        activation_limit=(min(ranks, microbatches),) * ranks,
+    )
+
+
+def _check_sizes(ranks: int, microbatches: int) -> None:
+    if ranks < 1 or microbatches < 1:
+        raise ValueError(f"ranks = {ranks}, microbatches = {microbatches}: a pipeline needs at least 1 of each")

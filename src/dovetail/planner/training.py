@@ -1,0 +1,204 @@
+"""A training step on a cluster: how long, where the time goes, what it costs, and whether it fits.
+
+    stages -> seconds of F, I, W and overlapped pairs (`planner.chunks`) -> the schedule replayed (`planner.timeline`)
+    -> step = pipeline + optimizer, split as ISCA Table 4 splits it
+
+FLOP are counted as the paper counts: matrix products and attention, no recomputation, MTP apart; "causal" counts half
+of the attention square [ISCA §2.2.2, Table 4]. The optimizer's sums and gathers are taken as exposed, all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dovetail.cost.count import training_flop_per_token
+from dovetail.cost.ops import Collective, Exchange
+from dovetail.cost.rank_memory import RankMemory, pipeline_memory
+from dovetail.cost.roofline import op_time
+from dovetail.cost.stages import stages
+from dovetail.cost.step_ops import step_ops
+from dovetail.network.collectives import collective_time, send_time
+from dovetail.parallel.pipelines import make_schedule
+from dovetail.planner.bubbles import estimate_seconds
+from dovetail.planner.chunks import Costs, StageSeconds, Workload, pair_seconds
+from dovetail.planner.timeline import Breakdown, Durations, Timeline, replay
+from dovetail.spec.band import Band, sum_bands
+from dovetail.spec.hardware import Cluster
+from dovetail.spec.layout import Layout, check_layout
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.precision import Recipe
+
+RUNTIME_BYTES = 2e9  # CUDA context, communicators and their buffers; unverified
+DAY = 86400.0
+BF16 = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingGoal:
+    """What is to be trained on."""
+
+    batch: int  # sequences per step
+    tokens: float | None = None  # of the whole run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """Seconds of a step, means over the ranks of a pipeline, by Table 4's names: lone forwards (1F), lone gradients of
+    inputs (1B) and of weights (1W), overlapped pairs (1F1B), idle, optimizer."""
+
+    forward: Band
+    input_backward: Band
+    weight_backward: Band
+    pair: Band
+    bubble: Band
+    optimizer: Band
+
+    @property
+    def total(self) -> Band:
+        parts = (self.forward, self.input_backward, self.weight_backward, self.pair, self.bubble, self.optimizer)
+        return sum_bands(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """One layout's step on a cluster, and what follows for a run."""
+
+    work: Workload
+    goal: TrainingGoal
+    parts: StepParts
+    step_seconds: Band
+    memory: tuple[RankMemory, ...]  # of each pipeline rank
+    timeline: Timeline
+
+    @property
+    def largest_memory(self) -> RankMemory:
+        return max(self.memory, key=lambda rank: rank.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.largest_memory.total + RUNTIME_BYTES <= self.work.cluster.gpu.memory_bytes
+
+    @property
+    def gpus(self) -> int:
+        return self.work.layout.gpus
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.goal.batch * self.work.sequence_length
+
+    @property
+    def tokens_per_day(self) -> Band:
+        return self.tokens_per_step * DAY / self.step_seconds
+
+    def flop_rate(self, causal: bool = True) -> Band:
+        """FLOP/s per GPU."""
+        flop = training_flop_per_token(self.work.spec, self.work.sequence_length, causal)
+        return flop * self.tokens_per_step / self.gpus / self.step_seconds
+
+    def mfu(self, causal: bool = True) -> Band:
+        """Share of the BF16 peak, whatever format products are in, as the paper has it [ISCA Table 4]."""
+        return self.flop_rate(causal) / self.work.cluster.gpu.peak("bf16")
+
+    @property
+    def seconds(self) -> Band | None:
+        """Of the whole run."""
+        return self.goal.tokens / self.tokens_per_step * self.step_seconds if self.goal.tokens else None
+
+    @property
+    def gpu_hours(self) -> Band | None:
+        return self.seconds * (self.gpus / 3600) if self.seconds else None
+
+    @property
+    def dollars(self) -> Band | None:
+        price = self.work.cluster.price
+        return self.gpu_hours * price if self.gpu_hours and price else None
+
+
+def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> TrainingPlan:
+    """Raises ValueError for a layout that cannot be; one that does not fit in memory is returned, and says so."""
+    layout = work.layout
+    check_layout(layout, work.spec, work.cluster.gpus, goal.batch)
+    each = _stage_seconds(work, costs or Costs())
+    schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
+    replays = {end: replay(schedule, _durations(work, each, end)) for end in ("low", "value", "high")}
+    optimizer = _optimizer_seconds(work)
+    parts = _parts({end: timeline.breakdown() for end, timeline in replays.items()}, optimizer)
+    pipeline = _band(*(replays[end].seconds for end in ("low", "value", "high")))
+    return TrainingPlan(
+        work=work,
+        goal=goal,
+        parts=parts,
+        step_seconds=pipeline + optimizer,
+        memory=pipeline_memory(work.spec, layout, work.recipe, work.sequence_length),
+        timeline=replays["value"],
+    )
+
+
+def estimate(work: Workload, costs: Costs) -> float:
+    """Roughly `evaluate(...).step_seconds.value`, without a schedule: to prune a search."""
+    layout = work.layout
+    durations = _durations(work, _stage_seconds(work, costs), "value")
+    pipeline = estimate_seconds(layout.schedule, layout.pp, layout.microbatches, durations, layout.chunks)
+    return pipeline + _optimizer_seconds(work).value
+
+
+def _stage_seconds(work: Workload, costs: Costs) -> list[StageSeconds]:
+    return [costs.stage(work, stage) for stage in stages(work.spec, work.layout, work.sequence_length)]
+
+
+def _durations(work: Workload, each: list[StageSeconds], end: str) -> Durations:
+    pairs = None
+    if work.layout.schedule in ("dualpipe", "dualpipev"):
+        pairs = [getattr(pair_seconds(front, back), end) for front, back in zip(each, reversed(each), strict=True)]
+    send = send_time(BF16 * work.tokens * work.spec.hidden_size / work.layout.tp, work.cluster).seconds
+    return Durations(
+        forward=[getattr(stage.forward, end) for stage in each],
+        backward=[getattr(stage.backward, end) for stage in each],
+        input_backward=[getattr(stage.input_backward, end) for stage in each],
+        weight_backward=[getattr(stage.weight_backward, end) for stage in each],
+        pair=pairs,
+        send=getattr(send, end),
+    )
+
+
+def _optimizer_seconds(work: Workload) -> Band:
+    """Of the pipeline rank that takes longest: the others wait for it. Ranks that hold as many layers of each kind, and
+    the same ends, take the same time."""
+    all_stages = stages(work.spec, work.layout, work.sequence_length)
+    ranks: dict[tuple[object, ...], int] = {}
+    for rank in range(work.layout.pp):
+        mine = [all_stages[index] for index in work.layout.stages_of(rank)]
+        has_experts = [work.spec.is_moe_layer(layer) for stage in mine for layer in stage.layers]
+        ends = sorted((stage.has_embedding, stage.has_head) for stage in mine)
+        ranks[sum(has_experts), len(has_experts), *ends] = rank
+    return max((_rank_optimizer_seconds(work, rank) for rank in ranks.values()), key=lambda band: band.value)
+
+
+def _rank_optimizer_seconds(work: Workload, rank: int) -> Band:
+    bands = []
+    for op in step_ops(work.spec, work.layout, rank, work.sequence_length):
+        if isinstance(op, Collective):
+            bands.append(collective_time(op, work.cluster).seconds)
+        else:
+            assert not isinstance(op, Exchange)
+            bands.append(op_time(op, work.cluster.gpu).seconds)
+    return sum_bands(bands)
+
+
+def _parts(of: dict[str, Breakdown], optimizer: Band) -> StepParts:
+    def band(*names: str) -> Band:
+        return _band(*(sum(getattr(of[end], name) for name in names) for end in ("low", "value", "high")))
+
+    return StepParts(
+        forward=band("forward"),
+        input_backward=band("input_backward", "full_input"),
+        weight_backward=band("weight_backward", "full_weight"),
+        pair=band("pair"),
+        bubble=band("bubble"),
+        optimizer=optimizer,
+    )
+
+
+def _band(low: float, value: float, high: float) -> Band:
+    """Idle time may shrink where work grows."""
+    return Band(value, min(low, value, high), max(low, value, high))

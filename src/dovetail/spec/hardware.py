@@ -1,0 +1,221 @@
+"""Accelerators, links and clusters as data: what the datasheet says and what is reached, two fields, each with its
+source.
+
+Records mirror the TOML that a user writes, so their keys carry the datasheet's units (gbs = 10^9 bytes/s one way,
+tflops = 10^12 FLOP/s, us = 10^-6 s); the properties give base units (bytes, seconds, FLOP/s) to those that compute.
+
+A reached figure comes from measuring one operation (a product by shape, attention, an exchange, a copy), never from
+the step time or throughput of a whole system: those are for the planner to predict.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from dovetail.config import Record
+from dovetail.spec.band import Band
+
+Format = Literal["fp8", "bf16", "fp32"]
+Layout = Literal["dense", "contiguous", "masked"]  # of the rows of several experts [DeepGEMM]
+FORMATS: tuple[Format, ...] = ("fp8", "bf16", "fp32")  # from the narrowest
+OPERAND_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
+OUTPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}  # a product of FP8 operands is written in BF16
+
+
+class Estimate(Record):
+    """A figure that was reached, the interval it is taken to lie in, and who measured it."""
+
+    value: PositiveFloat
+    low: PositiveFloat
+    high: PositiveFloat
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _value_lies_in_its_band(self) -> Estimate:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"expected low <= value <= high, got {self.low} <= {self.value} <= {self.high}")
+        return self
+
+    @property
+    def band(self) -> Band:
+        return Band(self.value, self.low, self.high)
+
+
+class GemmPoint(Record):
+    """One measured matrix product, per group [m, k] times [k, n], of `groups` alike; FLOP are 2 groups m n k."""
+
+    format: Format
+    layout: Layout = "dense"
+    m: PositiveInt
+    n: PositiveInt
+    k: PositiveInt
+    groups: PositiveInt = 1
+    tflops: PositiveFloat  # reached, all groups together
+    low: PositiveFloat | None = None  # of tflops, where measurements differ
+    high: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _value_lies_in_its_band(self) -> GemmPoint:
+        low, high = self.low or self.tflops, self.high or self.tflops
+        if not low <= self.tflops <= high:
+            raise ValueError(f"expected low <= tflops <= high, got {low} <= {self.tflops} <= {high}")
+        return self
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.groups * self.m * self.n * self.k
+
+    @property
+    def bytes(self) -> float:
+        """Read and written once each, without scales: so the GB/s of DeepGEMM's tables are counted."""
+        read = (self.m + self.n) * self.k * OPERAND_BYTES[self.format]
+        return float(self.groups * (read + self.m * self.n * OUTPUT_BYTES[self.format]))
+
+    @property
+    def speed(self) -> Band:
+        """FLOP/s."""
+        return Band(self.tflops, self.low or self.tflops, self.high or self.tflops) * 1e12
+
+
+class ExchangePoint(Record):
+    """One measured exchange of tokens between the ranks that hold experts [DeepEP]."""
+
+    kind: Literal["dispatch", "combine"]
+    mode: Literal["normal", "low-latency"]
+    ranks: PositiveInt
+    tokens: PositiveInt  # per rank
+    bytes_per_token: PositiveFloat  # of one copy
+    copies: PositiveFloat | None = None  # of a token that `gbs` counts; None: one for each distinct node of its experts
+    gbs: PositiveFloat  # per rank, as its source counts
+    microseconds: PositiveFloat | None = None  # where the source gives the time itself
+    over: Literal["scale-up", "scale-out"]  # the link that `gbs` is of
+    source: str = Field(min_length=1)
+
+
+class Link(Record):
+    """One GPU's connection to others, one way."""
+
+    gbs: PositiveFloat  # datasheet
+    achieved_gbs: Estimate
+    latency_us: Estimate  # end to end, a small message
+
+    @model_validator(mode="after")
+    def _achieved_is_possible(self) -> Link:
+        if self.achieved_gbs.high > self.gbs * 1.0001:
+            raise ValueError(f"achieved_gbs up to {self.achieved_gbs.high:g} is more than the datasheet's {self.gbs:g}")
+        return self
+
+    @property
+    def bandwidth(self) -> Band:
+        """Bytes/s one way, achieved."""
+        return self.achieved_gbs.band * 1e9
+
+    @property
+    def latency(self) -> Band:
+        """Seconds."""
+        return self.latency_us.band * 1e-6
+
+
+class Efficiency(Record):
+    """What operations reach on one GPU. Shares are of the datasheet's figures."""
+
+    gemms: tuple[GemmPoint, ...] = Field(min_length=1)
+    gemm_source: str = Field(min_length=1)
+    # Formats without points of their own run at this share of the speed that the nearest measured format's share
+    # gives them; for formats that are not listed, at the same share.
+    gemm_relative: dict[Format, Estimate] = {}
+    memory: Estimate  # of the bandwidth, streaming; above 1 where what was measured stays in caches
+    attention_prefill: Estimate  # of the BF16 peak: forward, queries and keys of one length, expanded heads
+    attention_backward: Estimate  # of the BF16 peak
+    attention_decode_flop: Estimate  # of the BF16 peak: absorbed heads, few queries against a cache
+    attention_decode_memory: Estimate  # of the bandwidth
+    launch_us: Estimate  # what an operation takes beside its work: the gap to the one before it
+    exchanges: tuple[ExchangePoint, ...] = ()
+    borrowed_from: str | None = None  # the GPU whose shares these are, widened, where there are no own measurements
+
+    @field_validator("attention_prefill", "attention_backward", "attention_decode_flop")
+    @classmethod
+    def _is_a_share(cls, estimate: Estimate) -> Estimate:
+        if estimate.high > 1:
+            raise ValueError(f"is a share of the datasheet's figure, at most 1, and goes up to {estimate.high:g}")
+        return estimate
+
+
+class PeakTflops(Record):
+    """Dense peaks, no sparsity; a format that is left out is one the hardware has no products in."""
+
+    fp8: PositiveFloat | None = None
+    bf16: PositiveFloat
+    fp32: PositiveFloat
+
+
+class Gpu(Record):
+    """One accelerator, or the processors of one machine."""
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    peak_tflops: PeakTflops
+    memory_bytes: PositiveFloat
+    bandwidth_gbs: PositiveFloat
+    multiprocessors: PositiveInt
+    price_per_hour: Estimate | None = None  # dollars, rented
+    efficiency: Efficiency
+
+    def __hash__(self) -> int:
+        # Costs are cached by GPU, and its hundreds of figures would be hashed at each look-up.
+        return hash((self.name, self.bandwidth_gbs, self.memory_bytes))
+
+    @property
+    def bandwidth(self) -> float:
+        """Datasheet bytes/s of memory."""
+        return self.bandwidth_gbs * 1e9
+
+    def runs_as(self, format: Format) -> Format:
+        """`format`, or the next wider one that this GPU has products in."""
+        wider = FORMATS[FORMATS.index(format) :]
+        return next(each for each in wider if getattr(self.peak_tflops, each) is not None)
+
+    def peak(self, format: Format) -> float:
+        """Datasheet FLOP/s of dense products in `format`, or in the next wider format that there is."""
+        return float(getattr(self.peak_tflops, self.runs_as(format))) * 1e12
+
+    def ideal_seconds(self, point: GemmPoint) -> float:
+        """Of a product at the datasheet's speed or bandwidth, whichever is slower."""
+        return max(point.flop / self.peak(point.format), point.bytes / self.bandwidth)
+
+
+class Cluster(Record):
+    """Equal nodes of equal GPUs. A node is a scale-up domain (8 GPUs, or the 72 of a rack); scale-out joins nodes."""
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    gpu: Gpu
+    gpus_per_node: PositiveInt
+    nodes: PositiveInt
+    scale_up: Link
+    scale_out: Link | None = None  # None: one node
+    planes: PositiveInt = 1  # separate networks; GPU i of each node is on plane i mod planes
+    fabric: str = "none"
+    price_per_gpu_hour: Estimate | None = None  # dollars; None: the GPU's
+
+    @model_validator(mode="after")
+    def _nodes_are_joined(self) -> Cluster:
+        if self.nodes > 1 and self.scale_out is None:
+            raise ValueError(f"nodes = {self.nodes} but no [scale_out] link joins them: add it, or nodes = 1")
+        if self.planes > self.gpus_per_node:
+            raise ValueError(
+                f"planes = {self.planes}, more than gpus_per_node = {self.gpus_per_node}: use at most one each"
+            )
+        return self
+
+    @property
+    def gpus(self) -> int:
+        return self.gpus_per_node * self.nodes
+
+    @property
+    def price(self) -> Band | None:
+        """Dollars per GPU and hour."""
+        estimate = self.price_per_gpu_hour or self.gpu.price_per_hour
+        return estimate.band if estimate else None
