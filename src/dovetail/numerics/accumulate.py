@@ -93,7 +93,7 @@ def matmul(
 ) -> Tensor:
     """a [M, K] times b [N, K] transposed -> FP32 [M, N]; FP32 tensors of values on the grids of `formats`.
 
-    Where a value is NaN or infinite, so are the outputs that it enters. On CPUs a kernel makes Hopper's sums, bit for bit.
+    Where a value is NaN or infinite, so are the outputs that it enters. A CPU kernel makes Hopper's sums, bit for bit.
     """
     _check(a, b, accumulator, scales)
     if isinstance(accumulator, HopperAccumulator) and _has_kernel(a, b, scales, formats):
