@@ -43,7 +43,8 @@ ROW, COLUMN, BLOCK = Quantization(), Quantization(tile="column"), Quantization(t
 
 
 class GemmPrecision(Record):
-    """The operands of one linear layer's three products, and what it keeps of its input for the backward pass."""
+    """The operands of one linear layer's three products, what it keeps of its input for the backward pass, and what
+    adds the products [V3 §3.3.2]."""
 
     input: Quantization = ROW
     weight: Quantization = BLOCK
@@ -51,6 +52,17 @@ class GemmPrecision(Record):
     wgrad_input: Quantization = COLUMN
     wgrad_grad: Quantization = COLUMN
     saved_input: Quantization | None = None  # None: the input as fprop has it
+    accumulator: Literal["fp32", "hopper"] = "fp32"  # what adds within `promotion`: FP32, or Hopper's Tensor Core
+    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
+
+    @model_validator(mode="after")
+    def _fp32_is_promoted_by_tile(self) -> GemmPrecision:
+        if self.accumulator == "fp32" and self.promotion != 128:
+            raise ValueError(
+                f"promotion = {self.promotion} with accumulator fp32, which sums by tiles of 128: leave it out, or use"
+                ' accumulator = "hopper"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _tiles_lie_along_k(self) -> GemmPrecision:
@@ -73,6 +85,6 @@ class Recipe(Record):
     name: str
     source: str
     sites: dict[Site, GemmPrecision] = {}
-    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
     saved_swiglu: Quantization | None = None  # SwiGLU inputs of experts for the backward pass; None: the model's dtype
     expert_output: str | None = None  # format in which routed experts' outputs are sent back: eXmY, or logfmt-N
+    moments: Literal["bfloat16", "float32"] = "bfloat16"  # both of AdamW [V3 §3.3.3]
