@@ -33,12 +33,16 @@ def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
 
 def _by_rows(rows: Operand, weight: Operand, offsets: Sequence[int], transposed: bool) -> Tensor:
     """Each group's rows times its weight's rows, or, `transposed`, its columns."""
+    if _are_fp8(rows, weight):
+        from dovetail.numerics import scaled_gemm_triton  # Triton comes with torch's CUDA builds only
+
+        return scaled_gemm_triton.by_rows(rows, weight, offsets, transposed)
     grid, scale = weight.grid, weight.scale
     if transposed:
         grid, scale = grid.transpose(1, 2), scale.transpose(1, 2)
     groups, width, inner = grid.shape
-    output = rows.grid.new_empty(len(rows.grid), width)
-    if not has_kernel(rows.grid):
+    output = rows.grid.new_empty(len(rows.grid), width, dtype=torch.bfloat16)
+    if not has_kernel(rows.grid, weight.grid):
         for g, here in _groups(offsets):
             output[here] = product_by_tiles(rows.grid[here], grid[g], rows.scale[here], spread(scale[g], 0, width))
         return output
@@ -59,10 +63,14 @@ def _by_rows(rows: Operand, weight: Operand, offsets: Sequence[int], transposed:
 
 def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
     """Zero for a group without rows."""
+    if _are_fp8(grad, rows):
+        from dovetail.numerics import scaled_gemm_triton
+
+        return scaled_gemm_triton.wgrad(grad, rows, offsets)
     (height, width), groups = (grad.grid.shape[1], rows.grid.shape[1]), len(offsets) - 1
-    output = grad.grid.new_empty(groups, height, width)
+    output = grad.grid.new_empty(groups, height, width, dtype=torch.bfloat16)
     bounds, firsts = token_tiles(offsets)
-    if not has_kernel(grad.grid):
+    if not has_kernel(grad.grid, rows.grid):
         ends = [*firsts[1:].tolist(), len(bounds)]
         for g, here in _groups(offsets):
             tiles = slice(int(firsts[g]), ends[g])
@@ -134,6 +142,11 @@ def _multiply(
         block,
         numba.get_num_threads(),
     )
+
+
+def _are_fp8(*operands: Operand) -> bool:
+    """Only a GPU has such operands; one beside another in BF16 goes tile by tile."""
+    return all(operand.grid.element_size() == 1 for operand in operands)
 
 
 def _groups(offsets: Sequence[int]) -> list[tuple[int, slice]]:
