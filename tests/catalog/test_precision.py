@@ -78,3 +78,18 @@ def test_the_combine_study_is_bf16_but_for_expert_outputs(format: str) -> None:
 def test_a_name_with_a_typo() -> None:
     with pytest.raises(ValueError, match="'v3-per-tenser' is no precision recipe; did you mean v3-per-tensor"):
         load_recipe("v3-per-tenser")
+
+
+@pytest.mark.parametrize(
+    "name", ["e4m33", "e44m3", "fp8", "e4n3", "e4m3fn", "e8m3", "bf16", "e5m10", "e4m0", "e1m3", ""]
+)
+def test_a_format_that_operands_cannot_have_is_refused_with_the_possible_ones(name: str) -> None:
+    """Misspelt, or of more bits than BF16 holds, or none that scales are for."""
+    with pytest.raises(
+        ValueError, match=f"format\n.*cannot be '{name}'.*2 to 7 exponent bits and 1 to 7 .*(did you mean|known:) e"
+    ):
+        Quantization(format=name)
+
+
+def test_case_does_not_matter_in_a_format() -> None:
+    assert Quantization(format="E4M3") == Quantization(format="e4m3")

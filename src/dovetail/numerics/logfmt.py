@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.numerics import gpu
 from dovetail.numerics.quantize import refuse_non_finite
 
 TILE = 128
 LOG_RANGE = 32.0  # octaves: log2(2^32) [ISCA §3.2]
 BITS = range(4, 13)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of what the GPU's kernels read and write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +58,28 @@ def encode(x: Tensor, bits: int, check: bool = True, name: str = "the tensor to 
     Raises ValueError, which calls x `name`, for what is no float matrix, for bits outside 4..12, and for inf or NaN;
     with `check` off (it makes the host wait for a GPU) a tile that holds these comes back as NaN.
     """
+    if gpu.takes(x) and x.ndim == 2 and x.dtype in KERNEL_DTYPES:
+        from dovetail.numerics import logfmt_triton  # Triton comes with torch's CUDA builds only
+
+        return logfmt_triton.encode(x.detach(), bits, check, name)
+    return encode_reference(x, bits, check, name)
+
+
+def encode_reference(x: Tensor, bits: int, check: bool = True, name: str = "the tensor to encode") -> LogFmt:
     codes, minimum, step = _encoded(x, bits, check, name)
     return LogFmt(data=pack_bits(codes, bits), minimum=minimum, step=step, bits=bits, columns=x.shape[1])
 
 
 def decode(encoded: LogFmt, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [rows, columns]. ValueError where the shapes of codes and metadata do not fit."""
+    if gpu.takes(encoded.data) and dtype in KERNEL_DTYPES:
+        from dovetail.numerics import logfmt_triton
+
+        return logfmt_triton.decode(encoded, dtype)
+    return decode_reference(encoded, dtype)
+
+
+def decode_reference(encoded: LogFmt, dtype: torch.dtype = torch.float32) -> Tensor:
     rows, tiles = encoded.data.shape[0], -(-encoded.columns // TILE)
     if not encoded.minimum.shape == encoded.step.shape == (rows, tiles):
         raise ValueError(

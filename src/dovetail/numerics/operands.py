@@ -4,8 +4,9 @@
     column tiles   x [R, C] -> scale [tiles of R, C]             128x1; every expert's rows begin a new tile
     block tiles    w [G, N, K] -> scale [G, tiles of N, tiles of K]   128x128
 
-Values of up to 8 significant bits are exact in BF16, whatever their format's name, and are held as that. What a layer
-keeps for the backward pass is `Kept`: the format's own codes.
+Values of up to 8 significant bits are exact in BF16, whatever their format's name, and are held as that; a GPU that
+multiplies FP8 gets E4M3 and E5M2 as float8, in the recipes' usual tiles. What a layer keeps for the backward pass is
+`Kept`: the format's own codes.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.numerics import quantize_numba
+from dovetail.numerics import gpu, quantize_numba
 from dovetail.numerics.cpu_numba import array, takes
 from dovetail.numerics.formats import decode, encode, float_format, pack_e5m6, round_to, unpack_e5m6
 from dovetail.numerics.quantize import scale_of
 from dovetail.spec.precision import Quantization
 
 TILE = 128
+KEPT_BY_KERNELS = (*gpu.FP8, "e5m6")
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    grid: Tensor  # BF16, values before scaling
+    grid: Tensor  # values before scaling, BF16; float8 where `operands_triton` made them
     scale: Tensor  # FP32 multipliers
 
 
@@ -44,6 +46,10 @@ class Kept:
 
     def restore(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """[R, C], rounded once to `dtype`."""
+        if self.quantization.tile == "row" and gpu.takes(self.scale) and self.quantization.format in KEPT_BY_KERNELS:
+            from dovetail.numerics import operands_triton  # Triton comes with torch's CUDA builds only
+
+            return operands_triton.restore(self, dtype)
         kernels = {"e4m3": quantize_numba.decode, "e5m6": quantize_numba.decode_e5m6}
         if self.quantization.format in kernels and takes(self.scale):
             out = torch.empty(len(self.codes), self.width, dtype=dtype)
@@ -58,6 +64,10 @@ class Kept:
 
 def row_operand(x: Tensor, quantization: Quantization) -> Operand:
     """x [R, C] BF16, tiles along its rows (or one scale, or blocks, repeated for each row)."""
+    if _is_on_gpu(x, quantization, "row"):
+        from dovetail.numerics import operands_triton
+
+        return operands_triton.row_operand(x, quantization)
     if _is_fast(x, quantization, "row"):
         operand, no_codes = _empty(x, (x.shape[0], _tiles(x.shape[1]))), torch.empty(0, 0, dtype=torch.uint8)
         arrays = (array(each) for each in (operand.grid, no_codes, operand.scale))
@@ -68,6 +78,10 @@ def row_operand(x: Tensor, quantization: Quantization) -> Operand:
 
 def keep_rows(x: Tensor, quantization: Quantization) -> tuple[Operand, Kept]:
     """As `row_operand`, and its codes."""
+    if _is_on_gpu(x, quantization, "row"):
+        from dovetail.numerics import operands_triton
+
+        return operands_triton.keep_rows(x, quantization)
     if _is_fast(x, quantization, "row"):
         operand, codes = _empty(x, (x.shape[0], _tiles(x.shape[1]))), torch.empty(x.shape, dtype=torch.uint8)
         quantize_numba.rows(
@@ -83,6 +97,10 @@ def keep_rows(x: Tensor, quantization: Quantization) -> tuple[Operand, Kept]:
 
 def keep(x: Tensor, quantization: Quantization) -> Kept:
     """x [R, C] BF16 for the backward pass alone."""
+    if gpu.takes(x) and (quantization.format, quantization.tile) == ("e5m6", "row"):
+        from dovetail.numerics import operands_triton
+
+        return operands_triton.keep_e5m6(x, quantization)
     if takes(x) and x.is_contiguous() and quantization.format == "e5m6" and quantization.tile == "row":
         codes = torch.empty(len(x), 12 * ((x.shape[1] + 7) // 8), dtype=torch.uint8)
         scale = torch.empty(len(x), _tiles(x.shape[1]), dtype=torch.float32)
@@ -93,6 +111,10 @@ def keep(x: Tensor, quantization: Quantization) -> Kept:
 
 def column_operand(x: Tensor, bounds: Tensor, quantization: Quantization) -> Operand:
     """x [R, C] BF16 or FP32, tiles along its columns: rows bounds[t, 0] : bounds[t, 1] each, at most TILE of them."""
+    if _is_on_gpu(x, quantization, "column"):
+        from dovetail.numerics import operands_triton
+
+        return operands_triton.column_operand(x, bounds, quantization)
     if takes(x) and x.is_contiguous() and (quantization.format, quantization.tile) == ("e4m3", "column"):
         operand = _empty(x.to(torch.bfloat16), (len(bounds), x.shape[1]))
         arrays = array(operand.grid), array(operand.scale)
@@ -103,6 +125,11 @@ def column_operand(x: Tensor, bounds: Tensor, quantization: Quantization) -> Ope
 
 def retiled_operand(kept: Kept, bounds: Tensor, quantization: Quantization) -> Operand:
     """Column tiles of what was kept in row tiles, by way of FP32."""
+    is_in_rows = kept.quantization.tile == "row" and kept.quantization.format in KEPT_BY_KERNELS
+    if is_in_rows and _is_on_gpu(kept.scale, quantization, "column"):
+        from dovetail.numerics import operands_triton
+
+        return operands_triton.retiled_operand(kept, bounds, quantization)
     is_fast = takes(kept.scale) and (quantization.format, quantization.tile) == ("e4m3", "column")
     if kept.quantization.format == "e4m3" and is_fast:
         grid = torch.empty(len(kept.codes), kept.width, dtype=torch.bfloat16)
@@ -116,6 +143,10 @@ def retiled_operand(kept: Kept, bounds: Tensor, quantization: Quantization) -> O
 
 def block_operand(weight: Tensor, quantization: Quantization) -> Operand:
     """weight [G, N, K] BF16 in tiles of TILE x TILE."""
+    if _is_on_gpu(weight, quantization, "block"):
+        from dovetail.numerics import operands_triton
+
+        return operands_triton.block_operand(weight, quantization)
     groups, rows, columns = weight.shape
     if _is_fast(weight, quantization, "block"):
         operand = _empty(weight, (groups, _tiles(rows), _tiles(columns)))
@@ -184,6 +215,11 @@ def _tiled(x: Tensor, dim: int) -> Tensor:
 def spread(scale: Tensor, dim: int, size: int) -> Tensor:
     """Each tile's value for all `size` elements of dimension `dim`, of TILE each."""
     return scale.repeat_interleave(TILE, dim).narrow(dim, 0, size)
+
+
+def _is_on_gpu(x: Tensor, quantization: Quantization, tile: str) -> bool:
+    """Whether the operand is made for FP8 products; other formats and tiles come from the references, in BF16."""
+    return gpu.multiplies_fp8(x) and quantization.format in gpu.FP8 and quantization.tile == tile
 
 
 def _is_fast(x: Tensor, quantization: Quantization, tile: str) -> bool:

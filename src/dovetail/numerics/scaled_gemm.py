@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics import accumulate_numba, scaled_gemm_numba
-from dovetail.numerics.accumulate import Scales, TensorCore, least_exponents, matmul, takes_scales
+from dovetail.numerics.accumulate import HopperAccumulator, Scales, TensorCore, least_exponents, matmul, takes_scales
 from dovetail.numerics.cpu_numba import array
 from dovetail.numerics.gemm import bounds_of, has_kernel
 from dovetail.numerics.operands import TILE, Operand, spread, token_tiles
@@ -37,11 +37,15 @@ def _by_rows(
     rows: Operand, weight: Operand, offsets: Sequence[int], core: TensorCore | None, transposed: bool
 ) -> Tensor:
     """Each group's rows times its weight's rows, or, `transposed`, its columns."""
+    if _is_for_tensor_cores(rows, weight, core):
+        from dovetail.numerics import scaled_gemm_triton  # Triton comes with torch's CUDA builds only
+
+        return scaled_gemm_triton.by_rows(rows, weight, offsets, _accumulator(core), transposed)
     grid, scale = weight.grid, weight.scale
     if transposed:
         grid, scale = grid.transpose(1, 2), scale.transpose(1, 2)
     groups, width, inner = grid.shape
-    output = rows.grid.new_empty(len(rows.grid), width)
+    output = rows.grid.new_empty(len(rows.grid), width, dtype=torch.bfloat16)
     if not _has_kernel(rows, weight, core):
         for g, here in _groups(offsets):
             output[here] = _product(core, rows.grid[here], grid[g], rows.scale[here], spread(scale[g], 0, width))
@@ -64,8 +68,12 @@ def _by_rows(
 
 def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int], core: TensorCore | None = None) -> Tensor:
     """Zero for a group without rows."""
+    if _is_for_tensor_cores(grad, rows, core):
+        from dovetail.numerics import scaled_gemm_triton
+
+        return scaled_gemm_triton.wgrad(grad, rows, offsets, _accumulator(core))
     (height, width), groups = (grad.grid.shape[1], rows.grid.shape[1]), len(offsets) - 1
-    output = grad.grid.new_empty(groups, height, width)
+    output = grad.grid.new_empty(groups, height, width, dtype=torch.bfloat16)
     bounds, firsts = token_tiles(offsets)
     if not _has_kernel(grad, rows, core):
         ends = [*firsts[1:].tolist(), len(bounds)]
@@ -91,7 +99,7 @@ def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int], core: TensorCore
 
 def _has_kernel(a: Operand, b: Operand, core: TensorCore | None) -> bool:
     # Values that are not finite have scales that are not.
-    return has_kernel(a.grid) if core is None else takes_scales(a.scale, b.scale, formats=core.formats)
+    return has_kernel(a.grid, b.grid) if core is None else takes_scales(a.scale, b.scale, formats=core.formats)
 
 
 def _product(core: TensorCore | None, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
@@ -159,6 +167,19 @@ def _multiply(
     else:
         least, step = least_exponents(core.formats), core.accumulator.promotion or 0
         accumulate_numba.grouped_hopper(*arguments, least, TILE, step)
+
+
+def _is_for_tensor_cores(a: Operand, b: Operand, core: TensorCore | None) -> bool:
+    """Only a GPU has FP8 operands. One beside another in BF16 goes tile by tile, as do sums that its kernels do not
+    make: they promote within a tile or at its end."""
+    promotion = _accumulator(core).promotion
+    is_within_tile = promotion is not None and TILE % promotion == 0
+    return is_within_tile and all(operand.grid.element_size() == 1 for operand in (a, b))
+
+
+def _accumulator(core: TensorCore | None) -> HopperAccumulator:
+    """What a GPU uses: sums within a tile are its own, whichever a recipe names."""
+    return HopperAccumulator() if core is None else core.accumulator
 
 
 def _groups(offsets: Sequence[int]) -> list[tuple[int, slice]]:

@@ -12,11 +12,12 @@ along the tokens), `block` tiles 128x128, `tensor` is one scale for all.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dovetail.config import Record
+from dovetail.config import Record, near_matches
 
 Site = Literal[
     "attention_down",  # q_a_proj, kv_a_proj_with_mqa; q_proj where queries are not compressed
@@ -28,15 +29,28 @@ Site = Literal[
     "expert_down",
     "mtp_join",  # eh_proj
 ]
+FORMATS = ("e4m3", "e5m2", "e5m6", "e3m4")  # those that have a use
 Tile = Literal["row", "column", "block", "tensor"]
 
 
 class Quantization(Record):
     """How one operand is rounded."""
 
-    format: str = Field(default="e4m3", pattern="^e[0-9]+m[0-9]+$")  # as in numerics.formats
+    format: str = "e4m3"  # as in numerics.formats
     tile: Tile = "row"
     power_of_two: bool = False  # scales rounded up to a power of two (UE8M0)
+
+    @field_validator("format")
+    @classmethod
+    def _can_be_scaled_and_held(cls, name: str) -> str:
+        """Eight exponent bits need no scales, and BF16, which holds the values, has seven mantissa bits."""
+        match = re.fullmatch(r"e([0-9]{1,3})m([0-9]{1,3})", name.lower())
+        if match is None or not (2 <= int(match[1]) <= 7 and 1 <= int(match[2]) <= 7):
+            raise ValueError(
+                f"an operand cannot be {name!r}, but any eXmY with 2 to 7 exponent bits and 1 to 7 mantissa bits;"
+                f" {near_matches(name.lower(), FORMATS)}"
+            )
+        return match[0]
 
 
 ROW, COLUMN, BLOCK = Quantization(), Quantization(tile="column"), Quantization(tile="block")
