@@ -39,7 +39,7 @@ class _Sent(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         match = _LOGFMT.fullmatch(name)
         if match is not None:
-            return round_to_logfmt(x.float(), int(match[1]), check=False).to(x.dtype)
+            return round_to_logfmt(x, int(match[1]), check=False)
         operand = row_operand(x.contiguous(), Quantization(format=name))
         return (operand.grid.float() * spread(operand.scale, 1, x.shape[1])).to(x.dtype)
 
