@@ -69,7 +69,7 @@ def _quantize(rows: int, columns: int, tile: tuple[int, int], power_of_two: bool
         columns=columns,
         num_bytes=3.0 * rows * columns + 4.0 * scales,
         ours=lambda: quantize_triton.quantize(x, tile, power_of_two=power_of_two, check=False),
-        eager=lambda: reference.quantize(x, tile, power_of_two=power_of_two, check=False),
+        eager=lambda: reference.quantize_reference(x, tile, power_of_two=power_of_two, check=False),
         allowed=0.0,
     )
 
@@ -78,7 +78,7 @@ def _swiglu(rows: int, width: int, device: torch.device) -> list[Case]:
     from dovetail.model import swiglu_triton
 
     gate_up, grad = _values(rows, 2 * width, device), _values(rows, width, device)
-    kept = reference.quantize(gate_up, (1, 128))
+    kept = reference.quantize_reference(gate_up, (1, 128))
     shape = {"rows": rows, "columns": width, "allowed": DIFFERENT_CODES}
     size, scale = rows * width, 1 + 4 / 128  # bytes of a quantised value
     return [
@@ -110,7 +110,7 @@ def _logfmt(rows: int, columns: int, device: torch.device) -> list[Case]:
     from dovetail.numerics import logfmt_triton
 
     x = _values(rows, columns, device)
-    encoded = logfmt.encode(x, LOGFMT_BITS)
+    encoded = logfmt.encode_reference(x, LOGFMT_BITS)
     num_bytes = 2.0 * x.numel() + encoded.num_bytes
     found = []
     for work, allowed in ((torch.float64, 0.0), (torch.float32, 1e-3)):
@@ -122,7 +122,7 @@ def _logfmt(rows: int, columns: int, device: torch.device) -> list[Case]:
                 columns=columns,
                 num_bytes=num_bytes,
                 ours=lambda work=work: logfmt_triton.encode(x, LOGFMT_BITS, check=False, work=work),
-                eager=lambda: logfmt.encode(x, LOGFMT_BITS, check=False),
+                eager=lambda: logfmt.encode_reference(x, LOGFMT_BITS, check=False),
                 allowed=allowed,
             ),
             Case(
@@ -131,7 +131,7 @@ def _logfmt(rows: int, columns: int, device: torch.device) -> list[Case]:
                 columns=columns,
                 num_bytes=num_bytes,
                 ours=lambda work=work: logfmt_triton.decode(encoded, torch.bfloat16, work=work),
-                eager=lambda: logfmt.decode(encoded, torch.bfloat16),
+                eager=lambda: logfmt.decode_reference(encoded, torch.bfloat16),
                 allowed=allowed,
             ),
         ]

@@ -39,7 +39,7 @@ def build_side(model_name: str, recipe: str, threads: int | None) -> Turn:
     model = Transformer(spec)
     initialize(model, 0)
     apply_recipe(model, load_recipe(recipe))
-    optimizer, steps = AdamW(model.named_parameters(), AdamWConfig()), itertools.count()
+    optimizer, steps = AdamW(model.named_parameters(), AdamWConfig(), load_recipe(recipe).moments), itertools.count()
 
     def step(tokens: torch.Tensor) -> float:
         values = Values(learning_rate=1e-4, batch_size=len(tokens), gamma=1e-3, mtp_weight=0.3)

@@ -2,13 +2,15 @@
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from dovetail.model.transformer import Transformer, initialize
+from dovetail.numerics import gpu
 from dovetail.spec.model import ModelSpec
 
 if not torch.cuda.is_available():
@@ -80,3 +82,18 @@ def draw(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     return normal
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    """`with with_triton() as device`: tensors there go through the Triton kernels, a CPU's where there is no GPU."""
+
+    @contextmanager
+    def pretend() -> Iterator[torch.device]:
+        with monkeypatch.context() as patch:
+            if not torch.cuda.is_available():
+                for name in ("takes", "multiplies_fp8"):
+                    patch.setattr(gpu, name, lambda *tensors: True)
+            yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    return pretend

@@ -27,6 +27,7 @@ def test_training_state_per_parameter() -> None:
     assert held.master_weights == 4 * narrow
     assert held.gradients == held.moments == held.moving_average == 4 * trained
     assert held.state == held.weights + 4 * narrow + 12 * trained
+    assert memory.training_memory(QUICKSTART, 2048, recipe=load_recipe("bf16-fp32-moments")).moments == 8 * trained
     lean = memory.training_memory(QUICKSTART, tokens=2048, moving_average=False, gradient_bytes=2)
     assert (lean.moving_average, lean.gradients) == (0, 2 * trained)
 

@@ -11,8 +11,11 @@ from dovetail.model.mlp import DenseMlp
 from dovetail.model.moe import Experts
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
+from dovetail.numerics.accumulate import HopperAccumulator
 from dovetail.numerics.compare import normwise_error, unit_roundoff
+from dovetail.numerics.fp8_gemm import scaled_matmul, scaled_outer, transposed
 from dovetail.numerics.linear import Linear, quantized_linear
+from dovetail.numerics.quantize import dequantize, quantize
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
 
@@ -69,6 +72,25 @@ def test_a_model_trains_near_its_bf16_self(
         assert grad.isfinite().all(), key
 
 
+@pytest.mark.parametrize("promotion", [128, None])
+def test_a_layer_multiplies_as_its_accumulator_does(promotion: int | None, draw: Draw) -> None:
+    """All three products of a layer with formats that differ, against the references on what it quantises."""
+    e5m2 = Quantization(format="e5m2"), Quantization(format="e5m2", tile="column")
+    precision = GemmPrecision(accumulator="hopper", promotion=promotion, grad=e5m2[0], wgrad_grad=e5m2[1])
+    x, weight = draw(150, 300, dtype=torch.bfloat16), draw(140, 300, dtype=torch.bfloat16)
+    grad = draw(150, 140, dtype=torch.bfloat16)
+    ours = gradients(lambda x, w: quantized_linear(x, w, precision), [x, weight], grad)
+    accumulator, dtype = HopperAccumulator(promotion), torch.bfloat16
+    rows, block = quantize(x.float(), (1, 128)), quantize(weight.float(), (128, 128))
+    columns = quantize(dequantize(rows), (128, 1))  # as the layer keeps its input
+    grads = [quantize(grad.float(), tile, "e5m2") for tile in ((1, 128), (128, 1))]
+    assert torch.equal(ours[0], scaled_matmul(rows, block, accumulator, dtype))
+    assert torch.equal(ours[1], scaled_matmul(grads[0], transposed(block), accumulator, dtype))
+    assert torch.equal(ours[2], scaled_outer(grads[1], columns, accumulator, dtype))
+    tiles = gradients(lambda x, w: quantized_linear(x, w, GemmPrecision()), [x, weight], grad)
+    assert not any(torch.equal(mine, other) for mine, other in zip(ours, tiles, strict=True))
+
+
 def test_experts_and_dense_layers_agree_on_one_group(draw: Draw) -> None:
     recipe = load_recipe("deepseek-v3")
     dense, experts = DenseMlp(40, 24, torch.bfloat16), Experts(1, 40, 24, torch.bfloat16)
@@ -92,13 +114,20 @@ def test_a_recipe_that_cannot_run_is_refused(tiny_spec: SpecFactory) -> None:
     with pytest.raises(ValueError, match="use dtype bfloat16"):
         apply_recipe(Transformer(tiny_spec(), dtype=torch.float32), recipe)
     model = Transformer(tiny_spec(), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="tiles of 128"):
-        apply_recipe(model, recipe.model_copy(update={"promotion": None}))
     half = recipe.model_copy(update={"sites": {"expert_up": GemmPrecision()}})
     with pytest.raises(ValueError, match="expert_up and expert_down"):
         apply_recipe(model, half)
     with pytest.raises(ValueError, match="did you mean deepseek-v3"):
         load_recipe("deepseek-v33")
+
+
+@pytest.mark.parametrize("promotion", [None, 256])
+def test_only_a_tensor_core_is_promoted_otherwise(promotion: int | None) -> None:
+    assert GemmPrecision(accumulator="hopper", promotion=promotion).promotion == promotion
+    with pytest.raises(ValueError, match=f'promotion = {promotion} with accumulator fp32.*accumulator = "hopper"'):
+        GemmPrecision(promotion=promotion)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        GemmPrecision(accumulator="hopper", promotion=48)
 
 
 def test_tiles_that_do_not_lie_along_k_are_refused() -> None:

@@ -166,19 +166,40 @@ def test_other_float_types_are_read(checkpoint: Path, dtype: torch.dtype) -> Non
 
 def test_missing_scale_names_weight_and_scale(checkpoint: Path) -> None:
     path = rewrite(checkpoint, DOWN, lambda tensors: tensors.pop(DOWN + "_scale_inv"))
-    refused(checkpoint, str(path), repr(DOWN), repr(DOWN + "_scale_inv"), "missing")
+    refused(checkpoint, str(path), repr(DOWN), "[32, 16]", repr(DOWN + "_scale_inv"), "[1, 1]", "missing", "in BF16")
 
 
-def test_scale_of_the_wrong_shape_is_named(checkpoint: Path) -> None:
+@pytest.mark.parametrize("wrong", [torch.ones(2, 1), torch.ones(1), torch.ones(0, 1)], ids=lambda each: str(each.shape))
+def test_scale_of_the_wrong_shape_is_named_with_its_weight_s(checkpoint: Path, wrong: Tensor) -> None:
     scale = DOWN + "_scale_inv"
-    path = rewrite(checkpoint, scale, lambda tensors: tensors.update({scale: torch.ones(2, 1)}))
-    refused(checkpoint, str(path), scale, "[2, 1]", "[1, 1]")
+    path = rewrite(checkpoint, scale, lambda tensors: tensors.update({scale: wrong}))
+    refused(checkpoint, str(path), scale, str(list(wrong.shape)), "[32, 16]", "[1, 1]", "weight_block_size", "anew")
 
 
-def test_scale_that_is_not_finite_is_named(checkpoint: Path) -> None:
+def test_scales_of_other_blocks_than_config_json_says(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [16, 16]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    refused(checkpoint, "weight_scale_inv", "[16, 16]", "weight_block_size")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_scale_of_the_wrong_dtype_is_named(checkpoint: Path, dtype: torch.dtype) -> None:
     scale = DOWN + "_scale_inv"
-    path = rewrite(checkpoint, scale, lambda tensors: tensors[scale].fill_(torch.nan))
-    refused(checkpoint, str(path), scale, "not finite")
+    path = rewrite(checkpoint, scale, lambda tensors: tensors.update({scale: torch.ones(1, 1).to(dtype)}))
+    refused(checkpoint, str(path), scale, "F32 of shape [1, 1]")
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -1e-3])
+def test_scale_that_is_no_positive_number_is_named(checkpoint: Path, wrong: float) -> None:
+    scale = DOWN + "_scale_inv"
+    path = rewrite(checkpoint, scale, lambda tensors: tensors[scale].fill_(wrong))
+    refused(checkpoint, str(path), scale, "[1, 1]", "not finite, or negative", "anew")
+
+
+def test_weight_with_codes_for_nan_is_named(checkpoint: Path) -> None:
+    path = rewrite(checkpoint, DOWN, lambda tensors: tensors[DOWN].view(torch.uint8)[3, 4:6].fill_(0x7F))
+    refused(checkpoint, str(path), repr(DOWN), "[32, 16]", "2 values that are not finite", "anew")
 
 
 def test_index_that_names_a_missing_file(checkpoint: Path) -> None:

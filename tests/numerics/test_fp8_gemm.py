@@ -11,6 +11,7 @@ from dovetail.numerics.compare import elementwise_error, tolerance
 from dovetail.numerics.fp8_gemm import (
     grouped_scaled_matmul,
     grouped_scaled_outer,
+    masked_scaled_matmul,
     scaled_matmul,
     scaled_outer,
     transposed,
@@ -190,3 +191,31 @@ def test_mistakes_are_said_with_their_numbers(draw: Draw) -> None:
     shared = quantize(draw(200, 3), COLUMN)
     with pytest.raises(ValueError, match="2 rows of scales, not 3: experts with rows .* were not tiled one by one"):
         grouped_scaled_outer(shared, shared, [0, 150, 200])
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 5], [7, 3, 9]], ids=str)
+def test_masked_rows_are_products_of_each_expert_s_first_rows(counts: Sequence[int], draw: Draw) -> None:
+    """More than fit are cut; what lies behind the counted rows is not read, NaN or not, and stays zero."""
+    capacity = 7
+    rows = quantize(uneven(draw, 3 * capacity, 140), ROW)
+    weights = [quantize(uneven(draw, 9, 140), BLOCK) for _ in counts]
+    numbers = torch.tensor(counts, dtype=torch.int32)
+    places = [(e * capacity, min(count, capacity)) for e, count in enumerate(counts)]
+    expected = torch.zeros(3 * capacity, 9, dtype=torch.bfloat16)
+    for (first, count), weight in zip(places, weights, strict=True):
+        mine = slice(first, first + count)
+        mine_alone = Quantized(data=rows.data[mine], scale=rows.scale[mine], tile=ROW)
+        expected[mine] = scaled_matmul(mine_alone, weight)
+        rows.data[first + count : first + capacity] = torch.nan
+    actual = masked_scaled_matmul(rows, weights, numbers)
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
+
+
+def test_masked_rows_that_do_not_fit_are_refused(draw: Draw) -> None:
+    rows, weight = quantize(draw(4, 128), ROW), quantize(draw(5, 128), BLOCK)
+    with pytest.raises(ValueError, match="4 rows for 3 experts"):
+        masked_scaled_matmul(rows, [weight] * 3, torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"counts torch.int64 \[2\]"):
+        masked_scaled_matmul(rows, [weight] * 2, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="tiles of height 128"):
+        masked_scaled_matmul(quantize(draw(4, 128), BLOCK), [weight] * 2, torch.zeros(2, dtype=torch.int32))

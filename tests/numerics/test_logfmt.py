@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from dovetail.numerics import logfmt
 from dovetail.numerics.logfmt import (
     BITS,
     LogFmt,
     decode,
     encode,
     extremes,
+    extremes_reference,
     from_codes,
     pack_bits,
+    round_reference,
     round_to_logfmt,
     tile_grid,
     to_codes,
@@ -214,6 +217,29 @@ def test_rounding_is_encoding_and_decoding(bits: int, dtype: torch.dtype, draw: 
     assert rounded.dtype == dtype
     assert torch.equal(rounded, decode(encode(x, bits), dtype))
     assert torch.equal(rounded.t(), round_to_logfmt(x.t().contiguous().t(), bits).t())  # other strides
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_are_the_references(bits: int, dtype: torch.dtype, draw: Draw) -> None:
+    tiles = hard_tiles(draw).to(dtype)
+    shapes = [torch.cat([tiles, tiles[:, :70].flip(0)], 1), draw(40, 300, dtype=dtype), tiles[:0], tiles[:, :1]]
+    for x in shapes:
+        x = x.masked_fill(x.isinf(), 1.0)  # of the largest number, in BF16
+        ends = extremes_reference(x)
+        assert all(torch.equal(*each) for each in zip(extremes(x), ends, strict=True))
+        expected = round_reference(x, *tile_grid(*ends, bits), bits)
+        kernel = round_to_logfmt(x, bits)
+        assert torch.equal(kernel, expected) and torch.equal(kernel.signbit(), expected.signbit())
+
+
+def test_the_kernel_doubts_at_borders_and_the_reference_decides(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1.5 lies in the middle of 1 and 2: with a step of one octave the last bit of a logarithm would decide."""
+    x = torch.cat([draw(20, 5), torch.tensor([[1.0, 1.5, 2.0, 64.0, 0.0]])]).bfloat16()
+    expected, asked = round_reference(x, *tile_grid(*extremes(x), 4), 4), []
+    monkeypatch.setattr(logfmt, "round_reference", lambda x, *grid: asked.append(len(x)) or round_reference(x, *grid))
+    assert torch.equal(round_to_logfmt(x, 4), expected)
+    assert asked == [1]
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -11,6 +11,7 @@ from dovetail.numerics.logfmt import LogFmt
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
+from dovetail.numerics import logfmt_triton  # noqa: E402
 from dovetail.numerics.logfmt_triton import decode, encode  # noqa: E402
 
 Draw = Callable[..., Tensor]
@@ -110,3 +111,24 @@ def test_wrong_inputs_are_refused(draw: Draw) -> None:
     good = encode(x, 8)
     with pytest.raises(ValueError, match=r"not \[\[4, 8\], \[3, 1\], \[4, 1\]\]"):
         decode(LogFmt(data=good.data, minimum=good.minimum[:3], step=good.step, bits=8, columns=8))
+
+
+def test_a_gpu_s_matrices_are_encoded_by_the_kernel(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, with_triton: Callable[[], object]
+) -> None:
+    """FP64, which it does not take, by the reference."""
+    seen: list[object] = []
+    for name, function in (("encode", encode), ("decode", decode)):
+        monkeypatch.setattr(logfmt_triton, name, lambda *rest, f=function: [seen.append(f), f(*rest)][1])
+    x = draw(5, 140)
+    with with_triton() as device:
+        ours = reference.encode(x.to(device), 9)
+        assert_same(ours, reference.encode_reference(x, 9))
+        assert torch.equal(reference.decode(ours).cpu(), reference.decode_reference(moved(ours, torch.device("cpu"))))
+        assert seen == [encode, decode]
+        reference.decode(reference.encode(x.double().to(device), 9), torch.float64)
+        with pytest.raises(ValueError, match="LogFMT has 4 to 12 bits, not 13"):
+            reference.encode(x.to(device), 13)
+        x[2, 3] = torch.inf
+        with pytest.raises(ValueError, match=r"a gate, shape \[5, 140\], holds 0 NaN and 1 infinite"):
+            reference.encode(x.to(device), 9, name="a gate")

@@ -52,27 +52,41 @@ def same(ours: Operand, reference: Operand) -> bool:
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "e3m4", "e5m6"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_are_the_references(
-    shape: tuple[int, int], power_of_two: bool, draw: Draw, by_torch: Callable[..., object]
+    shape: tuple[int, int], name: str, power_of_two: bool, draw: Draw, by_torch: Callable[..., object]
 ) -> None:
     x = values(shape, draw)
     bounds, _ = token_tiles([0, shape[0] // 3, shape[0]])
-
-    def quantization(tile: Tile) -> Quantization:
-        return Quantization(tile=tile, power_of_two=power_of_two)
-
-    row, column, block = quantization("row"), quantization("column"), quantization("block")
-    assert same(row_operand(x, row), by_torch(row_operand, x, row))
-    assert same(column_operand(x, bounds, column), by_torch(column_operand, x, bounds, column))
-    assert same(block_operand(x[None], block), by_torch(block_operand, x[None], block))
-    for kept_in in (row, E5M6):
-        kept, reference = keep(x, kept_in), by_torch(keep, x, kept_in)
-        assert torch.equal(kept.codes, reference.codes)
-        assert torch.equal(kept.scale, reference.scale)
+    tiles: tuple[Tile, ...] = ("row", "column", "block", "tensor")
+    row, column, block, tensor = (Quantization(format=name, tile=tile, power_of_two=power_of_two) for tile in tiles)
+    for quantization in (row, block, tensor):
+        assert same(row_operand(x, quantization), by_torch(row_operand, x, quantization))
+    for quantization in (column, block, tensor):
+        assert same(column_operand(x, bounds, quantization), by_torch(column_operand, x, bounds, quantization))
+    for quantization in (block, tensor):
+        weight = torch.stack([x, x.flip(0) * 3])
+        assert same(block_operand(weight, quantization), by_torch(block_operand, weight, quantization))
+    for kept_in in (row, tensor):
+        operand, kept = keep_rows(x, kept_in)
+        expected, reference = by_torch(keep_rows, x, kept_in)
+        assert same(operand, expected)
+        for each in (kept, keep(x, kept_in)):
+            assert torch.equal(each.codes, reference.codes)
+            assert torch.equal(each.scale, reference.scale)
         for dtype in (torch.bfloat16, torch.float32):
             assert torch.equal(kept.restore(dtype), by_torch(kept.restore, dtype))
-        assert same(retiled_operand(kept, bounds, column), by_torch(retiled_operand, kept, bounds, column))
+        for quantization in (column, tensor, Quantization(tile="column")):
+            ours = retiled_operand(kept, bounds, quantization)
+            assert same(ours, by_torch(retiled_operand, kept, bounds, quantization))
+
+
+def test_a_grid_of_fp32_is_bf16(draw: Draw, by_torch: Callable[..., object]) -> None:
+    x = values((5, 300), draw, torch.float32)
+    for tile in ("row", "block", "tensor"):
+        quantization = Quantization(tile=tile)
+        assert same(row_operand(x, quantization), by_torch(row_operand, x, quantization))
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2", "e5m6"])

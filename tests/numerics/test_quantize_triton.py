@@ -16,6 +16,7 @@ from dovetail.numerics.quantize import Quantized, grid_values
 triton = pytest.importorskip("triton", reason="Triton is published for Linux only")
 tl = triton.language
 
+from dovetail.numerics import quantize_triton  # noqa: E402
 from dovetail.numerics.quantize_triton import quantize, quantize_columns  # noqa: E402
 from dovetail.numerics.rounding_triton import divide, narrow, rounding, widen  # noqa: E402
 from dovetail.numerics.rounding_triton import encode as encode_block  # noqa: E402
@@ -228,3 +229,29 @@ def test_bf16_is_rounded_as_torch_does(draw: Draw) -> None:
     assert torch.equal(out.cpu().isnan(), expected.isnan())
     assert torch.equal(out.cpu().nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))
     assert torch.equal(wide.cpu().nan_to_num(), expected.float().nan_to_num())
+
+
+def test_a_gpu_s_matrices_are_quantised_by_the_kernel(
+    draw: Draw, monkeypatch: pytest.MonkeyPatch, with_triton: Callable[[], object]
+) -> None:
+    """What it does not take, FP64 and other tiles and formats, by the reference; both refuse NaN."""
+    x, seen = draw(20, 140), []
+
+    def watched(*arguments: object) -> Quantized:
+        seen.append(arguments)
+        return quantize(*arguments)
+
+    monkeypatch.setattr(quantize_triton, "quantize", watched)
+    with with_triton() as device:
+        for tile in (ROW, COLUMN, BLOCK):
+            assert_same(reference.quantize(x.to(device), tile), reference.quantize_reference(x, tile))
+        assert len(seen) == 3
+        reference.quantize(x.double().to(device), ROW)
+        reference.quantize(x.to(device), (3, 5))
+        reference.quantize(x.to(device), ROW, "e7m3")
+        assert len(seen) == 3
+        with pytest.raises(ValueError, match="'e4m33'|e4m33"):
+            reference.quantize(x.to(device), ROW, "e4m33")
+        x[3, 7] = torch.nan
+        with pytest.raises(ValueError, match=r"a gate, shape \[20, 140\], holds 1 NaN"):
+            reference.quantize(x.to(device), ROW, name="a gate")

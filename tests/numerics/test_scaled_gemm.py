@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics import gemm_numba, scaled_gemm
+from dovetail.numerics.accumulate import HopperAccumulator, TensorCore
 from dovetail.numerics.compare import normwise_error, tolerance
+from dovetail.numerics.fp8_gemm import grouped_scaled_matmul, grouped_scaled_outer, transposed
 from dovetail.numerics.operands import Operand, block_operand, column_operand, row_operand, token_tiles
+from dovetail.numerics.quantize import Quantized
 from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
+from dovetail.reproduce.fp8_accumulation import measure
 from dovetail.spec.precision import BLOCK, COLUMN, ROW
 
 Draw = Callable[..., Tensor]
@@ -32,11 +36,11 @@ def operands(offsets: list[int], widths: tuple[int, int], draw: Draw) -> dict[st
     }
 
 
-def products(parts: dict[str, Operand], offsets: list[int]) -> list[Tensor]:
+def products(parts: dict[str, Operand], offsets: list[int], core: TensorCore | None = None) -> list[Tensor]:
     return [
-        fprop(parts["rows"], parts["weight"], offsets),
-        dgrad(parts["grad"], parts["weight"], offsets),
-        wgrad(parts["grad_t"], parts["rows_t"], offsets),
+        fprop(parts["rows"], parts["weight"], offsets, core),
+        dgrad(parts["grad"], parts["weight"], offsets, core),
+        wgrad(parts["grad_t"], parts["rows_t"], offsets, core),
     ]
 
 
@@ -89,3 +93,56 @@ def test_tiles_of_tokens_begin_anew_with_every_group() -> None:
     bounds, firsts = token_tiles([0, 130, 130, 131, 400])
     assert bounds.tolist() == [[0, 128], [128, 130], [130, 131], [131, 259], [259, 387], [387, 400]]
     assert firsts.tolist() == [0, 2, 2, 3]
+
+
+def quantized(operand: Operand, tile: tuple[int, int]) -> Quantized:
+    return Quantized(data=operand.grid.to(torch.float8_e4m3fn), scale=operand.scale, tile=tile)
+
+
+@pytest.mark.parametrize("promotion", [None, 32, 128, 256])
+@pytest.mark.parametrize(("offsets", "widths"), list(zip(OFFSETS, WIDTHS[1:], strict=True)), ids=str)
+def test_a_tensor_core_adds_all_groups_as_the_references_do(
+    promotion: int | None, offsets: list[int], widths: tuple[int, int], draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, core = operands(offsets, widths, draw), TensorCore(HopperAccumulator(promotion), ("e4m3", "e4m3"))
+    ours, dtype = products(parts, offsets, core), torch.bfloat16
+    stack = parts["weight"]
+    weights = [quantized(Operand(*each), (128, 128)) for each in zip(stack.grid, stack.scale, strict=True)]
+    rows, grad = (quantized(parts[name], (1, 128)) for name in ("rows", "grad"))
+    columns = (quantized(parts[name], (128, 1)) for name in ("grad_t", "rows_t"))
+    expected = [
+        grouped_scaled_matmul(rows, weights, offsets, core.accumulator, dtype),
+        grouped_scaled_matmul(grad, [transposed(each) for each in weights], offsets, core.accumulator, dtype),
+        grouped_scaled_outer(*columns, offsets, core.accumulator, dtype),
+    ]
+    monkeypatch.setattr(scaled_gemm, "takes_scales", lambda *scales, formats: False)
+    for mine, right, by_group in zip(ours, expected, products(parts, offsets, core), strict=True):
+        assert mine.dtype == dtype
+        assert torch.equal(mine, right) and torch.equal(by_group, right)
+    if offsets[-1] > 128 and promotion is None:
+        assert not any(torch.equal(x, y) for x, y in zip(ours, products(parts, offsets), strict=True))
+
+
+def test_what_no_promotion_costs_is_what_the_tensor_core_shows(draw: Draw) -> None:
+    """Positive values, K = 2048: the error of long sums, under scales of tiles as under one scale."""
+    k = 2048
+    rows = row_operand(draw(32, k, dtype=torch.bfloat16).float().sigmoid().bfloat16(), ROW)
+    weight = block_operand(draw(1, 32, k, dtype=torch.bfloat16).float().sigmoid().bfloat16(), BLOCK)
+    tiles = weight.scale[0].double().repeat_interleave(128, 1)
+    exact = wide(rows, 1) @ (weight.grid[0].double() * tiles).t()
+    shown = {row.promotion: row.rms for row in measure("uniform 0..1", k, 32)}
+    for promotion in (None, 128):
+        core = TensorCore(HopperAccumulator(promotion), ("e4m3", "e4m3"))
+        error = normwise_error(fprop(rows, weight, [0, 32], core), exact)
+        bf16 = tolerance(torch.bfloat16)
+        assert shown[promotion] / 2 - bf16 < error < 2 * shown[promotion] + bf16
+    assert shown[None] > 10 * shown[128] and shown[None] > 4 * bf16
+
+
+def test_what_is_not_finite_stays_so_on_a_tensor_core(draw: Draw) -> None:
+    x, weight = draw(3, 256, dtype=torch.bfloat16), draw(1, 8, 256, dtype=torch.bfloat16)
+    x[1, 200] = float("inf")
+    output = fprop(
+        row_operand(x, ROW), block_operand(weight, BLOCK), [0, 3], TensorCore(HopperAccumulator(), ("e4m3", "e4m3"))
+    )
+    assert output.isfinite().all(1).tolist() == [True, False, True]

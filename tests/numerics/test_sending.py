@@ -38,7 +38,9 @@ def test_zeros_and_nothing_arrive() -> None:
 def test_names() -> None:
     for name in ("logfmt-4", "logfmt-12", "e4m3", "e5m2", "e5m6"):
         check_sent_format(name)
-    with pytest.raises(ValueError, match="4 to 12 bits"):
-        check_sent_format("logfmt-3")
-    with pytest.raises(ValueError, match="e4m3"):
-        check_sent_format("e4n3")
+    for name in ("logfmt-3", "logfmt-13", "logfmt8", "LOGFMT-8"):
+        with pytest.raises(ValueError, match=f"expert_output '{name}': LogFMT has 4 to 12 bits, logfmt-8"):
+            check_sent_format(name)
+    for name, remedy in {"e4n3": "did you mean e4m3", "bf16": "known: e3m4, e4m3", "e5m10": "1 to 7 mantissa"}.items():
+        with pytest.raises(ValueError, match=f"(?s)cannot be '{name}'.*{remedy}"):
+            check_sent_format(name)

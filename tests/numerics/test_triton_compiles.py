@@ -79,16 +79,18 @@ def launches() -> dict[str, Callable[[], object]]:
     """Every wrapper, as for a GPU that casts to FP8. Matrices stay empty: nothing runs."""
     from dovetail.model import swiglu_triton as swiglu
     from dovetail.numerics import gemm_triton as gemm
+    from dovetail.numerics import gpu, rounding_triton
     from dovetail.numerics import logfmt_triton as logfmt
     from dovetail.numerics import quantize_triton as quantisation
-    from dovetail.numerics import rounding_triton
+    from dovetail.numerics import scaled_gemm_triton as products
     from dovetail.numerics.accumulate import Fp32Accumulator, HopperAccumulator
     from dovetail.numerics.logfmt import LogFmt
+    from dovetail.numerics.operands import Operand
 
     plain = rounding_triton.rounding
 
     def as_on_a_gpu(form: Any, power_of_two: bool, device: torch.device) -> Any:
-        casts = form.name in rounding_triton.CAST_FORMATS
+        casts = form.name in gpu.FP8
         return replace(plain(form, power_of_two, device), fused=True, casts=casts)
 
     quantisation.rounding = swiglu.rounding = as_on_a_gpu  # type: ignore[attr-defined]
@@ -97,12 +99,29 @@ def launches() -> dict[str, Callable[[], object]]:
         quantisation.empty_quantized((256, 1024), tile, "e4m3", x.device) for tile in ((1, 128), (128, 128), (128, 1))
     )
     ragged = quantisation.empty_quantized((256, 1000), (1, 128), "e4m3", x.device)
-    counts = torch.zeros(2, dtype=torch.int32)
+    counts, parts = torch.zeros(2, dtype=torch.int32), torch.tensor([[0, 3], [3, 131], [131, 256]])
+    kept = row.data, parts, (128, 1), "e4m3", False, row.scale
+    e5m6 = torch.zeros(256, 1000, dtype=torch.float16), parts, (128, 1), "e4m3", True, ragged.scale
+    shards, plain_scale = torch.zeros(2, 1000, 256).to(torch.float8_e4m3fn), torch.ones(2, 8, 2)
+    weight = Operand(shards, plain_scale)
     sent = LogFmt(
         data=torch.zeros(256, 1280, dtype=torch.uint8), minimum=row.scale, step=row.scale, bits=10, columns=1024
     )
     found: dict[str, Callable[[], object]] = {
         "columns of experts": lambda: quantisation.quantize_columns(x, [0, 3, 256], check=False),
+        "re-tiled": lambda: quantisation.quantize_parts(*kept),
+        "re-tiled from E5M6": lambda: quantisation.quantize_parts(*e5m6),
+        "blocks of experts": lambda: quantisation.quantize_parts(x, parts, (128, 128)),
+        "restored": lambda: quantisation.dequantize_rows(row.data, row.scale, torch.bfloat16),
+        "restored from FP16": lambda: quantisation.dequantize_rows(e5m6[0], ragged.scale, torch.float32),
+        "dgrad of experts": lambda: products.by_rows(
+            Operand(ragged.data, ragged.scale), weight, [0, 3, 256], HopperAccumulator(), True
+        ),
+        "wgrad of experts": lambda: products.wgrad(
+            *(Operand(each.data, each.scale[:1].expand(3, -1)) for each in (column, column)),
+            [0, 3, 256],
+            HopperAccumulator(),
+        ),
         "strided": lambda: quantisation.quantize(x[:, ::2], (1, 128), check=False),
         "e5m6": lambda: quantisation.quantize(x, (1, 128), "e5m6", check=False),
         "e5m2": lambda: quantisation.quantize(x, (1, 128), "e5m2", check=False),

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from dovetail.numerics.compare import elementwise_error, normwise_error, tolerance, unit_roundoff
+from dovetail.train import checkpoint
 from dovetail.train.optim import AdamW, AdamWConfig, Coefficients, Slot, update, update_reference
 
 Draw = Callable[..., Tensor]
@@ -16,10 +19,10 @@ CONFIG = AdamWConfig()
 FACTORS = Coefficients(learning_rate=1e-3, decay=1e-4, inverse_correction2=3.0, grad_scale=0.7)
 
 
-def slot_of(shape: tuple[int, ...], dtype: torch.dtype, draw: Draw) -> Slot:
+def slot_of(shape: tuple[int, ...], dtype: torch.dtype, draw: Draw, moments: torch.dtype = torch.bfloat16) -> Slot:
     master = draw(*shape)
     parameter = master if dtype == torch.float32 else master.to(dtype)
-    moment1, moment2 = draw(*shape, dtype=torch.bfloat16), draw(*shape, dtype=torch.bfloat16).abs()
+    moment1, moment2 = draw(*shape, dtype=moments), draw(*shape, dtype=moments).abs()
     return Slot(parameter=parameter, master=master, moment1=moment1, moment2=moment2, weight_decay=0.1)
 
 
@@ -42,22 +45,25 @@ def assert_close_to_reference(ours: Slot, before: Slot, gradient: Tensor, config
     update_reference(theirs, gradient, config, FACTORS)
     step = (theirs.master - before.master).abs().max() + before.master.abs().max()
     assert (ours.master - theirs.master).abs().max() <= step * tolerance(torch.float32, roundings=6)
-    # stored moments may be rounded the other way where the unrounded ones stand at a tie
+    # moments stored in BF16 may be rounded the other way where the unrounded ones stand at a tie; those in FP32 differ
+    # by two roundings on either side
     for mine, right in ((ours.moment1, theirs.moment1), (ours.moment2, theirs.moment2)):
-        assert mine.dtype == torch.bfloat16
+        assert mine.dtype == before.moment1.dtype
+        roundings = 2 if mine.dtype == torch.bfloat16 else 4
         scale = right.float().abs() + gradient.float().abs().max()
-        assert ((mine.float() - right.float()).abs() <= scale * 2 * unit_roundoff(torch.bfloat16)).all()
-        assert (mine != right).float().mean() <= 0.01
+        assert ((mine.float() - right.float()).abs() <= scale * roundings * unit_roundoff(mine.dtype)).all()
+        assert mine.dtype == torch.float32 or (mine != right).float().mean() <= 0.01
     assert torch.equal(ours.parameter, ours.master.to(ours.parameter.dtype))
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0,), (1,), (3, 5), (4095,), (4097,), (3, 64, 65)], ids=str)
 def test_kernel_is_the_reference(
-    shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype, draw: Draw
+    shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype, moments: torch.dtype, draw: Draw
 ) -> None:
-    ours, gradient = slot_of(shape, dtype, draw), draw(*shape, dtype=grad_dtype)
+    ours, gradient = slot_of(shape, dtype, draw, moments), draw(*shape, dtype=grad_dtype)
     if not gradient.numel():
         update(ours, gradient, CONFIG, FACTORS)
         return
@@ -113,14 +119,12 @@ def test_sizes_from_subnormal_to_large(size: float, draw: Draw) -> None:
 
 
 def trajectories(
-    draw: Draw, config: AdamWConfig, steps: int, moments: torch.dtype
+    draw: Draw, config: AdamWConfig, steps: int, moments: Literal["bfloat16", "float32"]
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Our AdamW and torch's on the same gradients with a changing learning rate."""
     ours = draw(12, 9)
     theirs = ours.clone().requires_grad_()
-    optimizer = AdamW([("weight", ours)], config)
-    slot = optimizer.slots["weight"]
-    optimizer.slots["weight"] = replace(slot, moment1=slot.moment1.to(moments), moment2=slot.moment2.to(moments))
+    optimizer = AdamW([("weight", ours)], config, moments)
     betas = (config.beta1, config.beta2)
     right = torch.optim.AdamW([theirs], betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     rates = [1e-2 * (1 + math.sin(step)) for step in range(steps)]
@@ -135,8 +139,8 @@ def trajectories(
 
 @pytest.mark.parametrize("config", [CONFIG, AdamWConfig(beta2=0.999, weight_decay=0.0, eps=1e-3)], ids=str)
 def test_the_formula_is_that_of_torch(config: AdamWConfig, draw: Draw) -> None:
-    """With moments kept in FP32 in this test, over 30 steps."""
-    ours, theirs, rates = trajectories(draw, config, 30, torch.float32)
+    """With FP32 moments, over 30 steps."""
+    ours, theirs, rates = trajectories(draw, config, 30, "float32")
     # each step adds roundings of the weight and of the update, which is at most 10 learning rates
     bound = (theirs.abs().max() + 10 * max(rates)) * tolerance(torch.float32, roundings=30, terms=30)
     assert (ours - theirs).abs().max() < bound
@@ -144,7 +148,7 @@ def test_the_formula_is_that_of_torch(config: AdamWConfig, draw: Draw) -> None:
 
 def test_bf16_moments_stay_near(draw: Draw) -> None:
     """Each is rounded once per step, and forgets within 1 / (1 - beta) steps."""
-    ours, theirs, rates = trajectories(draw, CONFIG, 30, torch.bfloat16)
+    ours, theirs, rates = trajectories(draw, CONFIG, 30, "bfloat16")
     error = (ours - theirs).abs().max()
     assert 0 < error < sum(rates) * tolerance(torch.bfloat16, roundings=1 / (1 - CONFIG.beta1) + 1)
 
@@ -175,6 +179,22 @@ def test_masters_are_fp32_and_fp32_parameters_their_own(draw: Draw) -> None:
     optimizer.refresh_parameters()
     assert torch.equal(low, slots["low"].master.to(torch.bfloat16))
     assert optimizer.state()["master"]["low"] is slots["low"].master
+
+
+def test_moments_are_saved_in_their_dtype_and_not_taken_for_another(tmp_path: Path, draw: Draw) -> None:
+    wide, narrow = (AdamW([("weight", torch.zeros(4, 4))], CONFIG, dtype) for dtype in ("float32", "bfloat16"))
+    wide.step({"weight": draw(4, 4)}, 1e-3, 1.0)
+    saver = checkpoint.Checkpointer(tmp_path, 1)
+    saver.save(1, {"optimizer": wide.state()}, {})
+    saver.wait()
+    saver.close()
+    (newest,) = (path for path in [checkpoint.latest(tmp_path)] if path is not None)
+    with pytest.raises(ValueError, match=r"moment1.* torch.float32 in the checkpoint and \[4, 4\] torch.bfloat16"):
+        checkpoint.load(newest, {"optimizer": narrow.state()})
+    again = AdamW([("weight", torch.zeros(4, 4))], CONFIG, "float32")
+    checkpoint.load(newest, {"optimizer": again.state()})
+    for part, saved in wide.state().items():
+        assert torch.equal(again.state()[part]["weight"], saved["weight"])
 
 
 def plateau(has_master: bool) -> float:

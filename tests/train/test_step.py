@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dovetail.catalog.precision import load_recipe
+from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Block, Transformer
 from dovetail.numerics.compare import network_terms, normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
@@ -296,6 +298,35 @@ def test_a_step_that_is_not_finite_changes_nothing(
     for key in before:
         assert torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)), key
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["layers.1.self_attn.o_proj.weight", "layers.2.mlp.experts.down_proj"])
+def test_a_quantised_step_that_is_not_finite_changes_nothing(
+    name: str, poison: float, tiny_spec: SpecFactory, random_model: ModelFactory
+) -> None:
+    """No scale makes a finite number of it: not in the forward pass, and not in the backward pass alone."""
+    spec = tiny_spec()
+    model, batch = random_model(spec, dtype=torch.bfloat16), batch_of(spec, 2)
+    apply_recipe(model, load_recipe("deepseek-v3"))
+    optimizer = AdamW(model.named_parameters(), AdamWConfig())
+    weight = dict(model.named_parameters())[name]
+
+    def skips() -> bool:
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        result = train_step(model, optimizer, [batch], VALUES, OBJECTIVE)
+        same = [torch.equal(before[key].nan_to_num(7), each.nan_to_num(7)) for key, each in model.state_dict().items()]
+        assert all(same) != result.is_finite
+        return not result.is_finite
+
+    assert not skips()
+    hook = model.norm.register_full_backward_hook(lambda module, grads, _: (grads[0] * poison,))
+    assert skips()
+    hook.remove()
+    assert not skips()
+    with torch.no_grad():
+        weight.view(-1, *weight.shape[-2:])[:, 0, 0] = poison
+    assert skips()
 
 
 def test_training_goes_on_after_a_skipped_step(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:

@@ -61,6 +61,22 @@ def _block_gradients(v3: Recipe) -> Recipe:
     return _varied(v3, "v3-block-gradients", "ablation of V3 App. B.2", lambda name: changes.get(name, {}))
 
 
+def _hopper(v3: Recipe) -> Recipe:
+    """Sums as the H800 makes them: its Tensor Core's, promoted to FP32 every 128 of k [V3 §3.3.2]."""
+    return _summed(v3, "v3-hopper", "V3 §3.3.2 with the Tensor Core's own sums", 128)
+
+
+def _no_promotion(v3: Recipe) -> Recipe:
+    """The same never promoted: scales multiply the products, and the Tensor Core adds all of k."""
+    return _summed(v3, "v3-no-promotion", "ablation of V3 §3.3.2: no promotion", None)
+
+
+def _fp32_moments(plain: Recipe) -> Recipe:
+    """AdamW's moments in FP32, where V3 has BF16 [V3 §3.3.3]."""
+    source = "ablation of V3 §3.3.3: FP32 moments"
+    return plain.model_copy(update={"name": f"{plain.name}-fp32-moments", "source": source, "moments": "float32"})
+
+
 def _combine(expert_output: str) -> Recipe:
     """BF16 but for the outputs of routed experts, which arrive in a narrow format: the combine study [ISCA §3.2]."""
     return Recipe(name=f"combine-{expert_output}", source="ISCA §3.2", expert_output=expert_output)
@@ -78,12 +94,20 @@ def _varied(recipe: Recipe, name: str, source: str, change: Callable[[str], dict
     return varied(recipe).model_copy(update={"name": name, "source": source, "sites": sites})
 
 
+def _summed(recipe: Recipe, name: str, source: str, promotion: int | None) -> Recipe:
+    """`recipe` with the sums of Hopper's Tensor Core at every site."""
+    changes = {"accumulator": "hopper", "promotion": promotion}
+    sites = {site: precision.model_copy(update=changes) for site, precision in recipe.sites.items()}
+    return recipe.model_copy(update={"name": name, "source": source, "sites": sites})
+
+
 def recipes() -> dict[str, Recipe]:
     plain = Recipe(name="bf16", source="no quantisation")
     v3 = _deepseek_v3()
-    variants = [vary(v3) for vary in (_v3_1, _per_tensor, _e5m2_gradients, _block_gradients)]
+    varying = (_v3_1, _per_tensor, _e5m2_gradients, _block_gradients, _hopper, _no_promotion)
+    variants = [vary(v3) for vary in varying]
     combines = map(_combine, ("e4m3", "e5m2", "logfmt-8", "logfmt-10"))
-    return {recipe.name: recipe for recipe in (plain, v3, *variants, *combines)}
+    return {recipe.name: recipe for recipe in (plain, v3, *variants, _fp32_moments(plain), *combines)}
 
 
 def load_recipe(name: str) -> Recipe:

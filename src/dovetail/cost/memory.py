@@ -29,7 +29,7 @@ class TrainingMemory:
     weights: int  # BF16; norms and router FP32
     master_weights: int  # FP32 copies of the BF16 weights
     gradients: int
-    moments: int  # two of AdamW, BF16 [V3 §3.3.3]
+    moments: int  # two of AdamW, in the recipe's dtype: BF16 [V3 §3.3.3]
     moving_average: int  # FP32 EMA, 0 when off
     activations: int
 
@@ -81,7 +81,7 @@ def training_memory(
         weights=weight_bytes(spec),
         master_weights=FP32 * narrow,
         gradients=gradient_bytes * (narrow + wide),
-        moments=2 * BF16 * (narrow + wide),
+        moments=2 * (BF16 if recipe.moments == "bfloat16" else FP32) * (narrow + wide),
         moving_average=FP32 * (narrow + wide) if moving_average else 0,
         activations=activations,
     )

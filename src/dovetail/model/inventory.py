@@ -215,9 +215,15 @@ def _check_entry(entries: Mapping[str, Entry], entry: Entry, stored: Stored, til
     scale = entries.get(entry.name + SCALE_SUFFIX)
     if scale is None:
         name = entry.name + SCALE_SUFFIX
-        raise ValueError(f"{entry.file}: tensor {entry.name!r} is FP8, but its scale {name!r} is missing")
+        raise ValueError(
+            f"{entry.file}: tensor {entry.name!r} is FP8 of shape {list(entry.shape)}, but its scale {name!r}, F32 of"
+            f" shape {list(scale_shape(entry.shape, tile))}, is missing; without it the weight is lost: fetch the"
+            " checkpoint anew, or one in BF16"
+        )
     if scale.shape != scale_shape(entry.shape, tile) or scale.dtype not in (*_FLOATS, "F8_E8M0"):
         raise ValueError(
             f"{scale.file}: tensor {scale.name!r} is {scale.dtype} of shape {list(scale.shape)}; blocks of"
-            f" {list(tile)} call for F32 of shape {list(scale_shape(entry.shape, tile))}"
+            f" {list(tile)} of its weight, {list(entry.shape)}, call for F32 of shape"
+            f" {list(scale_shape(entry.shape, tile))}; if blocks have another size, {CONFIG} has to say so"
+            " (weight_block_size), else weight and scale are not of one checkpoint: fetch it anew"
         )

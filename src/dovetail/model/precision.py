@@ -32,8 +32,6 @@ def apply_recipe(model: nn.Module, recipe: Recipe) -> None:
     dtypes = {module.weight.dtype for _, module in _linears(model)}
     if recipe.sites and dtypes - {torch.bfloat16}:
         raise ValueError(f"precision {recipe.name!r} quantises BF16 layers; this model is {dtypes}: use dtype bfloat16")
-    if recipe.sites and recipe.promotion != 128:
-        raise ValueError(f"recipe {recipe.name!r} has promotion = {recipe.promotion}; training sums by tiles of 128")
     for name, module in _linears(model):
         module.precision = recipe.sites.get(LINEAR_SITES[name])
     for module in model.modules():

@@ -1,4 +1,8 @@
-"""Up, SwiGLU and down in a recipe's precision, for dense layers and for all experts at once."""
+"""Up, SwiGLU and down in a recipe's precision, for dense layers and for all experts at once.
+
+SwiGLU and quantisation are two steps on a GPU too: `swiglu_quantized` is one, but rounds the exponential otherwise than
+torch, and has no column tiles that begin anew with every group, which the backward pass takes.
+"""
 
 from __future__ import annotations
 

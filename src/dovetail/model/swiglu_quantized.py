@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dovetail.model.swiglu import swiglu_backward_reference, swiglu_reference
-from dovetail.numerics.quantize import Quantized, dequantize, quantize
+from dovetail.numerics import gpu
+from dovetail.numerics.quantize import Quantized, dequantize, quantize_reference
 
 ROW = (1, 128)
 
@@ -27,7 +28,7 @@ def swiglu_quantized(
     check: bool = True,
 ) -> Quantized:
     """gate_up [R, 2 * width], gate first -> [R, width] in tiles. ValueError if that has NaN or infinity."""
-    if _is_cuda(gate_up):
+    if gpu.takes(gate_up.data):
         from dovetail.model import swiglu_triton  # Triton comes with torch's CUDA builds only
 
         return swiglu_triton.swiglu_quantized(gate_up, tile, format, power_of_two, check)
@@ -47,7 +48,7 @@ def swiglu_quantized_backward(
     Tiles may not hold gate and up: ValueError where tile[1] does not divide width.
     """
     check_halves(grad.shape[1], tile)
-    if grad.device.type == "cuda":
+    if gpu.takes(grad):
         from dovetail.model import swiglu_triton
 
         return swiglu_triton.swiglu_quantized_backward(grad, gate_up, tile, format, power_of_two, check)
@@ -61,7 +62,9 @@ def swiglu_quantized_reference(
     power_of_two: bool = False,
     check: bool = True,
 ) -> Quantized:
-    return quantize(swiglu_reference(_plain(gate_up)), tile, format, power_of_two, check, "the output of a SwiGLU")
+    return quantize_reference(
+        swiglu_reference(_plain(gate_up)), tile, format, power_of_two, check, "the output of a SwiGLU"
+    )
 
 
 def swiglu_quantized_backward_reference(
@@ -74,8 +77,8 @@ def swiglu_quantized_backward_reference(
 ) -> tuple[Quantized, Quantized]:
     gradient, output = swiglu_backward_reference(grad, _plain(gate_up))
     return (
-        quantize(gradient, tile, format, power_of_two, check, "the gradient of a SwiGLU"),
-        quantize(output, tile, format, power_of_two, check, "the output of a SwiGLU"),
+        quantize_reference(gradient, tile, format, power_of_two, check, "the gradient of a SwiGLU"),
+        quantize_reference(output, tile, format, power_of_two, check, "the output of a SwiGLU"),
     )
 
 
@@ -89,7 +92,3 @@ def check_halves(width: int, tile: tuple[int, int]) -> None:
 
 def _plain(gate_up: Tensor | Quantized) -> Tensor:
     return dequantize(gate_up, torch.bfloat16) if isinstance(gate_up, Quantized) else gate_up
-
-
-def _is_cuda(gate_up: Tensor | Quantized) -> bool:
-    return (gate_up.data if isinstance(gate_up, Quantized) else gate_up).device.type == "cuda"

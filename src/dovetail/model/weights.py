@@ -33,7 +33,7 @@ from dovetail.model.inventory import (
     weight_tile,
 )
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.quantize import Quantized, dequantize, quantize_weight
+from dovetail.numerics.quantize import Quantized, dequantize, quantize_weight, refuse_non_finite
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import (
     SCALE_SUFFIX,
@@ -185,9 +185,19 @@ def _tensor(
     is_here = scale_entry.file == entries[name].file
     with nullcontext(shard) if is_here else _opened(scale_entry.file) as holder:
         scale = holder.get_tensor(scale_entry.name).to(device=device, dtype=torch.float32)
-    if not bool(torch.isfinite(scale).all()):
-        raise ValueError(f"{scale_entry.file}: tensor {scale_entry.name!r} has scales that are not finite")
-    return dequantize(Quantized(data=data, scale=scale, tile=tile), dtype)
+    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        raise ValueError(
+            f"{scale_entry.file}: tensor {scale_entry.name!r} {list(scale.shape)} has scales that are not finite, or"
+            f" negative; a multiplier per block of {name!r} is neither: fetch the checkpoint anew"
+        )
+    values = dequantize(Quantized(data=data, scale=scale, tile=tile), dtype)
+    if not bool(torch.isfinite(values).all()):
+        count = int((~torch.isfinite(values)).sum())
+        raise ValueError(
+            f"{entries[name].file}: tensor {name!r} {list(values.shape)} times its scales has {count} values that are"
+            f" not finite in {dtype}: FP8 codes for NaN, or scales of another checkpoint; fetch it anew"
+        )
+    return values
 
 
 def _check_copy(entries: Mapping[str, Entry], stored: Stored, tile: tuple[int, int]) -> None:
@@ -210,7 +220,7 @@ def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[s
         return
     quantized = quantize_weight(view, power_of_two=fp8 == "ue8m0")
     if not bool(torch.isfinite(quantized.scale).all()):
-        raise ValueError(f"the model's {stored.key!r} ({stored.name!r}) holds inf or NaN; FP8 cannot carry them")
+        refuse_non_finite(view, f"the model's {stored.key!r} ({stored.name!r})")
     yield stored.name, quantized.data
     yield stored.name + SCALE_SUFFIX, quantized.scale
 

@@ -67,6 +67,14 @@ class HopperAccumulator:
 Accumulator = Fp32Accumulator | HopperAccumulator
 
 
+@dataclass(frozen=True, slots=True)
+class TensorCore:
+    """Hopper's, for one product: its accumulator, and both operands' formats."""
+
+    accumulator: HopperAccumulator
+    formats: tuple[str, str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scales:
     """What the values of a [M, K] and b [N, K] are multiplied by: one number per row and `width` elements of K."""
@@ -85,16 +93,14 @@ def matmul(
 ) -> Tensor:
     """a [M, K] times b [N, K] transposed -> FP32 [M, N]; FP32 tensors of values on the grids of `formats`.
 
-    Where a value is NaN or infinite, so are the outputs that it enters, as in an ordinary product. Sums of Hopper's
-    are made by a kernel on CPUs, with the same bits.
+    Where a value is NaN or infinite, so are the outputs that it enters. A CPU kernel makes Hopper's sums, bit for bit.
     """
     _check(a, b, accumulator, scales)
     if isinstance(accumulator, HopperAccumulator) and _has_kernel(a, b, scales, formats):
         if scales is None:
             scales = Scales(a=a.new_ones(a.shape[0], 1), b=a.new_ones(b.shape[0], 1), width=max(a.shape[1], 1))
-        inside = _spans(accumulator, scales, a.shape[1])
-        factors = (scales.a, scales.b, scales.width)
-        return accumulate_numba.matmul(a, b, _least(formats), accumulator.promotion, factors, inside)
+        tiles = (scales.a, scales.b, scales.width)
+        return accumulate_numba.matmul(a, b, least_exponents(formats), accumulator.promotion, tiles)
     return matmul_reference(a, b, accumulator, scales, formats)
 
 
@@ -118,14 +124,14 @@ def matmul_reference(
             if isinstance(accumulator, Fp32Accumulator):
                 partial = _sum_fp32(left, right)
             else:
-                partial = _sum_hopper(left, right, _least(formats), factors if inside else None)
+                partial = _sum_hopper(left, right, least_exponents(formats), factors if inside else None)
             total.copy_(total + partial if inside or factors is None else multiply_add(partial, factors[0], total))
     return output
 
 
-def _least(formats: Sequence[str]) -> list[int]:
-    """Exponents of the smallest normal numbers."""
-    return [1 - float_format(name).bias for name in formats]
+def least_exponents(formats: tuple[str, str]) -> tuple[int, int]:
+    """Of the smallest normal numbers."""
+    return 1 - float_format(formats[0]).bias, 1 - float_format(formats[1]).bias
 
 
 def _check(a: Tensor, b: Tensor, accumulator: Accumulator, scales: Scales | None) -> None:
@@ -219,12 +225,17 @@ def _cut(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & _CUT).view(torch.float32)
 
 
-def _has_kernel(a: Tensor, b: Tensor, scales: Scales | None, formats: Sequence[str]) -> bool:
-    """Whether all is finite, on a CPU, and of sizes whose products stay among the normal FP32 numbers."""
-    if a.device.type != "cpu" or sum(_least(formats)) < -50 or not (a.isfinite().all() and b.isfinite().all()):
+def _has_kernel(a: Tensor, b: Tensor, scales: Scales | None, formats: tuple[str, str]) -> bool:
+    sizes = () if scales is None else (scales.a, scales.b)
+    is_finite = a.device.type == "cpu" and bool(a.isfinite().all() and b.isfinite().all())
+    return is_finite and takes_scales(*sizes, formats=formats)
+
+
+def takes_scales(*scales: Tensor, formats: tuple[str, str]) -> bool:
+    """Whether the kernel multiplies finite values under these: on a CPU, products among the normal FP32 numbers."""
+    if min(least_exponents(formats)) < accumulate_numba.LEAST or any(x.device.type != "cpu" for x in scales):
         return False
-    sizes = [] if scales is None else [x.abs() for x in (scales.a, scales.b) if x.numel()]
-    return all(bool((x > 2.0**-30).all() and (x < 2.0**30).all()) for x in sizes)
+    return all(bool(((x > 2.0**-30) & (x < 2.0**30)).all()) for x in scales)
 
 
 def multiply_add(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -251,7 +262,7 @@ def dot_by_integers(
     formats: tuple[str, str] = ("e4m3", "e4m3"),
 ) -> float:
     """One output of `matmul` with `HopperAccumulator(promotion)`, without scales: finite values, Python integers."""
-    least = [1 - float_format(name).bias for name in formats]
+    least = least_exponents(formats)
     total, run = 0.0, promotion or max(len(a), 1)
     for start in range(0, len(a), run):
         c = (0, 0)

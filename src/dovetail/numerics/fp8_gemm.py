@@ -59,6 +59,32 @@ def grouped_scaled_matmul(
     return torch.cat([scaled_matmul(_rows(a, start, stop), each, accumulator, dtype) for (start, stop), each in groups])
 
 
+def masked_scaled_matmul(
+    a: Quantized,
+    b: Sequence[Quantized],
+    counts: Tensor,
+    accumulator: Accumulator = FP32,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """a [E * capacity, K] (tiles of height 1): `capacity` rows of each expert, of which the first counts[e] (int32 [E])
+    are multiplied by b[e] [N, K] transposed -> [E * capacity, N]. The others are not read and stay zero here; in the
+    kernel they may be anything [DeepGEMM's masked layout]."""
+    rows, experts = a.data.shape[0], len(b)
+    if a.tile[0] != 1 or not experts:
+        raise ValueError(f"rows of {experts} experts, in tiles of height {a.tile[0]}; expected experts, and height 1")
+    if rows % experts or counts.shape != (experts,) or counts.dtype != torch.int32:
+        raise ValueError(
+            f"{rows} rows for {experts} experts with counts {counts.dtype} {list(counts.shape)}: rows must be as many"
+            f" for each expert, and counts int32 [{experts}]"
+        )
+    capacity = rows // experts
+    out = torch.zeros(rows, b[0].data.shape[0], dtype=dtype, device=a.data.device)
+    for first, count, each in zip(range(0, rows, max(capacity, 1)), counts.tolist(), b, strict=False):
+        stop = first + min(count, capacity)
+        out[first:stop] = scaled_matmul(_rows(a, first, stop), each, accumulator, dtype)
+    return out
+
+
 def scaled_outer(
     left: Quantized, right: Quantized, accumulator: Accumulator = FP32, dtype: torch.dtype = torch.float32
 ) -> Tensor:

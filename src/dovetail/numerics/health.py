@@ -26,7 +26,8 @@ class Health:
 def measure_health(x: Tensor, operand: Operand, spread_scale: Tensor, quantization: Quantization) -> Health:
     """x and its `operand` (same shape), whose scales are given spread over all elements."""
     wide, scale = x.double(), spread_scale.double()
-    restored = operand.grid.double() * scale
+    grid = operand.grid.double()
+    restored = grid * scale
     nonzero = wide != 0
     count = max(int(nonzero.sum()), 1)
     largest = float_format(quantization.format).max
@@ -34,7 +35,7 @@ def measure_health(x: Tensor, operand: Operand, spread_scale: Tensor, quantizati
     beyond = (wide / scale).abs() > largest * (1 + torch.finfo(torch.float32).eps)
     signal, noise = wide.square().sum(), (wide - restored).square().sum()
     return Health(
-        flushed=float((nonzero & (operand.grid == 0)).sum()) / count,
+        flushed=float((nonzero & (grid == 0)).sum()) / count,
         clipped=float(beyond.sum()) / count,
         smallest_scale=float(scale.min()) if scale.numel() else 0.0,
         largest_scale=float(scale.max()) if scale.numel() else 0.0,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dovetail.numerics.accumulate import HopperAccumulator, TensorCore
 from dovetail.numerics.operands import (
     Kept,
     Operand,
@@ -26,7 +27,7 @@ from dovetail.numerics.operands import (
     token_tiles,
 )
 from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
-from dovetail.spec.precision import GemmPrecision
+from dovetail.spec.precision import GemmPrecision, Quantization
 
 Input = tuple[Operand, Kept]  # as fprop takes it, and as it is kept
 
@@ -102,12 +103,14 @@ def operand_and_kept(x: Tensor, precision: GemmPrecision) -> Input:
 
 def output_of(rows: Operand, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
     """Rows [R, K] as fprop takes them and stacked weights [G, N, K] -> [R, N]."""
-    return fprop(rows, block_operand(weight, precision.weight), offsets)
+    core = tensor_core(precision, precision.input, precision.weight)
+    return fprop(rows, block_operand(weight, precision.weight), offsets, core)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
     """Of grad [R, N] and stacked weights [G, N, K] -> [R, K]."""
-    return dgrad(row_operand(grad, precision.grad), block_operand(weight, precision.weight), offsets)
+    core = tensor_core(precision, precision.grad, precision.weight)
+    return dgrad(row_operand(grad, precision.grad), block_operand(weight, precision.weight), offsets, core)
 
 
 def weight_gradient(grad: Tensor, kept: Kept | Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
@@ -117,7 +120,15 @@ def weight_gradient(grad: Tensor, kept: Kept | Tensor, offsets: Sequence[int], p
         rows = retiled_operand(kept, bounds, precision.wgrad_input)
     else:
         rows = column_operand(kept, bounds, precision.wgrad_input)
-    return wgrad(column_operand(grad, bounds, precision.wgrad_grad), rows, offsets)
+    core = tensor_core(precision, precision.wgrad_grad, precision.wgrad_input)
+    return wgrad(column_operand(grad, bounds, precision.wgrad_grad), rows, offsets, core)
+
+
+def tensor_core(precision: GemmPrecision, a: Quantization, b: Quantization) -> TensorCore | None:
+    """What adds the product of operands in `a` and `b`; None: FP32 adds its tiles of 128."""
+    if precision.accumulator == "fp32":
+        return None
+    return TensorCore(HopperAccumulator(precision.promotion), (a.format, b.format))
 
 
 def save(ctx: Any, kept: Sequence[Kept], *tensors: Tensor) -> None:

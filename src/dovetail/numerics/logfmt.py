@@ -27,11 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.numerics import gpu, logfmt_numba
+from dovetail.numerics.cpu_numba import array, takes
 from dovetail.numerics.quantize import refuse_non_finite
 
 TILE = 128
 LOG_RANGE = 32.0  # octaves: log2(2^32) [ISCA §3.2]
 BITS = range(4, 13)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of what the GPU's kernels read and write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +59,28 @@ def encode(x: Tensor, bits: int, check: bool = True, name: str = "the tensor to 
     Raises ValueError, which calls x `name`, for what is no float matrix, for bits outside 4..12, and for inf or NaN;
     with `check` off (it makes the host wait for a GPU) a tile that holds these comes back as NaN.
     """
+    if gpu.takes(x) and x.ndim == 2 and x.dtype in KERNEL_DTYPES:
+        from dovetail.numerics import logfmt_triton  # Triton comes with torch's CUDA builds only
+
+        return logfmt_triton.encode(x.detach(), bits, check, name)
+    return encode_reference(x, bits, check, name)
+
+
+def encode_reference(x: Tensor, bits: int, check: bool = True, name: str = "the tensor to encode") -> LogFmt:
     codes, minimum, step = _encoded(x, bits, check, name)
     return LogFmt(data=pack_bits(codes, bits), minimum=minimum, step=step, bits=bits, columns=x.shape[1])
 
 
 def decode(encoded: LogFmt, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [rows, columns]. ValueError where the shapes of codes and metadata do not fit."""
+    if gpu.takes(encoded.data) and dtype in KERNEL_DTYPES:
+        from dovetail.numerics import logfmt_triton
+
+        return logfmt_triton.decode(encoded, dtype)
+    return decode_reference(encoded, dtype)
+
+
+def decode_reference(encoded: LogFmt, dtype: torch.dtype = torch.float32) -> Tensor:
     rows, tiles = encoded.data.shape[0], -(-encoded.columns // TILE)
     if not encoded.minimum.shape == encoded.step.shape == (rows, tiles):
         raise ValueError(
@@ -74,7 +93,24 @@ def decode(encoded: LogFmt, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def round_to_logfmt(x: Tensor, bits: int, check: bool = True) -> Tensor:
     """`decode(encode(x))` in x's dtype, without the packing: what the far end of a wire sees."""
-    return from_codes(*_encoded(x, bits, check, "the tensor to round"), bits, x.dtype)
+    minimum, step = _grid(x, bits, check, "the tensor to round")
+    if not takes(x):
+        return round_reference(x.detach(), minimum, step, bits)
+    x, wide = x.detach().contiguous(), step.to(torch.float64)
+    rounded, is_doubtful = torch.empty_like(x), torch.empty(len(x), dtype=torch.bool)
+    low = minimum.to(torch.float64)
+    grid = (array(each) for each in (low, torch.exp2(low), wide, _middle(wide)))
+    limits = float(_top_code(bits)), torch.finfo(x.dtype).max
+    logfmt_numba.round_tiles(array(x), *grid, *limits, array(rounded), array(is_doubtful))
+    if bool(is_doubtful.any()):
+        doubtful = (each[is_doubtful] for each in (x, minimum, step))
+        rounded[is_doubtful] = round_reference(*doubtful, bits)
+    return rounded
+
+
+def round_reference(x: Tensor, minimum: Tensor, step: Tensor, bits: int) -> Tensor:
+    """x [rows, columns] on given grids [rows, tiles]."""
+    return from_codes(to_codes(x, minimum, step, bits), minimum, step, bits, x.dtype)
 
 
 def tile_grid(largest: Tensor, smallest: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -94,9 +130,7 @@ def to_codes(x: Tensor, minimum: Tensor, step: Tensor, bits: int) -> Tensor:
     tiles = _tiled(x).to(torch.float64)
     magnitude, least = tiles.abs(), torch.exp2(minimum.to(torch.float64))[..., None]
     width = step.to(torch.float64)[..., None]
-    width = torch.where(width == 0, 1, width)  # all its codes are one number: any step does
-    # log2((1 + 2^step) / 2), from a form that keeps its digits for small steps
-    middle = torch.log1p(torch.expm1(width * math.log(2)) / 2) / math.log(2)
+    middle, width = _middle(width), torch.where(width == 0, 1, width)  # all codes are one number: any step does
     code = torch.floor(torch.log2(magnitude / least) / width + 2 - middle / width).clamp(1, _top_code(bits))
     code = code.masked_fill(magnitude < least / 2, 0).nan_to_num(nan=1).to(torch.int16)
     code |= torch.signbit(tiles).to(torch.int16) << bits - 1
@@ -146,19 +180,32 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def _encoded(x: Tensor, bits: int, check: bool, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, minimum and step of x."""
+    minimum, step = _grid(x, bits, check, name)
+    return to_codes(x.detach(), minimum, step, bits), minimum, step
+
+
+def _grid(x: Tensor, bits: int, check: bool, name: str) -> tuple[Tensor, Tensor]:
+    """Minimum and step of x."""
     if bits not in BITS:
         raise ValueError(f"LogFMT has {BITS[0]} to {BITS[-1]} bits, not {bits}")
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"tiles are of a float matrix; {name} is {x.dtype} with shape {list(x.shape)}")
-    detached = x.detach()
-    minimum, step = tile_grid(*extremes(detached), bits)
+    minimum, step = tile_grid(*extremes(x.detach()), bits)
     if check and not bool(torch.isfinite(minimum).all()):
         refuse_non_finite(x, name)
-    return to_codes(detached, minimum, step, bits), minimum, step
+    return minimum, step
 
 
 def extremes(x: Tensor) -> tuple[Tensor, Tensor]:
     """Largest and smallest |x| that is not zero per tile of x [rows, columns] -> [rows, tiles]; 0 and 0 without one."""
+    if not takes(x):
+        return extremes_reference(x)
+    largest, smallest = torch.empty(2, len(x), -(-x.shape[1] // TILE)).unbind()
+    logfmt_numba.extremes(array(x.contiguous()), array(largest), array(smallest))
+    return largest.to(x.dtype), smallest.to(x.dtype)
+
+
+def extremes_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = _tiled(x).abs()
     largest, smallest = magnitude.amax(-1), magnitude.masked_fill(magnitude == 0, torch.inf).amin(-1)
     return largest, smallest.masked_fill(largest == 0, 0)
@@ -168,6 +215,11 @@ def _tiled(matrix: Tensor) -> Tensor:
     """[rows, tiles, 128], zeros behind the last column."""
     tiles = -(-matrix.shape[1] // TILE)
     return F.pad(matrix, (0, tiles * TILE - matrix.shape[1])).unflatten(1, (tiles, TILE))
+
+
+def _middle(step: Tensor) -> Tensor:
+    """log2((1 + 2^step) / 2), from a form that keeps its digits for small steps; that of a step of 1 for none."""
+    return torch.log1p(torch.expm1(torch.where(step == 0, 1, step) * math.log(2)) / 2) / math.log(2)
 
 
 def _top_code(bits: int) -> int:

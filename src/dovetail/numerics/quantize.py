@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.numerics import gpu
 from dovetail.numerics.formats import E4M3, FloatFormat, decode, decode_ue8m0, encode, encode_ue8m0, float_format
 from dovetail.spec.tensors import WEIGHT_TILE, scale_shape
 
@@ -50,6 +51,22 @@ def quantize(
     ValueError, which calls x `name`, for what is no float matrix, for a format with FP32's range, and for inf or NaN
     in x; with `check` off (it makes the host wait for a GPU) a tile that holds these gets NaN on the way back.
     """
+    if gpu.takes(x) and x.ndim == 2 and x.is_floating_point():
+        from dovetail.numerics import quantize_triton  # Triton comes with torch's CUDA builds only
+
+        if quantize_triton.takes(x, tile, float_format(format)):
+            return quantize_triton.quantize(x.detach(), tile, format, power_of_two, check, name)
+    return quantize_reference(x, tile, format, power_of_two, check, name)
+
+
+def quantize_reference(
+    x: Tensor,
+    tile: tuple[int, int],
+    format: str = "e4m3",
+    power_of_two: bool = False,
+    check: bool = True,
+    name: str = "the tensor to quantise",
+) -> Quantized:
     fmt = float_format(format)
     if fmt.exponent_bits == 8:
         raise ValueError(f"{name}: format {fmt.name!r} has FP32's range and takes no scales; convert to it instead")
@@ -119,7 +136,8 @@ def refuse_non_finite(x: Tensor, name: str) -> None:
     if nans or infinities:
         raise ValueError(
             f"{name}, shape {list(x.shape)}, holds {nans} NaN and {infinities} infinite values, which no scale can"
-            " carry; find the step that made them (a lower learning rate or gradient clipping often is the remedy)"
+            " carry; find the step that made them (a lower learning rate or gradient clipping often is the remedy), or"
+            " take a checkpoint from before it"
         )
 
 

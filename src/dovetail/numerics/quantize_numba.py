@@ -1,29 +1,55 @@
-"""CPU kernels of `numerics.quantize` for E4M3: tiles of 1x128, 128x1 and 128x128, in one pass over the matrix.
+"""CPU kernels of `numerics.operands`: tiles of 1x128, 128x1 and 128x128, in one pass over the matrix.
 
-Values come out on the E4M3 grid as BF16 bits, which products take (`scaled_gemm_numba`), and as the format's own codes,
-which are what is kept for the backward pass. Scales are amax / 448, amax at least 1e-4, or that rounded up to a power
-of two. A tile that holds NaN or infinity gets a NaN for its scale: training goes on to see a loss that is not finite.
+Values come out on the format's grid as BF16 bits, which products take (`scaled_gemm_numba`), and as the format's own
+codes, which are what is kept for the backward pass. Scales are amax / the format's largest value, amax at least 1e-4,
+or that rounded up to a power of two. A tile that holds NaN or infinity gets a NaN for its scale: training goes on to
+see a loss that is not finite.
+
+A format with m mantissa bits is rounded to by adding a power of two so large that the sum's last bit is the format's,
+2^(23 - m) times the value's own or the smallest normal one's.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
 from dovetail.numerics.cpu_numba import bits_of, exact_kernel, float_of, load, store
+from dovetail.numerics.formats import float_format
 
 TILE = 128
-LARGEST = np.float32(448.0)
-LARGEST_E5M6 = np.float32(65024.0)
 FLOOR = np.float32(1e-4)
-ROUND_TO_SUBNORMAL = np.float32(2.0**14)  # adding it leaves multiples of 2^-9, E4M3's smallest step
-SMALLEST_NORMAL = np.float32(2.0**-6)
+
+
+class Form(NamedTuple):
+    """A floating-point format as kernels take it: factors, for numba would shift in 64 bits."""
+
+    largest: np.float32
+    least: np.int32  # bits of the smallest normal number
+    gap: np.int32  # mantissa bits that FP32 has more, as an exponent
+    last: np.int32  # the last mantissa bit in FP32
+    normal: np.int32  # code of the smallest normal number
+    sign: np.int32  # its bit in a code
+
+
+@functools.cache
+def form_of(name: str) -> Form | None:
+    """None for what kernels do not round to: what is not exact in BF16, or has FP32's range."""
+    fmt = float_format(name)
+    if fmt.mantissa_bits > 7 or fmt.exponent_bits > 7:
+        return None
+    least, more = np.float32(fmt.smallest_normal).view(np.int32), 23 - fmt.mantissa_bits
+    integers = more << 23, 1 << more, 1 << fmt.mantissa_bits, fmt.nan_code + 1
+    return Form(np.float32(fmt.max), least, *map(np.int32, integers))
 
 
 @register_jitable(forceinline=True)
-def scale_of(amax, power_of_two, largest=LARGEST):  # type: ignore[no-untyped-def]
-    scale = max(amax, FLOOR) / largest
+def scale_of(amax, form, power_of_two):  # type: ignore[no-untyped-def]
+    scale = max(amax, FLOOR) / form.largest
     if not amax < np.float32(np.inf):
         return np.float32(np.nan)
     if power_of_two:
@@ -34,41 +60,50 @@ def scale_of(amax, power_of_two, largest=LARGEST):  # type: ignore[no-untyped-de
 
 
 @register_jitable(forceinline=True)
-def round_e4m3(value):  # type: ignore[no-untyped-def]
-    """To the nearest E4M3 value, ties to even, saturating; as FP32."""
+def round_to(value, form):  # type: ignore[no-untyped-def]
+    """To the nearest value of the format, ties to even, saturating; as FP32."""
     bits = bits_of(np.float32(value))
-    magnitude = min(float_of(bits & np.int32(0x7FFFFFFF)), LARGEST)
-    key = bits_of(magnitude)
-    normal = (key + np.int32(0x7FFFF) + ((key >> np.int32(20)) & np.int32(1))) & np.int32(-0x100000)
-    # In integers: the compiler may cancel a constant that is added and taken away again.
-    steps = bits_of(magnitude + ROUND_TO_SUBNORMAL) - bits_of(ROUND_TO_SUBNORMAL)
-    small = bits_of(np.float32(steps) * np.float32(1.0 / 512.0))
-    rounded = normal if magnitude >= SMALLEST_NORMAL else small
-    return float_of(rounded | (bits & np.int32(-0x80000000)))
+    magnitude = min(float_of(bits & np.int32(0x7FFFFFFF)), form.largest)
+    exponent = max(np.int32(bits_of(magnitude) & np.int32(0x7F800000)), form.least)
+    large = float_of(exponent + form.gap)
+    return float_of(bits_of(np.float32(magnitude + large) - large) | (bits & np.int32(-0x80000000)))
 
 
 @register_jitable(forceinline=True)
-def code_of(rounded):  # type: ignore[no-untyped-def]
-    """The E4M3 code of a value on the grid."""
-    magnitude = bits_of(abs(rounded))
-    normal = (magnitude >> np.int32(20)) - np.int32(960)
-    small = np.int32(abs(rounded) * np.float32(512.0))
-    sign = (bits_of(rounded) >> np.int32(24)) & np.int32(0x80)
-    return np.uint8((normal if abs(rounded) >= SMALLEST_NORMAL else small) | sign)
+def code_of(value, form):  # type: ignore[no-untyped-def]
+    """The code of the value that `round_to` gives."""
+    bits = bits_of(np.float32(value))
+    magnitude = min(float_of(bits & np.int32(0x7FFFFFFF)), form.largest)
+    exponent = max(np.int32(bits_of(magnitude) & np.int32(0x7F800000)), form.least)
+    large = np.int32(exponent + form.gap)
+    count = bits_of(np.float32(magnitude + float_of(large))) - large
+    below = (np.int32(exponent - form.least) >> np.int32(23)) * form.normal
+    return np.int32((below + count) | ((bits >> np.int32(31)) & form.sign))
 
 
 @register_jitable(forceinline=True)
-def value_of(code):  # type: ignore[no-untyped-def]
-    """FP32 value of an E4M3 code that is no NaN."""
-    magnitude = np.int32(code) & np.int32(0x7F)
-    normal = float_of((magnitude + np.int32(960)) << np.int32(20))
-    value = normal if magnitude >= np.int32(8) else np.float32(magnitude) * np.float32(1.0 / 512.0)
-    return float_of(bits_of(value) | ((np.int32(code) & np.int32(0x80)) << np.int32(24)))
+def value_of(code, form):  # type: ignore[no-untyped-def]
+    """FP32 value of a code that is neither NaN nor infinity."""
+    magnitude = np.int32(np.int32(code) & (form.sign - np.int32(1)))
+    bits = np.int32(magnitude * form.last + form.least - np.int32(0x800000))
+    small = float_of(bits + np.int32(0x800000)) - float_of(form.least)
+    value = float_of(bits) if bits >= form.least else np.float32(small)
+    sign = np.int32(np.int32(code) & form.sign)
+    return float_of(bits_of(value) | (np.int32(-0x80000000) if sign != np.int32(0) else np.int32(0)))
+
+
+@register_jitable(forceinline=True)
+def bf16_bits(value):  # type: ignore[no-untyped-def]
+    """Of a value that is exact in BF16."""
+    return np.uint16(np.uint32(bits_of(value)) >> np.uint32(16))
 
 
 @exact_kernel
-def rows(x, power_of_two, grid, codes, scales):  # type: ignore[no-untyped-def]
-    """Tiles 1x128 of x [R, C] BF16 bits: grid [R, C] BF16 bits, codes [R, C] (or none of them), scales [R, tiles]."""
+def rows(x, form, power_of_two, is_given, grid, codes, scales):  # type: ignore[no-untyped-def]
+    """Tiles 1x128 of x [R, C]: grid [R, C] BF16 bits, codes [R, C] uint8 (or none of them), scales [R, tiles].
+
+    `is_given`: the scales are there already.
+    """
     count, columns = x.shape
     for r in prange(count):
         wide = np.empty(TILE, np.float32)
@@ -79,18 +114,20 @@ def rows(x, power_of_two, grid, codes, scales):  # type: ignore[no-untyped-def]
             for i in range(len(source)):
                 values[i] = load(source, i)
                 amax = max(amax, bits_of(values[i]) & np.int32(0x7FFFFFFF))
-            scale = scale_of(float_of(amax), power_of_two)
+            scale = scales[r, tile] if is_given else scale_of(float_of(amax), form, power_of_two)
             scales[r, tile] = scale
-            for i in range(len(source)):
-                target[i] = np.uint16(np.uint32(bits_of(round_e4m3(values[i] / scale))) >> np.uint32(16))
             if len(codes):
                 kept = codes[r, begin:end]
                 for i in range(len(source)):
-                    kept[i] = code_of(float_of(np.int32(target[i]) << np.int32(16)))
+                    target[i] = bf16_bits(round_to(values[i] / scale, form))
+                    kept[i] = code_of(values[i] / scale, form)
+            else:
+                for i in range(len(source)):
+                    target[i] = bf16_bits(round_to(values[i] / scale, form))
 
 
 @register_jitable
-def _column_tile(wide, start, count, tile, begin, end, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+def _column_tile(wide, start, count, tile, begin, end, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
     """Tile `tile`, rows start : start + count and columns begin : end of the grid, of wide [count, end - begin]."""
     width = end - begin
     keys, scale = np.zeros(TILE, np.int32), scales[tile, begin:end]
@@ -99,16 +136,16 @@ def _column_tile(wide, start, count, tile, begin, end, power_of_two, grid, scale
         for c in range(len(row)):
             some[c] = max(some[c], bits_of(row[c]) & np.int32(0x7FFFFFFF))
     for c in range(width):
-        scale[c] = scale_of(float_of(keys[c]), power_of_two)
+        scale[c] = scale_of(float_of(keys[c]), form, power_of_two)
     for r in range(count):
         row, target = wide[r, :width], grid[start + r, begin:end]
         for c in range(len(row)):
-            target[c] = np.uint16(np.uint32(bits_of(round_e4m3(row[c] / scale[c]))) >> np.uint32(16))
+            target[c] = bf16_bits(round_to(row[c] / scale[c], form))
 
 
 @exact_kernel
-def columns(x, bounds, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
-    """Tiles 128x1 of x [R, C] BF16 bits: tile t holds rows bounds[t, 0] : bounds[t, 1]; scales [tiles, C]."""
+def columns(x, bounds, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+    """Tiles 128x1 of x [R, C]: tile t holds rows bounds[t, 0] : bounds[t, 1]; scales [tiles, C]."""
     width = x.shape[1]
     blocks = (width + TILE - 1) // TILE
     for item in prange(len(bounds) * blocks):
@@ -119,11 +156,11 @@ def columns(x, bounds, power_of_two, grid, scales):  # type: ignore[no-untyped-d
             source, row = x[start + r, begin:end], wide[r]
             for c in range(len(source)):
                 row[c] = load(source, c)
-        _column_tile(wide, start, stop - start, tile, begin, end, power_of_two, grid, scales)
+        _column_tile(wide, start, stop - start, tile, begin, end, form, power_of_two, grid, scales)
 
 
 @exact_kernel
-def retile(codes, row_scales, bounds, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+def retile(codes, row_scales, kept_form, bounds, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
     """As `columns`, of what `rows` has kept: codes [R, C] and row_scales [R, tiles of C]."""
     width = codes.shape[1]
     blocks = (width + TILE - 1) // TILE
@@ -134,13 +171,13 @@ def retile(codes, row_scales, bounds, power_of_two, grid, scales):  # type: igno
         for r in range(stop - start):
             source, row, scale = codes[start + r, begin:end], wide[r], row_scales[start + r, block]
             for c in range(len(source)):
-                row[c] = value_of(source[c]) * scale
-        _column_tile(wide, start, stop - start, tile, begin, end, power_of_two, grid, scales)
+                row[c] = value_of(source[c], kept_form) * scale
+        _column_tile(wide, start, stop - start, tile, begin, end, form, power_of_two, grid, scales)
 
 
 @exact_kernel
-def blocks(w, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
-    """Tiles 128x128 of w [G, N, K] BF16 bits: grid of the same shape, scales [G, tiles of N, tiles of K]."""
+def blocks(w, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+    """Tiles 128x128 of w [G, N, K]: grid of the same shape, scales [G, tiles of N, tiles of K]."""
     groups, down, across = scales.shape
     for item in prange(groups * down * across):
         g, i, j = item // (down * across), item // across % down, item % across
@@ -151,51 +188,31 @@ def blocks(w, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
             source = w[g, r, begin:end]
             for c in range(len(source)):
                 key = max(key, bits_of(load(source, c)) & np.int32(0x7FFFFFFF))
-        scale = scale_of(float_of(key), power_of_two)
+        scale = scale_of(float_of(key), form, power_of_two)
         scales[g, i, j] = scale
         for r in range(top, bottom):
             source, target = w[g, r, begin:end], grid[g, r, begin:end]
             for c in range(len(source)):
-                target[c] = np.uint16(np.uint32(bits_of(round_e4m3(load(source, c) / scale))) >> np.uint32(16))
+                target[c] = bf16_bits(round_to(load(source, c) / scale, form))
 
 
 @exact_kernel
-def decode(codes, row_scales, out):  # type: ignore[no-untyped-def]
-    """What `rows` has kept, as BF16 bits again, rounded once: out [R, C]."""
+def decode(codes, row_scales, form, out):  # type: ignore[no-untyped-def]
+    """What `rows` has kept: out [R, C], FP32 or BF16 bits, rounded once."""
     width = codes.shape[1]
     for r in prange(codes.shape[0]):
         for block in range(row_scales.shape[1]):
             begin, end = block * TILE, min((block + 1) * TILE, width)
             source, target, scale = codes[r, begin:end], out[r, begin:end], row_scales[r, block]
             for c in range(len(source)):
-                store(target, c, value_of(source[c]) * scale)
-
-
-@register_jitable(forceinline=True)
-def e5m6_of(value):  # type: ignore[no-untyped-def]
-    """The E5M6 code of a value, rounded to nearest, ties to even, saturating."""
-    bits = bits_of(np.float32(value))
-    magnitude = min(float_of(bits & np.int32(0x7FFFFFFF)), LARGEST_E5M6)
-    key = bits_of(magnitude)
-    normal = ((key + np.int32(0xFFFF) + ((key >> np.int32(17)) & np.int32(1))) >> np.int32(17)) - np.int32(7168)
-    small = bits_of(magnitude + np.float32(8.0)) - np.int32(0x41000000)  # 8 + multiples of 2^-20, the smallest step
-    code = normal if magnitude >= np.float32(2.0**-14) else small
-    return code | ((bits >> np.int32(20)) & np.int32(0x800))
-
-
-@register_jitable(forceinline=True)
-def value_of_e5m6(code):  # type: ignore[no-untyped-def]
-    magnitude = code & np.int32(0x7FF)
-    normal = float_of((magnitude + np.int32(7168)) << np.int32(17))
-    value = normal if magnitude >= np.int32(64) else np.float32(magnitude) * np.float32(2.0**-20)
-    return float_of(bits_of(value) | ((code & np.int32(0x800)) << np.int32(20)))
+                store(target, c, value_of(source[c], form) * scale)
 
 
 @exact_kernel
-def keep_e5m6(x, power_of_two, packed, scales):  # type: ignore[no-untyped-def]
-    """Tiles 1x128 of x [R, C] BF16 bits as packed codes [R, 12 ceil(C / 8)] (`formats.pack_e5m6`).
+def keep_e5m6(x, form, power_of_two, is_given, packed, scales):  # type: ignore[no-untyped-def]
+    """Tiles 1x128 of x [R, C] as packed codes [R, 12 ceil(C / 8)] (`formats.pack_e5m6`).
 
-    scales [R, tiles].
+    scales [R, tiles], which `is_given` says are there already.
     """
     columns = x.shape[1]
     for r in prange(x.shape[0]):
@@ -206,11 +223,11 @@ def keep_e5m6(x, power_of_two, packed, scales):  # type: ignore[no-untyped-def]
             key = np.int32(0)
             for i in range(len(source)):
                 key = max(key, bits_of(load(source, i)) & np.int32(0x7FFFFFFF))
-            scale = scale_of(float_of(key), power_of_two, LARGEST_E5M6)
+            scale = scales[r, tile] if is_given else scale_of(float_of(key), form, power_of_two)
             scales[r, tile] = scale
             codes[end - begin :] = 0
             for i in range(len(source)):
-                some[i] = e5m6_of(load(source, i) / scale)
+                some[i] = code_of(load(source, i) / scale, form)
             for group in range((end - begin + 7) // 8):
                 c, to = codes[8 * group : 8 * group + 8], packed[r, (begin // 8 + group) * 12 :]
                 for word in range(3):
@@ -225,7 +242,7 @@ def keep_e5m6(x, power_of_two, packed, scales):  # type: ignore[no-untyped-def]
 
 
 @exact_kernel
-def decode_e5m6(packed, row_scales, out):  # type: ignore[no-untyped-def]
+def decode_e5m6(packed, row_scales, form, out):  # type: ignore[no-untyped-def]
     """What `keep_e5m6` has kept: out [R, C], FP32 or BF16 bits."""
     width = out.shape[1]
     for r in prange(out.shape[0]):
@@ -238,4 +255,4 @@ def decode_e5m6(packed, row_scales, out):  # type: ignore[no-untyped-def]
             target = out[r, group * 8 : min(group * 8 + 8, width)]
             for i in range(len(target)):
                 code = high >> (52 - 12 * i) if i < 5 else low >> (84 - 12 * i)
-                store(target, i, value_of_e5m6(np.int32(code & 0xFFF)) * scale)
+                store(target, i, value_of(np.int32(code & 0xFFF), form) * scale)

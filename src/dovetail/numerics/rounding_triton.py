@@ -23,10 +23,10 @@ import triton.language as tl
 
 from dovetail.numerics.formats import FloatFormat
 from dovetail.numerics.formats import encode as encode_reference
+from dovetail.numerics.gpu import FP8, FP8_CAPABILITY
 from dovetail.numerics.quantize import AMAX_FLOOR
 
-CAST_FORMATS = ("e4m3", "e5m2")
-CAST_CAPABILITY = (8, 9)  # the first with cvt.rn.satfinite.e4m3x2.f32 [PTX ISA]
+LARGEST_FORMAT = 2.0**16  # formats that reach it are not rounded to
 _FLOOR = tl.constexpr(AMAX_FLOOR)
 
 
@@ -46,7 +46,7 @@ class Rounding:
 
 def rounding(form: FloatFormat, power_of_two: bool, device: torch.device) -> Rounding:
     """ValueError for a format that kernels do not round to."""
-    if form.max >= 2.0**16:
+    if form.max >= LARGEST_FORMAT:
         raise ValueError(
             f"{form.name} reaches {form.max:g}: kernels round to formats below 65536, as e4m3 and e5m6 are"
         )
@@ -60,7 +60,7 @@ def rounding(form: FloatFormat, power_of_two: bool, device: torch.device) -> Rou
         largest_code=largest,
         power_of_two=power_of_two,
         fused=is_compiled,
-        casts=is_compiled and form.name in CAST_FORMATS and torch.cuda.get_device_capability(device) >= CAST_CAPABILITY,
+        casts=is_compiled and form.name in FP8 and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY,
     )
 
 

@@ -5,7 +5,8 @@
     wgrad   grad [R, N], rows [R, K] (column tiles) -> [G, N, K]
 
 A sum runs over tiles of 128 of k; each tile's sum is multiplied by the product of its two scales and added in FP32
-[V3 §3.3.2]. Rows offsets[g] : offsets[g + 1] belong to group g. BF16 comes out.
+[V3 §3.3.2], or, with a `TensorCore`, summed as `accumulate.matmul` does. Rows offsets[g] : offsets[g + 1] belong to
+group g. BF16 comes out.
 """
 
 from __future__ import annotations
@@ -17,30 +18,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.numerics import scaled_gemm_numba
+from dovetail.numerics import accumulate_numba, scaled_gemm_numba
+from dovetail.numerics.accumulate import HopperAccumulator, Scales, TensorCore, least_exponents, matmul, takes_scales
 from dovetail.numerics.cpu_numba import array
 from dovetail.numerics.gemm import bounds_of, has_kernel
 from dovetail.numerics.operands import TILE, Operand, spread, token_tiles
 
 
-def fprop(rows: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
-    return _by_rows(rows, weight, offsets, transposed=False)
+def fprop(rows: Operand, weight: Operand, offsets: Sequence[int], core: TensorCore | None = None) -> Tensor:
+    return _by_rows(rows, weight, offsets, core, transposed=False)
 
 
-def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int]) -> Tensor:
-    return _by_rows(grad, weight, offsets, transposed=True)
+def dgrad(grad: Operand, weight: Operand, offsets: Sequence[int], core: TensorCore | None = None) -> Tensor:
+    return _by_rows(grad, weight, offsets, core, transposed=True)
 
 
-def _by_rows(rows: Operand, weight: Operand, offsets: Sequence[int], transposed: bool) -> Tensor:
+def _by_rows(
+    rows: Operand, weight: Operand, offsets: Sequence[int], core: TensorCore | None, transposed: bool
+) -> Tensor:
     """Each group's rows times its weight's rows, or, `transposed`, its columns."""
+    if _is_for_tensor_cores(rows, weight, core):
+        from dovetail.numerics import scaled_gemm_triton  # Triton comes with torch's CUDA builds only
+
+        return scaled_gemm_triton.by_rows(rows, weight, offsets, _accumulator(core), transposed)
     grid, scale = weight.grid, weight.scale
     if transposed:
         grid, scale = grid.transpose(1, 2), scale.transpose(1, 2)
     groups, width, inner = grid.shape
-    output = rows.grid.new_empty(len(rows.grid), width)
-    if not has_kernel(rows.grid):
+    output = rows.grid.new_empty(len(rows.grid), width, dtype=torch.bfloat16)
+    if not _has_kernel(rows, weight, core):
         for g, here in _groups(offsets):
-            output[here] = product_by_tiles(rows.grid[here], grid[g], rows.scale[here], spread(scale[g], 0, width))
+            output[here] = _product(core, rows.grid[here], grid[g], rows.scale[here], spread(scale[g], 0, width))
         return output
     starts, counts = bounds_of(offsets)
     experts, tiles = np.arange(groups), rows.scale.shape[1]
@@ -53,21 +61,26 @@ def _by_rows(rows: Operand, weight: Operand, offsets: Sequence[int], transposed:
         (starts * tiles, experts * scale[0].numel()),
         (tiles, 1, *scale.stride()[1:]),
         TILE,
+        core,
     )
     return output
 
 
-def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
+def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int], core: TensorCore | None = None) -> Tensor:
     """Zero for a group without rows."""
+    if _is_for_tensor_cores(grad, rows, core):
+        from dovetail.numerics import scaled_gemm_triton
+
+        return scaled_gemm_triton.wgrad(grad, rows, offsets, _accumulator(core))
     (height, width), groups = (grad.grid.shape[1], rows.grid.shape[1]), len(offsets) - 1
-    output = grad.grid.new_empty(groups, height, width)
+    output = grad.grid.new_empty(groups, height, width, dtype=torch.bfloat16)
     bounds, firsts = token_tiles(offsets)
-    if not has_kernel(grad.grid):
+    if not _has_kernel(grad, rows, core):
         ends = [*firsts[1:].tolist(), len(bounds)]
         for g, here in _groups(offsets):
             tiles = slice(int(firsts[g]), ends[g])
             left, right = (each.grid[here].t() for each in (grad, rows))
-            output[g] = product_by_tiles(left, right, grad.scale[tiles].t(), rows.scale[tiles].t())
+            output[g] = _product(core, left, right, grad.scale[tiles].t(), rows.scale[tiles].t())
         return output
     starts, counts = bounds_of(offsets)
     _multiply(
@@ -79,12 +92,26 @@ def wgrad(grad: Operand, rows: Operand, offsets: Sequence[int]) -> Tensor:
         (firsts * height, firsts * width),
         (1, height, 1, width),
         1,
+        core,
     )
     return output
 
 
+def _has_kernel(a: Operand, b: Operand, core: TensorCore | None) -> bool:
+    # Values that are not finite have scales that are not.
+    return has_kernel(a.grid, b.grid) if core is None else takes_scales(a.scale, b.scale, formats=core.formats)
+
+
+def _product(core: TensorCore | None, a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
+    """a [M, K] b^T [K, N] with scales [M, tiles] and [N, tiles], where there is no kernel."""
+    if core is None:
+        return product_by_tiles(a, b, a_scale, b_scale)
+    scales = Scales(a=a_scale, b=b_scale, width=TILE)
+    return matmul(a.float(), b.float(), core.accumulator, scales, core.formats).to(torch.bfloat16)
+
+
 def product_by_tiles(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor) -> Tensor:
-    """a [M, K] b^T [K, N] with scales [M, tiles] and [N, tiles], where there is no kernel: a product per tile."""
+    """A product per tile."""
     total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
     for tile in range(a_scale.shape[1]):
         terms = slice(tile * TILE, (tile + 1) * TILE)
@@ -119,10 +146,11 @@ def _multiply(
     scale_starts: tuple[np.ndarray, np.ndarray],
     scale_strides: tuple[int, int, int, int],
     block: int,
+    core: TensorCore | None,
 ) -> None:
     left, right, out = tensors
     groups = len(starts[0])
-    scaled_gemm_numba.grouped_scaled_gemm(
+    arguments = (
         *(array(x.reshape(-1)) for x in (left.grid, right.grid, out)),
         np.stack(starts, axis=1),
         np.stack([np.broadcast_to(size, groups) for size in sizes], axis=1),
@@ -134,6 +162,24 @@ def _multiply(
         block,
         numba.get_num_threads(),
     )
+    if core is None:
+        scaled_gemm_numba.grouped_scaled_gemm(*arguments)
+    else:
+        least, step = least_exponents(core.formats), core.accumulator.promotion or 0
+        accumulate_numba.grouped_hopper(*arguments, least, TILE, step)
+
+
+def _is_for_tensor_cores(a: Operand, b: Operand, core: TensorCore | None) -> bool:
+    """Only a GPU has FP8 operands. One beside another in BF16 goes tile by tile, as do sums that its kernels do not
+    make: they promote within a tile or at its end."""
+    promotion = _accumulator(core).promotion
+    is_within_tile = promotion is not None and TILE % promotion == 0
+    return is_within_tile and all(operand.grid.element_size() == 1 for operand in (a, b))
+
+
+def _accumulator(core: TensorCore | None) -> HopperAccumulator:
+    """What a GPU uses: sums within a tile are its own, whichever a recipe names."""
+    return HopperAccumulator() if core is None else core.accumulator
 
 
 def _groups(offsets: Sequence[int]) -> list[tuple[int, slice]]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.numerics.formats import float_format
 from dovetail.numerics.logfmt import BITS, round_to_logfmt
 from dovetail.numerics.operands import row_operand, spread
 from dovetail.spec.precision import Quantization
@@ -21,12 +20,12 @@ _LOGFMT = re.compile(r"logfmt-([0-9]+)")
 
 
 def check_sent_format(name: str) -> None:
-    """Raises `ValueError` for what is neither logfmt-N nor a floating-point format."""
+    """Raises `ValueError` for what is neither logfmt-N nor a format that tiles are scaled to."""
     match = _LOGFMT.fullmatch(name)
+    if match is None and name.lower().startswith("logfmt") or match is not None and int(match[1]) not in BITS:
+        raise ValueError(f"expert_output {name!r}: LogFMT has {BITS[0]} to {BITS[-1]} bits, logfmt-8 for one")
     if match is None:
-        float_format(name)
-    elif int(match[1]) not in BITS:
-        raise ValueError(f"{name}: LogFMT has {BITS.start} to {BITS.stop - 1} bits")
+        Quantization(format=name)
 
 
 def sent(x: Tensor, name: str) -> Tensor:
@@ -40,7 +39,7 @@ class _Sent(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, name: str) -> Tensor:
         match = _LOGFMT.fullmatch(name)
         if match is not None:
-            return round_to_logfmt(x.float(), int(match[1]), check=False).to(x.dtype)
+            return round_to_logfmt(x, int(match[1]), check=False)
         operand = row_operand(x.contiguous(), Quantization(format=name))
         return (operand.grid.float() * spread(operand.scale, 1, x.shape[1])).to(x.dtype)
 

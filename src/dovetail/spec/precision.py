@@ -12,11 +12,12 @@ along the tokens), `block` tiles 128x128, `tensor` is one scale for all.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from dovetail.config import Record
+from dovetail.config import Record, near_matches
 
 Site = Literal[
     "attention_down",  # q_a_proj, kv_a_proj_with_mqa; q_proj where queries are not compressed
@@ -28,22 +29,36 @@ Site = Literal[
     "expert_down",
     "mtp_join",  # eh_proj
 ]
+FORMATS = ("e4m3", "e5m2", "e5m6", "e3m4")  # those that have a use
 Tile = Literal["row", "column", "block", "tensor"]
 
 
 class Quantization(Record):
     """How one operand is rounded."""
 
-    format: str = Field(default="e4m3", pattern="^e[0-9]+m[0-9]+$")  # as in numerics.formats
+    format: str = "e4m3"  # as in numerics.formats
     tile: Tile = "row"
     power_of_two: bool = False  # scales rounded up to a power of two (UE8M0)
+
+    @field_validator("format")
+    @classmethod
+    def _can_be_scaled_and_held(cls, name: str) -> str:
+        """Eight exponent bits need no scales, and BF16, which holds the values, has seven mantissa bits."""
+        match = re.fullmatch(r"e([0-9]{1,3})m([0-9]{1,3})", name.lower())
+        if match is None or not (2 <= int(match[1]) <= 7 and 1 <= int(match[2]) <= 7):
+            raise ValueError(
+                f"an operand cannot be {name!r}, but any eXmY with 2 to 7 exponent bits and 1 to 7 mantissa bits;"
+                f" {near_matches(name.lower(), FORMATS)}"
+            )
+        return match[0]
 
 
 ROW, COLUMN, BLOCK = Quantization(), Quantization(tile="column"), Quantization(tile="block")
 
 
 class GemmPrecision(Record):
-    """The operands of one linear layer's three products, and what it keeps of its input for the backward pass."""
+    """The operands of one linear layer's three products, what it keeps of its input for the backward pass, and what
+    adds the products [V3 §3.3.2]."""
 
     input: Quantization = ROW
     weight: Quantization = BLOCK
@@ -51,6 +66,17 @@ class GemmPrecision(Record):
     wgrad_input: Quantization = COLUMN
     wgrad_grad: Quantization = COLUMN
     saved_input: Quantization | None = None  # None: the input as fprop has it
+    accumulator: Literal["fp32", "hopper"] = "fp32"  # what adds within `promotion`: FP32, or Hopper's Tensor Core
+    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
+
+    @model_validator(mode="after")
+    def _fp32_is_promoted_by_tile(self) -> GemmPrecision:
+        if self.accumulator == "fp32" and self.promotion != 128:
+            raise ValueError(
+                f"promotion = {self.promotion} with accumulator fp32, which sums by tiles of 128: leave it out, or use"
+                ' accumulator = "hopper"'
+            )
+        return self
 
     @model_validator(mode="after")
     def _tiles_lie_along_k(self) -> GemmPrecision:
@@ -73,6 +99,6 @@ class Recipe(Record):
     name: str
     source: str
     sites: dict[Site, GemmPrecision] = {}
-    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
     saved_swiglu: Quantization | None = None  # SwiGLU inputs of experts for the backward pass; None: the model's dtype
     expert_output: str | None = None  # format in which routed experts' outputs are sent back: eXmY, or logfmt-N
+    moments: Literal["bfloat16", "float32"] = "bfloat16"  # both of AdamW [V3 §3.3.3]

@@ -6,6 +6,7 @@ import json
 import math
 import time
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.text.atomic import write_bytes
 from dovetail.text.corpus import read_batch
@@ -33,7 +34,7 @@ def steps_in_time(
         raise ValueError("train.minutes is measured by one process; under torchrun set train.steps")
     train = config.train
     initialize(model, train.seed)
-    optimizer = AdamW(model.named_parameters(), config.optimizer)
+    optimizer = AdamW(model.named_parameters(), config.optimizer, load_recipe(train.precision).moments)
     times = []
     for step in range(STEPS_TO_WARM_UP + STEPS_TO_MEASURE):
         start = time.perf_counter()

@@ -217,12 +217,12 @@ def _timed_step(
     return _Step(loss=loss, is_skipped=not result.is_finite, seconds=time.perf_counter() - start)
 
 
-def _trainee(bench: _Bench, recipe: str, seed: int) -> tuple[Transformer, AdamW]:
-    """A new model under `recipe`, and its optimizer. Initial weights depend on the seed alone."""
-    config, device = bench.settings.run, local_device()
+def _trainee(bench: _Bench, name: str, seed: int) -> tuple[Transformer, AdamW]:
+    """A new model under the recipe of that name, and its optimizer. Initial weights depend on the seed alone."""
+    config, device, recipe = bench.settings.run, local_device(), load_recipe(name)
     with torch.device(device):
         dtype = run.resolve_dtype(config.train.dtype, device)
         model = Transformer(bench.spec, dtype=dtype, recompute=config.train.recompute)
-    apply_recipe(model, load_recipe(recipe))
+    apply_recipe(model, recipe)
     initialize(model, seed)
-    return model, AdamW(model.named_parameters(), config.optimizer)
+    return model, AdamW(model.named_parameters(), config.optimizer, recipe.moments)

@@ -110,10 +110,11 @@ def prepare(config: RunConfig, display: Display) -> Run:
     dtype = run.resolve_dtype(config.train.dtype, device)
     with device:
         model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
-    apply_recipe(model, load_recipe(config.train.precision))
+    recipe = load_recipe(config.train.precision)
+    apply_recipe(model, recipe)
     num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
     initialize(model, config.train.seed)
-    optimizer = AdamW(model.named_parameters(), config.optimizer)
+    optimizer = AdamW(model.named_parameters(), config.optimizer, recipe.moments)
     masters = {name: slot.master for name, slot in optimizer.slots.items()}
     decay = config.train.ema_decay
     # Beside the step on a GPU; a CPU has no cores to spare, so there it is a part of the step.

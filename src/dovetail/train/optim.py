@@ -1,4 +1,5 @@
 """AdamW as V3 trains with it: FP32 master weights, BF16 moments, BF16 compute copies [V3 §3.3.3, §4.2].
+A precision recipe may have FP32 moments.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     w = w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -46,8 +48,13 @@ class Slot:
 
 
 class AdamW:
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]], config: AdamWConfig) -> None:
-        self.config = config
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        config: AdamWConfig,
+        moments: Literal["bfloat16", "float32"] = "bfloat16",
+    ) -> None:
+        self.config, dtype = config, getattr(torch, moments)
         self.updates = 0
         self.slots: dict[str, Slot] = {}
         for name, parameter in parameters:
@@ -55,8 +62,8 @@ class AdamW:
             self.slots[name] = Slot(
                 parameter=parameter,
                 master=data if data.dtype == torch.float32 else data.float(),
-                moment1=torch.zeros_like(data, dtype=torch.bfloat16),
-                moment2=torch.zeros_like(data, dtype=torch.bfloat16),
+                moment1=torch.zeros_like(data, dtype=dtype),
+                moment2=torch.zeros_like(data, dtype=dtype),
                 weight_decay=config.weight_decay if data.ndim > 1 else 0.0,
             )
 
