@@ -1,4 +1,4 @@
-"""A number of a plan with all that is behind it: band, unit, formula with its numbers, inputs, and who measured them."""
+"""A number of a plan with all that is behind it: band, unit, formula with its numbers, inputs and their sources."""
 
 from __future__ import annotations
 

@@ -17,10 +17,8 @@ from dovetail.cost.rank_memory import pipeline_memory
 from dovetail.parallel.pipelines import SCHEDULES
 from dovetail.planner.chunks import Costs, Workload
 from dovetail.planner.training import RUNTIME_BYTES, TrainingGoal, TrainingPlan, estimate, evaluate
-from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, ScheduleName, check_layout
 from dovetail.spec.model import ModelSpec
-from dovetail.spec.precision import Recipe
 
 FINALISTS = 12  # that are evaluated whole
 MICROBATCH_SIZES = (1, 2, 4)  # sequences

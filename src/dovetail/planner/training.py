@@ -23,10 +23,7 @@ from dovetail.planner.bubbles import estimate_seconds
 from dovetail.planner.chunks import Costs, StageSeconds, Workload, pair_seconds
 from dovetail.planner.timeline import Breakdown, Durations, Timeline, replay
 from dovetail.spec.band import Band, sum_bands
-from dovetail.spec.hardware import Cluster
-from dovetail.spec.layout import Layout, check_layout
-from dovetail.spec.model import ModelSpec
-from dovetail.spec.precision import Recipe
+from dovetail.spec.layout import check_layout
 
 RUNTIME_BYTES = 2e9  # CUDA context, communicators and their buffers; unverified
 DAY = 86400.0
