@@ -1,0 +1,184 @@
+"""An `Answer` as tables, as notes and as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from dovetail.network.ask import Answer, Case, CutOff, Run
+from dovetail.network.question import UNITS, changes_text
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
+
+
+def tables(answer: Answer) -> list[Table]:
+    """One case in full, or a row for each of several."""
+    if len(answer.cases) > 1:
+        return [_side_by_side(answer)]
+    (case,) = answer.cases
+    return [_in_full(answer, case), _links(case)]
+
+
+def notes(answer: Answer) -> list[str]:
+    """What stands below the tables: how it was simulated, what was cut off, what prices are."""
+    lines = []
+    if any(case.healthy.is_folded for case in answer.cases):
+        lines.append("flows that are alike were folded into one, by symmetry" + _unless_failing(answer))
+    for case in answer.cases:
+        if case.late_failures:
+            late = f"{case.late_failures} of {len(answer.question.failures + answer.question.random_failures)} failures"
+            lines.append(f"{_where(case)}: {late} came only when all had arrived")
+        for run in (case.healthy, case.failed):
+            if run is not None and not run.is_complete:
+                lines.append(f"{_where(case)}: {_cut_off_text(run.cut_off)}")
+    lines.append(
+        "bus bandwidth as nccl-tests has it, GB/s of 10^9 bytes per GPU; use: share of what a link could carry"
+    )
+    lines.extend(dict.fromkeys(f"prices: {each.price_basis}" for each in answer.fabrics))
+    return lines
+
+
+def as_json(answer: Answer) -> dict[str, Any]:
+    """Plain data; seconds, bytes, bytes/s and dollars."""
+    question = {key: value for key, value in asdict(answer.question).items() if value not in (None, ())}
+    cases = [
+        asdict(case)
+        | {
+            "latency_share": case.healthy.latency_share,
+            "bandwidth_lost": case.bandwidth_lost,
+            "time_added": case.time_added,
+            "dollars_per_endpoint": answer.summary(case).dollars_per_endpoint,
+            "dollars_per_gb_per_second": answer.dollars_per_rate(case),
+        }
+        for case in answer.cases
+    ]
+    return {"question": question, "fabrics": [asdict(each) for each in answer.fabrics], "cases": cases}
+
+
+def _in_full(answer: Answer, case: Case) -> Table:
+    runs = [case.healthy] if case.failed is None else [case.healthy, case.failed]
+    rows: list[tuple[str, ...]] = [
+        ("time", *(_time(run) for run in runs)),
+        ("algorithm bandwidth", *(_rate(run, run.algorithm_bandwidth) for run in runs)),
+        ("bus bandwidth", *(_rate(run, run.bus_bandwidth) for run in runs)),
+        ("latency", *(seconds_text(run.latency_seconds) for run in runs)),
+        ("its share of the time", *(f"{run.latency_share:.2%}" for run in runs)),
+        ("flows simulated", *(f"{run.flows:,}" for run in runs)),
+    ]
+    if case.failed is not None:
+        rows += [
+            ("cables lost", "0", f"{case.cables_lost:,}"),
+            ("bandwidth lost", "", _loss(case, case.bandwidth_lost)),
+            ("time added", "", _loss(case, case.time_added)),
+        ]
+    money = dollars_text(answer.summary(case).dollars_per_endpoint), dollars_text(answer.dollars_per_rate(case))
+    blank = ("",) * (len(runs) - 1)
+    rows += [("price per GPU of the fabric", money[0], *blank), ("price per GB/s", money[1], *blank)]
+    header = ("", ">whole") if case.failed is None else ("", ">whole", f">{changes_text(answer.question)}")
+    total = answer.summary(case).endpoints
+    title = f"{_asked(answer)}: {size_text(case.size)} on {case.gpus:,} of {total:,} GPUs of {case.fabric}"
+    return title, header, rows
+
+
+def _links(case: Case) -> Table:
+    run, state = (case.healthy, "") if case.failed is None else (case.failed, ", with what fails")
+    rows: list[tuple[str, ...]] = [
+        (
+            each.name,
+            f"{each.links:,}",
+            f"{each.mean_use:.1%}",
+            f"{each.busiest_use:.1%}",
+            f"link:{each.busiest_link}",
+            each.busiest_name,
+        )
+        for each in run.links
+    ]
+    return f"busiest links{state}", ("", ">in use", ">mean use", ">busiest", "", ""), rows
+
+
+def _side_by_side(answer: Answer) -> Table:
+    fails = answer.question.has_failures
+    header: tuple[str, ...] = (
+        "fabric",
+        ">GPUs",
+        ">size",
+        ">time",
+        ">algorithm GB/s",
+        ">bus GB/s",
+        ">latency",
+        ">share",
+    )
+    header += (">$/GPU", ">$ per GB/s") + ((">bandwidth lost", ">time added") if fails else ())
+    rows: list[tuple[str, ...]] = []
+    for case in answer.cases:
+        run = case.healthy
+        row: tuple[str, ...] = (
+            case.fabric,
+            f"{case.gpus:,}",
+            size_text(case.size),
+            _time(run),
+            f"{run.algorithm_bandwidth / 1e9:.2f}",
+            f"{run.bus_bandwidth / 1e9:.2f}",
+            seconds_text(run.latency_seconds),
+            f"{run.latency_share:.1%}",
+            dollars_text(answer.summary(case).dollars_per_endpoint),
+            dollars_text(answer.dollars_per_rate(case)),
+        )
+        rows.append(row + ((_loss(case, case.bandwidth_lost), _loss(case, case.time_added)) if fails else ()))
+    failing = f"; lost with {changes_text(answer.question)}" if fails else ""
+    return f"{_asked(answer)}{failing}", header, rows
+
+
+def _asked(answer: Answer) -> str:
+    question = answer.question
+    pairs = f" of {question.queue_pairs} queue pairs" if question.queue_pairs > 1 else ""
+    return f"{question.collective}, {question.routing}{pairs}"
+
+
+def _where(case: Case) -> str:
+    return f"{case.fabric}, {case.gpus:,} GPUs, {size_text(case.size)}"
+
+
+def _unless_failing(answer: Answer) -> str:
+    return "; with failures every flow was simulated" if answer.question.has_failures else ""
+
+
+def _time(run: Run) -> str:
+    return seconds_text(run.seconds) if run.is_complete else "not delivered"
+
+
+def _rate(run: Run, rate: float) -> str:
+    return f"{rate / 1e9:.2f} GB/s" if run.is_complete else "-"
+
+
+def _loss(case: Case, share: float | None) -> str:
+    if case.failed is not None and not case.failed.is_complete:
+        return "cut off"
+    return "-" if share is None else f"{share:.2%}"
+
+
+def _cut_off_text(cut: CutOff) -> str:
+    named = ", ".join(map(str, cut.gpus)) + (" and more" if cut.has_more_gpus else "")
+    word = "GPU" if len(cut.gpus) == 1 else "GPUs"
+    return f"{cut.flows:,} flows are cut off, of {word} {named}; {cut.delivered_share:.2%} of the bytes arrived"
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest unit of 2^10 that is whole, or with three digits."""
+    for unit in ("GiB", "MiB", "KiB"):
+        if size >= UNITS[unit]:
+            return f"{size / UNITS[unit]:.4g} {unit}"
+    return f"{size:.4g} B"
+
+
+def seconds_text(seconds: float) -> str:
+    """Four digits in s, ms or us."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.4g} {unit}"
+    return f"{seconds * 1e6:.4g} us"
+
+
+def dollars_text(dollars: float | None) -> str:
+    """Whole dollars."""
+    return "-" if dollars is None else f"${dollars:,.0f}"

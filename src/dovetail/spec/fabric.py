@@ -1,0 +1,101 @@
+"""A network as a user describes it: kind, size, and what its wires carry. `network.topology.build` wires it.
+
+    fat-tree   two or three layers of switches; several planes are several separate networks, GPU i of a node on plane
+               i mod planes [ISCA §5.1]; by_rail puts GPU i of every node on the switches of rail i, which share spines
+    slim-fly   McKay-Miller-Siran graphs of diameter two, from a prime power q
+    dragonfly  groups of fully joined switches, and each pair of groups joined
+
+Sizes that are left out are the smallest that hold the endpoints. Keys carry units (gbs = 10^9 bytes/s one way).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from dovetail.config import Record
+from dovetail.spec.hardware import Estimate, Link
+
+Kind = Literal["fat-tree", "slim-fly", "dragonfly"]
+ONLY_FOR: dict[str, Kind] = {
+    "layers": "fat-tree",
+    "by_rail": "fat-tree",
+    "q": "slim-fly",
+    "groups": "dragonfly",
+    "switches_per_group": "dragonfly",
+    "global_per_switch": "dragonfly",
+}
+
+
+class Storage(Record):
+    """A network of its own for files, of two layers: one NIC per node, and servers [ISCA §5.1: 400G RoCE]."""
+
+    radix: PositiveInt
+    servers: int = Field(default=0, ge=0)
+    nics_per_server: PositiveInt = 1
+    nic: Link
+
+
+class FabricSpec(Record):
+    """Endpoints are GPUs, each with a NIC of one port (or, with planes_per_nic, a port to each plane)."""
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    kind: Kind
+    endpoints: PositiveInt
+    radix: PositiveInt  # ports of a switch
+    layers: Literal[2, 3] = 2
+    planes: PositiveInt = 1
+    planes_per_nic: PositiveInt = 1  # 1: a NIC is on one plane; planes: its ports are on all of them
+    by_rail: bool = False
+    q: PositiveInt | None = None
+    groups: PositiveInt | None = None  # g
+    switches_per_group: PositiveInt | None = None  # a
+    global_per_switch: PositiveInt | None = None  # h
+    endpoints_per_switch: PositiveInt | None = None  # p, of slim flies and dragonflies
+    gpus_per_node: PositiveInt = 1
+    nic: Link  # latency: between two NICs on one switch
+    hop_us: Estimate  # more for each further cable between switches
+    nvlink: Link | None = None  # latency: between two GPUs of a node
+    pcie: Link | None = None  # a GPU's lanes to its NIC and the host; None: never what binds, not modelled
+    storage: Storage | None = None
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> FabricSpec:
+        for key, kind in ONLY_FOR.items():
+            if key in self.model_fields_set and self.kind != kind and getattr(self, key) not in (None, False):
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is for kind = {kind!r}, not {self.kind!r}: leave it out"
+                )
+        if self.endpoints_per_switch is not None and self.kind == "fat-tree":
+            raise ValueError("endpoints_per_switch is for slim-fly and dragonfly; a leaf of a fat tree has radix / 2")
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_and_planes_divide(self) -> FabricSpec:
+        gpus, planes = self.gpus_per_node, self.planes
+        if self.endpoints % gpus:
+            below, above = self.endpoints // gpus * gpus, -(-self.endpoints // gpus) * gpus
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(f"endpoints = {self.endpoints} is no multiple of gpus_per_node = {gpus}: use {nearest}")
+        if self.planes_per_nic not in (1, planes):
+            raise ValueError(f"planes_per_nic = {self.planes_per_nic}: use 1, or planes = {planes} for a port on each")
+        if self.planes_per_nic == 1 and gpus % planes:
+            legal = [each for each in range(1, gpus + 1) if gpus % each == 0]
+            nearest_planes = min(legal, key=lambda each: (abs(each - planes), -each))
+            raise ValueError(
+                f"planes = {planes} does not divide gpus_per_node = {gpus}, and GPU i is on plane i mod planes: "
+                f"use {nearest_planes}"
+            )
+        if self.by_rail and planes > 1:
+            raise ValueError(f"by_rail with planes = {planes}: rails share spines, planes do not; choose one")
+        if gpus > 1 and self.nvlink is None and planes > 1 and self.planes_per_nic == 1:
+            raise ValueError(f"planes = {planes} without [nvlink]: nothing would join GPUs on different planes")
+        if self.storage is not None and self.pcie is None:
+            raise ValueError("[storage] needs [pcie]: files reach a GPU through its node's host")
+        return self
+
+    @property
+    def nodes(self) -> int:
+        return self.endpoints // self.gpus_per_node
