@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dovetail.spec.hardware import Estimate, Link
+from dovetail.spec.hardware import Link
+from dovetail.spec.measurements import Estimate
 
 if TYPE_CHECKING:  # which loads the model
     from dovetail.calibrate_work import Work
