@@ -6,16 +6,16 @@ Exit codes: 0 done, 1 the input or the machine is at fault (one line says how), 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+
+from dovetail.printing import print_json, print_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,7 +115,7 @@ def calibrate(
 
     Under torchrun all ranks measure, and the exchange between them is measured too.
     """
-    from dovetail import calibrate as measuring
+    from dovetail.calibrate import machine as measuring
     from dovetail.planner import measured
 
     cluster = measuring.calibrate(out, seconds)
@@ -270,24 +270,6 @@ def import_(
 
     for line in convert.import_(hf_dir, out, drop_mtp, overwrite):
         print(line)
-
-
-def print_json(record: Any) -> None:
-    print(json.dumps(record, indent=2))
-
-
-def print_table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table on stdout; a column whose header opens with ">" is aligned right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=any(name.strip(">") for name in header))
-    for name in header:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-    for row in rows:
-        table.add_row(*row)
-    print(title)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from dovetail.spec.hardware import Link
 from dovetail.spec.measurements import Estimate
 
 if TYPE_CHECKING:  # which loads the model
-    from dovetail.calibrate_work import Work
+    from dovetail.calibrate.work import Work
 
 ROUNDS = 3
 LEAST_RUNS = 4  # of an operation in a round
