@@ -94,7 +94,7 @@ def test_an_assumption_moves_attention_alone_and_leaves_the_catalog(plan: Traini
     assert plan.step_seconds.value < first.step_seconds.value < second.step_seconds.value < third.step_seconds.value
     for other in (first, second):
         assert other.parts.forward == plan.parts.forward
-        assert other.parts.weight_backward == plan.parts.weight_backward
+        assert other.parts.weight_backward.value == pytest.approx(plan.parts.weight_backward.value)
         assert other.parts.optimizer == plan.parts.optimizer
         assert other.parts.input_backward.value > plan.parts.input_backward.value
     assert third.parts.forward.value > plan.parts.forward.value
