@@ -6,22 +6,23 @@ Exit codes: 0 done, 1 the input or the machine is at fault (one line says how), 
 
 from __future__ import annotations
 
-import json
+import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
+
+from dovetail.printing import print_json, print_table
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="The DeepSeek-V3 system in one package: train, generate, convert and count.",
+    help="The DeepSeek-V3 system in one package: plan, train, generate, convert and count.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -45,12 +46,103 @@ def inspect(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset, a config.json, or a checkpoint directory.")],
+    clusters: Annotated[
+        list[str], typer.Option("--cluster", help="Of the catalog, or a .toml file; several are compared.")
+    ],
+    goal: Annotated[str, typer.Option(help="train or serve.")],
+    tokens: Annotated[str | None, typer.Option(help="train: of the whole run, such as 14.8T.")] = None,
+    batch: Annotated[str | None, typer.Option(help="train: sequences of a step.")] = None,
+    sequence_length: Annotated[str | None, typer.Option(help="train: tokens [default: 4096].")] = None,
+    precision: Annotated[str, typer.Option(help="A precision recipe.")] = "deepseek-v3",
+    gpus: Annotated[int | None, typer.Option(help="Of the cluster [default: all].")] = None,
+    pp: Annotated[int | None, typer.Option(help="train: ranks of a pipeline; what is not given is searched.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Ranks that share the experts; serve: of decoding.")] = None,
+    tp: Annotated[int | None, typer.Option(help="Ranks that share attention heads.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="train: of the pipeline, such as dualpipe.")] = None,
+    microbatch_size: Annotated[int | None, typer.Option(help="train: sequences.")] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="train: search these too, such as topk_group=2,4.")] = None,
+    context: Annotated[str | None, typer.Option(help="serve: mean tokens before an output token.")] = None,
+    prompt_length: Annotated[str | None, typer.Option(help="serve: mean tokens.")] = None,
+    output_length: Annotated[str | None, typer.Option(help="serve: mean tokens.")] = None,
+    output_speed: Annotated[str | None, typer.Option(help="serve: tokens/s of a user, at least.")] = None,
+    prefill_ep: Annotated[int | None, typer.Option(help="serve: as --ep, for the pool that reads prompts.")] = None,
+    decode_cluster: Annotated[str | None, typer.Option(help="serve: where outputs are written.")] = None,
+    change: Annotated[list[str] | None, typer.Option("--set", help="serve: a key, such as cache_hit=0.5.")] = None,
+    explain: Annotated[str | None, typer.Option(help="Print formula, inputs and sources of one figure.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page with pictures.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best layout for a model on a cluster: time, memory, money, each with its band, and what carries it out.
+
+    dovetail plan deepseek-v3 --cluster h800-2048 --goal train --tokens 14.8T --batch 15360
+
+    dovetail plan deepseek-v3 --cluster h800-2048 --goal serve --context 4989 --output-speed 20
+    """
+    options = locals()
+    from dovetail.planner import html as pages
+    from dovetail.planner import report
+    from dovetail.planner.request import Request
+    from dovetail.planner.request import answer as plans
+
+    answer = plans(Request.of(options))
+    if html is not None:
+        html.write_text(pages.page(answer), encoding="utf-8")
+        print(f"wrote {html}", file=sys.stderr)
+    if explain is not None:
+        print(*report.explained(answer, explain), sep="\n")
+    elif as_json:
+        print_json(report.as_json(answer))
+    elif markdown:
+        print(report.markdown(answer))
+    else:
+        for table in report.tables(answer):
+            print_table(table.title, table.header, table.rows)
+            print()
+        for launch in report.answer_launches(answer):
+            print(*report.printed_launch(launch), sep="\n")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Cluster file to write, NAME.toml.")],
+    seconds: Annotated[float, typer.Option(help="To measure for.")] = 45.0,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine (products by shape and format, memory, launch, exchange) for `dovetail plan`.
+
+    Under torchrun all ranks measure, and the exchange between them is measured too.
+    """
+    from dovetail.calibrate import machine as measuring
+    from dovetail.planner import measured
+
+    cluster = measuring.calibrate(out, seconds)
+    if int(os.environ.get("RANK", "0")) > 0:  # of a torchrun launch
+        return
+    if as_json:
+        print_json(cluster.model_dump(mode="json"))
+        return
+    for table in measured.tables(cluster):
+        print_table(table.title, table.header, table.rows)
+        print()
+    print(*measured.next_commands(out), sep="\n")
+
+
+@app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="table1 or table2 of the ISCA paper, fp8_accumulation, fp8_loss_gap.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="table1, table2, speed_limit, cost, deployment, table4, production, search or dualpipe [default: all"
+            " of these]; or an experiment: fp8_accumulation, fp8_loss_gap."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Picture of an experiment [default: NAME.png].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compute a result of the papers anew and print both; exit code 1 if it fails to come out."""
+    """Count or predict what is published anew and print both; exit code 1 if any of it, exact or predicted, fails."""
     from dovetail.reproduce import tables
 
     if name in tables.EXPERIMENTS:
@@ -64,7 +156,7 @@ def reproduce(
         print_table(f"{result.title} {result.source}", module.HEADER, module.printed_rows(result))
         print(*module.printed_notes(result), sep="\n")
     if not result.is_reproduced:
-        raise ValueError(f"{name}: what the paper prints did not come out; see the table")
+        raise ValueError(f"{name or 'all tables'}: what is published did not come out in full; see the table")
 
 
 @app.command()
@@ -178,24 +270,6 @@ def import_(
 
     for line in convert.import_(hf_dir, out, drop_mtp, overwrite):
         print(line)
-
-
-def print_json(record: Any) -> None:
-    print(json.dumps(record, indent=2))
-
-
-def print_table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table on stdout; a column whose header opens with ">" is aligned right."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, show_header=any(name.strip(">") for name in header))
-    for name in header:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-    for row in rows:
-        table.add_row(*row)
-    print(title)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
 
 
 def main() -> None:

@@ -164,3 +164,24 @@ def test_ranks_that_there_are_not() -> None:
     with pytest.raises(ValueError, match="apart has no .scale_out. link"):
         exchange_time(exchange(16), alone)
     assert math.isfinite(exchange_time(exchange(8), alone).seconds.value)
+
+
+def test_rates_over_another_link_are_not_this_clusters() -> None:
+    """DeepSeek's 400 Gb/s network says nothing about one of 800 or 200."""
+    assert H800.scale_out
+    for gbs in (100.0, 25.0):
+        factor = gbs / 50
+        reached = H800.scale_out.achieved_gbs.model_copy(
+            update={"value": 40 * factor, "low": 38 * factor, "high": 45 * factor}
+        )
+        link = H800.scale_out.model_copy(update={"gbs": gbs, "achieved_gbs": reached})
+        other = H800.model_copy(update={"scale_out": link, "name": f"{gbs:g} GB/s"})
+        for mode, tokens in (("normal", 4096), ("low-latency", 4096)):
+            here, there = (
+                exchange_time(exchange(64, tokens), H800, mode),
+                exchange_time(exchange(64, tokens), other, mode),
+            )
+            assert not there.is_measured
+            assert there.seconds.value / here.seconds.value == pytest.approx(1 / factor, rel=0.25)
+        within = exchange_time(exchange(8, 4096), other)
+        assert within.is_measured and within.seconds == exchange_time(exchange(8, 4096), H800).seconds

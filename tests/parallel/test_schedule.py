@@ -189,16 +189,12 @@ def test_activations_in_flight() -> None:
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), ALL)
 def test_memory_counts_the_activations_that_the_schedule_holds(name: str, ranks: int, microbatches: int) -> None:
-    """The closed forms of `cost.rank_memory`, which splits a rank's sum evenly over interleaved stages."""
+    """What `cost.rank_memory` says without a schedule."""
     schedule = make_schedule(name, ranks, microbatches)
     layout = Layout(pp=ranks, microbatches=microbatches, schedule=name)
     for rank in range(ranks):
         stages = layout.stages_of(rank)
         assert sorted(stages) == [stage for stage, _ in schedule.held_by(rank)]
-        if name == "interleaved":
-            total = sum(in_flight(layout, rank, stage) for stage in stages)
-            assert 0 <= total - activation_peaks(schedule)[rank] < len(stages)
-            continue
         for stage in stages:
             only = [float(each == stage) for each in range(schedule.stages)]
             assert activation_peaks(schedule, only)[rank] == in_flight(layout, rank, stage)

@@ -104,6 +104,6 @@ def test_what_fails_to_come_out_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_table_has_no_picture_and_a_wrong_name_a_near_one() -> None:
     done = CliRunner().invoke(cli.app, ["reproduce", "table1", "--out", "a.png"])
-    assert isinstance(done.exception, ValueError) and "table1 has no picture to write to a.png" in str(done.exception)
+    assert isinstance(done.exception, ValueError) and "table1: no picture to write to a.png" in str(done.exception)
     done = CliRunner().invoke(cli.app, ["reproduce", "fp8_acumulation"])
     assert "did you mean fp8_accumulation" in str(done.exception)

@@ -10,8 +10,9 @@ measured may borrow another's efficiency:
     source = "..."    # why that one
     memory = {...}    # any figure that is known after all, as in [efficiency]
 
-Borrowed products keep their shape and their share of the roofline (the time of the slower of products and memory),
-so that a borrower with other peaks or bandwidth has its own TFLOPS.
+Borrowed products keep their shape and, at their best, their share of the roofline (the time of the slower of products
+and memory), so that a borrower with other peaks or bandwidth has its own TFLOPS; what holds them back from it at other
+shapes is taken for latencies, which stay (`moved_seconds`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from typing import Any
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from dovetail.config import Record, near_matches, read_toml, validate
-from dovetail.spec.hardware import Cluster, Efficiency, Estimate, ExchangePoint, Format, GemmPoint, Gpu, PeakTflops
+from dovetail.spec.hardware import Cluster, Efficiency, Gpu, PeakTflops
+from dovetail.spec.measurements import (
+    AttentionKind,
+    AttentionSweep,
+    Estimate,
+    ExchangePoint,
+    Format,
+    GemmPoint,
+    moved_seconds,
+)
 
 _GPUS = Path(__file__).parent / "gpus"
 _CLUSTERS = Path(__file__).parent / "clusters"
@@ -43,6 +53,7 @@ class Borrow(Record):
     attention_backward: Estimate | None = None
     attention_decode_flop: Estimate | None = None
     attention_decode_memory: Estimate | None = None
+    attention: tuple[AttentionSweep, ...] = ()  # its own; the estimate of their kind goes with them
     launch_us: Estimate | None = None
     exchanges: tuple[ExchangePoint, ...] = ()
 
@@ -140,9 +151,10 @@ def _borrowed(file: GpuFile, borrow: Borrow) -> Efficiency:
         figures[key] = getattr(borrow, key) or _widened(getattr(lent, key), borrow, limit)
     relative = {format: _widened(each, borrow) for format, each in lent.gemm_relative.items()} | borrow.gemm_relative
     return Efficiency(
-        gemms=tuple(_borrowed_product(file, borrow, lender, point) for point in lent.gemms),
+        gemms=_borrowed_products(file, borrow, lender),
         gemm_source=f"borrowed from {lender.name}, shares of the roofline: {borrow.source} ({lent.gemm_source})",
         gemm_relative=relative,
+        attention=(*borrow.attention, *_borrowed_attention(file, borrow, lender)),
         exchanges=borrow.exchanges,
         borrowed_from=lender.name,
         **figures,
@@ -155,14 +167,43 @@ def _widened(estimate: Estimate, borrow: Borrow, limit: float = float("inf")) ->
     return Estimate(value=estimate.value, low=low, high=high, source=source)
 
 
-def _borrowed_product(file: GpuFile, borrow: Borrow, lender: Gpu, point: GemmPoint) -> GemmPoint:
-    """The same shape at the lender's share of the borrower's roofline, in the next wider format where the borrower
-    has no products in the point's own."""
+def _borrowed_attention(file: GpuFile, borrow: Borrow, lender: Gpu) -> list[AttentionSweep]:
+    """The lender's sweeps at its shares of the BF16 peak, of the kinds that the borrower has nothing of its own for."""
+    flat: dict[AttentionKind, Estimate | None] = {
+        "prefill": borrow.attention_prefill,
+        "backward": borrow.attention_backward,
+        "decode": borrow.attention_decode_flop,
+    }
+    own = {sweep.kind for sweep in borrow.attention} | {kind for kind, estimate in flat.items() if estimate}
+    scale = file.peak_tflops.bf16 / lender.peak_tflops.bf16
+    return [
+        sweep.model_copy(update={"tflops": tuple(scale * each for each in sweep.tflops)})
+        for sweep in lender.efficiency.attention
+        if sweep.kind not in own
+    ]
+
+
+def _borrowed_products(file: GpuFile, borrow: Borrow, lender: Gpu) -> tuple[GemmPoint, ...]:
+    best = lender.best_shares()
+    points = lender.efficiency.products
+    return tuple(
+        _borrowed_product(
+            file, borrow, lender, best[lender.is_compute_bound(point.format, point.m, point.n, point.k)], point
+        )
+        for point in points
+    )
+
+
+def _borrowed_product(file: GpuFile, borrow: Borrow, lender: Gpu, best: float, point: GemmPoint) -> GemmPoint:
+    """The same shape, in the next wider format where the borrower has no products in the point's own. It takes longer
+    as the borrower's roofline does; as far as the lender is behind its `best` share, as long."""
     format = point.format if point.format != "fp8" or file.peak_tflops.fp8 else "bf16"
     moved = point.model_copy(update={"format": format})
     peak, bandwidth = getattr(file.peak_tflops, format) * 1e12, file.bandwidth_gbs * 1e9
-    ideal = max(moved.flop / peak, moved.bytes / bandwidth)
-    share = point.speed * (lender.ideal_seconds(point) / point.flop)
+    ideal, lent = max(moved.flop / peak, moved.bytes / bandwidth), lender.ideal_seconds(point)
+    share = point.speed * (lent / point.flop)
+    share = share * (ideal / lent / moved_seconds(1.0, ideal / lent, share.value, best))
+    share = share * min(1.0, best / share.value)
     if format != point.format and format in lender.efficiency.gemm_relative:
         share = share * lender.efficiency.gemm_relative[format].band
     if borrow.gemm_scale is not None:

@@ -55,9 +55,9 @@ def layer_ops(
 def embedding_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
     """The look-up, and its gradient added to one in FP32."""
     own, row = tokens / layout.tp, BF16 * spec.hidden_size
-    ops: list[Op] = [_pass("look up embeddings", "forward", own * 2 * row)]
+    ops: list[Op] = [_pass("look up embeddings", "forward", own * 2 * row, "embedding")]
     if phase == "training":
-        ops += [_pass("embeddings' gradient", "wgrad", own * (row + 2 * FP32 * spec.hidden_size))]
+        ops += [_pass("embeddings' gradient", "wgrad", own * (row + 2 * FP32 * spec.hidden_size), "embedding")]
     return tuple(ops)
 
 

@@ -9,7 +9,7 @@ host's memory [V3 §3.2.3].
 Activations are those of `cost.activations` with its recomputation, times the micro-batches in flight:
 
     1f1b, zb1p     pp - rank, and pp, of the rank's stage [V3 Table 2]
-    interleaved    (chunks - 1) pp + 2 (pp - rank) - 1 of its chunks [Megatron-LM]
+    interleaved    (chunks - 1) pp + 2 (pp - rank) - 1 of its chunks, in the mix that takes most [arXiv 2104.04473]
     dualpipe       pp - rank of stage `rank`, rank + 1 of stage pp - 1 - rank: pp + 1 together
     dualpipev      the same with 2 pp stages
 
@@ -20,8 +20,9 @@ backward layer at work. The runtime (CUDA's context, communicators) is not count
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from dovetail.cost.activations import SavedTensor, saved_by_layer, saved_by_part
 from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
@@ -72,7 +73,13 @@ class _State:
     host_average: int = 0
 
     def plus(self, other: _State, times: int = 1) -> _State:
-        return _State(*(mine + times * theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+        return _State(
+            self.weights + times * other.weights,
+            self.gradients + times * other.gradients,
+            self.master_weights + times * other.master_weights,
+            self.moments + times * other.moments,
+            self.host_average + times * other.host_average,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,7 @@ class _Kinds:
     mtp_state: _State
     mtp_kept: int
     head_kept: int
+    codes: int  # of the last layer's weights in FP8
 
 
 def rank_memory(
@@ -117,33 +125,61 @@ def kept_by_stage(
 
 
 def in_flight(layout: Layout, rank: int, stage: int) -> int:
-    """Micro-batches of which `stage` on `rank` keeps activations at once, at most."""
+    """Micro-batches of which `stage` on `rank` keeps activations at once, at most; "interleaved": at any moment."""
     if layout.schedule == "interleaved":
-        chunks = (layout.chunks - 1) * layout.pp + 2 * (layout.pp - rank) - 1
-        most = -(-chunks // layout.chunks)
-    elif layout.schedule == "zb1p":
-        most = layout.pp
-    else:
-        most = layout.num_stages - stage
+        chunk = layout.stages_of(rank).index(stage)
+        return max(counts[chunk] for counts in _interleaved(layout.pp, layout.chunks, layout.microbatches, rank))
+    most = layout.pp if layout.schedule == "zb1p" else layout.num_stages - stage
     return min(most, layout.microbatches)
+
+
+def _flights(layout: Layout, rank: int, kept: Sequence[int]) -> tuple[int, ...]:
+    """The same of all of the rank's stages at the moment that they keep most together; `kept` is what each keeps of a
+    micro-batch."""
+    if layout.schedule != "interleaved":
+        return tuple(in_flight(layout, rank, stage) for stage in layout.stages_of(rank))
+    moments = _interleaved(layout.pp, layout.chunks, layout.microbatches, rank)
+    return max(moments, key=lambda counts: sum(count * each for count, each in zip(counts, kept, strict=True)))
+
+
+@lru_cache(maxsize=1024)
+def _interleaved(pp: int, chunks: int, microbatches: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches in flight on each of the rank's chunks at every kind of moment, after a forward. Rounds of pp
+    micro-batches go through one chunk after the other, backward in reverse, `ahead` forwards before the first
+    backward; after two rounds through all chunks moments repeat."""
+    work = chunks * microbatches
+    ahead = min((chunks - 1) * pp + 2 * (pp - 1 - rank), work)
+    counts = [0] * chunks
+    for visit in range(ahead):
+        counts[visit // pp % chunks] += 1
+    moments = {tuple(counts): None}
+    for turn in range(min(work, 2 * chunks * pp)):
+        if ahead + turn < work:
+            counts[(ahead + turn) // pp % chunks] += 1
+            moments[tuple(counts)] = None
+        counts[chunks - 1 - turn // pp % chunks] -= 1
+    return tuple(moments)
 
 
 def _rank(
     spec: ModelSpec, layout: Layout, sequence_length: int, rank: int, kinds: _Kinds, all_stages: tuple[Stage, ...]
 ) -> RankMemory:
     tokens = layout.microbatch_size * sequence_length
-    mine = [(index, all_stages[index]) for index in layout.stages_of(rank)]
-    state = _state(layout, held_by_ends(spec, layout, [stage for _, stage in mine]))
-    flights = tuple((index, in_flight(layout, rank, index)) for index, _ in mine)
-    per_token = 0
-    for (_, stage), (_, count) in zip(mine, flights, strict=True):
-        for has_experts, layer_state in kinds.states.items():
-            layers = sum(spec.is_moe_layer(layer) == has_experts for layer in stage.layers)
-            state = state.plus(layer_state, layers)
-            per_token += count * layers * kinds.kept[has_experts]
+    numbers = layout.stages_of(rank)
+    mine = [all_stages[index] for index in numbers]
+    has_head = any(stage.has_head for stage in mine)
+    state = _state(layout, held_by_ends(spec, layout, mine))
+    kept = [kinds.head_kept + kinds.mtp_kept if stage.has_head else 0 for stage in mine]
+    for index, stage in enumerate(mine):
+        with_experts = sum(map(spec.is_moe_layer, stage.layers))
+        for has_experts, layers in ((True, with_experts), (False, len(stage.layers) - with_experts)):
+            if layers:
+                state = state.plus(kinds.states[has_experts], layers)
+                kept[index] += layers * kinds.kept[has_experts]
         if stage.has_head:
             state = state.plus(kinds.mtp_state, stage.mtp_modules(spec))
-            per_token += count * (kinds.head_kept + kinds.mtp_kept)
+    flights = _flights(layout, rank, kept)
+    per_token = sum(count * each for count, each in zip(flights, kept, strict=True))
     return RankMemory(
         rank=rank,
         weights=state.weights,
@@ -152,24 +188,26 @@ def _rank(
         moments=state.moments,
         host_average=state.host_average,
         activations=per_token * tokens // layout.tp,
-        buffers=_buffers(spec, layout, tokens, any(stage.has_head for _, stage in mine)),
-        in_flight=flights,
+        buffers=_buffers(spec, layout, tokens, has_head) + kinds.codes,
+        in_flight=tuple(zip(numbers, flights, strict=True)),
     )
 
 
 def _kinds(spec: ModelSpec, layout: Layout, recipe: Recipe, recompute: bool) -> _Kinds:
     layers = {spec.is_moe_layer(layer): layer for layer in range(spec.num_hidden_layers)}
     rest = _kept_by_head_and_mtp(spec, recipe, recompute)
-    modules = spec.num_nextn_predict_layers
+    held = {kind: held_by_layer(spec, layer, layout) for kind, layer in layers.items()}
+    last = held[spec.is_moe_layer(spec.num_hidden_layers - 1)]
     return _Kinds(
-        states={kind: _state(layout, held_by_layer(spec, layer, layout)) for kind, layer in layers.items()},
+        states={kind: _state(layout, each) for kind, each in held.items()},
         kept={
             kind: sum(tensor.bytes for tensor in _kept(spec, layer, recipe, recompute))
             for kind, layer in layers.items()
         },
-        mtp_state=_state(layout, held_by_mtp(spec, layout)) if modules else _State(),
+        mtp_state=_state(layout, held_by_mtp(spec, layout)) if spec.num_nextn_predict_layers else _State(),
         mtp_kept=sum(tensor.bytes for part, tensor in rest if part != "ends"),
         head_kept=sum(tensor.bytes for part, tensor in rest if part == "ends"),
+        codes=sum(each.elements for each in last if each.site),
     )
 
 
@@ -206,12 +244,11 @@ def _state(layout: Layout, held: Iterable[Held]) -> _State:
 def _buffers(spec: ModelSpec, layout: Layout, tokens: int, has_head: bool) -> int:
     """Work of one layer forward and one backward at the same time, in BF16: rows at the experts before and after their
     products, both halves of SwiGLU's input and their gradient; queries, keys, values, made again, and their gradients;
-    logits on the last stage; codes of a layer's weights."""
+    logits on the last stage. (And codes of a layer's weights: `_Kinds.codes`.)"""
     mla, hidden, moe = spec.attention, spec.hidden_size, spec.moe
     assert isinstance(mla, Mla)
     rows, width = (moe.num_experts_per_tok, moe.moe_intermediate_size) if moe else (1, spec.intermediate_size)
     experts = 2 * rows * (2 * hidden + 5 * width)
     heads = 2 * mla.num_attention_heads * (2 * mla.qk_head_dim + 2 * mla.v_head_dim)
     logits = spec.vocab_size if has_head else 0
-    codes = sum(each.elements for each in held_by_layer(spec, spec.num_hidden_layers - 1, layout) if each.site)
-    return BF16 * tokens * (experts + heads + logits) // layout.tp + codes
+    return BF16 * tokens * (experts + heads + logits) // layout.tp

@@ -3,7 +3,7 @@
     ideal    = max(FLOP / peak, bytes / bandwidth)          the roofline, of datasheet figures
     seconds  = ideal / share + launch
 
-Shares are measured: of products by shape (`cost.shares`), of attention and of memory-bound work one each. Fewer
+Shares are measured: of products and attention by shape (`cost.shares`), of memory-bound work one for all. Fewer
 multiprocessors (the others communicate, as 20 of 132 do in V3's training [V3 §3.2.2]) slow compute in proportion,
 and memory not at all: part of them fill the memory system.
 
@@ -17,9 +17,10 @@ from functools import lru_cache
 from typing import Literal
 
 from dovetail.cost.ops import Attention, Elementwise, Gemm
-from dovetail.cost.shares import gemm_share
+from dovetail.cost.shares import attention_share, gemm_share
 from dovetail.spec.band import Band
 from dovetail.spec.hardware import Gpu
+from dovetail.spec.measurements import AttentionKind
 
 Bound = Literal["compute", "memory", "launch"]
 
@@ -58,7 +59,7 @@ def op_time(op: Gemm | Attention | Elementwise, gpu: Gpu, multiprocessors: int |
 
 
 def _gemm_time(op: Gemm, gpu: Gpu, part: float) -> Timed:
-    share = gemm_share(gpu, op.format, op.layout, op.m, op.n, op.k)
+    share = gemm_share(gpu, op.format, op.layout, op.m, op.n, op.k, op.groups)
     format, near, efficiency = gpu.runs_as(op.format), share.nearest, gpu.efficiency
     ideal = op.flop / gpu.peak(format) / part, op.bytes / gpu.bandwidth
     shape = f"{format} {op.groups} x [{op.m:g} x {op.k:g} x {op.n:g}]"
@@ -71,17 +72,15 @@ def _gemm_time(op: Gemm, gpu: Gpu, part: float) -> Timed:
 
 def _attention_time(op: Attention, gpu: Gpu, part: float) -> Timed:
     reached = gpu.efficiency
-    if op.absorbed:
-        flop_share, memory_share = reached.attention_decode_flop, reached.attention_decode_memory
-    elif op.pass_ == "forward":
-        flop_share, memory_share = reached.attention_prefill, reached.memory
-    else:
-        flop_share, memory_share = reached.attention_backward, reached.memory
+    kind: AttentionKind = "decode" if op.absorbed else "prefill" if op.pass_ == "forward" else "backward"
+    rows = op.heads * (op.tokens if op.absorbed else op.sequences)
+    flop_share = attention_share(gpu, kind, rows, op.context)
+    memory_share = reached.attention_decode_memory if op.absorbed else reached.memory
     ideal = op.flop / gpu.peak("bf16") / part, op.bytes / gpu.bandwidth
     is_compute = ideal[0] / flop_share.value >= ideal[1] / memory_share.value
-    source = (flop_share if is_compute else memory_share).source
+    source = (reached.attention_estimate(kind) if is_compute else memory_share).source
     work = f"{op.flop:.3g} FLOP, {op.bytes:.3g} B"
-    return _timed(ideal, (flop_share.band, memory_share.band), gpu, work, source)
+    return _timed(ideal, (flop_share, memory_share.band), gpu, work, source)
 
 
 def _timed(ideal: tuple[float, float], shares: tuple[Band, Band], gpu: Gpu, work: str, source: str) -> Timed:

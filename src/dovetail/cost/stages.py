@@ -34,10 +34,11 @@ class Stage:
 def stages(spec: ModelSpec, layout: Layout, context: int = 4096) -> tuple[Stage, ...]:
     """All stages of the pipeline, first to last; `context` is the length of sequences, for attention's weight."""
     counts = layout.stage_layers
-    if counts is None:
-        weights = tuple(_forward_flop(spec, layer, context) for layer in range(spec.num_hidden_layers))
-        end = 2.0 * spec.vocab_size * spec.hidden_size + mtp_flop_per_token(spec, context)
-        counts = _balanced(weights, end, layout.num_stages)
+    return _cut(_balanced_layers(spec, layout.num_stages, context) if counts is None else counts)
+
+
+@lru_cache(maxsize=1024)
+def _cut(counts: tuple[int, ...]) -> tuple[Stage, ...]:
     ends = tuple(accumulate(counts))
     return tuple(
         Stage(
@@ -49,6 +50,13 @@ def stages(spec: ModelSpec, layout: Layout, context: int = 4096) -> tuple[Stage,
     )
 
 
+@lru_cache(maxsize=1024)
+def _balanced_layers(spec: ModelSpec, num_stages: int, context: int) -> tuple[int, ...]:
+    weights = tuple(_forward_flop(spec, layer, context) for layer in range(spec.num_hidden_layers))
+    end = 2.0 * spec.vocab_size * spec.hidden_size + mtp_flop_per_token(spec, context)
+    return _balanced(weights, end, num_stages)
+
+
 def _forward_flop(spec: ModelSpec, layer: int, context: int) -> float:
     parameters = layer_parameters(spec, layer)
     active = parameters.total - parameters.routed_experts
@@ -57,7 +65,6 @@ def _forward_flop(spec: ModelSpec, layer: int, context: int) -> float:
     return 2.0 * active + attention_flop_per_token(spec, context) / spec.num_hidden_layers
 
 
-@lru_cache(maxsize=1024)
 def _balanced(weights: tuple[float, ...], end: float, num_stages: int) -> tuple[int, ...]:
     """Layers per stage: least largest sum, then least sum of squares; the last stage weighs `end` more."""
     layers = len(weights)

@@ -6,9 +6,10 @@ Tokens to experts and back (all numbers per GPU, one way):
                  index there, which passes it on inside the node, once per rank [V3 §3.2.2, DeepEP]
     low-latency  one message per expert, straight to its rank, with no one in between [DeepEP]
 
-Where the GPU's file has measured exchanges of this kind, their rate is taken: of the same number of ranks as it is, of
-others interpolated, beyond them at the nearest one's rate in a wider band. Where there are none, the links' achieved
-bandwidths bound it. A part of a measured time that does not shrink with the bytes is the links' latency.
+Where the GPU's file has measured exchanges of this kind over links of this cluster's bandwidth, their rate is taken: of
+the same number of ranks as it is, of others interpolated, beyond them at the nearest one's rate in a wider band. Where
+there are none, the links' achieved bandwidths bound it. A part of a measured time that does not shrink with the bytes
+is the links' latency.
 
 Sums and gathers run as rings, within nodes and then, each GPU with its part, across them.
 """
@@ -23,12 +24,14 @@ from typing import Literal
 from dovetail.cost.ops import Collective, Exchange
 from dovetail.network.distinct import distinct_bins
 from dovetail.spec.band import Band, largest
-from dovetail.spec.hardware import Cluster, ExchangePoint, Link
+from dovetail.spec.hardware import Cluster, Link
+from dovetail.spec.measurements import ExchangePoint
 
 Mode = Literal["normal", "low-latency"]
 Bound = Literal["scale-up", "scale-out", "latency"]
 
 MEASURED = 1.05  # band around a measured rate, as a ratio: repeated runs; unverified
+SAME_LINK = 0.02  # datasheets round: 400 Gb/s are 50 GB/s
 EXTRAPOLATED = 1.25  # the same beyond the ranks that were measured; unverified
 
 
@@ -120,14 +123,15 @@ def send_time(bytes: float, cluster: Cluster, is_within_node: bool = False) -> T
 
 
 def _comparable(exchange: Exchange, cluster: Cluster, mode: Mode) -> list[ExchangePoint]:
-    """Measured exchanges over the same kind of link, by ranks; not those that this cluster's link could not carry."""
+    """Measured exchanges over the same kind of link, by ranks; not over one of another bandwidth than this cluster's,
+    which says nothing about its own."""
     over = "scale-up" if exchange.ranks <= cluster.gpus_per_node else "scale-out"
     link = cluster.scale_up if over == "scale-up" else _scale_out(cluster)
     points = [
         point
         for point in cluster.gpu.efficiency.exchanges
         if (point.kind, point.mode, point.over) == (exchange.name, mode, over)
-        and point.gbs * (1 - 1 / max(2, point.ranks // cluster.gpus_per_node)) <= link.gbs
+        and math.isclose(point.link_gbs, link.gbs, rel_tol=SAME_LINK)
     ]
     return sorted(points, key=lambda point: point.ranks)
 

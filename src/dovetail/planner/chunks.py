@@ -1,11 +1,14 @@
 """How long one micro-batch takes on one stage: forward, both halves of the backward pass, and an overlapped pair.
 
-A layer is four pieces of arithmetic and two exchanges in each direction; F of the forward, B of the gradients of
-inputs (recomputation included), W of the gradients of weights:
+A layer is two pieces of arithmetic and two exchanges in each direction; F of the forward, B of the gradients of inputs
+(recomputation included), W of the gradients of weights:
 
-    attn    from the residual to what is dispatched: norms, attention, gate
+    attn    from what was combined to what is dispatched: the sum, norms, attention, gate, quantisation; backward too
     mlp     experts and shared experts (dense layers: all of their feed-forward)
     dispatch, combine     backward they change places: the outputs' gradient is dispatched, the inputs' combined
+
+The embedding is part of the first layer's attn. The head and the losses stand after the last layer, as do those of the
+MTP modules, as a layer of mlp alone: last forward, first backward.
 
 Alone, a forward or backward runs its pieces one after the other and every exchange is waited for. In a pair two
 streams run at once, in the order that DeepSeek's profile shows for a layer [profile-data]:
@@ -13,8 +16,11 @@ streams run at once, in the order that DeepSeek's profile shows for a layer [pro
     arithmetic     attn(F)   mlp(B)   mlp(W)   mlp(F)   attn(B)   attn(W)
     exchanges      dispatch(B)   dispatch(F)   combine(B)   combine(F)
 
-Exchanges take their share of the multiprocessors from the arithmetic throughout [V3 §3.2.2]. All times are of equal
-loads: what uneven experts add is not modelled.
+(The profile names the backward exchanges by their forward ones: its combine(B) dispatches.) The layers of a forward are
+taken in order with those of the backward in reverse; what one has more runs alone. Exchanges take their share of the
+multiprocessors from the arithmetic throughout [V3 §3.2.2]. Sums and gathers of tensor-parallel ranks stand among the
+arithmetic, which waits for them; that in a pair they share the links within a node with the exchanges is not modelled,
+nor is what uneven experts add: all times are of equal loads.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ from itertools import zip_longest
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Collective, Exchange, Op
 from dovetail.cost.roofline import op_time
-from dovetail.cost.stages import Stage
+from dovetail.cost.stages import stages
 from dovetail.network.collectives import collective_time, exchange_time
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster
@@ -36,6 +42,10 @@ from dovetail.spec.precision import Recipe
 
 COMMUNICATION_MULTIPROCESSORS = 20  # of an H800's 132 [V3 §3.2.2]
 NOTHING = Band.exact(0.0)
+
+# Operations on experts' inputs and outputs that are on this side of the exchange: before the dispatch, which waits for
+# them (backward in the layer above, whose like they are), and after the combine.
+AROUND_EXCHANGES = ("quantise to dispatch", "add experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +57,7 @@ class Workload:
     layout: Layout
     recipe: Recipe
     sequence_length: int
+    label: str = ""  # what tells it from others that are compared with it
 
     @property
     def tokens(self) -> int:
@@ -74,6 +85,7 @@ class LayerSeconds:
     combine_f: Band = NOTHING
     dispatch_b: Band = NOTHING  # of the outputs' gradient
     combine_b: Band = NOTHING
+    collectives: Band = NOTHING  # of all passes, within the pieces above: sums and gathers of tensor-parallel ranks
 
 
 PIECES = tuple(field.name for field in fields(LayerSeconds))
@@ -92,22 +104,67 @@ class StageSeconds:
     def backward(self) -> Band:
         return self.input_backward + self.weight_backward
 
+    @property
+    def collectives(self) -> Band:
+        """All passes' sums and gathers between tensor-parallel ranks."""
+        return _sum(self.layers, "collectives")
+
+    @property
+    def arithmetic(self) -> Band:
+        """All passes without exchanges and collectives."""
+        names = ("attn_f", "mlp_f", "attn_b", "mlp_b", "attn_w", "mlp_w")
+        both, part = _sum(self.layers, *names), self.collectives
+        return Band(both.value - part.value, both.low - part.low, both.high - part.high)
+
+
+StageKey = tuple[int, int, bool, bool]  # layers without and with experts, embedding, head: all that tells stages apart
+
 
 class Costs:
-    """The seconds of layers, each kind reckoned once: a search asks for the same ones in thousands of layouts. For one
-    model, cluster, recipe and sequence length."""
+    """The seconds of layers, stages and pairs, each kind reckoned once: a search asks for the same ones in thousands of
+    layouts. For one model, cluster, recipe and sequence length."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[object, ...], dict[str, Band]] = {}
+        self._of: Workload | None = None
+        self._pieces: dict[tuple[object, ...], dict[str, Band]] = {}
+        self._stages: dict[tuple[object, ...], StageSeconds] = {}
+        self._pairs: dict[tuple[object, ...], Band] = {}
 
-    def stage(self, work: Workload, stage: Stage) -> StageSeconds:
-        """The pieces of `stage`, its ends included, and their sums."""
-        layers = [self._layer(work, "experts" if work.spec.is_moe_layer(layer) else "dense") for layer in stage.layers]
-        if stage.has_embedding:
-            layers[0] = _with(layers[0], self._pieces(work, "embedding"))
-        if stage.has_head:
-            layers += [self._layer(work, "mtp")] * stage.mtp_modules(work.spec)
-            layers[-1] = _with(layers[-1], self._pieces(work, "head"))
+    def stages(self, work: Workload) -> list[StageSeconds]:
+        """Of every stage of the pipeline, its ends included. Raises ValueError where attention is not MLA."""
+        return [self._stage(work, key) for key in _stage_keys(work)]
+
+    def pairs(self, work: Workload) -> list[Band]:
+        """`pair_seconds` of a forward on each stage and a backward on the mirrored one."""
+        keys = _stage_keys(work)
+        return [self._pair(work, front, back) for front, back in zip(keys, reversed(keys), strict=True)]
+
+    def _stage(self, work: Workload, stage: StageKey) -> StageSeconds:
+        key = *stage, *self._layout_key(work)
+        if key not in self._stages:
+            self._stages[key] = self._reckoned(work, stage)
+        return self._stages[key]
+
+    def _pair(self, work: Workload, front: StageKey, back: StageKey) -> Band:
+        key = *front, *back, *self._layout_key(work)
+        if key not in self._pairs:
+            self._pairs[key] = pair_seconds(self._stage(work, front), self._stage(work, back))
+        return self._pairs[key]
+
+    def _reckoned(self, work: Workload, stage: StageKey) -> StageSeconds:
+        dense, with_experts, has_embedding, has_head = stage
+        kinds = ["dense"] * dense + ["experts"] * with_experts
+        if has_head:
+            kinds += ["mtp"] * work.spec.num_nextn_predict_layers
+        pieces = [dict(self._kind(work, kind)) for kind in kinds]
+        if has_embedding:
+            _add(pieces[0], self._kind(work, "embedding"))
+        if has_head:
+            heads = dict(self._kind(work, "head"))
+            for each in pieces:  # of MTP modules
+                _add(heads, {f"mlp_{letter}": each.pop(f"head_{letter}", NOTHING) for letter in "fbw"})
+            pieces.append(heads)
+        layers = [LayerSeconds(**each) for each in pieces]
         return StageSeconds(
             forward=_sum(layers, "attn_f", "dispatch_f", "mlp_f", "combine_f"),
             input_backward=_sum(layers, "dispatch_b", "mlp_b", "combine_b", "attn_b"),
@@ -115,15 +172,18 @@ class Costs:
             layers=tuple(layers),
         )
 
-    def _layer(self, work: Workload, kind: str) -> LayerSeconds:
-        return LayerSeconds(**self._pieces(work, kind))
+    def _kind(self, work: Workload, kind: str) -> dict[str, Band]:
+        key = kind, *self._layout_key(work)
+        if key not in self._pieces:
+            self._pieces[key] = _by_piece(work, _ops(work, kind), is_end=kind == "head")
+        return self._pieces[key]
 
-    def _pieces(self, work: Workload, kind: str) -> dict[str, Band]:
+    def _layout_key(self, work: Workload) -> tuple[int, int, int, int]:
+        first = self._of = self._of or work
+        assert first.spec is work.spec and first.cluster is work.cluster and first.recipe is work.recipe
+        assert first.sequence_length == work.sequence_length, "these costs are of another sequence length"
         layout = work.layout
-        key = kind, layout.ep, layout.tp, layout.microbatch_size
-        if key not in self._found:
-            self._found[key] = _by_piece(work, _ops(work, kind))
-        return self._found[key]
+        return layout.ep, layout.tp, layout.microbatch_size, layout.redundant_experts
 
 
 def pair_seconds(forward: StageSeconds, backward: StageSeconds) -> Band:
@@ -133,13 +193,9 @@ def pair_seconds(forward: StageSeconds, backward: StageSeconds) -> Band:
     return Band(value, min(low, value), max(value, high))
 
 
-def exchange_seconds(stage: StageSeconds) -> Band:
-    """All exchanges of a forward and a backward on the stage."""
-    return _sum(stage.layers, "dispatch_f", "combine_f", "dispatch_b", "combine_b")
-
-
 def _replay(forward: StageSeconds, backward: StageSeconds, end: str) -> float:
-    """Two streams, each in its order; a piece starts when its stream and what it needs are ready."""
+    """Two streams, each in its order; a piece starts when its stream and what it needs are ready. (An exchange that
+    sends nothing delays nobody: whoever waits for it has waited for the exchanges before it.)"""
     arithmetic = exchanges = combined_f = attn_b_done = 0.0
     absent = LayerSeconds()
     for front, back in zip_longest(forward.layers, reversed(backward.layers), fillvalue=absent):
@@ -171,10 +227,14 @@ def _ops(work: Workload, kind: str) -> tuple[Op, ...]:
     return layer_ops(spec, layer, layout, work.recipe, tokens, "training", length, sequences)
 
 
-def _by_piece(work: Workload, ops: Sequence[Op]) -> dict[str, Band]:
+def _by_piece(work: Workload, ops: Sequence[Op], is_end: bool) -> dict[str, Band]:
+    """Seconds by `PIECES`, and those of an MTP module's head as head_f, head_b, head_w."""
     pieces: dict[str, list[Band]] = {}
     for op in ops:
-        pieces.setdefault(_piece(op), []).append(_seconds(work, op))
+        seconds, piece = _seconds(work, op), _piece(op)
+        pieces.setdefault(piece.replace("head", "mlp") if is_end else piece, []).append(seconds)
+        if isinstance(op, Collective):
+            pieces.setdefault("collectives", []).append(seconds)
     return {name: sum_bands(bands) for name, bands in pieces.items()}
 
 
@@ -182,7 +242,10 @@ def _piece(op: Op) -> str:
     letter = {"forward": "f", "dgrad": "b", "wgrad": "w"}[op.pass_]
     if isinstance(op, Exchange):
         return f"{op.name}_{letter}"
-    return f"mlp_{letter}" if op.part in ("mlp", "experts", "shared", "head") else f"attn_{letter}"
+    if op.part == "head":
+        return f"head_{letter}"
+    is_mlp = op.part in ("mlp", "experts", "shared") and op.name not in AROUND_EXCHANGES
+    return f"mlp_{letter}" if is_mlp else f"attn_{letter}"
 
 
 def _seconds(work: Workload, op: Op) -> Band:
@@ -193,11 +256,17 @@ def _seconds(work: Workload, op: Op) -> Band:
     return op_time(op, work.cluster.gpu, work.multiprocessors).seconds
 
 
-def _with(layer: LayerSeconds, more: dict[str, Band]) -> LayerSeconds:
-    both = {name: getattr(layer, name) for name in PIECES}
+def _stage_keys(work: Workload) -> list[StageKey]:
+    keys = []
+    for stage in stages(work.spec, work.layout, work.sequence_length):
+        with_experts = sum(map(work.spec.is_moe_layer, stage.layers))
+        keys.append((len(stage.layers) - with_experts, with_experts, stage.has_embedding, stage.has_head))
+    return keys
+
+
+def _add(pieces: dict[str, Band], more: dict[str, Band]) -> None:
     for name, band in more.items():
-        both[name] = both[name] + band
-    return LayerSeconds(**both)
+        pieces[name] = pieces[name] + band if name in pieces else band
 
 
 def _sum(layers: Sequence[LayerSeconds], *names: str) -> Band:

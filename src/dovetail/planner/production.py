@@ -13,6 +13,12 @@ prediction of this kind can be held against. Production figures are means over 2
                time to first token; how full is not published.
 
 Whether MTP was on is not said; both are shown.
+
+How much of this is a prediction: that of prompts, all of it. In decoding one assumption decides, that DeepEP's kernels
+occupy the multiprocessors for a time that does not shrink with few tokens (`planner.serving_pieces`): it is a fifth of
+a step. It was looked for after decoding had come out too fast, and has its figures from DeepEP's users, so that an
+agreement in decoding is hindsight; `dovetail reproduce production` says what comes out without it. The requests per GPU
+and the nodes of the published day are arithmetic.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from dovetail.planner.prefill import PrefillPlan, evaluate_prefill
 from dovetail.planner.serving_goal import ServingGoal
 from dovetail.spec.band import Band
 from dovetail.spec.hardware import Cluster
-from dovetail.spec.layout import Layout
+from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
@@ -74,15 +74,54 @@ def evaluate(
     return ServingPlan(prefill=prefill, decode=decode, limit=_limit(decode))
 
 
-def best_decode(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal) -> DecodePlan:
-    """The plan with most tokens/s per GPU among sizes of the expert-parallel group, one or two micro-batches.
+def best(
+    spec: ModelSpec,
+    cluster: Cluster,
+    recipe: Recipe,
+    goal: ServingGoal,
+    decode_cluster: Cluster | None = None,
+    prefill_layout: Layout | None = None,
+    decode_layout: Layout | None = None,
+) -> ServingPlan:
+    """Both pools with most tokens/s per GPU; a layout that is given is kept. Raises ValueError as `best_decode` and
+    `best_prefill` do."""
+    own = decode_cluster or cluster
+    if prefill_layout is not None:
+        prefill = evaluate_prefill(spec, cluster, prefill_layout, recipe, goal)
+    else:
+        prefill = best_prefill(spec, cluster, recipe, goal)
+    decode = best_decode(spec, own, recipe, goal, decode_layout)
+    return ServingPlan(prefill=prefill, decode=decode, limit=_limit(decode))
+
+
+def best_prefill(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal) -> PrefillPlan:
+    """The plan with most input tokens/s per GPU. Raises ValueError where none fits, as the largest group's says."""
+    plans: list[PrefillPlan] = []
+    problems: dict[int, ValueError] = {}
+    for layout in decode_layouts(spec, cluster):
+        try:
+            plans.append(evaluate_prefill(spec, cluster, layout, recipe, goal))
+        except ValueError as problem:
+            problems[layout.ep] = problem
+    if not plans:
+        raise problems[max(problems)] if problems else ValueError(f"{cluster.name} has no GPUs for a pool")
+    return max(plans, key=lambda plan: plan.input_per_second.value)
+
+
+def best_decode(
+    spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, given: Layout | None = None
+) -> DecodePlan:
+    """The plan with most tokens/s per GPU among sizes of the expert-parallel group (or of the layout that is given),
+    one or two micro-batches.
 
     Raises ValueError where no size holds the model, with how many GPUs would, and where none is fast enough, with the
     best there is.
     """
     best: DecodePlan | None = None
     problems: list[str] = []
-    for layout in decode_layouts(spec, cluster):
+    if given is not None:
+        check_layout(given, spec, cluster.gpus)
+    for layout in decode_layouts(spec, cluster) if given is None else (given,):
         pool = decode_pool(spec, cluster, layout, recipe, goal)
         for microbatches in (2, 1) if goal.microbatches == 2 and pool.exchanges else (1,):
             own = replace(pool, goal=goal.model_copy(update={"microbatches": microbatches}))
@@ -95,6 +134,8 @@ def best_decode(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: Serving
                 best = plan
     if best is not None:
         return best
+    if given is not None:
+        raise ValueError(problems[-1])
     raise ValueError(_why_none(spec, cluster, recipe, goal, problems))
 
 

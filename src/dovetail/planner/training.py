@@ -9,7 +9,9 @@ of the attention square [ISCA §2.2.2, Table 4]. The optimizer's sums and gather
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dovetail.cost.count import training_flop_per_token
 from dovetail.cost.ops import Collective, Exchange
@@ -20,10 +22,12 @@ from dovetail.cost.step_ops import step_ops
 from dovetail.network.collectives import collective_time, send_time
 from dovetail.parallel.pipelines import make_schedule
 from dovetail.planner.bubbles import estimate_seconds
-from dovetail.planner.chunks import Costs, StageSeconds, Workload, pair_seconds
+from dovetail.planner.chunks import Costs, StageSeconds, Workload
 from dovetail.planner.timeline import Breakdown, Durations, Timeline, replay
 from dovetail.spec.band import Band, sum_bands
-from dovetail.spec.layout import check_layout
+from dovetail.spec.hardware import Cluster
+from dovetail.spec.layout import Layout, check_layout
+from dovetail.spec.model import ModelSpec
 
 RUNTIME_BYTES = 2e9  # CUDA context, communicators and their buffers; unverified
 DAY = 86400.0
@@ -57,12 +61,24 @@ class StepParts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepUses:
+    """The same seconds by what they are used for; `exchanges` are those that no arithmetic hides, in pairs or alone."""
+
+    arithmetic: Band
+    collectives: Band  # of tensor-parallel ranks
+    exchanges: Band
+    bubble: Band
+    optimizer: Band
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingPlan:
     """One layout's step on a cluster, and what follows for a run."""
 
     work: Workload
     goal: TrainingGoal
     parts: StepParts
+    uses: StepUses
     step_seconds: Band
     memory: tuple[RankMemory, ...]  # of each pipeline rank
     timeline: Timeline
@@ -115,9 +131,9 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
     """Raises ValueError for a layout that cannot be; one that does not fit in memory is returned, and says so."""
     layout = work.layout
     check_layout(layout, work.spec, work.cluster.gpus, goal.batch)
-    each = _stage_seconds(work, costs or Costs())
+    costs = costs or Costs()
     schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
-    replays = {end: replay(schedule, _durations(work, each, end)) for end in ("low", "value", "high")}
+    replays = {end: replay(schedule, _durations(work, costs, end)) for end in ("low", "value", "high")}
     optimizer = _optimizer_seconds(work)
     parts = _parts({end: timeline.breakdown() for end, timeline in replays.items()}, optimizer)
     pipeline = _band(*(replays[end].seconds for end in ("low", "value", "high")))
@@ -125,6 +141,7 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
         work=work,
         goal=goal,
         parts=parts,
+        uses=_uses(parts, layout, costs.stages(work)),
         step_seconds=pipeline + optimizer,
         memory=pipeline_memory(work.spec, layout, work.recipe, work.sequence_length),
         timeline=replays["value"],
@@ -134,20 +151,24 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
 def estimate(work: Workload, costs: Costs) -> float:
     """Roughly `evaluate(...).step_seconds.value`, without a schedule: to prune a search."""
     layout = work.layout
-    durations = _durations(work, _stage_seconds(work, costs), "value")
+    durations = _durations(work, costs, "value")
     pipeline = estimate_seconds(layout.schedule, layout.pp, layout.microbatches, durations, layout.chunks)
     return pipeline + _optimizer_seconds(work).value
 
 
-def _stage_seconds(work: Workload, costs: Costs) -> list[StageSeconds]:
-    return [costs.stage(work, stage) for stage in stages(work.spec, work.layout, work.sequence_length)]
+def replayed_seconds(work: Workload, costs: Costs) -> float:
+    """`evaluate(...).step_seconds.value`, and nothing else."""
+    layout = work.layout
+    schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
+    return replay(schedule, _durations(work, costs, "value")).seconds + _optimizer_seconds(work).value
 
 
-def _durations(work: Workload, each: list[StageSeconds], end: str) -> Durations:
-    pairs = None
-    if work.layout.schedule in ("dualpipe", "dualpipev"):
-        pairs = [getattr(pair_seconds(front, back), end) for front, back in zip(each, reversed(each), strict=True)]
-    send = send_time(BF16 * work.tokens * work.spec.hidden_size / work.layout.tp, work.cluster).seconds
+def _durations(work: Workload, costs: Costs, end: str) -> Durations:
+    layout, each, pairs = work.layout, costs.stages(work), None
+    if layout.schedule in ("dualpipe", "dualpipev"):
+        pairs = [getattr(pair, end) for pair in costs.pairs(work)]
+    sent = BF16 * work.tokens * work.spec.hidden_size / layout.tp
+    send = send_time(sent, work.cluster, is_within_node=layout.gpus <= work.cluster.gpus_per_node).seconds
     return Durations(
         forward=[getattr(stage.forward, end) for stage in each],
         backward=[getattr(stage.backward, end) for stage in each],
@@ -159,26 +180,35 @@ def _durations(work: Workload, each: list[StageSeconds], end: str) -> Durations:
 
 
 def _optimizer_seconds(work: Workload) -> Band:
+    # Of the layout only what says who holds which weights: one figure for many layouts.
+    same = "1f1b" if work.layout.schedule == "zb1p" else work.layout.schedule
+    changes = {"microbatches": 1, "microbatch_size": 1, "schedule": same}
+    return _slowest_optimizer(work.spec, work.layout.model_copy(update=changes), work.cluster, work.sequence_length)
+
+
+@lru_cache(maxsize=1 << 12)
+def _slowest_optimizer(spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int) -> Band:
     """Of the pipeline rank that takes longest: the others wait for it. Ranks that hold as many layers of each kind, and
     the same ends, take the same time."""
-    all_stages = stages(work.spec, work.layout, work.sequence_length)
+    all_stages = stages(spec, layout, sequence_length)
     ranks: dict[tuple[object, ...], int] = {}
-    for rank in range(work.layout.pp):
-        mine = [all_stages[index] for index in work.layout.stages_of(rank)]
-        has_experts = [work.spec.is_moe_layer(layer) for stage in mine for layer in stage.layers]
+    for rank in range(layout.pp):
+        mine = [all_stages[index] for index in layout.stages_of(rank)]
+        has_experts = [spec.is_moe_layer(layer) for stage in mine for layer in stage.layers]
         ends = sorted((stage.has_embedding, stage.has_head) for stage in mine)
         ranks[sum(has_experts), len(has_experts), *ends] = rank
-    return max((_rank_optimizer_seconds(work, rank) for rank in ranks.values()), key=lambda band: band.value)
+    each = [_rank_optimizer(spec, layout, cluster, sequence_length, rank) for rank in ranks.values()]
+    return max(each, key=lambda band: band.value)
 
 
-def _rank_optimizer_seconds(work: Workload, rank: int) -> Band:
+def _rank_optimizer(spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int, rank: int) -> Band:
     bands = []
-    for op in step_ops(work.spec, work.layout, rank, work.sequence_length):
+    for op in step_ops(spec, layout, rank, sequence_length):
         if isinstance(op, Collective):
-            bands.append(collective_time(op, work.cluster).seconds)
+            bands.append(collective_time(op, cluster).seconds)
         else:
             assert not isinstance(op, Exchange)
-            bands.append(op_time(op, work.cluster.gpu).seconds)
+            bands.append(op_time(op, cluster.gpu).seconds)
     return sum_bands(bands)
 
 
@@ -193,6 +223,25 @@ def _parts(of: dict[str, Breakdown], optimizer: Band) -> StepParts:
         pair=band("pair"),
         bubble=band("bubble"),
         optimizer=optimizer,
+    )
+
+
+def _uses(parts: StepParts, layout: Layout, each: Sequence[StageSeconds]) -> StepUses:
+    """Every stage runs every micro-batch once, on whichever rank."""
+    per_rank = layout.microbatches / layout.pp
+    collectives = per_rank * sum_bands(stage.collectives for stage in each)
+    arithmetic = per_rank * sum_bands(stage.arithmetic for stage in each)
+    busy = sum_bands([parts.forward, parts.input_backward, parts.weight_backward, parts.pair])
+    exposed = (
+        max(0.0, getattr(busy, end) - getattr(arithmetic, end) - getattr(collectives, end))
+        for end in ("low", "value", "high")
+    )
+    return StepUses(
+        arithmetic=arithmetic,
+        collectives=collectives,
+        exchanges=_band(*exposed),
+        bubble=parts.bubble,
+        optimizer=parts.optimizer,
     )
 
 

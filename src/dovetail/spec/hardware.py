@@ -10,88 +10,23 @@ the step time or throughput of a whole system: those are for the planner to pred
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dovetail.config import Record
 from dovetail.spec.band import Band
-
-Format = Literal["fp8", "bf16", "fp32"]
-Layout = Literal["dense", "contiguous", "masked"]  # of the rows of several experts [DeepGEMM]
-FORMATS: tuple[Format, ...] = ("fp8", "bf16", "fp32")  # from the narrowest
-OPERAND_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
-OUTPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}  # a product of FP8 operands is written in BF16
-
-
-class Estimate(Record):
-    """A figure that was reached, the interval it is taken to lie in, and who measured it."""
-
-    value: PositiveFloat
-    low: PositiveFloat
-    high: PositiveFloat
-    source: str = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _value_lies_in_its_band(self) -> Estimate:
-        if not self.low <= self.value <= self.high:
-            raise ValueError(f"expected low <= value <= high, got {self.low} <= {self.value} <= {self.high}")
-        return self
-
-    @property
-    def band(self) -> Band:
-        return Band(self.value, self.low, self.high)
-
-
-class GemmPoint(Record):
-    """One measured matrix product, per group [m, k] times [k, n], of `groups` alike; FLOP are 2 groups m n k."""
-
-    format: Format
-    layout: Layout = "dense"
-    m: PositiveInt
-    n: PositiveInt
-    k: PositiveInt
-    groups: PositiveInt = 1
-    tflops: PositiveFloat  # reached, all groups together
-    low: PositiveFloat | None = None  # of tflops, where measurements differ
-    high: PositiveFloat | None = None
-
-    @model_validator(mode="after")
-    def _value_lies_in_its_band(self) -> GemmPoint:
-        low, high = self.low or self.tflops, self.high or self.tflops
-        if not low <= self.tflops <= high:
-            raise ValueError(f"expected low <= tflops <= high, got {low} <= {self.tflops} <= {high}")
-        return self
-
-    @property
-    def flop(self) -> float:
-        return 2.0 * self.groups * self.m * self.n * self.k
-
-    @property
-    def bytes(self) -> float:
-        """Read and written once each, without scales: so the GB/s of DeepGEMM's tables are counted."""
-        read = (self.m + self.n) * self.k * OPERAND_BYTES[self.format]
-        return float(self.groups * (read + self.m * self.n * OUTPUT_BYTES[self.format]))
-
-    @property
-    def speed(self) -> Band:
-        """FLOP/s."""
-        return Band(self.tflops, self.low or self.tflops, self.high or self.tflops) * 1e12
-
-
-class ExchangePoint(Record):
-    """One measured exchange of tokens between the ranks that hold experts [DeepEP]."""
-
-    kind: Literal["dispatch", "combine"]
-    mode: Literal["normal", "low-latency"]
-    ranks: PositiveInt
-    tokens: PositiveInt  # per rank
-    bytes_per_token: PositiveFloat  # of one copy
-    copies: PositiveFloat | None = None  # of a token that `gbs` counts; None: one for each distinct node of its experts
-    gbs: PositiveFloat  # per rank, as its source counts
-    microseconds: PositiveFloat | None = None  # where the source gives the time itself
-    over: Literal["scale-up", "scale-out"]  # the link that `gbs` is of
-    source: str = Field(min_length=1)
+from dovetail.spec.measurements import (
+    FORMATS,
+    OPERAND_BYTES,
+    OUTPUT_BYTES,
+    AttentionKind,
+    AttentionSweep,
+    Estimate,
+    ExchangePoint,
+    Format,
+    GemmPoint,
+    GemmSweep,
+    merged,
+)
 
 
 class Link(Record):
@@ -121,15 +56,19 @@ class Link(Record):
 class Efficiency(Record):
     """What operations reach on one GPU. Shares are of the datasheet's figures."""
 
-    gemms: tuple[GemmPoint, ...] = Field(min_length=1)
+    gemms: tuple[GemmPoint, ...] = ()
+    sweeps: tuple[GemmSweep, ...] = ()  # later than `gemms`
     gemm_source: str = Field(min_length=1)
     # Formats without points of their own run at this share of the speed that the nearest measured format's share
     # gives them; for formats that are not listed, at the same share.
     gemm_relative: dict[Format, Estimate] = {}
     memory: Estimate  # of the bandwidth, streaming; above 1 where what was measured stays in caches
+    # Where `attention` has sweeps of a kind, the kind's share follows them by shape, and of the estimate here only the
+    # ratios of its ends to its value count: what other kernels are to those that were measured.
     attention_prefill: Estimate  # of the BF16 peak: forward, queries and keys of one length, expanded heads
     attention_backward: Estimate  # of the BF16 peak
     attention_decode_flop: Estimate  # of the BF16 peak: absorbed heads, few queries against a cache
+    attention: tuple[AttentionSweep, ...] = ()
     attention_decode_memory: Estimate  # of the bandwidth
     launch_us: Estimate  # what an operation takes beside its work: the gap to the one before it
     exchanges: tuple[ExchangePoint, ...] = ()
@@ -141,6 +80,23 @@ class Efficiency(Record):
         if estimate.high > 1:
             raise ValueError(f"is a share of the datasheet's figure, at most 1, and goes up to {estimate.high:g}")
         return estimate
+
+    @model_validator(mode="after")
+    def _has_products(self) -> Efficiency:
+        if not self.gemms and not self.sweeps:
+            raise ValueError("has no measured products: give gemms or sweeps, or borrow another GPU's")
+        return self
+
+    @property
+    def products(self) -> tuple[GemmPoint, ...]:
+        """`gemms` and the points of `sweeps`, one of each shape."""
+        return merged((*self.gemms, *(point for sweep in self.sweeps for point in sweep.points)))
+
+    def attention_estimate(self, kind: AttentionKind) -> Estimate:
+        """Of all shapes."""
+        if kind == "decode":
+            return self.attention_decode_flop
+        return self.attention_prefill if kind == "prefill" else self.attention_backward
 
 
 class PeakTflops(Record):
@@ -182,8 +138,30 @@ class Gpu(Record):
         return float(getattr(self.peak_tflops, self.runs_as(format))) * 1e12
 
     def ideal_seconds(self, point: GemmPoint) -> float:
-        """Of a product at the datasheet's speed or bandwidth, whichever is slower."""
-        return max(point.flop / self.peak(point.format), point.bytes / self.bandwidth)
+        """Of products at the datasheet's speed or bandwidth, whichever is slower."""
+        return point.groups * self.roofline_seconds(point.format, point.m, point.n, point.k)
+
+    def roofline_seconds(self, format: Format, m: float, n: float, k: float) -> float:
+        """Of one product [m, k] x [k, n], without scales."""
+        return max(self._ideal(format, m, n, k))
+
+    def is_compute_bound(self, format: Format, m: float, n: float, k: float) -> bool:
+        compute, memory = self._ideal(format, m, n, k)
+        return compute >= memory
+
+    def _ideal(self, format: Format, m: float, n: float, k: float) -> tuple[float, float]:
+        bytes_ = (m + n) * k * OPERAND_BYTES[format] + m * n * OUTPUT_BYTES[format]
+        return 2.0 * m * n * k / self.peak(format), bytes_ / self.bandwidth
+
+    def best_shares(self) -> dict[bool, float]:
+        """The most that measured products reach of the roofline: of those that compute binds (True), and the others."""
+        found: dict[bool, float] = {}
+        for point in self.efficiency.products:
+            binds = self.is_compute_bound(point.format, point.m, point.n, point.k)
+            share = self.ideal_seconds(point) * point.speed.value / point.flop
+            found[binds] = max(share, found.get(binds, 0.0))
+        most = max(found.values())
+        return {binds: found.get(binds, most) for binds in (True, False)}
 
 
 class Cluster(Record):

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from dovetail.config import Record
 from dovetail.spec.model import ModelSpec
@@ -41,7 +41,7 @@ class Layout(Record):
     microbatch_size: int = Field(default=1, gt=0)  # sequences
     schedule: ScheduleName = "1f1b"
     chunks: int = Field(default=2, gt=0)  # stages per rank under "interleaved"
-    stage_layers: tuple[int, ...] | None = None  # layers on each stage; None: balanced by FLOP (cost.stages)
+    stage_layers: tuple[PositiveInt, ...] | None = None  # layers on each stage; None: balanced by FLOP (cost.stages)
     redundant_experts: int = Field(default=0, ge=0)  # second copies of loaded experts, in serving [V3 §3.4]
 
     @property

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 
 from dovetail import config
-from dovetail.calibrate_timing import Times, exchange_link, microseconds, run_in_rounds
-from dovetail.calibrate_work import Work, attention_work, launch_work, memory_work, product_work
+from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in_rounds
+from dovetail.calibrate.work import Work, attention_work, launch_work, memory_work, product_work
 from dovetail.cost.ops import Gemm
 from dovetail.numerics.allocator import keep_freed_memory
-from dovetail.spec.hardware import Cluster, Efficiency, Estimate, GemmPoint, Gpu, Link, PeakTflops
+from dovetail.spec.hardware import Cluster, Efficiency, Gpu, Link, PeakTflops
+from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import write_bytes
 from dovetail.train.ranks import local_device, process_group, rank_and_world
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dovetail.spec.hardware import Estimate, Link
+from dovetail.spec.hardware import Link
+from dovetail.spec.measurements import Estimate
 
 if TYPE_CHECKING:  # which loads the model
-    from dovetail.calibrate_work import Work
+    from dovetail.calibrate.work import Work
 
 ROUNDS = 3
 LEAST_RUNS = 4  # of an operation in a round

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dovetail import calibrate as module
-from dovetail.calibrate import calibrate, describe, dump
-from dovetail.calibrate_timing import Times, run_in_rounds
-from dovetail.calibrate_work import attention_work, launch_work, memory_work, product_work
+from dovetail.calibrate import machine as module
+from dovetail.calibrate.machine import calibrate, describe, dump
+from dovetail.calibrate.timing import Times, run_in_rounds
+from dovetail.calibrate.work import attention_work, launch_work, memory_work, product_work
 from dovetail.catalog.hardware import load_cluster
 from dovetail.cost.roofline import op_time
 from dovetail.spec.hardware import Link
@@ -121,7 +121,7 @@ def test_a_name_that_would_not_be_read_as_a_file_is_an_error(tmp_path):
 
 RANK = """
 import sys, torch, torch.distributed as dist
-from dovetail.calibrate_timing import exchange_link
+from dovetail.calibrate.timing import exchange_link
 dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=4)
 for ranks in (2, 4):
     print(exchange_link(torch.device("cpu"), ranks, "a test", size=1 << 16).model_dump_json())

@@ -1,0 +1,250 @@
+"""What a user asks of the planner, as `dovetail plan` takes it, and the plans that answer it.
+
+Text becomes numbers here ("14.8T" is 1.48e13), and what does not belong together is refused; the plans themselves are
+made by `planner.search`, `planner.training` and `planner.serving`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dovetail.catalog.hardware import load_cluster
+from dovetail.catalog.precision import load_recipe
+from dovetail.config import apply_override, near_matches, validate
+from dovetail.cost.inspect import inspect
+from dovetail.planner import serving, serving_figures, training_figures
+from dovetail.planner.chunks import Workload
+from dovetail.planner.figures import Figure
+from dovetail.planner.fitting import why_none_fits
+from dovetail.planner.search import Candidate, search_all
+from dovetail.planner.serving import ServingPlan
+from dovetail.planner.serving_goal import ServingGoal
+from dovetail.planner.training import TrainingGoal, TrainingPlan
+from dovetail.planner.vary import Choices, vary
+from dovetail.spec.hardware import Cluster
+from dovetail.spec.layout import Layout, check_layout, nearest_divisor
+from dovetail.spec.model import ModelSpec
+
+GOALS = ("train", "serve")
+UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+TRAIN_ONLY = ("tokens", "batch", "sequence_length", "pp", "schedule", "microbatch_size", "vary")
+SERVE_ONLY = ("context", "prompt_length", "output_length", "output_speed", "prefill_ep", "decode_cluster", "change")
+SEQUENCE_LENGTH = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """Options as they were typed; None and empty: not given."""
+
+    model: str
+    clusters: Sequence[str]
+    goal: str
+    precision: str = "deepseek-v3"
+    gpus: int | None = None
+    ep: int | None = None
+    tp: int | None = None
+    tokens: str | None = None
+    batch: str | None = None
+    sequence_length: str | None = None
+    pp: int | None = None
+    schedule: str | None = None
+    microbatch_size: int | None = None
+    vary: Sequence[str] = ()
+    context: str | None = None
+    prompt_length: str | None = None
+    output_length: str | None = None
+    output_speed: str | None = None
+    prefill_ep: int | None = None
+    decode_cluster: str | None = None
+    change: Sequence[str] = ()  # "cache_hit=0.5": other keys of ServingGoal
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Request:
+        """Those of `options` that are a request's and were given."""
+        names = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in options.items() if name in names and value is not None})
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """What of a training layout is fixed."""
+        names = ("pp", "ep", "tp", "schedule", "microbatch_size")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The plan on one cluster, and how it was found."""
+
+    cluster: Cluster
+    plan: TrainingPlan | ServingPlan
+    tried: int = 1  # layouts
+    fitting: int = 1
+    others: tuple[TrainingPlan, ...] = ()  # the next fastest
+    front: tuple[Candidate, ...] = ()  # Pareto's, of time and memory
+
+    def figures(self) -> tuple[Figure, ...]:
+        """Every number of the plan; what `--explain` knows."""
+        if isinstance(self.plan, TrainingPlan):
+            return training_figures.figures(self.plan)
+        return serving_figures.figures(self.plan)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A choice for each cluster, in the order in which they were named."""
+
+    request: Request
+    spec: ModelSpec
+    choices: tuple[Choice, ...]
+
+
+def answer(request: Request) -> Answer:
+    """Raises ValueError, one line, for names that are none, numbers that cannot be, options of the other goal, and
+    where nothing fits."""
+    _check(request)
+    spec = inspect(request.model).spec
+    make = _train if request.goal == "train" else _serve
+    choices = tuple(make(request, spec, load_cluster(name)) for name in request.clusters)
+    return Answer(request=request, spec=spec, choices=choices)
+
+
+def amount(text: str, name: str) -> float:
+    """ "14.8T", "2.5B", "4,096" or "1e12" as a number above 0."""
+    digits = text.strip().replace(",", "").replace("_", "")
+    unit = UNITS.get(digits[-1:].upper(), 0.0)
+    try:
+        value = float(digits[:-1]) * unit if unit else float(digits)
+    except ValueError:
+        raise ValueError(f"{name} {text}: expected a number, such as 4096, 14.8T, 2.5B or 1e12") from None
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} {text}: expected more than 0, and a finite number")
+    return value
+
+
+def whole(text: str, name: str) -> int:
+    value = amount(text, name)
+    if value != int(value):
+        raise ValueError(f"{name} {text}: expected a whole number; nearest: {round(value)}")
+    return int(value)
+
+
+def _check(request: Request) -> None:
+    if request.goal not in GOALS:
+        raise ValueError(f"--goal {request.goal}: {near_matches(request.goal, GOALS)}")
+    if not request.clusters:
+        raise ValueError("give a --cluster: a name of the catalog, such as h800-2048, or a .toml file")
+    for name in SERVE_ONLY if request.goal == "train" else TRAIN_ONLY:
+        if getattr(request, name):
+            option = "set" if name == "change" else name.replace("_", "-")
+            other = "serve" if request.goal == "train" else "train"
+            raise ValueError(f"--{option} is of --goal {other}, and the goal is {request.goal}: leave it out")
+    for name in ("gpus", "ep", "tp", "pp", "microbatch_size", "prefill_ep"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+
+
+def _train(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
+    if request.batch is None:
+        raise ValueError("--goal train takes --batch, the sequences of a step, such as --batch 15360")
+    tokens = None if request.tokens is None else amount(request.tokens, "--tokens")
+    goal = TrainingGoal(batch=whole(request.batch, "--batch"), tokens=tokens)
+    length = whole(request.sequence_length, "--sequence-length") if request.sequence_length else SEQUENCE_LENGTH
+    work = Workload(
+        spec=spec,
+        cluster=cluster,
+        layout=Layout(),
+        recipe=load_recipe(request.precision),
+        sequence_length=length,
+    )
+    works, choices = vary(work, request.vary, Choices.of(request.layout))
+    _check_gpus(request.gpus, cluster)
+    try:
+        found = search_all(works, goal, request.gpus, choices)
+    except ValueError:
+        if request.layout:
+            _check_fixed(request.layout, work, goal.batch, request.gpus or cluster.gpus)
+        raise
+    if not found.plans:
+        assert found.smallest is not None
+        raise ValueError(why_none_fits(found.smallest, goal.batch))
+    best, *others = found.plans
+    return Choice(
+        cluster=cluster,
+        plan=best,
+        tried=found.tried,
+        fitting=found.fitting,
+        others=tuple(others),
+        front=found.front,
+    )
+
+
+def _check_fixed(fixed: dict[str, Any], work: Workload, batch: int, gpus: int) -> None:
+    """Raises ValueError with what is wrong with the values that were fixed, the others being plain."""
+    pp, tp, size = (fixed.get(name, 1) for name in ("pp", "tp", "microbatch_size"))
+    if gpus % (pp * tp):
+        raise ValueError(
+            f"--pp {pp} x --tp {tp} does not divide {gpus} GPUs; nearest: --pp {nearest_divisor(pp, gpus // tp)}"
+            if gpus % tp == 0
+            else f"--tp {tp} does not divide {gpus} GPUs; nearest: --tp {nearest_divisor(tp, gpus)}"
+        )
+    dp = gpus // (pp * tp)
+    layout = Layout(**{"dp": dp, "microbatches": max(1, batch // (dp * size)), **fixed})
+    check_layout(layout, work.spec, work.cluster.gpus, batch)
+
+
+def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
+    table: dict[str, Any] = {}
+    for name in ("context", "prompt_length", "output_length", "output_speed"):
+        text = getattr(request, name)
+        if text is not None:
+            table[name] = amount(text, f"--{name.replace('_', '-')}")
+    for change in request.change:
+        apply_override(table, change)
+    goal = validate(ServingGoal, table, where="--goal serve")
+    _check_gpus(request.gpus, cluster)
+    own = _of(cluster, request.gpus)
+    decoders = load_cluster(request.decode_cluster) if request.decode_cluster else own
+    tp = request.tp or 1
+    plan = serving.best(
+        spec,
+        own,
+        load_recipe(request.precision),
+        goal,
+        decode_cluster=decoders,
+        prefill_layout=_pool(spec, request.prefill_ep, tp),
+        decode_layout=_pool(spec, request.ep, tp),
+    )
+    return Choice(cluster=cluster, plan=plan)
+
+
+def _pool(spec: ModelSpec, ep: int | None, tp: int) -> Layout | None:
+    """With as few redundant experts as divide evenly; None where nothing is fixed."""
+    if ep is None:
+        return None
+    if ep % tp:
+        raise ValueError(f"--tp {tp} does not divide --ep {ep}: the {ep} ranks of a pool are dp x tp")
+    redundant = -spec.moe.n_routed_experts % ep if spec.moe else 0
+    return Layout(ep=ep, dp=ep // tp, tp=tp, redundant_experts=redundant)
+
+
+def _check_gpus(gpus: int | None, cluster: Cluster) -> None:
+    if gpus is not None and gpus > cluster.gpus:
+        raise ValueError(f"--gpus {gpus}: {cluster.name} has {cluster.gpus}")
+
+
+def _of(cluster: Cluster, gpus: int | None) -> Cluster:
+    """The cluster with whole nodes of `gpus` GPUs, or a part of one node."""
+    if gpus is None:
+        return cluster
+    if gpus < cluster.gpus_per_node:
+        return cluster.model_copy(update={"nodes": 1, "gpus_per_node": gpus, "planes": min(cluster.planes, gpus)})
+    if gpus % cluster.gpus_per_node:
+        low = gpus // cluster.gpus_per_node * cluster.gpus_per_node
+        raise ValueError(
+            f"--gpus {gpus}: nodes of {cluster.name} have {cluster.gpus_per_node}; nearest: {low} and "
+            f"{low + cluster.gpus_per_node}"
+        )
+    return cluster.model_copy(update={"nodes": gpus // cluster.gpus_per_node})
