@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dovetail.config import Record
-from dovetail.spec.hardware import Estimate, Link
+from dovetail.spec.measurements import Estimate, Link
 
 Kind = Literal["fat-tree", "slim-fly", "dragonfly"]
 ONLY_FOR: dict[str, Kind] = {

@@ -1,0 +1,211 @@
+"""Answers against closed forms, and what a user is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dovetail.catalog.fabrics import load_fabric
+from dovetail.network import ask as asking
+from dovetail.network import ask_picture, ask_report
+from dovetail.network.ask import Answer, ask
+from dovetail.network.balanced import all_to_all_seconds
+from dovetail.network.delivery import deliver
+from dovetail.network.demands import all_to_all
+from dovetail.network.memory import needed_bytes
+from dovetail.network.price import bill
+from dovetail.network.question import Question
+from dovetail.network.routing import Adaptive, Ecmp
+from dovetail.network.topology import build
+
+GIB = 2.0**30
+
+
+def answer_to(*fabrics: str, gpus: int | None = 64, size: float = GIB, **changes: object) -> Answer:
+    given = {"fabrics": fabrics, "sizes": (size,), "gpu_counts": (gpus,)} | changes
+    return ask(Question(**given))  # type: ignore[arg-type]
+
+
+def text_of(answer: Answer) -> str:
+    cells = [cell for _, header, rows in ask_report.tables(answer) for row in (header, *rows) for cell in row]
+    return "\n".join([*cells, *ask_report.notes(answer)])
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "is_folded"),
+    [("mpft", 256, True), ("mpft", 2048, True), ("mpft", 128, False), ("mpft", 16384, True), ("mrft", 2048, True)],
+)
+def test_all_to_all_is_folded_where_leaves_are_whole(name: str, gpus: int, is_folded: bool) -> None:
+    (case,) = answer_to(name, gpus=gpus).cases
+    seconds = all_to_all_seconds(build(load_fabric(name)), gpus, GIB)
+    assert case.healthy.is_folded == is_folded
+    assert case.healthy.seconds == pytest.approx(seconds, rel=1e-9)
+    assert case.healthy.algorithm_bandwidth == pytest.approx(GIB / seconds, rel=1e-9)
+    assert case.healthy.bus_bandwidth == pytest.approx(GIB / seconds * (gpus - 1) / gpus, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "endpoints"), [("ft3", 256, 2048), ("slim-fly", 320, 320), ("dragonfly", 256, 256)]
+)
+def test_folded_and_not_are_one(name: str, gpus: int, endpoints: int) -> None:
+    (case,) = answer_to(name, gpus=gpus, endpoints=endpoints).cases
+    whole = deliver(build(load_fabric(name, endpoints)), all_to_all(range(gpus), GIB), Adaptive())
+    assert case.healthy.is_folded and case.healthy.flows < gpus**2 - gpus
+    assert case.healthy.seconds == pytest.approx(whole.seconds, rel=1e-9)
+    assert case.healthy.latency_seconds == pytest.approx(whole.latency_seconds, rel=1e-9)
+    (unfolded,) = answer_to(name, gpus=gpus, endpoints=endpoints, failures=("plane:0@1000",)).cases
+    assert unfolded.failed is not None
+    for one, other in zip(case.healthy.links, unfolded.failed.links, strict=True):
+        assert one.busiest_use == pytest.approx(other.busiest_use, rel=1e-9)
+    counts = [{each.name: each.links for each in run.links} for run in (case.healthy, unfolded.failed)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("collective", "rounds"), [("all-gather", 1), ("reduce-scatter", 1), ("all-reduce", 2), ("tree-all-reduce", 2)]
+)
+def test_bus_bandwidth_is_nccl_tests(collective: str, rounds: int) -> None:
+    (case,) = answer_to("mpft", gpus=32, collective=collective, routing="static").cases
+    assert case.healthy.algorithm_bandwidth == pytest.approx(GIB / case.healthy.seconds)
+    assert case.healthy.bus_bandwidth == pytest.approx(rounds * 31 / 32 * GIB / case.healthy.seconds)
+    # Eight rings leave a node through eight NICs, so no NIC bounds them to less than NVLink does.
+    assert case.healthy.bus_bandwidth < 8 * 40e9
+
+
+def test_busy_links_are_those_that_carry_the_bytes() -> None:
+    """NICs send 56 of 64 parts at 40 GB/s; NVLink takes 7, and 7/8 of 56 to be forwarded, at 160 GB/s."""
+    (case,) = answer_to("mpft").cases
+    uses = {each.name: each for each in case.healthy.links}
+    part, seconds = GIB / 64, case.healthy.seconds
+    assert case.healthy.links[0].name in ("GPU to leaf", "leaf to GPU")
+    assert uses["GPU to leaf"].mean_use == pytest.approx(56 * part / 40e9 / seconds)
+    assert uses["GPU to NVLink hub"].busiest_use == pytest.approx((7 + 7 / 8 * 56) * part / 160e9 / seconds)
+    assert uses["GPU to leaf"].links == uses["GPU to NVLink hub"].links == 64
+    assert "spine to leaf" not in uses  # eight nodes are on the same leaves
+    assert uses["GPU to leaf"].busiest_name.startswith("GPU ") and " of plane " in uses["GPU to leaf"].busiest_name
+
+
+def test_small_messages_are_latency() -> None:
+    (case,) = answer_to("mpft", size=0.0).cases
+    assert case.healthy.latency_share == 1 and case.healthy.bus_bandwidth == 0
+    assert case.healthy.seconds == pytest.approx((2.8 + 3.33) * 1e-6)  # [ISCA Table 5]: one leaf, after NVLink
+    assert "$" in text_of(answer_to("mpft", size=0.0))
+
+
+def test_one_of_eight_planes_takes_an_eighth() -> None:
+    (case,) = answer_to("mpft", gpus=512, failures=("plane:3",)).cases
+    assert case.failed is not None and not case.failed.is_folded
+    assert case.bandwidth_lost == pytest.approx(1 / 8, abs=0.003)
+    assert case.time_added == pytest.approx(1 / 7, abs=0.003)
+    assert case.failed.bus_bandwidth == pytest.approx(case.healthy.bus_bandwidth * (1 - case.bandwidth_lost))
+
+
+def test_a_failure_takes_the_longer_the_later_routes_avoid_it() -> None:
+    """And nothing at all where it comes too late, which is said."""
+    times = []
+    for failure, wait in (("plane:3", 0.0), ("plane:3@0.01", 0.0), ("plane:3@0.01", 0.5), ("plane:3@9", 0.0)):
+        answer = answer_to("mpft", failures=(failure,), reroute_seconds=wait)
+        (case,) = answer.cases
+        assert case.failed is not None
+        times.append(case.failed.seconds)
+    at_once, soon, waited, late = times
+    assert late < soon < at_once < waited
+    assert waited > 0.5
+    assert case.time_added == 0 and "1 of 1 failures came only when all had arrived" in text_of(answer)
+
+
+def test_what_is_cut_off_is_named_and_has_no_bandwidth(tmp_path: Path) -> None:
+    file = tmp_path / "alone.toml"
+    file.write_text('like = "ft2"\nname = "alone"\nsource = "one GPU a node"\nendpoints = 64\ngpus_per_node = 1\n')
+    answer = answer_to(str(file), failures=("nic:17",))
+    (case,) = answer.cases
+    assert case.failed is not None and not case.failed.is_complete
+    assert case.failed.cut_off.flows == 2 * 63 and case.failed.cut_off.gpus == (17,)
+    assert case.failed.cut_off.delivered_share == pytest.approx(62 / 64)
+    assert case.bandwidth_lost is None and case.failed.bus_bandwidth == 0
+    text = text_of(answer)
+    assert "126 flows are cut off, of GPU 17; 96.88% of the bytes arrived" in text
+    assert "not delivered" in text and "inf" not in text and "nan" not in text.lower()
+
+
+def test_side_by_side_with_price() -> None:
+    answer = answer_to("mpft", "ft3", gpus=256, failures=("switch:0",))
+    ((title, header, rows),) = ask_report.tables(answer)
+    assert "switch:0" in title and len(rows) == 2 and all(len(row) == len(header) for row in rows)
+    for case in answer.cases:
+        priced = bill(build(load_fabric(case.fabric)))
+        rate = case.healthy.bus_bandwidth * priced.endpoints
+        assert answer.dollars_per_rate(case) == pytest.approx(priced.dollars_per_rate(rate))
+    assert any("prices" in line and "unverified" in line for line in ask_report.notes(answer))
+    assert sum("prices" in line for line in ask_report.notes(answer)) == 1
+
+
+def test_json_is_plain_and_seeds_repeat() -> None:
+    asked = {"routing": "ecmp", "queue_pairs": 2, "random_failures": ("2%",), "seed": 3}
+    one, other = (json.loads(json.dumps(ask_report.as_json(answer_to("mrft", **asked)))) for _ in range(2))
+    assert one == other
+    (case,) = one["cases"]
+    assert 0 < case["bandwidth_lost"] < 1 and case["failed"]["cut_off"]["flows"] == 0
+    assert one["question"]["random_failures"] == ["2%"]
+    assert one["fabrics"][0]["dollars_per_endpoint"] == pytest.approx(case["dollars_per_endpoint"])
+
+
+@pytest.mark.parametrize(
+    ("fabric", "changes", "message"),
+    [
+        ("mpft", {"routing": "ecmp"}, r"16384 GPUs of mpft is 268,435,456 flows and would need about 4\d\.\d GiB"),
+        ("ft3", {}, r"65536 GPUs of ft3 .* more than 4: --gpus 2048 can be simulated"),
+        ("dragonfly", {"collective": "all-gather"}, "all-gather among 261632 GPUs of dragonfly"),
+        ("ft2", {"routing": "ecmp", "queue_pairs": 64}, "2048 GPUs of ft2"),
+    ],
+)
+def test_what_is_too_large_is_refused_at_once(fabric: str, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        answer_to(fabric, gpus=None, **changes)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fabric", "gpus", "flows", "policy", "is_rerouted", "measured"),
+    [
+        ("ft2", 2048, 2048**2, Ecmp(), False, 0.738),  # GiB above what one small run takes
+        ("ft2", 1024, 1024**2, Ecmp(queue_pairs=16), False, 1.20),
+        ("ft3", 2048, 2048**2, Adaptive(), False, 0.739),
+        ("mpft", 1024, 1024**2, Adaptive(), True, 0.356),
+        ("ft3", 16384, 16384 * 8, Ecmp(), False, 1.56),
+    ],
+)
+def test_memory_is_what_was_measured(
+    fabric: str, gpus: int, flows: int, policy: Adaptive | Ecmp, is_rerouted: bool, measured: float
+) -> None:
+    needed = needed_bytes(build(load_fabric(fabric)), gpus, flows, policy, is_rerouted) / 2**30
+    assert 0.75 * measured < needed < 2.5 * measured
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_a_sweep_is_drawn(tmp_path: Path, suffix: str) -> None:
+    picture = tmp_path / f"sweep{suffix}"
+    answer = answer_to("mpft", "mrft", sizes=(1e3, 1e6, 1e9), failures=("nic:3",))
+    ask_picture.draw(answer, picture)
+    assert picture.stat().st_size > 10_000
+    if suffix == ".svg":
+        drawn = picture.read_text("utf-8")
+        assert "mpft, 64 GPUs" in drawn and "mrft, 64 GPUs" in drawn and "dashed: nic:3" in drawn
+
+
+def test_pictures_that_cannot_be(tmp_path: Path) -> None:
+    swept = Question(fabrics=("mpft",), sizes=(1.0, 2.0))
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
+        ask_picture.check_picture(swept, tmp_path / "sweep.jpg")
+    with pytest.raises(ValueError, match="there is no folder"):
+        ask_picture.check_picture(swept, tmp_path / "none" / "sweep.png")
+    with pytest.raises(ValueError, match="add --sweep"):
+        ask_picture.check_picture(Question(fabrics=("mpft",), sizes=(1.0,)), tmp_path / "sweep.png")
+
+
+def test_most_gpus_that_are_named_are_few() -> None:
+    """However many are cut off."""
+    answer = answer_to("ft2", gpus=16, endpoints=64, failures=tuple(f"nic:{gpu}" for gpu in range(8)))
+    (case,) = answer.cases
+    assert case.failed is not None
+    assert case.failed.cut_off.flows == 2 * 8 * 8 and len(case.failed.cut_off.gpus) <= asking._NAMED
