@@ -54,6 +54,7 @@ def simulate(
         list[str] | None, typer.Option(help="plane:3, switch:40, nic:17 or link:123; with @SECONDS: from then on.")
     ] = None,
     fail_random: Annotated[list[str] | None, typer.Option(help="A share of the cables, such as 1%.")] = None,
+    trials: Annotated[int, typer.Option(help="Of --fail-random, with --seed, the one after it, ...")] = 1,
     reroute_seconds: Annotated[float, typer.Option(help="From a failure until routes avoid it.")] = 0.0,
     endpoints: Annotated[int | None, typer.Option(help="Build the fabrics for so many GPUs.")] = None,
     sweep: Annotated[str | None, typer.Option(help="1MiB..1GiB, 1MiB,64MiB, gpus=16..128 or gpus=16,2048.")] = None,
@@ -80,6 +81,7 @@ def simulate(
         seed=seed,
         failures=tuple(fail or ()),
         random_failures=tuple(fail_random or ()),
+        trials=trials,
         reroute_seconds=reroute_seconds,
         endpoints=endpoints,
     )

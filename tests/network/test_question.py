@@ -81,6 +81,8 @@ def test_sweeps_that_are_none(sweep: str, message: str) -> None:
         ({"queue_pairs": 4}, "queue_pairs = 4 is for routing ecmp"),
         ({"queue_pairs": 0, "routing": "ecmp"}, "at least 1"),
         ({"channels": 0}, "use 1 or more"),
+        ({"trials": 0}, "trials = 0: use 1"),
+        ({"trials": 3, "failures": ("plane:3",)}, "2 and more with --fail-random"),
         ({"seed": -1}, "use 0 or more"),
         ({"reroute_seconds": float("nan")}, "must be finite"),
     ],

@@ -1,9 +1,5 @@
 """Answers to a `Question`: a collective on each fabric, whole and with what fails, sizes and GPU counts one by one.
 
-    algorithm bandwidth  size / time                      bus bandwidth  that x (n - 1) / n, twice it for all-reduce
-    latency share        time of an empty message / time  price          of the whole fabric, per GPU and per GB/s of
-                                                                         bus bandwidth that a GPU gets
-
 All-to-all with sprayed packets, among all GPUs of some leaves and with nothing failing, is folded by symmetry
 (`network.symmetry`); everything else is simulated flow by flow. What would take more than about 4 GiB is refused before
 anything is run.
@@ -17,9 +13,10 @@ import numpy as np
 
 from dovetail.catalog.fabrics import resized
 from dovetail.network import demands
+from dovetail.network.answer import Answer, Case, CutOff, FabricSummary, Run
 from dovetail.network.delivery import Delivery, deliver
 from dovetail.network.flows import Flows
-from dovetail.network.link_use import LinkUse, link_uses
+from dovetail.network.link_use import link_uses
 from dovetail.network.memory import needed_bytes
 from dovetail.network.price import bill
 from dovetail.network.question import Question, build_fabrics, changes_of, check_gpus
@@ -32,65 +29,6 @@ MOST_BYTES = 4 * 2**30
 _NAMED = 8  # GPUs cut off that are named
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CutOff:
-    """What is never delivered; empty where all is."""
-
-    flows: int = 0
-    gpus: tuple[int, ...] = ()  # without which nothing would be cut off, as far as they are named
-    has_more_gpus: bool = False
-    delivered_share: float = 1.0  # of the bytes of the step in which it happened
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """One collective on one fabric in one state. Bandwidths are bytes/s, and 0 where it is not delivered."""
-
-    seconds: float  # until all that arrives has
-    latency_seconds: float
-    algorithm_bandwidth: float
-    bus_bandwidth: float
-    flows: int
-    is_folded: bool
-    links: tuple[LinkUse, ...]
-    cut_off: CutOff
-
-    @property
-    def is_complete(self) -> bool:
-        return not self.cut_off.flows
-
-    @property
-    def latency_share(self) -> float:
-        return self.latency_seconds / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One fabric, number of GPUs and size. `failed` is None where nothing fails."""
-
-    fabric: str
-    gpus: int
-    size: float  # bytes
-    healthy: Run
-    failed: Run | None
-    cables_lost: int
-    late_failures: int  # that came only when all had arrived
-
-    @property
-    def bandwidth_lost(self) -> float | None:
-        """Share of the bus bandwidth that failures take; None without any, and where something is cut off."""
-        if self.failed is None or not self.failed.is_complete or not self.healthy.bus_bandwidth:
-            return None
-        return 1 - self.failed.bus_bandwidth / self.healthy.bus_bandwidth
-
-    @property
-    def time_added(self) -> float | None:
-        """Share of the healthy time that failures add; None as above."""
-        if self.failed is None or not self.failed.is_complete or not self.healthy.seconds:
-            return None
-        return self.failed.seconds / self.healthy.seconds - 1
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
     """What is simulated for each size."""
@@ -98,40 +36,18 @@ class Job:
     question: Question
     fabric: Fabric
     gpus: int
-    changes: tuple[Change, ...]
+    trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
     folded_as: Fabric | None  # whose classes of GPUs are those of the job; None: flow by flow
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FabricSummary:
-    """What does not depend on size and GPUs."""
-
-    name: str
-    endpoints: int
-    dollars_per_endpoint: float
-    price_basis: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    question: Question
-    fabrics: tuple[FabricSummary, ...]
-    cases: tuple[Case, ...]  # fabric by fabric
-
-    def dollars_per_rate(self, case: Case) -> float | None:
-        """Dollars per GB/s of bus bandwidth of all GPUs, each having as much as those that take part; None for 0."""
-        rate = case.healthy.bus_bandwidth
-        return self.summary(case).dollars_per_endpoint / rate * 1e9 if rate else None
-
-    def summary(self, case: Case) -> FabricSummary:
-        return next(each for each in self.fabrics if each.name == case.fabric)
 
 
 def ask(question: Question) -> Answer:
     """Simulate all that is asked. Raises ValueError, one line, for what `question` has wrong, and for what would need
     more than 4 GiB of memory."""
     fabrics = build_fabrics(question)
-    changes = [changes_of(question, fabric) for fabric in fabrics]
+    changes = [
+        [changes_of(question, fabric, trial) for trial in range(question.trials if question.has_failures else 0)]
+        for fabric in fabrics
+    ]
     jobs = [
         _job(question, fabric, check_gpus(fabric, gpus), failing)
         for fabric, failing in zip(fabrics, changes, strict=True)
@@ -151,28 +67,27 @@ def _summary(fabric: Fabric) -> FabricSummary:
     )
 
 
-def _job(question: Question, fabric: Fabric, gpus: int, changes: tuple[Change, ...]) -> Job:
+def _job(question: Question, fabric: Fabric, gpus: int, trials: list[tuple[Change, ...]]) -> Job:
     """Raises ValueError for more memory than is allowed."""
     folds = question.collective == "all-to-all" and question.routing == "adaptive"
     folded_as = _folds_as(fabric, gpus) if folds else None
-    job = Job(question=question, fabric=fabric, gpus=gpus, changes=changes, folded_as=folded_as)
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, folded_as=folded_as)
     _check_memory(job)
     return job
 
 
 def _folds_as(fabric: Fabric, gpus: int) -> Fabric | None:
     """A fabric of `gpus` whose GPUs are alike just where the first `gpus` of this one are; None where there is none."""
+    alike = classes_of(fabric).gpu_class
+    if gpus % fabric.gpus_per_node or len(np.unique(alike[:gpus])) == gpus:
+        return None
     if gpus == fabric.endpoints:
         return fabric
-    if gpus % fabric.gpus_per_node:
-        return None
     try:
         smaller = build(resized(fabric.spec, endpoints=gpus))
     except ValueError:
         return None
-    if fabric.planes != smaller.planes or fabric.gpus_per_node != smaller.gpus_per_node:
-        return None
-    alike, alike_there = classes_of(fabric).gpu_class, classes_of(smaller).gpu_class
+    alike_there = classes_of(smaller).gpu_class
     is_whole = not np.isin(alike[gpus:], alike[:gpus]).any()
     pairs = len(np.unique(np.column_stack([alike[:gpus], alike_there]), axis=0))
     is_same = pairs == len(np.unique(alike[:gpus])) == len(np.unique(alike_there))
@@ -181,7 +96,7 @@ def _folds_as(fabric: Fabric, gpus: int) -> Fabric | None:
 
 def _check_memory(job: Job) -> None:
     flows = _flows(job, job.gpus)
-    if job.folded_as is not None and not job.changes:
+    if job.folded_as is not None and not job.trials:
         flows = len(np.unique(classes_of(job.folded_as).gpu_class)) ** 2
     needed, fitting = _needed(job, job.gpus, flows), job.gpus
     if needed <= MOST_BYTES:
@@ -204,15 +119,16 @@ def _flows(job: Job, gpus: int) -> int:
 
 
 def _needed(job: Job, gpus: int, flows: int) -> float:
-    is_rerouted = any(change.seconds > 0 for change in job.changes)
+    is_rerouted = any(change.seconds > 0 for changes in job.trials for change in changes)
     return needed_bytes(job.fabric, gpus, flows, job.question.policy, is_rerouted)
 
 
 def _case(job: Job, size: float) -> Case:
     healthy = _folded(job, size) if job.folded_as is not None else _simulated(job, size, ())
-    failed = _simulated(job, size, job.changes) if job.changes else None
-    lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in job.changes)]) // 2)
-    end = failed.seconds if failed is not None and failed.is_complete else np.inf
+    failed = tuple(_simulated(job, size, changes) for changes in job.trials)
+    first = job.trials[0] if job.trials else ()
+    lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in first)]) // 2)
+    end = failed[0].seconds if failed and failed[0].is_complete else np.inf
     return Case(
         fabric=job.fabric.name,
         gpus=job.gpus,
@@ -220,7 +136,7 @@ def _case(job: Job, size: float) -> Case:
         healthy=healthy,
         failed=failed,
         cables_lost=len(lost),
-        late_failures=sum(change.seconds >= end for change in job.changes),
+        late_failures=sum(change.seconds >= end for change in first),
     )
 
 
@@ -270,7 +186,8 @@ def _delivered_share(delivery: Delivery) -> float:
 
 def _cut_off(flows: Flows, delivered_share: float) -> CutOff:
     """The GPU with most flows that are cut off first, then that of those left."""
-    left, named = flows, []
+    left = flows
+    named: list[int] = []
     while len(left) and len(named) < _NAMED:
         worst = int(np.argmax(np.bincount(np.concatenate([left.source, left.destination]))))
         named.append(worst)

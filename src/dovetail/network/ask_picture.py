@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dovetail.network.ask import Answer, Case
+from dovetail.network.answer import Answer, Case
 from dovetail.network.ask_report import size_text
 from dovetail.network.question import Question, changes_text
 
@@ -45,10 +45,10 @@ def draw(answer: Answer, picture: Path) -> None:
             ink = INKS[index % len(INKS)]
             places = [_place(case, by_size) for case in cases]
             whole = [case.healthy.bus_bandwidth / 1e9 for case in cases]
-            width = 1.6 + 2.2 * min(len(lines) - 1 - index, 3)  # so that equal lines are seen below each other
+            width = 1.6 + 1.4 * min(len(lines) - 1 - index, 3)  # so that equal lines are seen below each other
             axes.plot(places, whole, color=ink, linewidth=width, marker="o", markersize=4, label=label)
             if fails:
-                left = [case.failed.bus_bandwidth / 1e9 if case.failed else 0.0 for case in cases]
+                left = [_mean([run.bus_bandwidth / 1e9 for run in case.failed]) for case in cases]
                 axes.plot(places, left, color=ink, linewidth=width, linestyle="--")
         places = sorted({_place(case, by_size) for case in answer.cases})
         shown = places[:: -(-len(places) // _TICKS)]
@@ -67,3 +67,7 @@ def draw(answer: Answer, picture: Path) -> None:
 
 def _place(case: Case, by_size: bool) -> float:
     return case.size if by_size else float(case.gpus)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

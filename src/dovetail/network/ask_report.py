@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from dovetail.network.ask import Answer, Case, CutOff, Run
+from dovetail.network.answer import Answer, Case, CutOff, Run, Spread
 from dovetail.network.question import UNITS, changes_text
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
@@ -28,9 +28,10 @@ def notes(answer: Answer) -> list[str]:
         if case.late_failures:
             late = f"{case.late_failures} of {len(answer.question.failures + answer.question.random_failures)} failures"
             lines.append(f"{_where(case)}: {late} came only when all had arrived")
-        for run in (case.healthy, case.failed):
-            if run is not None and not run.is_complete:
-                lines.append(f"{_where(case)}: {_cut_off_text(run.cut_off)}")
+        broken = [(trial, run.cut_off) for trial, run in enumerate(case.failed) if not run.is_complete]
+        for trial, cut in broken[:1]:
+            number = f", seed {answer.question.seed + trial}" if len(case.failed) > 1 else ""
+            lines.append(f"{_where(case)}{number}: {_cut_off_text(cut)}")
     lines.append(
         "bus bandwidth as nccl-tests has it, GB/s of 10^9 bytes per GPU; use: share of what a link could carry"
     )
@@ -45,8 +46,9 @@ def as_json(answer: Answer) -> dict[str, Any]:
         asdict(case)
         | {
             "latency_share": case.healthy.latency_share,
-            "bandwidth_lost": case.bandwidth_lost,
-            "time_added": case.time_added,
+            "bandwidth_lost": asdict(case.bandwidth_lost) if case.bandwidth_lost else None,
+            "time_added": asdict(case.time_added) if case.time_added else None,
+            "trials_cut_off": case.num_cut_off,
             "dollars_per_endpoint": answer.summary(case).dollars_per_endpoint,
             "dollars_per_gb_per_second": answer.dollars_per_rate(case),
         }
@@ -56,7 +58,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def _in_full(answer: Answer, case: Case) -> Table:
-    runs = [case.healthy] if case.failed is None else [case.healthy, case.failed]
+    runs = [case.healthy, *case.failed[:1]]
     rows: list[tuple[str, ...]] = [
         ("time", *(_time(run) for run in runs)),
         ("algorithm bandwidth", *(_rate(run, run.algorithm_bandwidth) for run in runs)),
@@ -65,7 +67,7 @@ def _in_full(answer: Answer, case: Case) -> Table:
         ("its share of the time", *(f"{run.latency_share:.2%}" for run in runs)),
         ("flows simulated", *(f"{run.flows:,}" for run in runs)),
     ]
-    if case.failed is not None:
+    if case.failed:
         rows += [
             ("cables lost", "0", f"{case.cables_lost:,}"),
             ("bandwidth lost", "", _loss(case, case.bandwidth_lost)),
@@ -74,14 +76,15 @@ def _in_full(answer: Answer, case: Case) -> Table:
     money = dollars_text(answer.summary(case).dollars_per_endpoint), dollars_text(answer.dollars_per_rate(case))
     blank = ("",) * (len(runs) - 1)
     rows += [("price per GPU of the fabric", money[0], *blank), ("price per GB/s", money[1], *blank)]
-    header = ("", ">whole") if case.failed is None else ("", ">whole", f">{changes_text(answer.question)}")
+    failing = f">{changes_text(answer.question)}" + (", first trial" if len(case.failed) > 1 else "")
+    header = ("", ">whole", failing) if case.failed else ("", ">whole")
     total = answer.summary(case).endpoints
     title = f"{_asked(answer)}: {size_text(case.size)} on {case.gpus:,} of {total:,} GPUs of {case.fabric}"
     return title, header, rows
 
 
 def _links(case: Case) -> Table:
-    run, state = (case.healthy, "") if case.failed is None else (case.failed, ", with what fails")
+    run, state = (case.failed[0], ", with what fails") if case.failed else (case.healthy, "")
     rows: list[tuple[str, ...]] = [
         (
             each.name,
@@ -151,10 +154,18 @@ def _rate(run: Run, rate: float) -> str:
     return f"{rate / 1e9:.2f} GB/s" if run.is_complete else "-"
 
 
-def _loss(case: Case, share: float | None) -> str:
-    if case.failed is not None and not case.failed.is_complete:
-        return "cut off"
-    return "-" if share is None else f"{share:.2%}"
+def _loss(case: Case, share: Spread | None) -> str:
+    trials = len(case.failed)
+    if share is None:
+        return "cut off" if case.num_cut_off else "-"
+    text = _share(share.mean)
+    if trials > 1:
+        text += f" ({_share(share.low)} to {_share(share.high)})"
+    return text + (f", cut off in {case.num_cut_off} of {trials}" if case.num_cut_off else "")
+
+
+def _share(share: float) -> str:
+    return f"{share:.2%}" if share < 10 else f"{1 + share:,.1f}-fold"
 
 
 def _cut_off_text(cut: CutOff) -> str:

@@ -36,6 +36,7 @@ class Question:
     seed: int = 0  # of ECMP's hash and of what fails at random
     failures: tuple[str, ...] = ()
     random_failures: tuple[str, ...] = ()  # such as 1%
+    trials: int = 1  # of random failures, with seed, seed + 1, ...
     reroute_seconds: float = 0.0  # from a failure until routes avoid it
     endpoints: int | None = None  # build the fabrics for so many GPUs; None: as in the catalog
 
@@ -51,6 +52,8 @@ class Question:
             raise ValueError(f"queue_pairs = {self.queue_pairs} is for routing ecmp, not {self.routing}: leave it out")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels = {self.channels}: use 1 or more")
+        if self.trials < 1 or (self.trials > 1 and not self.random_failures):
+            raise ValueError(f"trials = {self.trials}: use 1, or 2 and more with --fail-random")
         if self.seed < 0:
             raise ValueError(f"seed = {self.seed}: use 0 or more")
         if not 0 <= self.reroute_seconds < np.inf:
@@ -153,8 +156,8 @@ def check_gpus(fabric: Fabric, gpus: int | None) -> int:
     return count
 
 
-def changes_of(question: Question, fabric: Fabric) -> tuple[Change, ...]:
-    """What fails on this fabric, and when. Raises ValueError for parts that it does not have."""
+def changes_of(question: Question, fabric: Fabric, trial: int = 0) -> tuple[Change, ...]:
+    """What fails on this fabric in one trial, and when. Raises ValueError for parts that it does not have."""
     found = [parse_failure(text, fabric) for text in question.failures]
     for number, text in enumerate(question.random_failures):
         share, at, time = text.partition("@")
@@ -164,7 +167,8 @@ def changes_of(question: Question, fabric: Fabric) -> tuple[Change, ...]:
             percent = seconds = np.nan
         if not (share.strip().endswith("%") and 0 <= percent <= 100 and 0 <= seconds < np.inf):
             raise ValueError(f"--fail-random {text}: expected a share of the cables in percent, such as 1% or 1%@0.5")
-        found.append(Change(seconds=seconds, links=random_links(fabric, percent / 100, question.seed + number)))
+        seed = question.seed + trial * len(question.random_failures) + number
+        found.append(Change(seconds=seconds, links=random_links(fabric, percent / 100, seed)))
     return tuple(found)
 
 

@@ -15,7 +15,8 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from dovetail.config import Record
-from dovetail.spec.measurements import Estimate, Link
+from dovetail.spec.hardware import Link
+from dovetail.spec.measurements import Estimate
 
 Kind = Literal["fat-tree", "slim-fly", "dragonfly"]
 ONLY_FOR: dict[str, Kind] = {

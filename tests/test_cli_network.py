@@ -1,0 +1,129 @@
+"""`dovetail network` from the shell: streams, exit codes, start-up, no torch."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import dovetail
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dovetail.__file__).parents[1]), "COLUMNS": "100"}
+SIMULATE = ("simulate", "--fabric", "mpft", "--gpus", "64")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dovetail", "network", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=False)
+
+
+def test_help_answers_in_half_a_second() -> None:
+    seconds = []
+    for _ in range(5):  # the best of five: the machine may be busy
+        start = time.perf_counter()
+        done = run("simulate", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0 and "Usage:" in done.stdout
+        if seconds[-1] < 0.5:
+            break
+    assert min(seconds) < 0.5
+
+
+def test_options_are_these() -> None:
+    """A new one is a decision."""
+    help_text = run("simulate", "--help").stdout.partition("Options:")[2]
+    options = [word for line in help_text.splitlines() for word in line.split()[:1] if word.startswith("--")]
+    assert options == [
+        *("--fabric", "--size", "--gpus", "--collective", "--routing", "--queue-pairs", "--channels", "--seed"),
+        *(
+            "--fail",
+            "--fail-random",
+            "--trials",
+            "--reroute-seconds",
+            "--endpoints",
+            "--sweep",
+            "--picture",
+            "--json",
+            "--help",
+        ),
+    ]
+
+
+def test_simulating_never_loads_torch() -> None:
+    lines = (
+        "import sys",
+        "from dovetail import cli",
+        f"sys.argv = {['dovetail', 'network', *SIMULATE]!r}",
+        "try: cli.main()",
+        "except SystemExit as done: assert not done.code",
+        "assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], env=ENVIRONMENT, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_show_prints_and_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "mpft.svg"
+    done = run("show", "mpft", "--endpoints", "2048", "--svg", str(picture))
+    assert done.returncode == 0 and str(picture) in done.stderr
+    assert "2,048 GPUs in 256 nodes of 8" in done.stdout and "GPU i on plane i mod 8" in done.stdout
+    assert ElementTree.parse(picture).getroot().tag.endswith("svg")
+    assert json.loads(run("show", "mpft", "--json").stdout)["switches"] == 768
+
+
+def test_simulate_prints_time_links_and_price() -> None:
+    done = run(*SIMULATE, "--size", "1GiB")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in (
+        "time",
+        "23.49 ms",
+        "bus bandwidth",
+        "latency",
+        "GPU to leaf",
+        "link:",
+        "price per GB/s",
+        "unverified",
+    ):
+        assert text in done.stdout
+
+
+def test_failures_and_fabrics_side_by_side_as_json() -> None:
+    done = run(*SIMULATE, "--fabric", "mrft", "--fail", "nic:3", "--fail-random", "0%", "--json")
+    cases = json.loads(done.stdout)["cases"]
+    assert [case["fabric"] for case in cases] == ["mpft", "mrft"]
+    assert all(0.1 < case["bandwidth_lost"]["mean"] < 0.2 and case["cables_lost"] == 1 for case in cases)
+
+
+def test_a_sweep_has_a_row_for_each_size_and_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "sweep.png"
+    done = run(*SIMULATE, "--sweep", "1MiB..4MiB", "--picture", str(picture))
+    assert done.returncode == 0 and str(picture) in done.stderr
+    for text in ("1 MiB", "2 MiB", "4 MiB"):
+        assert text in done.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "mpff"), "dovetail: no fabric 'mpff'"),
+        (("show", "mpft", "--endpoints", "1001"), "use 1000 or 1008"),
+        (("show", "mpft", "--svg", "nowhere/at/all.svg"), "nowhere/at/all.svg"),
+        ((*SIMULATE, "--size", "1024"), "has no unit: write 1024B"),
+        ((*SIMULATE, "--size=-1GiB"), "not negative"),
+        ((*SIMULATE, "--collective", "alltoall"), "did you mean all-to-all"),
+        ((*SIMULATE, "--routing", "adptive"), "did you mean adaptive"),
+        ((*SIMULATE, "--fail", "plan:3"), "did you mean plane"),
+        ((*SIMULATE, "--picture", "sweep.png"), "add --sweep"),
+        (("simulate", "--fabric", "ft2", "--gpus", "4096"), "ft2 has 2048"),
+        (("simulate", "--fabric", "ft3"), "would need about"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
