@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dovetail.catalog.hardware import load_cluster
-from dovetail.planner import html, measured, report
+from dovetail.planner import html, measured, plain, report
 from dovetail.planner.figures import explanation, find_figure
 from dovetail.planner.request import Answer, Request, amount, answer, whole
 from dovetail.planner.training_figures import figures
@@ -90,7 +90,7 @@ def test_operations_of_a_layer_are_the_stage(training):
 
 def test_memory_is_that_of_its_parts(training):
     figure = find_figure(training.choices[0].figures(), "memory")
-    parts = [float(each.value.split()[0]) for each in figure.inputs if each.name not in ("on the host", "GPU")][:7]
+    parts = [float(each.value.split()[0]) for each in figure.inputs[:7]]
     assert sum(parts) == pytest.approx(figure.band.value, abs=0.05)
 
 
@@ -162,12 +162,18 @@ def test_a_cluster_that_is_too_small_for_both_pools_says_so():
 
 def test_json_is_plain_and_whole(training, serving):
     for answered, key in ((training, "step_time"), (serving, "pools")):
-        record = json.loads(json.dumps(report.as_json(answered)))
+        record = json.loads(json.dumps(plain.as_json(answered)))
         (plan,) = record["plans"]
         figure = plan["figures"][key]
         assert figure["low"] <= figure["value"] <= figure["high"]
         assert plan["figures"].keys() == {each.key for each in answered.choices[0].figures()}
-    assert report.as_json(training)["plans"][0]["layout"]["pp"] == 16
+    assert plain.as_json(training)["plans"][0]["layout"]["pp"] == 16
+
+
+def test_an_explanation_is_data_too(training):
+    (found,) = json.loads(json.dumps(plain.explained_json(training, "mfu")))
+    assert found["key"] == "mfu" and found["unit"] == "%" and "TFLOPS" in found["formula"]
+    assert [each["name"] for each in found["inputs"]] == ["FLOP per token", "peak"]
 
 
 def test_markdown_tables_are_tables(training):

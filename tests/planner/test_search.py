@@ -12,7 +12,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.planner.chunks import Workload
 from dovetail.planner.search import Candidate, Found, compared, layouts, pareto_front, search, search_all
-from dovetail.planner.training import RUNTIME_BYTES, StepUses, TrainingGoal, TrainingPlan, evaluate
+from dovetail.planner.training import StepUses, TrainingGoal, TrainingPlan, evaluate
 from dovetail.planner.vary import Choices
 from dovetail.spec.layout import Layout
 
@@ -150,7 +150,7 @@ def test_where_nothing_fits_the_smallest_is_named() -> None:
     work = replace(LITE, spec=load_model("deepseek-v3"))
     found = search(work, GOAL, choices=Choices(microbatch_size=(1,)))
     assert found.plans == () and found.front == () and found.fitting == 0 < found.tried
-    assert found.smallest and found.smallest.memory + RUNTIME_BYTES > NODE.gpu.memory_bytes
+    assert found.smallest and found.smallest.memory > NODE.gpu.usable_bytes
     whole = evaluate(found.smallest.work, GOAL)
     assert whole.largest_memory.total == found.smallest.memory and not whole.fits
     others = [evaluate(replace(work, layout=layout), GOAL) for layout in layouts(work.spec, 8, 8, 32, Choices(pp=(8,)))]

@@ -22,10 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from dovetail.config import Record, near_matches, read_toml, validate
-from dovetail.spec.hardware import Cluster, Efficiency, Gpu, PeakTflops
+from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, PeakTflops
 from dovetail.spec.measurements import (
     AttentionKind,
     AttentionSweep,
@@ -65,6 +65,7 @@ class GpuFile(Record):
     source: str = Field(min_length=1)
     peak_tflops: PeakTflops
     memory_bytes: PositiveFloat
+    runtime_bytes: NonNegativeFloat = RUNTIME_BYTES
     bandwidth_gbs: PositiveFloat
     multiprocessors: PositiveInt
     price_per_hour: Estimate | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dovetail.planner.decode import DecodePlan
 from dovetail.planner.figures import Figure, Input, number
 from dovetail.planner.limits import SpeedLimit
-from dovetail.planner.prefill import RUNTIME_BYTES, PrefillPlan
+from dovetail.planner.prefill import PrefillPlan
 from dovetail.planner.serving import ServingPlan
 from dovetail.planner.serving_pieces import KERNEL_SOURCE, TimedOp, Work, timed_ends, timed_layer
 from dovetail.spec.band import Band
@@ -73,7 +73,7 @@ def decode_figures(plan: DecodePlan) -> tuple[Figure, ...]:
     context = Input(name="context", value=f"{goal.mean_context:,.0f}", source="goal.context")
     gpus = plan.work.cluster.gpus_per_node
     rate = f"{plan.requests} x {goal.tokens_per_step:g} / {number(step.value)} s"
-    free = plan.work.cluster.gpu.memory_bytes - memory.weights - memory.buffers - RUNTIME_BYTES
+    free = plan.work.cluster.gpu.usable_bytes - memory.weights - memory.buffers
     fits = f"{free:.4g} B / ({goal.mean_context:,.0f} tokens x {memory.cache_per_token:,} B)"
     found = [
         Figure(
