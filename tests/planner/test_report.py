@@ -103,6 +103,33 @@ def test_every_figure_has_a_key_of_its_own_and_an_explanation(name, request):
         assert figure.key in lines[0] and lines[1].startswith("  = ") and len(lines[1]) > 5
 
 
+def worked_out(formula: str) -> float:
+    """What a formula's numbers come to, without its words."""
+    bare = re.sub(r"\([a-z][^)]*\)", "", formula.replace(" x ", " * ").replace("10^6", "1e6").replace(",", ""))
+    return eval(re.sub(r"\$?/h|[A-Za-z-]*[A-Za-df-z][A-Za-z-]*(/[a-z]+)?|\$", "", bare))
+
+
+@pytest.mark.parametrize(
+    ("scale", "keys"),
+    [
+        (1.0, ("prefill.step_seconds", "prefill.computed_node", "prefill.input_node")),
+        (1.0, ("prefill.ttft", "prefill.weights")),
+        (1e-6, ("prefill.experts", "prefill.dense_layers", "prefill.embedding_and_head")),
+        (1e-3, ("decode.experts", "decode.kernels_of_exchanges", "decode.dense_layers", "decode.embedding_and_head")),
+        (1e3, ("decode.tokens_node", "decode.speed")),  # per ms
+        (1.0, ("decode.step_seconds", "decode.weights", "decode.tpot", "pools", "dollars_input", "dollars_output")),
+        (1e-9, ("decode.cache",)),
+        (1e-3, ("limit.tpot", "limit.tpot_latency")),
+    ],
+)
+def test_formulas_of_serving_come_to_their_figures(serving, scale, keys):
+    found = serving.choices[0].figures()
+    for key in keys:
+        figure = find_figure(found, key)
+        assert worked_out(figure.formula) * scale == pytest.approx(figure.band.value, rel=3e-3), figure.formula
+        assert all(each.source for each in figure.inputs)
+
+
 def test_operations_name_who_measured_them(training):
     for key in ("dispatch", "combine", "experts", "attention_backward", "optimizer"):
         figure = find_figure(training.choices[0].figures(), key)

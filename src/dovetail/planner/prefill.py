@@ -76,6 +76,11 @@ class PrefillPlan:
         return math.ceil(self.goal.computed_per_prompt / self.tokens_per_step)
 
     @property
+    def sampled(self) -> float:
+        """Prompts whose last token the head sees in a step."""
+        return max(1.0, self.tokens_per_step / self.goal.computed_per_prompt)
+
+    @property
     def transfer_seconds(self) -> Band:
         """A prompt's latents to the pool that decodes, over one GPU's link."""
         return send_time(self.goal.prompt * self.memory.cache_per_token, self.work.cluster).seconds
