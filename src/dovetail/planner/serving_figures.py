@@ -34,7 +34,8 @@ def prefill_figures(plan: PrefillPlan) -> tuple[Figure, ...]:
     )
     step_input = Input(name="step", value=f"{number(step.value)} s", source="explain prefill.step_seconds")
     rate, missed = f"{plan.tokens_per_step:,} / {number(step.value)} s", f"(1 - {goal.cache_hit:g})"
-    ttft = f"({plan.steps_per_prompt} + 1/2) x {number(step.value)} + {number(plan.transfer_seconds.value)} (latents to the decoders)"
+    sent = f"{number(plan.transfer_seconds.value)} (latents to the decoders)"
+    ttft = f"({plan.steps_per_prompt} + 1/2) x {number(step.value)} + {sent}"
     found = [
         _step(plan, "prefill", "a step of reading prompts", "s", 1.0, (tokens, _multiprocessors(plan))),
         *use_figures(plan, "prefill", "s", 1.0),
