@@ -174,6 +174,23 @@ def test_equal_ranks_are_one_row(training):
     assert table.rows[1][-1] == "15 + 2 .. 2 + 15"
 
 
+def test_a_gpu_without_a_runtime_has_all_of_its_memory(small):
+    (choice,) = small.choices
+    plan = choice.plan
+    gpu = plan.work.cluster.gpu.model_copy(update={"runtime_bytes": 0.0})
+    cluster = plan.work.cluster.model_copy(update={"gpu": gpu})
+    bare = replace(choice, cluster=cluster, plan=replace(plan, work=replace(plan.work, cluster=cluster)))
+    memory = find_figure(bare.figures(), "memory")
+    assert memory.band.value == pytest.approx(value(small, "memory") - 2) == plan.largest_memory.total / 1e9
+    assert "runtime" not in report.memory_table(bare.plan).title
+
+
+def test_both_pools_say_whose_efficiency_they_borrow():
+    request = Request(**SERVE | {"clusters": ["h800-2048"], "decode_cluster": "gb200-nvl72"})
+    rows = report.tables(answer(request))[0].rows
+    assert ("efficiency", "nobody measured gb200: shares are those of h800, in a wider band") in rows
+
+
 def test_clusters_stand_side_by_side():
     answered = answer(Request(**{**SERVE, "clusters": ["h800-2048", "h200-node"]}))
     (table,) = report.tables(answered)

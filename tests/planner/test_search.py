@@ -95,6 +95,21 @@ def test_pareto_front_of_random_candidates(seed: int) -> None:
     assert len({measures(one) for one in front}) == len(front)
 
 
+def test_of_equally_fast_layouts_the_one_with_less_memory_is_first() -> None:
+    """Nothing is exchanged on one rank, so DualPipeV's overlap gains nothing over 1F1B."""
+    work = Workload(
+        spec=load_model("104m"),
+        cluster=load_cluster("h800-node"),
+        layout=Layout(),
+        recipe=load_recipe("bf16"),
+        sequence_length=1024,
+    )
+    only = Choices(pp=(1,), ep=(1,), tp=(1,), microbatch_size=(1,))
+    plans = search(work, TrainingGoal(batch=64), choices=only).plans
+    assert [plan.work.layout.schedule for plan in plans] == ["1f1b", "dualpipev"]
+    assert plans[0].step_seconds.value == pytest.approx(plans[1].step_seconds.value, rel=1e-12)
+
+
 def test_layouts_are_legal_and_different() -> None:
     each = list(layouts(LITE.spec, 8, 8, 32))
     assert len(set(each)) == len(each)

@@ -18,9 +18,9 @@ def why_none_fits(smallest: Candidate, batch: int) -> str:
     work, gpu = smallest.work, smallest.work.cluster.gpu
     layout, needed = work.layout, smallest.memory + gpu.runtime_bytes
     text = (
-        f"no layout of the {layout.gpus} GPUs fits in memory: pp = {layout.pp}, ep = {layout.ep}, tp = {layout.tp}, "
-        f"{layout.schedule} needs least, {needed / 1e9:.1f} GB on its fullest rank, and {gpu.name} has "
-        f"{gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
+        f"no layout of the {layout.gpus} GPUs of {work.cluster.name} fits in memory: pp = {layout.pp}, "
+        f"ep = {layout.ep}, tp = {layout.tp}, {layout.schedule} needs least, {needed / 1e9:.1f} GB on its fullest "
+        f"rank, and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
     )
     larger = fitting_layout(work, batch)
     remedies = []

@@ -252,9 +252,9 @@ def _others_table(choice: Choice, plan: TrainingPlan) -> Table:
     rows = []
     for other in choice.others[:OTHERS]:
         text = candidate_text(other.work)
-        slower = other.step_seconds.value / plan.step_seconds.value - 1
+        slower = max(0.0, other.step_seconds.value / plan.step_seconds.value - 1)  # not -0.0 %
         memory = (other.largest_memory.total + other.work.cluster.gpu.runtime_bytes) / 1e9
-        rows.append((text, f"{number(other.step_seconds.value)} s", f"{slower:+.1%}", f"{memory:.1f} GB"))
+        rows.append((text, shown(other.step_seconds, "s")[0], f"{slower:+.1%}", f"{memory:.1f} GB"))
     return Table(title="the next fastest", header=("", ">step", ">", ">memory"), rows=tuple(rows))
 
 

@@ -160,7 +160,7 @@ def _run(plan: TrainingPlan) -> Iterator[Figure]:
     steps = f"{plan.goal.tokens:.4g} / {plan.tokens_per_step:,} tokens x {number(plan.step_seconds.value)} s"
     run = Input(name="tokens", value=f"{plan.goal.tokens:.4g}", source="the goal; no restarts, evaluation or annealing")
     days = seconds / 86400
-    yield Figure(key="days", title="days", band=days, unit="days", formula=f"{steps} / 86,400", inputs=(run,))
+    yield Figure(key="days", title="wall clock", band=days, unit="days", formula=f"{steps} / 86,400", inputs=(run,))
     formula = f"{steps} x {plan.gpus:,} GPUs / 3,600"
     yield Figure(key="gpu_hours", title="GPU hours", band=hours, unit="hours", formula=formula, inputs=(run,))
     price = cluster.price_per_gpu_hour or cluster.gpu.price_per_hour
