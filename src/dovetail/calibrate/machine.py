@@ -28,7 +28,7 @@ from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in
 from dovetail.calibrate.work import Work, attention_work, launch_work, memory_work, product_work
 from dovetail.cost.ops import Gemm
 from dovetail.numerics.allocator import keep_freed_memory
-from dovetail.spec.hardware import Cluster, Efficiency, Gpu, Link, PeakTflops
+from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import write_bytes
 from dovetail.train.ranks import local_device, process_group, rank_and_world
@@ -115,6 +115,7 @@ def describe(works: Iterable[Work], times: dict[str, Times], device: torch.devic
         source=f"{source}; peaks are the fastest products, the bandwidth is that of a copy past the caches",
         peak_tflops=peak,
         memory_bytes=_memory_bytes(device),
+        runtime_bytes=RUNTIME_BYTES if device.type == "cuda" else 0.0,
         bandwidth_gbs=bandwidth / 1e9,
         multiprocessors=_multiprocessors(device),
         efficiency=efficiency,

@@ -20,11 +20,12 @@ from dovetail.cost.ops import BF16, FP32, Collective, Elementwise, Op
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 
-ADAM_BYTES = FP32 + 2 * (FP32 + 2 * BF16)  # gradient read; master and moments read and written
 
-
-def step_ops(spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096) -> tuple[Op, ...]:
-    """Of pipeline rank `rank`. Raises ValueError where attention is not MLA."""
+def step_ops(
+    spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096, moment_bytes: int = BF16
+) -> tuple[Op, ...]:
+    """Of pipeline rank `rank`; `moment_bytes` are those of an element of AdamW's moments. Raises ValueError where
+    attention is not MLA."""
     trained = [each for each in held_by_rank(spec, layout, rank, context) if each.has_gradient]
     by_replicas: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # elements, bytes as they compute
     for each in trained:
@@ -41,10 +42,11 @@ def step_ops(spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096
             if ranks > 1:
                 sums.append(_collective("reduce_scatter", FP32 * elements / part, ranks, apart))
                 gathers.insert(0, _collective("all_gather", weights / part, ranks, apart))
+    adam_bytes = FP32 + 2 * (FP32 + 2 * moment_bytes) + BF16  # master and moments are read and written
     return (
         *sums,
         _pass("gradient norm", FP32 * share),
-        _pass("AdamW", (ADAM_BYTES + BF16) * share),
+        _pass("AdamW", adam_bytes * share),
         *gathers,
         _pass("zero gradients", FP32 * held),
     )

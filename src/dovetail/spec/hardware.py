@@ -10,7 +10,7 @@ the step time or throughput of a whole system: those are for the planner to pred
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dovetail.config import Record
 from dovetail.spec.band import Band
@@ -27,6 +27,8 @@ from dovetail.spec.measurements import (
     GemmSweep,
     merged,
 )
+
+RUNTIME_BYTES = 2e9  # CUDA's context, communicators and their buffers; unverified. Processors have none of it
 
 
 class Link(Record):
@@ -114,6 +116,7 @@ class Gpu(Record):
     source: str = Field(min_length=1)
     peak_tflops: PeakTflops
     memory_bytes: PositiveFloat
+    runtime_bytes: NonNegativeFloat = RUNTIME_BYTES  # of them; what plans have left is `usable_bytes`
     bandwidth_gbs: PositiveFloat
     multiprocessors: PositiveInt
     price_per_hour: Estimate | None = None  # dollars, rented
@@ -122,6 +125,11 @@ class Gpu(Record):
     def __hash__(self) -> int:
         # Costs are cached by GPU, and its hundreds of figures would be hashed at each look-up.
         return hash((self.name, self.bandwidth_gbs, self.memory_bytes))
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of memory, without the runtime's."""
+        return self.memory_bytes - self.runtime_bytes
 
     @property
     def bandwidth(self) -> float:
