@@ -11,7 +11,8 @@ import torch
 from dovetail.calibrate import machine as module
 from dovetail.calibrate.machine import calibrate, describe, dump
 from dovetail.calibrate.timing import Times, run_in_rounds
-from dovetail.calibrate.work import attention_work, launch_work, memory_work, product_work
+from dovetail.calibrate.memory_work import memory_work
+from dovetail.calibrate.work import attention_work, launch_work, product_work
 from dovetail.catalog.hardware import load_cluster
 from dovetail.cost.roofline import op_time
 from dovetail.spec.hardware import Link
