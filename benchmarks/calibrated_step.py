@@ -151,6 +151,7 @@ def summary(training: Training) -> dict[str, Any]:
         **{f"{name}_s": statistics.median(each) for name, each in of.items()},
         "rounds_predicted_s": [band.value for band in bands],
         "rounds": of,
+        "rounds_launch_us": [plan.work.cluster.gpu.efficiency.launch_us.value for plan in training.plans],
         "predicted_bytes": predicted_bytes,
         "measured_bytes": measured_bytes,
         "steps": sum(map(len, training.laps)),
