@@ -1,10 +1,10 @@
 """Bytes on the ranks of a pipeline in training.
 
 Weights are held in BF16 (norms and router FP32) and quantised when they are used: FP8 copies in both orders that
-products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32. Master weights (FP32)
-and the two moments (the recipe's format: BF16 [V3 §3.3.3]) are shared out over all ranks that hold the same weight
-(ZeRO-1): data-parallel ranks, the replicas of routed experts, both copies of a stage where DualPipe has two. The moving
-average is in the host's memory [V3 §3.2.3].
+products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32; where there is nothing
+to add they are in BF16. Master weights (FP32) and the two moments (the recipe's format: BF16 [V3 §3.3.3]) are shared
+out over all ranks that hold the same weight (ZeRO-1): data-parallel ranks, the replicas of routed experts, both copies
+of a stage where DualPipe has two. The moving average is in the host's memory [V3 §3.2.3].
 
 Activations are those of `cost.activations` with its recomputation, times the micro-batches in flight:
 
@@ -236,7 +236,7 @@ def _state(layout: Layout, held: Iterable[Held], moment_bytes: int) -> _State:
         weights += (FP32 if each.is_wide else BF16) * each.elements
         if each.has_gradient:
             share = -(-each.elements // (each.replicas * layout.stage_copies))  # ZeRO-1
-            gradients += FP32 * each.elements
+            gradients += (FP32 if each.is_wide or layout.adds_gradients else BF16) * each.elements
             master += 0 if each.is_wide else FP32 * share
             moments += 2 * moment_bytes * share
             average += FP32 * share

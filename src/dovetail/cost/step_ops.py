@@ -6,6 +6,8 @@
     all-gather       weights in BF16
     zero             the gradients' accumulators
 
+A gradient that only one micro-batch on one rank has stays as the product wrote it, in BF16, and nothing is zeroed.
+
 That gradients travel in FP32 is not in the paper (unverified). Sums over experts' replicas are far between: ep ranks
 apart. Where DualPipe has a stage twice, both copies are in the sum, the second on another rank of the pipeline.
 """
@@ -18,6 +20,7 @@ from typing import Literal
 from dovetail.cost.held import held_by_rank
 from dovetail.cost.ops import BF16, FP32, Collective, Elementwise, Op
 from dovetail.spec.layout import Layout
+from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec
 
 
@@ -42,13 +45,14 @@ def step_ops(
             if ranks > 1:
                 sums.append(_collective("reduce_scatter", FP32 * elements / part, ranks, apart))
                 gathers.insert(0, _collective("all_gather", weights / part, ranks, apart))
-    adam_bytes = FP32 + 2 * (FP32 + 2 * moment_bytes) + BF16  # master and moments are read and written
+    gradient = FP32 if layout.adds_gradients else BF16
+    adam_bytes = gradient + 2 * (FP32 + 2 * moment_bytes) + BF16  # master and moments are read and written
     return (
         *sums,
-        _pass("gradient norm", FP32 * share),
-        _pass("AdamW", adam_bytes * share),
+        _pass("gradient norm", gradient * share, "square sum"),
+        _pass("AdamW", adam_bytes * share, "optimizer"),
         *gathers,
-        _pass("zero gradients", FP32 * held),
+        *([_pass("zero gradients", FP32 * held)] if layout.adds_gradients else []),
     )
 
 
@@ -56,5 +60,5 @@ def _collective(name: Literal["reduce_scatter", "all_gather"], bytes_: float, ra
     return Collective(name=name, pass_="wgrad", bytes=bytes_, ranks=ranks, stride=stride, part="step")
 
 
-def _pass(name: str, bytes_: float) -> Elementwise:
-    return Elementwise(name=name, pass_="wgrad", bytes=bytes_, part="step")
+def _pass(name: str, bytes_: float, kind: ElementwiseKind = "other") -> Elementwise:
+    return Elementwise(name=name, pass_="wgrad", bytes=bytes_, part="step", kind=kind)

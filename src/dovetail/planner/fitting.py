@@ -28,7 +28,9 @@ def why_none_fits(smallest: Candidate, batch: int) -> str:
         remedies.append(f"{larger.gpus} GPUs (pp = {larger.pp}, ep = {larger.ep}, tp = {larger.tp})")
     if needed <= MOST_MEMORY:
         remedies.append(f"GPUs with {needed / 1e9:.0f} GB")
-    state = max(rank.state for rank in pipeline_memory(work.spec, layout, work.recipe, work.sequence_length))
+    state = max(
+        rank.state for rank in pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
+    )
     if state < gpu.usable_bytes:  # the rest grows with the tokens of a micro-batch
         remedies.append(f"a --sequence-length below {work.sequence_length}")
     return text + ("what would do: " + " or ".join(remedies) if remedies else "no number of these GPUs would do")
@@ -39,7 +41,7 @@ def fitting_layout(work: Workload, batch: int) -> Layout | None:
     gpus = 2 * work.layout.gpus
     while gpus <= LARGEST:
         for layout in _layouts(work, gpus, batch):
-            memory = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length)
+            memory = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
             if max(rank.total for rank in memory) <= work.cluster.gpu.usable_bytes:
                 return layout
         gpus *= 2

@@ -91,7 +91,7 @@ def run_file(plan: TrainingPlan, model: str, name: str) -> str:
         lines.append(f"change = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in changes.items())} }}")
     lines += ["", "[data]", 'kind = "stdlib"', "", "[train]", f"steps = {steps}", f"batch_size = {layout.batch}"]
     lines += [f"microbatch_size = {layout.microbatch_size}", f"sequence_length = {work.sequence_length}"]
-    lines += [f"precision = {json.dumps(work.recipe.name)}", "recompute = true"]
+    lines += [f"precision = {json.dumps(work.recipe.name)}", f"recompute = {json.dumps(work.recompute)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -127,14 +127,14 @@ def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
 def _unsharded(plan: TrainingPlan) -> int:
     """Bytes with the optimizer's states of one rank whole, as `train.optim` keeps them."""
     lone = plan.work.layout.model_copy(update={"dp": 1})
-    (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length)
+    (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length, plan.work.recompute)
     return rank.total
 
 
 def _cannot(plan: TrainingPlan, split: list[str]) -> str:
     work = plan.work
     whole = work.layout.model_copy(update={"pp": 1, "ep": 1, "tp": 1, "dp": 1, "schedule": "1f1b"})
-    (rank,) = pipeline_memory(work.spec, whole, work.recipe, work.sequence_length)
+    (rank,) = pipeline_memory(work.spec, whole, work.recipe, work.sequence_length, work.recompute)
     needed, has = (rank.total + work.cluster.gpu.runtime_bytes) / 1e9, work.cluster.gpu.memory_bytes / 1e9
     way = "ask for --pp 1 --ep 1 --tp 1" if needed <= has else "this model is too large for it"
     return (

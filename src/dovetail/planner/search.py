@@ -197,7 +197,7 @@ def _sized(work: Workload, index: int, goal: TrainingGoal, gpus: int | None, cho
     if gpus is not None and gpus > cluster.gpus:
         raise ValueError(f"{gpus} GPUs: {cluster.name} has {cluster.gpus}")
     for layout in layouts(work.spec, gpus or cluster.gpus, cluster.gpus_per_node, goal.batch, choices):
-        ranks = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length)
+        ranks = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
         memory = max(rank.total for rank in ranks)
         yield Candidate(work=replace(work, layout=layout), seconds=0.0, memory=memory, index=index)
 

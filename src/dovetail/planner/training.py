@@ -143,7 +143,7 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
         parts=parts,
         uses=_uses(parts, layout, costs.stages(work)),
         step_seconds=pipeline + optimizer,
-        memory=pipeline_memory(work.spec, layout, work.recipe, work.sequence_length),
+        memory=pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute),
         timeline=replays["value"],
     )
 
@@ -182,7 +182,7 @@ def _durations(work: Workload, costs: Costs, end: str) -> Durations:
 def _optimizer_seconds(work: Workload) -> Band:
     # Of the layout only what says who holds which weights: one figure for many layouts.
     same = "1f1b" if work.layout.schedule == "zb1p" else work.layout.schedule
-    changes = {"microbatches": 1, "microbatch_size": 1, "schedule": same}
+    changes = {"microbatches": min(work.layout.microbatches, 2), "microbatch_size": 1, "schedule": same}
     layout = work.layout.model_copy(update=changes)
     return _slowest_optimizer(work.spec, layout, work.cluster, work.sequence_length, moment_bytes(work.recipe))
 

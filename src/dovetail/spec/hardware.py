@@ -20,6 +20,7 @@ from dovetail.spec.measurements import (
     OUTPUT_BYTES,
     AttentionKind,
     AttentionSweep,
+    ElementwiseKind,
     Estimate,
     ExchangePoint,
     Format,
@@ -65,6 +66,9 @@ class Efficiency(Record):
     # gives them; for formats that are not listed, at the same share.
     gemm_relative: dict[Format, Estimate] = {}
     memory: Estimate  # of the bandwidth, streaming; above 1 where what was measured stays in caches
+    # Kinds of memory-bound work with a share of their own. A GPU's are much alike; on a CPU an exponential or a
+    # rounding takes longer than its bytes.
+    elementwise: dict[ElementwiseKind, Estimate] = {}
     # Where `attention` has sweeps of a kind, the kind's share follows them by shape, and of the estimate here only the
     # ratios of its ends to its value count: what other kernels are to those that were measured.
     attention_prefill: Estimate  # of the BF16 peak: forward, queries and keys of one length, expanded heads
@@ -93,6 +97,10 @@ class Efficiency(Record):
     def products(self) -> tuple[GemmPoint, ...]:
         """`gemms` and the points of `sweeps`, one of each shape."""
         return merged((*self.gemms, *(point for sweep in self.sweeps for point in sweep.points)))
+
+    def memory_estimate(self, kind: ElementwiseKind) -> Estimate:
+        """Share of the bandwidth."""
+        return self.elementwise.get(kind, self.memory)
 
     def attention_estimate(self, kind: AttentionKind) -> Estimate:
         """Of all shapes."""
