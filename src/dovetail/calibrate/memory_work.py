@@ -19,7 +19,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.layer_ops import head_ops, layer_ops
 from dovetail.cost.ops import BF16, Elementwise, Op
-from dovetail.cost.step_ops import STATE_BYTES
+from dovetail.cost.step_ops import adam_bytes
 from dovetail.model.gate import Routing, route
 from dovetail.model.heads import split_heads
 from dovetail.model.moe import LocalDispatcher
@@ -63,7 +63,7 @@ def memory_work(device: torch.device) -> list[Work]:
     return [
         *works,
         _work("loss", 2, logits, "loss", _loss(spec, tokens, device)),
-        _work("AdamW", 1, (STATE_BYTES + 2 * BF16) * weights, "optimizer", step),
+        _work("AdamW", 1, adam_bytes(BF16) * weights, "optimizer", step),
         _work("gradient norm", 1, BF16 * weights, "square sum", gradient_norm),
     ]
 
@@ -247,7 +247,7 @@ def _step(spec: ModelSpec, device: torch.device) -> tuple[int, Callable[[], Oper
     a step comes by once, after all else."""
     layer = spec.num_hidden_layers - 1
     block = sum(each.numel() for each in Block(spec, layer, torch.bfloat16).parameters())
-    count = math.ceil(COPIED_BYTES[device.type] / 4 / (STATE_BYTES + 2 * BF16) / block)
+    count = math.ceil(COPIED_BYTES[device.type] / 4 / adam_bytes(BF16) / block)
 
     def made() -> tuple[AdamW, dict[str, Tensor]]:
         blocks = [Block(spec, layer, torch.bfloat16).to(device) for _ in range(count)]

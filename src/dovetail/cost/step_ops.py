@@ -24,6 +24,11 @@ from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec
 
 
+def adam_bytes(gradient_bytes: int, moment_bytes: int = BF16) -> int:
+    """Of an update of one parameter: gradient read, master and moments read and written, BF16 weight written."""
+    return gradient_bytes + 2 * (FP32 + 2 * moment_bytes) + BF16
+
+
 def step_ops(
     spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096, moment_bytes: int = BF16
 ) -> tuple[Op, ...]:
@@ -46,11 +51,10 @@ def step_ops(
                 sums.append(_collective("reduce_scatter", FP32 * elements / part, ranks, apart))
                 gathers.insert(0, _collective("all_gather", weights / part, ranks, apart))
     gradient = FP32 if layout.adds_gradients else BF16
-    adam_bytes = gradient + 2 * (FP32 + 2 * moment_bytes) + BF16  # master and moments are read and written
     return (
         *sums,
         _pass("gradient norm", gradient * share, "square sum"),
-        _pass("AdamW", adam_bytes * share, "optimizer"),
+        _pass("AdamW", adam_bytes(gradient, moment_bytes) * share, "optimizer"),
         *gathers,
         *([_pass("zero gradients", FP32 * held)] if layout.adds_gradients else []),
     )
