@@ -83,18 +83,20 @@ def plan(
     """
     options = locals()
     from dovetail.planner import html as pages
-    from dovetail.planner import report
+    from dovetail.planner import plain, report
     from dovetail.planner.request import Request
     from dovetail.planner.request import answer as plans
 
     answer = plans(Request.of(options))
     if html is not None:
-        html.write_text(pages.page(answer), encoding="utf-8")
+        pages.write(answer, html)
         print(f"wrote {html}", file=sys.stderr)
-    if explain is not None:
+    if explain is not None and as_json:
+        print_json(plain.explained_json(answer, explain))
+    elif explain is not None:
         print(*report.explained(answer, explain), sep="\n")
     elif as_json:
-        print_json(report.as_json(answer))
+        print_json(plain.as_json(answer))
     elif markdown:
         print(report.markdown(answer))
     else:

@@ -10,8 +10,9 @@ import torch
 
 from dovetail.calibrate import machine as module
 from dovetail.calibrate.machine import calibrate, describe, dump
+from dovetail.calibrate.memory_work import memory_work
 from dovetail.calibrate.timing import Times, run_in_rounds
-from dovetail.calibrate.work import attention_work, launch_work, memory_work, product_work
+from dovetail.calibrate.work import attention_work, launch_work, product_work
 from dovetail.catalog.hardware import load_cluster
 from dovetail.cost.roofline import op_time
 from dovetail.spec.hardware import Link
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def all_works():
-    return [launch_work(CPU), *memory_work(CPU), *attention_work(CPU), *product_work(CPU)]
+    return [*launch_work(CPU), *memory_work(CPU), *attention_work(CPU), *product_work(CPU)]
 
 
 def test_the_tenth_percentile_counts():
@@ -38,9 +39,11 @@ def made_up(works, launch=10e-6):
             flop = 2.0 * op.groups * math.ceil(op.m) * op.n * math.ceil(op.k)
             seconds = flop / (1e12 if op.format == "bf16" else 0.5e12) + launch
         elif work.kind == "attention":
-            seconds = work.flop / 0.25e12 + launch
+            seconds = work.flop / 0.25e12 + work.other_bytes / 20e9 + launch
         elif work.kind == "copy":
             seconds = work.bytes / 20e9
+        elif work.kind == "launch":
+            seconds = work.weight * launch
         else:
             seconds = work.bytes / 20e9 + launch
         times[work.name] = Times((seconds,) * 20)

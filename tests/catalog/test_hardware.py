@@ -220,8 +220,11 @@ def test_a_gpu_in_a_users_file_may_borrow(tmp_path):
         ),
         ("", r"either an \[efficiency\] table or a \[borrow\] table"),
         ('[gpu.borrow]\ngpu = "h8000"\nwidened = 1.5\nsource = "z"\n', "borrow.gpu = 'h8000'; did you mean h800"),
-        ('[gpu.borrow]\ngpu = "h800"\nwiden = 1.5\nsource = "z"\n', "unknown key 'borrow.widen'; did you mean widened"),
-        ('[gpu.borrow]\ngpu = "h800"\nwidened = 0.5\nsource = "z"\n', "borrow.widened = 0.5"),
+        (
+            '[gpu.borrow]\ngpu = "h800"\nwiden = 1.5\nsource = "z"\n',
+            "borrow: unknown key 'widen'; did you mean w",
+        ),
+        ('[gpu.borrow]\ngpu = "h800"\nwidened = 0.5\nsource = "z"\n', "borrow: widened = 0.5"),
     ],
 )
 def test_a_gpu_without_efficiency_is_an_error(tmp_path, rest, message):

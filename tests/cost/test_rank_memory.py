@@ -63,6 +63,13 @@ def test_one_rank_alone_is_the_state_that_is_counted_tensor_by_tensor(name: str)
     )
 
 
+def test_moments_are_in_the_recipe_s_format() -> None:
+    layout = Layout(pp=4, ep=8, dp=8)
+    narrow, wide = (rank_memory(V3, layout, load_recipe(name), 64, 1) for name in ("bf16", "bf16-fp32-moments"))
+    assert wide.moments == 2 * narrow.moments
+    assert wide.total - narrow.total == narrow.moments
+
+
 def test_what_stages_keep_is_what_the_model_keeps_without_experts_outputs(tiny_spec: SpecFactory) -> None:
     spec, length = tiny_spec(num_nextn_predict_layers=0), 12
     layout = Layout(pp=3, microbatches=1)

@@ -216,17 +216,17 @@ def test_times_say_their_formula_and_source():
 def test_a_new_shape_is_timed_in_a_fraction_of_a_millisecond():
     op_time(gemm(1, 7168, 2048), H800)
     ops = [gemm(m + 0.5, 7168, 2048) for m in range(1, 201)]
-    start = time.perf_counter()
+    start = time.process_time()
     for op in ops:
         op_time(op, H800)
-    assert (time.perf_counter() - start) / len(ops) < 0.5e-3  # 0.06 ms on an idle core
+    assert (time.process_time() - start) / len(ops) < 0.5e-3  # 0.06 ms on an idle core
 
 
 def test_a_plan_of_a_hundred_operations_is_timed_in_milliseconds():
     ops = [gemm(m, 7168, 2048) for m in range(1, 101)]
     for op in ops:
         op_time(op, H800)
-    start = time.perf_counter()
+    start = time.process_time()
     for op in ops:
         op_time(op, H800)
-    assert time.perf_counter() - start < 0.02
+    assert time.process_time() - start < 0.02

@@ -40,3 +40,5 @@ def test_the_update_touches_the_rank_s_share() -> None:
     update = next(op for op in step_ops(V3, layout) if op.name == "AdamW")
     trained = count.parameters(V3).total_with_mtp - 59 * 256
     assert update.bytes == 22 * trained / 8
+    wide = next(op for op in step_ops(V3, layout, moment_bytes=4) if op.name == "AdamW")
+    assert wide.bytes == 30 * trained / 8  # two moments, read and written

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from dovetail.catalog.hardware import load_cluster
-from dovetail.planner import html, measured, report
+from dovetail.planner import html, measured, plain, report
 from dovetail.planner.figures import explanation, find_figure
 from dovetail.planner.request import Answer, Request, amount, answer, whole
 from dovetail.planner.training_figures import figures
@@ -90,7 +90,7 @@ def test_operations_of_a_layer_are_the_stage(training):
 
 def test_memory_is_that_of_its_parts(training):
     figure = find_figure(training.choices[0].figures(), "memory")
-    parts = [float(each.value.split()[0]) for each in figure.inputs if each.name not in ("on the host", "GPU")][:7]
+    parts = [float(each.value.split()[0]) for each in figure.inputs[:7]]
     assert sum(parts) == pytest.approx(figure.band.value, abs=0.05)
 
 
@@ -101,6 +101,33 @@ def test_every_figure_has_a_key_of_its_own_and_an_explanation(name, request):
     for figure in found:
         lines = list(explanation(figure))
         assert figure.key in lines[0] and lines[1].startswith("  = ") and len(lines[1]) > 5
+
+
+def worked_out(formula: str) -> float:
+    """What a formula's numbers come to, without its words."""
+    bare = re.sub(r"\([a-z][^)]*\)", "", formula.replace(" x ", " * ").replace("10^6", "1e6").replace(",", ""))
+    return eval(re.sub(r"\$?/h|[A-Za-z-]*[A-Za-df-z][A-Za-z-]*(/[a-z]+)?|\$", "", bare))
+
+
+@pytest.mark.parametrize(
+    ("scale", "keys"),
+    [
+        (1.0, ("prefill.step_seconds", "prefill.computed_node", "prefill.input_node")),
+        (1.0, ("prefill.ttft", "prefill.weights")),
+        (1e-6, ("prefill.experts", "prefill.dense_layers", "prefill.embedding_and_head")),
+        (1e-3, ("decode.experts", "decode.kernels_of_exchanges", "decode.dense_layers", "decode.embedding_and_head")),
+        (1e3, ("decode.tokens_node", "decode.speed")),  # per ms
+        (1.0, ("decode.step_seconds", "decode.weights", "decode.tpot", "pools", "dollars_input", "dollars_output")),
+        (1e-9, ("decode.cache",)),
+        (1e-3, ("limit.tpot", "limit.tpot_latency")),
+    ],
+)
+def test_formulas_of_serving_come_to_their_figures(serving, scale, keys):
+    found = serving.choices[0].figures()
+    for key in keys:
+        figure = find_figure(found, key)
+        assert worked_out(figure.formula) * scale == pytest.approx(figure.band.value, rel=3e-3), figure.formula
+        assert all(each.source for each in figure.inputs)
 
 
 def test_operations_name_who_measured_them(training):
@@ -147,6 +174,23 @@ def test_equal_ranks_are_one_row(training):
     assert table.rows[1][-1] == "15 + 2 .. 2 + 15"
 
 
+def test_a_gpu_without_a_runtime_has_all_of_its_memory(small):
+    (choice,) = small.choices
+    plan = choice.plan
+    gpu = plan.work.cluster.gpu.model_copy(update={"runtime_bytes": 0.0})
+    cluster = plan.work.cluster.model_copy(update={"gpu": gpu})
+    bare = replace(choice, cluster=cluster, plan=replace(plan, work=replace(plan.work, cluster=cluster)))
+    memory = find_figure(bare.figures(), "memory")
+    assert memory.band.value == pytest.approx(value(small, "memory") - 2) == plan.largest_memory.total / 1e9
+    assert "runtime" not in report.memory_table(bare.plan).title
+
+
+def test_both_pools_say_whose_efficiency_they_borrow():
+    request = Request(**SERVE | {"clusters": ["h800-2048"], "decode_cluster": "gb200-nvl72"})
+    rows = report.tables(answer(request))[0].rows
+    assert ("efficiency", "nobody measured gb200: shares are those of h800, in a wider band") in rows
+
+
 def test_clusters_stand_side_by_side():
     answered = answer(Request(**{**SERVE, "clusters": ["h800-2048", "h200-node"]}))
     (table,) = report.tables(answered)
@@ -162,12 +206,18 @@ def test_a_cluster_that_is_too_small_for_both_pools_says_so():
 
 def test_json_is_plain_and_whole(training, serving):
     for answered, key in ((training, "step_time"), (serving, "pools")):
-        record = json.loads(json.dumps(report.as_json(answered)))
+        record = json.loads(json.dumps(plain.as_json(answered)))
         (plan,) = record["plans"]
         figure = plan["figures"][key]
         assert figure["low"] <= figure["value"] <= figure["high"]
         assert plan["figures"].keys() == {each.key for each in answered.choices[0].figures()}
-    assert report.as_json(training)["plans"][0]["layout"]["pp"] == 16
+    assert plain.as_json(training)["plans"][0]["layout"]["pp"] == 16
+
+
+def test_an_explanation_is_data_too(training):
+    (found,) = json.loads(json.dumps(plain.explained_json(training, "mfu")))
+    assert found["key"] == "mfu" and found["unit"] == "%" and "TFLOPS" in found["formula"]
+    assert [each["name"] for each in found["inputs"]] == ["FLOP per token", "peak"]
 
 
 def test_markdown_tables_are_tables(training):

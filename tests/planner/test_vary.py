@@ -88,6 +88,13 @@ def test_settings_that_cannot_be_are_refused(settings: list[str], message: str) 
     assert "\n" not in str(caught.value)
 
 
+def test_a_value_that_the_model_has_no_use_for_is_refused() -> None:
+    with pytest.raises(ValueError, match="topk_group = 2: with the model's other keys topk_group is 1, whatever is"):
+        vary(work_of("deepseek-v2-lite"), ["topk_group=1,2"])
+    with pytest.raises(ValueError, match="no such key; known are those of the model.*precision"):
+        vary(work_of(), ["foo=1"])
+
+
 def test_a_dense_model_has_no_experts_to_vary() -> None:
     with pytest.raises(ValueError, match="--vary topk_group: the model has no experts"):
         vary(work_of("llama-3.1-405b"), ["topk_group=2"])

@@ -5,11 +5,12 @@
     attention   its core, forward and backward, and absorbed against a cache
     memory      a copy larger than any cache is the bandwidth; norms, sums and losses at a preset's size are the
                 share of it
-    launch      the model's own norm of a single row, forward
+    launch      the model's own norm of a single row, forward, which is taken off all times; on a CPU a narrow layer's
+                forward and backward pass on one token, over the operations that a plan lists for it
     exchange    all-to-all between the ranks of a torchrun launch; with one rank there is none
 
 Each operation runs again and again for a slice of the time, in rounds, so that a machine with other work on it slows
-all alike. A product's time has the launch taken off, as the roofline adds it to every operation.
+all alike. Times have the launch taken off, as the roofline adds one to every operation.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from pathlib import Path
 import torch
 
 from dovetail import config
+from dovetail.calibrate.memory_work import memory_work
 from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in_rounds
-from dovetail.calibrate.work import Work, attention_work, launch_work, memory_work, product_work
+from dovetail.calibrate.work import Work, attention_work, launch_work, product_work
 from dovetail.cost.ops import Gemm
 from dovetail.numerics.allocator import keep_freed_memory
-from dovetail.spec.hardware import Cluster, Efficiency, Gpu, Link, PeakTflops
+from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import write_bytes
 from dovetail.train.ranks import local_device, process_group, rank_and_world
@@ -59,7 +61,7 @@ def measure(seconds: float = 45.0) -> Cluster:
     if not seconds > 0:
         raise ValueError(f"{seconds:g} seconds to measure in: expected some, such as 45")
     device = local_device()
-    works = [launch_work(device), *memory_work(device), *attention_work(device), *product_work(device)]
+    works = [*launch_work(device), *memory_work(device), *attention_work(device), *product_work(device)]
     times = run_in_rounds(works, seconds, device)
     _, world = rank_and_world()
     source = f"measured {date.today().isoformat()} by dovetail calibrate, {world} rank{'s' if world > 1 else ''}"
@@ -84,6 +86,8 @@ def describe(works: Iterable[Work], times: dict[str, Times], device: torch.devic
     """The measured times as a GPU; its peaks are the fastest products, as no datasheet is read."""
     works = list(works)
     launch = times["launch"]
+    layers = [work for work in works if work.kind == "launch" and work.weight > 1]
+    gap = launch if not layers else times[layers[0].name].of_each(layers[0].weight)
     points = tuple(_point(work.product, times[work.name], launch.value) for work in works if work.product)
     fastest = {each: max(p.tflops for p in points if p.format == each) for each in {p.format for p in points}}
     peak = PeakTflops(fp8=fastest.get("fp8"), bf16=fastest["bf16"], fp32=fastest["fp32"])
@@ -99,22 +103,32 @@ def describe(works: Iterable[Work], times: dict[str, Times], device: torch.devic
         return Estimate(value=value, low=low, high=high, source=source)
 
     bf16 = peak.bf16 * 1e12
+    kinds = {work.elementwise: None for work in works if work.kind == "elementwise"}
+    elementwise = {
+        kind: reached([work.name for work in works if work.elementwise == kind], lambda work: work.bytes, bandwidth)
+        for kind in kinds
+    }
+    memory = reached([work.name for work in works if work.kind == "elementwise"], lambda work: work.bytes, bandwidth)
+    around = next(work.other_bytes for work in works if work.name == "attention backward") / bandwidth / memory.value
+    backward = times["attention backward"].less(around + launch.value)
+    times = {**times, "attention backward": backward}
     efficiency = Efficiency(
         gemms=points,
         gemm_source=f"{source}, with the functions the model calls",
-        # Small tensors stay in caches: their share of the memory's bandwidth may pass 1.
-        memory=reached([work.name for work in works if work.kind == "elementwise"], lambda work: work.bytes, bandwidth),
+        memory=memory,  # small tensors stay in caches: their share of the bandwidth may pass 1
+        elementwise=elementwise,
         attention_prefill=reached(["attention forward"], lambda work: work.flop, bf16, 1.0),
         attention_backward=reached(["attention backward"], lambda work: work.flop, bf16, 1.0),
         attention_decode_flop=reached(["attention absorbed"], lambda work: work.flop, bf16, 1.0),
         attention_decode_memory=reached(["attention absorbed"], lambda work: work.bytes, bandwidth),
-        launch_us=microseconds(launch, source),
+        launch_us=microseconds(gap, source),
     )
     return Gpu(
         name=_device_name(device),
         source=f"{source}; peaks are the fastest products, the bandwidth is that of a copy past the caches",
         peak_tflops=peak,
         memory_bytes=_memory_bytes(device),
+        runtime_bytes=RUNTIME_BYTES if device.type == "cuda" else 0.0,
         bandwidth_gbs=bandwidth / 1e9,
         multiprocessors=_multiprocessors(device),
         efficiency=efficiency,

@@ -43,6 +43,14 @@ class Times:
     def median(self) -> float:
         return statistics.median(self.runs)
 
+    def of_each(self, count: int) -> Times:
+        """Of so many that run one after the other."""
+        return Times(tuple(run / count for run in self.runs))
+
+    def less(self, seconds: float) -> Times:
+        """Without what runs in the course of it and is counted elsewhere; most of it stays."""
+        return Times(tuple(max(run - seconds, run / 2) for run in self.runs))
+
 
 def run_in_rounds(works: list[Work], seconds: float, device: torch.device) -> dict[str, Times]:
     """The runs of every operation by name: its part of what time is left, in each round, and LEAST_RUNS at least."""
@@ -61,11 +69,13 @@ def run_in_rounds(works: list[Work], seconds: float, device: torch.device) -> di
 
 
 def _seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
-    """One run; on a GPU the mean of several in its queue, without the host's waiting."""
+    """One run; on a GPU the mean of several in its queue, without the host's waiting. One thread's own seconds of the
+    processor are what it would take undisturbed; of several threads only the clock tells how they wait."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         operation()
-        return time.perf_counter() - start
+        return clock() - start
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     for _ in range(DISPATCHES):

@@ -16,17 +16,20 @@ from torch import Tensor
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.layer_ops import head_ops, layer_ops
-from dovetail.cost.ops import Attention, Gemm, Op
+from dovetail.cost.ops import Attention, Elementwise, Gemm, Op
 from dovetail.model.attention import causal_attention, masked_attention
+from dovetail.model.mla import Context
+from dovetail.model.moe import LocalDispatcher
 from dovetail.model.norm import RmsNorm
-from dovetail.model.swiglu import swiglu, swiglu_backward
-from dovetail.numerics.cpu_numba import takes
+from dovetail.model.rope import tables
+from dovetail.model.transformer import Block
 from dovetail.numerics.gemm import grouped_linear, grouped_outer
 from dovetail.numerics.operands import block_operand, column_operand, row_operand, token_tiles
 from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
 from dovetail.spec.layout import Layout
+from dovetail.spec.measurements import ElementwiseKind
+from dovetail.spec.model import Mla
 from dovetail.spec.precision import BLOCK, COLUMN, ROW
-from dovetail.train.loss_numba import losses_and_gradient
 
 # Model, tokens of a micro-batch, recipe: whose products are measured.
 CPU_SHAPES = (
@@ -39,12 +42,12 @@ GPU_SHAPES = (("1b", 8192, "bf16"), ("1b", 1024, "bf16"), ("deepseek-v3", 4096, 
 LARGE = 2048  # sides of square products in BF16 and FP32
 SEQUENCE = 256  # tokens, in training
 CONTEXT, BATCH = 2048, 4  # of absorbed attention
-COPIED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # In a model other tensors come between two runs of one operation: so it takes its operands in turn from so many copies
 # that a core's own caches do not hold them.
 CYCLED_BYTES = 8 << 20
 MOST_COPIES = 16
+NARROW = 32  # channels, of a layer that has next to no work
 
 Operation = Callable[[], Any]
 
@@ -59,7 +62,9 @@ class Work:
     flop: float = 0.0
     bytes: float = 0.0
     product: Gemm | None = None
+    other_bytes: float = 0.0  # moved in its course by what plans list as memory-bound work of its own
     weight: int = 1  # of several in one figure: about how often a training step of the first listed model runs it
+    elementwise: ElementwiseKind = "other"  # what it is a measurement of, where it is memory-bound
 
 
 def product_work(device: torch.device) -> list[Work]:
@@ -74,20 +79,20 @@ def product_work(device: torch.device) -> list[Work]:
         name = f"{format} {pass_} {groups} x [{m} x {k} x {n}]"
 
         def prepare(op: Gemm = op) -> Operation:
-            return _in_turn(lambda: _product(op, device), op.bytes)
+            return in_turn(lambda: _product(op, device), op.bytes)
 
         works.append(Work(name=name, kind="product", prepare=prepare, product=op))
     return works
 
 
-def _in_turn(make: Callable[[], Operation], num_bytes: float) -> Operation:
+def in_turn(make: Callable[[], Operation], num_bytes: float) -> Operation:
     """`make`'s operation with other operands each time."""
     copies = min(math.ceil(CYCLED_BYTES / num_bytes), MOST_COPIES)
     turns = itertools.cycle([make() for _ in range(copies)])
     return lambda: next(turns)()
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def random_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On a CPU one random row over and over, which is quick to make; only a GPU's clock depends on the values."""
     if device.type == "cuda":
         return torch.randn(shape, device=device, dtype=dtype)
@@ -118,7 +123,7 @@ def _product(op: Gemm, device: torch.device) -> Operation:
         return _scaled_product(op.pass_, (m, n, k), groups, device)
 
     def random(*shape: int) -> Tensor:
-        return _random(shape, DTYPES[op.format], device)
+        return random_rows(shape, DTYPES[op.format], device)
 
     if op.pass_ == "wgrad":  # gradient [tokens, m], input [tokens, n]
         left, right = random(groups * k, m), random(groups * k, n)
@@ -142,7 +147,7 @@ def _scaled_product(pass_: str, shape: tuple[int, int, int], groups: int, device
     m, n, k = shape
 
     def random(*sides: int) -> Tensor:
-        return _random(sides, torch.bfloat16, device)
+        return random_rows(sides, torch.bfloat16, device)
 
     if pass_ == "wgrad":
         offsets = _offsets(groups, k)
@@ -169,6 +174,7 @@ def attention_work(device: torch.device) -> list[Work]:
     decode = layer_ops(spec, 0, Layout(), load_recipe(recipe), BATCH, "decode", CONTEXT, BATCH)
     cores = [op for op in (*training, *decode) if isinstance(op, Attention)]
     forward, backward, absorbed = cores
+    around = sum(op.bytes for op in training if isinstance(op, Elementwise) and op.name.startswith("around attention"))
 
     def heads(op: Attention, width: int) -> Tensor:
         shape = (int(op.sequences), op.heads, int(op.tokens // op.sequences), width)
@@ -191,77 +197,56 @@ def attention_work(device: torch.device) -> list[Work]:
         return lambda: masked_attention(query, keys, keys[..., : absorbed.v_dim], 0.1, visible)
 
     runs = (
-        ("forward", forward, run_forward),
-        ("backward", backward, run_backward),
-        ("absorbed", absorbed, run_absorbed),
+        ("forward", forward, run_forward, 0.0),
+        ("backward", backward, run_backward, around),
+        ("absorbed", absorbed, run_absorbed, 0.0),
     )
     return [
-        Work(name=f"attention {name}", kind="attention", prepare=run, flop=op.flop, bytes=op.bytes)
-        for name, op, run in runs
+        Work(name=f"attention {name}", kind="attention", prepare=run, flop=op.flop, bytes=op.bytes, other_bytes=other)
+        for name, op, run, other in runs
     ]
 
 
-def memory_work(device: torch.device) -> list[Work]:
-    """A copy past all caches; then norms, SwiGLU, sums and losses of the first listed model's size, with bytes as
-    `cost.layer_ops` counts them."""
-    model, tokens, _ = (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)[0]
-    spec = load_model(model)
-    dim, width = spec.hidden_size, spec.intermediate_size
-    row = 2 * tokens  # bytes of one channel in BF16
+def launch_work(device: torch.device) -> list[Work]:
+    """One call, as every operation here is timed; and on a CPU all calls of a layer, with what autograd and Python do
+    between them, which a GPU's queue hides."""
 
-    def random(*shape: int) -> Tensor:
-        return _random(shape, torch.bfloat16, device)
-
-    def copy() -> Operation:
-        source = torch.ones(COPIED_BYTES[device.type] // 8, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    def norm() -> Operation:
-        layer, x = RmsNorm(dim, 1e-6).to(device), random(tokens, dim)
-        return lambda: layer(x)
-
-    def norm_backward() -> Operation:
-        layer, x = RmsNorm(dim, 1e-6).to(device), random(tokens, dim).requires_grad_()
-        output, grad = layer(x), random(tokens, dim)
-        return lambda: torch.autograd.grad(output, (x, layer.weight), grad, retain_graph=True)
-
-    def forward() -> Operation:
-        gate_up = random(tokens, 2 * width)
-        return lambda: swiglu(gate_up)
-
-    def backward() -> Operation:
-        gate_up, grad = random(tokens, 2 * width), random(tokens, width)
-        return lambda: swiglu_backward(grad, gate_up)
-
-    def add() -> Operation:
-        left, right = random(tokens, dim), random(tokens, dim)
-        return lambda: left + right
-
-    def loss() -> Operation:
-        logits, targets = random(tokens, spec.vocab_size), torch.zeros(tokens, dtype=torch.int64, device=device)
-        if takes(logits):
-            return lambda: losses_and_gradient(logits, targets, 0.0)
-        return lambda: F.cross_entropy(logits, targets, reduction="none")
-
-    def elementwise(name: str, weight: int, channels: int, prepare: Callable[[], Operation]) -> Work:
-        num_bytes, made = row * channels, lambda: _in_turn(prepare, row * channels)
-        return Work(name=name, kind="elementwise", prepare=made, bytes=num_bytes, weight=weight)
-
-    return [
-        Work(name="copy", kind="copy", prepare=copy, bytes=COPIED_BYTES[device.type]),
-        elementwise("norm", 30, 2 * dim, norm),
-        elementwise("norm backward", 24, 3 * dim, norm_backward),
-        elementwise("swiglu", 6, 3 * width, forward),
-        elementwise("swiglu backward", 6, 6 * width, backward),
-        elementwise("add", 14, 3 * dim, add),
-        elementwise("loss", 2, 3 * spec.vocab_size, loss),  # logits read twice and their gradient written
-    ]
-
-
-def launch_work(device: torch.device) -> Work:
     def prepare() -> Operation:
         layer, x = RmsNorm(64, 1e-6).to(device), torch.randn(1, 64, device=device).bfloat16()
         return lambda: layer(x)
 
-    return Work(name="launch", kind="launch", prepare=prepare)
+    bare = Work(name="launch", kind="launch", prepare=prepare)
+    return [bare] if device.type == "cuda" else [bare, _layer_work()]
+
+
+def _layer_work() -> Work:
+    """A layer so narrow, forward and backward on one token, that launches are all there is to it; `weight` of them."""
+    spec = load_model(CPU_SHAPES[0][0])
+    mla, moe = spec.attention, spec.moe
+    assert isinstance(mla, Mla) and moe is not None
+    narrow = {"hidden_size": NARROW, "moe": moe.model_copy(update={"moe_intermediate_size": NARROW})}
+    spec, layer = spec.model_copy(update=narrow), spec.num_hidden_layers - 1
+    listed = layer_ops(spec, layer, Layout(), load_recipe("bf16"), 1, "training", 1)
+    launches = [op for op in listed if isinstance(op, Gemm | Attention | Elementwise) and not _is_recomputed(op)]
+
+    def prepare() -> Operation:
+        block, dispatcher = Block(spec, layer, torch.bfloat16), LocalDispatcher()
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        positions = torch.zeros(1, 1, dtype=torch.int64)
+        cos, sin = tables(spec, mla.qk_rope_head_dim, positions)
+        context = Context(positions=positions, cos=cos, sin=sin)
+        x = torch.randn(1, 1, NARROW).bfloat16().requires_grad_()
+        inputs = [x, *block.parameters()]
+
+        def run() -> object:
+            output = block(x, context, dispatcher, [])
+            return torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
+
+        return run
+
+    return Work(name="layer of launches", kind="launch", prepare=prepare, weight=len(launches))
+
+
+def _is_recomputed(op: Op) -> bool:
+    return isinstance(op, Gemm | Elementwise) and op.recomputed

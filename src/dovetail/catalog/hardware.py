@@ -22,10 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from dovetail.config import Record, near_matches, read_toml, validate
-from dovetail.spec.hardware import Cluster, Efficiency, Gpu, PeakTflops
+from dovetail.spec.hardware import Cluster, Efficiency, Gpu
 from dovetail.spec.measurements import (
     AttentionKind,
     AttentionSweep,
@@ -56,20 +56,6 @@ class Borrow(Record):
     attention: tuple[AttentionSweep, ...] = ()  # its own; the estimate of their kind goes with them
     launch_us: Estimate | None = None
     exchanges: tuple[ExchangePoint, ...] = ()
-
-
-class GpuFile(Record):
-    """A GPU as written: `spec.hardware.Gpu` with either [efficiency] or [borrow]."""
-
-    name: str = Field(min_length=1)
-    source: str = Field(min_length=1)
-    peak_tflops: PeakTflops
-    memory_bytes: PositiveFloat
-    bandwidth_gbs: PositiveFloat
-    multiprocessors: PositiveInt
-    price_per_hour: Estimate | None = None
-    efficiency: Efficiency | None = None
-    borrow: Borrow | None = None
 
 
 def gpu_names() -> list[str]:
@@ -129,20 +115,20 @@ def read_cluster(table: Mapping[str, Any], where: str = "cluster") -> Cluster:
 
 
 def _gpu(table: Mapping[str, Any], where: str) -> Gpu:
-    file = validate(GpuFile, table, where)
-    if (file.efficiency is None) == (file.borrow is None):
+    if ("efficiency" in table) == ("borrow" in table):
         raise ValueError(f"{where}: expected either an [efficiency] table or a [borrow] table, one of the two")
-    plain = {key: getattr(file, key) for key in type(file).model_fields if key not in ("efficiency", "borrow")}
-    if file.efficiency is not None:
-        return Gpu(**plain, efficiency=file.efficiency)
-    assert file.borrow is not None
-    if file.borrow.gpu not in gpu_names():
-        raise ValueError(f"{where}: borrow.gpu = {file.borrow.gpu!r}; {near_matches(file.borrow.gpu, gpu_names())}")
-    return Gpu(**plain, efficiency=_borrowed(file, file.borrow))
-
-
-def _borrowed(file: GpuFile, borrow: Borrow) -> Efficiency:
+    if "borrow" not in table:
+        return validate(Gpu, table, where)
+    borrow = validate(Borrow, table["borrow"], f"{where}: borrow")
+    if borrow.gpu not in gpu_names():
+        raise ValueError(f"{where}: borrow.gpu = {borrow.gpu!r}; {near_matches(borrow.gpu, gpu_names())}")
     lender = load_gpu(borrow.gpu)
+    plain = {key: value for key, value in table.items() if key != "borrow"}
+    gpu = validate(Gpu, {**plain, "efficiency": lender.efficiency}, where)
+    return gpu.model_copy(update={"efficiency": _borrowed(gpu, borrow, lender)})
+
+
+def _borrowed(gpu: Gpu, borrow: Borrow, lender: Gpu) -> Efficiency:
     lent = lender.efficiency
     shares = ("memory", "attention_prefill", "attention_backward", "attention_decode_flop")
     figures = {key: getattr(borrow, key) or _widened(getattr(lent, key), borrow, limit=1.0) for key in shares}
@@ -151,10 +137,10 @@ def _borrowed(file: GpuFile, borrow: Borrow) -> Efficiency:
         figures[key] = getattr(borrow, key) or _widened(getattr(lent, key), borrow, limit)
     relative = {format: _widened(each, borrow) for format, each in lent.gemm_relative.items()} | borrow.gemm_relative
     return Efficiency(
-        gemms=_borrowed_products(file, borrow, lender),
+        gemms=_borrowed_products(gpu, borrow, lender),
         gemm_source=f"borrowed from {lender.name}, shares of the roofline: {borrow.source} ({lent.gemm_source})",
         gemm_relative=relative,
-        attention=(*borrow.attention, *_borrowed_attention(file, borrow, lender)),
+        attention=(*borrow.attention, *_borrowed_attention(gpu, borrow, lender)),
         exchanges=borrow.exchanges,
         borrowed_from=lender.name,
         **figures,
@@ -167,7 +153,7 @@ def _widened(estimate: Estimate, borrow: Borrow, limit: float = float("inf")) ->
     return Estimate(value=estimate.value, low=low, high=high, source=source)
 
 
-def _borrowed_attention(file: GpuFile, borrow: Borrow, lender: Gpu) -> list[AttentionSweep]:
+def _borrowed_attention(gpu: Gpu, borrow: Borrow, lender: Gpu) -> list[AttentionSweep]:
     """The lender's sweeps at its shares of the BF16 peak, of the kinds that the borrower has nothing of its own for."""
     flat: dict[AttentionKind, Estimate | None] = {
         "prefill": borrow.attention_prefill,
@@ -175,7 +161,7 @@ def _borrowed_attention(file: GpuFile, borrow: Borrow, lender: Gpu) -> list[Atte
         "decode": borrow.attention_decode_flop,
     }
     own = {sweep.kind for sweep in borrow.attention} | {kind for kind, estimate in flat.items() if estimate}
-    scale = file.peak_tflops.bf16 / lender.peak_tflops.bf16
+    scale = gpu.peak_tflops.bf16 / lender.peak_tflops.bf16
     return [
         sweep.model_copy(update={"tflops": tuple(scale * each for each in sweep.tflops)})
         for sweep in lender.efficiency.attention
@@ -183,23 +169,23 @@ def _borrowed_attention(file: GpuFile, borrow: Borrow, lender: Gpu) -> list[Atte
     ]
 
 
-def _borrowed_products(file: GpuFile, borrow: Borrow, lender: Gpu) -> tuple[GemmPoint, ...]:
+def _borrowed_products(gpu: Gpu, borrow: Borrow, lender: Gpu) -> tuple[GemmPoint, ...]:
     best = lender.best_shares()
     points = lender.efficiency.products
     return tuple(
         _borrowed_product(
-            file, borrow, lender, best[lender.is_compute_bound(point.format, point.m, point.n, point.k)], point
+            gpu, borrow, lender, best[lender.is_compute_bound(point.format, point.m, point.n, point.k)], point
         )
         for point in points
     )
 
 
-def _borrowed_product(file: GpuFile, borrow: Borrow, lender: Gpu, best: float, point: GemmPoint) -> GemmPoint:
+def _borrowed_product(gpu: Gpu, borrow: Borrow, lender: Gpu, best: float, point: GemmPoint) -> GemmPoint:
     """The same shape, in the next wider format where the borrower has no products in the point's own. It takes longer
     as the borrower's roofline does; as far as the lender is behind its `best` share, as long."""
-    format = point.format if point.format != "fp8" or file.peak_tflops.fp8 else "bf16"
+    format = point.format if point.format != "fp8" or gpu.peak_tflops.fp8 else "bf16"
     moved = point.model_copy(update={"format": format})
-    peak, bandwidth = getattr(file.peak_tflops, format) * 1e12, file.bandwidth_gbs * 1e9
+    peak, bandwidth = getattr(gpu.peak_tflops, format) * 1e12, gpu.bandwidth
     ideal, lent = max(moved.flop / peak, moved.bytes / bandwidth), lender.ideal_seconds(point)
     share = point.speed * (lent / point.flop)
     share = share * (ideal / lent / moved_seconds(1.0, ideal / lent, share.value, best))

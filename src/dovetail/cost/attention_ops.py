@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from dovetail.cost.ops import BF16, FP32, Attention, Collective, Elementwise, Gemm, Op, Pass
 from dovetail.cost.product_ops import Linear, coded_bytes, site_precision
 from dovetail.spec.layout import Layout
+from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.precision import Recipe
 
@@ -230,8 +231,11 @@ def _head_layout(work: AttentionWork, pass_: Pass, recomputed: bool = False) -> 
     mla, heads = work.mla, work.heads
     queries = work.tokens * heads * 2 * mla.qk_rope_head_dim
     keys = work.key_tokens * (heads * (mla.qk_nope_head_dim + mla.qk_head_dim) + mla.qk_rope_head_dim)
-    name = "head layout" if pass_ == "forward" or recomputed else "head layout's gradient"
-    return Elementwise(name=name, pass_=pass_, bytes=BF16 * (queries + keys), part=PART, recomputed=recomputed)
+    kind: ElementwiseKind = "heads" if pass_ == "forward" or recomputed else "heads gradient"
+    name = "head layout" if kind == "heads" else "head layout's gradient"
+    return Elementwise(
+        name=name, pass_=pass_, bytes=BF16 * (queries + keys), part=PART, recomputed=recomputed, kind=kind
+    )
 
 
 def _around_core(work: AttentionWork) -> list[Op]:
@@ -249,7 +253,15 @@ def _output_back(work: AttentionWork) -> list[Op]:
         return []
     width = work.heads * work.mla.v_head_dim
     per_token = coded_bytes(width, precision.saved_input or precision.input) + BF16 * width
-    return [Elementwise(name="attention output back to BF16", pass_="dgrad", bytes=work.tokens * per_token, part=PART)]
+    return [
+        Elementwise(
+            name="attention output back to BF16",
+            pass_="dgrad",
+            bytes=work.tokens * per_token,
+            part=PART,
+            kind="quantise",
+        )
+    ]
 
 
 def _remade_latents(work: AttentionWork) -> list[Op]:
@@ -266,7 +278,8 @@ def _remade_norm(work: AttentionWork) -> list[Op]:
 
 def _norm(name: str, pass_: Pass, tokens: float, width: int, reads: int = 1, recomputed: bool = False) -> Elementwise:
     bytes_ = tokens * width * BF16 * (reads + 1)
-    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=PART, recomputed=recomputed)
+    kind: ElementwiseKind = "norm" if pass_ == "forward" or recomputed else "norm gradient"
+    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=PART, recomputed=recomputed, kind=kind)
 
 
 def _gather(work: AttentionWork, pass_: Pass, width: int) -> list[Op]:

@@ -19,6 +19,7 @@ from typing import Literal
 from dovetail.cost.ops import BF16, FP32, Elementwise, Exchange, Op, Pass
 from dovetail.cost.product_ops import Linear, coded_bytes, site_precision
 from dovetail.spec.layout import Layout
+from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec, Moe
 from dovetail.spec.precision import Quantization, Recipe, Site
 
@@ -146,9 +147,9 @@ def swiglu_forward(work: FfnWork, up: Linear, down: Linear) -> list[Op]:
     ops: list[Op] = [*(up.cast_weight("forward") if work.is_training else ()), up.forward()]
     if work.is_training and up.precision is not None and work.recipe.saved_swiglu is not None:
         saved = 2 * BF16 * width + coded_bytes(2 * width, work.recipe.saved_swiglu)
-        ops += [_elementwise(f"keep {up.part} SwiGLU input", "forward", up.all_rows * saved, up.part)]
+        ops += [_elementwise(f"keep {up.part} SwiGLU input", "forward", up.all_rows * saved, up.part, "quantise")]
     through = 2 * BF16 * width + coded_bytes(width, down.precision.input if down.precision else None)
-    ops += [_elementwise(f"{up.part} SwiGLU", "forward", up.all_rows * through, up.part)]
+    ops += [_elementwise(f"{up.part} SwiGLU", "forward", up.all_rows * through, up.part, "swiglu")]
     return [*ops, *(down.cast_weight("forward") if work.is_training else ()), down.forward()]
 
 
@@ -174,7 +175,7 @@ def _swiglu_backward(work: FfnWork, up: Linear, down: Linear, grad_from: float =
     return [
         *down.cast_weight("dgrad"),
         down.dgrad(),
-        _elementwise(f"{up.part} SwiGLU's gradient", "dgrad", through, up.part),
+        _elementwise(f"{up.part} SwiGLU's gradient", "dgrad", through, up.part, "swiglu gradient"),
         *up.cast_weight("dgrad"),
         up.dgrad(),
         *down.cast_for_wgrad(input_from=BF16, grad_from=grad_from),
@@ -197,13 +198,16 @@ def _gate(work: FfnWork, moe: Moe) -> Linear:
 def _gate_forward(work: FfnWork, moe: Moe) -> list[Op]:
     """The product; scores of the logits, the choice, and its ids and weights."""
     per_token = 2 * FP32 * moe.n_routed_experts + CHOICE_BYTES * moe.num_experts_per_tok
-    return [_gate(work, moe).forward(), _elementwise("choose experts", "forward", work.tokens * per_token, "gate")]
+    return [
+        _gate(work, moe).forward(),
+        _elementwise("choose experts", "forward", work.tokens * per_token, "gate", "choice"),
+    ]
 
 
 def _gate_backward(work: FfnWork, moe: Moe) -> list[Op]:
     per_token = 2 * FP32 * moe.n_routed_experts + CHOICE_BYTES * moe.num_experts_per_tok
     gate = _gate(work, moe)
-    through = _elementwise("choice's gradient", "dgrad", work.tokens * per_token, "gate")
+    through = _elementwise("choice's gradient", "dgrad", work.tokens * per_token, "gate", "choice gradient")
     return [through, gate.dgrad(), gate.wgrad()]
 
 
@@ -213,7 +217,7 @@ def _cast_to_send(work: FfnWork, pass_: Pass, taker: Linear) -> list[Op]:
         return []
     kind = taker.precision.input if pass_ == "forward" else taker.precision.grad
     bytes_ = work.tokens * (_row(work) + coded_bytes(work.spec.hidden_size, kind))
-    return [_elementwise("quantise to dispatch", pass_, bytes_, "experts")]
+    return [_elementwise("quantise to dispatch", pass_, bytes_, "experts", "quantise")]
 
 
 def _exchange(
@@ -237,7 +241,7 @@ def _expand(work: FfnWork, moe: Moe, pass_: Pass, row_bytes: float) -> list[Op]:
     if work.phase == "decode":
         return []
     bytes_ = work.tokens * moe.num_experts_per_tok * 2 * row_bytes
-    return [_elementwise("expand to experts", pass_, bytes_, "experts")]
+    return [_elementwise("expand to experts", pass_, bytes_, "experts", "expand")]
 
 
 def _reduce(work: FfnWork, moe: Moe, pass_: Pass) -> list[Op]:
@@ -245,12 +249,12 @@ def _reduce(work: FfnWork, moe: Moe, pass_: Pass) -> list[Op]:
     if work.phase == "decode":
         return []
     bytes_ = work.tokens * moe.num_experts_per_tok * 2 * _row(work)
-    return [_elementwise("reduce from experts", pass_, bytes_, "experts")]
+    return [_elementwise("reduce from experts", pass_, bytes_, "experts", "reduce")]
 
 
 def _add_and_norm(work: FfnWork) -> Elementwise:
     """Attention's output to the residual, and the norm of the sum: two vectors read, two written."""
-    return _elementwise("add attention, ffn norm", "forward", work.tokens * 4 * _row(work), "attention")
+    return _elementwise("add attention, ffn norm", "forward", work.tokens * 4 * _row(work), "attention", "norm")
 
 
 def _add(work: FfnWork, name: str, addends: int) -> Elementwise:
@@ -262,17 +266,19 @@ def _remade_norm(work: FfnWork, is_needed: bool) -> list[Op]:
     if not is_needed:
         return []
     bytes_ = work.tokens * 2 * _row(work)
-    return [Elementwise(name="ffn norm", pass_="dgrad", bytes=bytes_, part="attention", recomputed=True)]
+    return [Elementwise(name="ffn norm", pass_="dgrad", bytes=bytes_, part="attention", recomputed=True, kind="norm")]
 
 
 def _norm_backward(work: FfnWork, gradients: int) -> Elementwise:
     """The norm's input, the residual's gradient and `gradients` of the norm's result read; one written."""
-    return _elementwise("ffn norm's gradient", "dgrad", work.tokens * (gradients + 3) * _row(work), "attention")
+    return _elementwise(
+        "ffn norm's gradient", "dgrad", work.tokens * (gradients + 3) * _row(work), "attention", "norm gradient"
+    )
 
 
 def _row(work: FfnWork) -> float:
     return BF16 * work.spec.hidden_size
 
 
-def _elementwise(name: str, pass_: Pass, bytes_: float, part: str) -> Elementwise:
-    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=part)
+def _elementwise(name: str, pass_: Pass, bytes_: float, part: str, kind: ElementwiseKind = "other") -> Elementwise:
+    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=part, kind=kind)

@@ -21,6 +21,7 @@ from dovetail.cost.ffn_ops import (
 from dovetail.cost.ops import BF16, FP32, Elementwise, Op, Pass
 from dovetail.cost.product_ops import Linear, site_precision
 from dovetail.spec.layout import Layout
+from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
@@ -67,11 +68,15 @@ def head_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tu
     own, row = tokens / layout.tp, BF16 * spec.hidden_size
     logits = own * BF16 * spec.vocab_size
     head = Linear(name="head", part="head", n_in=spec.hidden_size, n_out=spec.vocab_size, rows=own)
-    ops: list[Op] = [_pass("final norm", "forward", own * 2 * row), head.forward()]
+    ops: list[Op] = [_norms("final norm", "forward", own * 2 * row), head.forward()]
     if phase != "training":
         return (*ops, _pass("sample", "forward", logits))
-    ops += [_pass("loss", "forward", logits), _pass("loss's gradient", "dgrad", 2 * logits), head.dgrad()]
-    return (*ops, head.wgrad(), _pass("final norm's gradient", "dgrad", own * 3 * row))
+    ops += [
+        _pass("loss", "forward", logits, kind="loss"),
+        _pass("loss's gradient", "dgrad", 2 * logits, kind="loss"),
+        head.dgrad(),
+    ]
+    return (*ops, head.wgrad(), _norms("final norm's gradient", "dgrad", own * 3 * row))
 
 
 def end_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
@@ -101,12 +106,14 @@ def mtp_ops(
     )
     is_training = phase == "training"
     ops: list[Op] = [*embedding_ops(spec, layout, tokens, phase)]
-    ops += [_pass("norms of embedding and hidden", "forward", own * 4 * row, "mtp")]
+    ops += [_norms("norms of embedding and hidden", "forward", own * 4 * row, "mtp")]
     ops += [*join.cast_input(is_training), *(join.cast_weight("forward") if is_training else ()), join.forward()]
     ops += layer_ops(spec, spec.num_hidden_layers, layout, recipe, tokens, phase, context, sequences)
     ops += head_ops(spec, layout, tokens, phase)
     if is_training:
-        remade = [] if join.precision else [_pass("norms of embedding and hidden", "dgrad", own * 4 * row, "mtp", True)]
+        remade = (
+            [] if join.precision else [_norms("norms of embedding and hidden", "dgrad", own * 4 * row, "mtp", True)]
+        )
         ops += [
             *join.cast_grad(),
             *join.cast_weight("dgrad"),
@@ -115,9 +122,14 @@ def mtp_ops(
             *join.cast_for_wgrad(),
             join.wgrad(),
         ]
-        ops += [_pass("norms' gradient", "dgrad", own * 6 * row, "mtp")]
+        ops += [_norms("norms' gradient", "dgrad", own * 6 * row, "mtp")]
     return tuple(ops)
 
 
-def _pass(name: str, pass_: Pass, bytes_: float, part: str = "head", recomputed: bool = False) -> Elementwise:
-    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=part, recomputed=recomputed)
+def _pass(name: str, pass_: Pass, bytes_: float, part: str = "head", kind: ElementwiseKind = "other") -> Elementwise:
+    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=part, kind=kind)
+
+
+def _norms(name: str, pass_: Pass, bytes_: float, part: str = "head", recomputed: bool = False) -> Elementwise:
+    kind: ElementwiseKind = "norm" if pass_ == "forward" or recomputed else "norm gradient"
+    return Elementwise(name=name, pass_=pass_, bytes=bytes_, part=part, recomputed=recomputed, kind=kind)

@@ -59,6 +59,11 @@ class GenerationMemory:
         return self.weights + self.cache
 
 
+def moment_bytes(recipe: Recipe) -> int:
+    """Of an element of either of AdamW's moments."""
+    return BF16 if recipe.moments == "bfloat16" else FP32
+
+
 def training_memory(
     spec: ModelSpec,
     tokens: int,
@@ -81,7 +86,7 @@ def training_memory(
         weights=weight_bytes(spec),
         master_weights=FP32 * narrow,
         gradients=gradient_bytes * (narrow + wide),
-        moments=2 * (BF16 if recipe.moments == "bfloat16" else FP32) * (narrow + wide),
+        moments=2 * moment_bytes(recipe) * (narrow + wide),
         moving_average=FP32 * (narrow + wide) if moving_average else 0,
         activations=activations,
     )

@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dovetail.spec.measurements import ElementwiseKind
+
 Pass = Literal["forward", "dgrad", "wgrad"]
 GemmFormat = Literal["bf16", "fp8", "fp32"]
 GemmLayout = Literal["dense", "contiguous", "masked"]  # of rows of groups, as in [DeepGEMM]
@@ -36,6 +38,7 @@ class Gemm:
     layout: GemmLayout = "dense"
     part: str = ""
     recomputed: bool = False  # run again for the backward pass
+    is_added: bool = True  # a weight gradient, to what other micro-batches or ranks have
 
     @property
     def flop(self) -> float:
@@ -44,9 +47,11 @@ class Gemm:
     @property
     def bytes(self) -> float:
         """Both operands read and the result written once: BF16, and FP32 where the product is itself FP32. A weight
-        gradient is added to one in FP32, which is read and written [V3 §3.3.3]."""
+        gradient is added to one in FP32, which is read and written [V3 §3.3.3]; where there is none to add to, it is
+        written as other results are."""
         operands = (self.m * self.k + self.k * self.n) * OPERAND_BYTES[self.format]
-        per_result = 2 * FP32 if self.pass_ == "wgrad" else FP32 if self.format == "fp32" else BF16
+        is_added = self.pass_ == "wgrad" and self.is_added
+        per_result = 2 * FP32 if is_added else FP32 if self.format == "fp32" else BF16
         return self.groups * (operands + self.m * self.n * per_result)
 
 
@@ -104,13 +109,15 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Elementwise:
-    """Work that is bound by memory; `bytes` are those read and written."""
+    """Work that is bound by memory; `bytes` are those read and written. `kind` tells apart what hardware may have been
+    measured at."""
 
     name: str
     pass_: Pass
     bytes: float
     part: str = ""
     recomputed: bool = False
+    kind: ElementwiseKind = "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

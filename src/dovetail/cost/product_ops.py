@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dovetail.cost.activations import TILE, code_bytes
 from dovetail.cost.ops import BF16, FP32, Elementwise, Gemm, GemmFormat, GemmLayout, Pass
+from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe, Site
 
 
@@ -69,7 +70,15 @@ class Linear:
         if self.precision is None:
             return []
         bytes_ = self.groups * self.n_in * self.n_out * (BF16 + orders * (1.0 + FP32 / TILE**2))
-        return [Elementwise(name=f"quantise weight of {self.name}", pass_=pass_, bytes=bytes_, part=self.part)]
+        return [
+            Elementwise(
+                name=f"quantise weight of {self.name}",
+                pass_=pass_,
+                bytes=bytes_,
+                part=self.part,
+                kind="quantise weight",
+            )
+        ]
 
     def cast_input(self, is_training: bool) -> list[Elementwise]:
         """BF16 to the product's input and, in training, to what is kept for the backward pass if that differs."""
@@ -102,7 +111,9 @@ class Linear:
 
     def _cast(self, what: str, pass_: Pass, width: int, read: float, *written: Quantization) -> Elementwise:
         per_row = read * width + sum(coded_bytes(width, each) for each in written)
-        return Elementwise(name=f"{what} {self.name}", pass_=pass_, bytes=self.all_rows * per_row, part=self.part)
+        kind: ElementwiseKind = "requantise" if pass_ == "wgrad" else "quantise"
+        bytes_ = self.all_rows * per_row
+        return Elementwise(name=f"{what} {self.name}", pass_=pass_, bytes=bytes_, part=self.part, kind=kind)
 
 
 def site_precision(recipe: Recipe, site: Site) -> GemmPrecision | None:

@@ -1,10 +1,10 @@
 """Bytes on the ranks of a pipeline in training.
 
 Weights are held in BF16 (norms and router FP32) and quantised when they are used: FP8 copies in both orders that
-products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32. Master weights (FP32)
-and the two moments (BF16 [V3 §3.3.3]) are shared out over all ranks that hold the same weight (ZeRO-1): data-parallel
-ranks, the replicas of routed experts, both copies of a stage where DualPipe has two. The moving average is in the
-host's memory [V3 §3.2.3].
+products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32; where there is nothing
+to add they are in BF16. Master weights (FP32) and the two moments (the recipe's format: BF16 [V3 §3.3.3]) are shared
+out over all ranks that hold the same weight (ZeRO-1): data-parallel ranks, the replicas of routed experts, both copies
+of a stage where DualPipe has two. The moving average is in the host's memory [V3 §3.2.3].
 
 Activations are those of `cost.activations` with its recomputation, times the micro-batches in flight:
 
@@ -26,7 +26,7 @@ from functools import lru_cache
 
 from dovetail.cost.activations import SavedTensor, saved_by_layer, saved_by_part
 from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
-from dovetail.cost.memory import BF16, FP32
+from dovetail.cost.memory import BF16, FP32, moment_bytes
 from dovetail.cost.stages import Stage, stages
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import Mla, ModelSpec
@@ -87,6 +87,7 @@ class _Kinds:
     """State of a layer and activations of a token in it, without and with experts, and of the rest. A layer kind that
     the model lacks is None."""
 
+    moment_bytes: int
     states: dict[bool, _State]
     kept: dict[bool, int]
     mtp_state: _State
@@ -168,7 +169,7 @@ def _rank(
     numbers = layout.stages_of(rank)
     mine = [all_stages[index] for index in numbers]
     has_head = any(stage.has_head for stage in mine)
-    state = _state(layout, held_by_ends(spec, layout, mine))
+    state = _state(layout, held_by_ends(spec, layout, mine), kinds.moment_bytes)
     kept = [kinds.head_kept + kinds.mtp_kept if stage.has_head else 0 for stage in mine]
     for index, stage in enumerate(mine):
         with_experts = sum(map(spec.is_moe_layer, stage.layers))
@@ -195,16 +196,17 @@ def _rank(
 
 def _kinds(spec: ModelSpec, layout: Layout, recipe: Recipe, recompute: bool) -> _Kinds:
     layers = {spec.is_moe_layer(layer): layer for layer in range(spec.num_hidden_layers)}
-    rest = _kept_by_head_and_mtp(spec, recipe, recompute)
+    rest, moment = _kept_by_head_and_mtp(spec, recipe, recompute), moment_bytes(recipe)
     held = {kind: held_by_layer(spec, layer, layout) for kind, layer in layers.items()}
     last = held[spec.is_moe_layer(spec.num_hidden_layers - 1)]
     return _Kinds(
-        states={kind: _state(layout, each) for kind, each in held.items()},
+        moment_bytes=moment,
+        states={kind: _state(layout, each, moment) for kind, each in held.items()},
         kept={
             kind: sum(tensor.bytes for tensor in _kept(spec, layer, recipe, recompute))
             for kind, layer in layers.items()
         },
-        mtp_state=_state(layout, held_by_mtp(spec, layout)) if spec.num_nextn_predict_layers else _State(),
+        mtp_state=_state(layout, held_by_mtp(spec, layout), moment) if spec.num_nextn_predict_layers else _State(),
         mtp_kept=sum(tensor.bytes for part, tensor in rest if part != "ends"),
         head_kept=sum(tensor.bytes for part, tensor in rest if part == "ends"),
         codes=sum(each.elements for each in last if each.site),
@@ -228,15 +230,15 @@ def _kept_by_head_and_mtp(spec: ModelSpec, recipe: Recipe, recompute: bool) -> l
     ]
 
 
-def _state(layout: Layout, held: Iterable[Held]) -> _State:
+def _state(layout: Layout, held: Iterable[Held], moment_bytes: int) -> _State:
     weights = gradients = master = moments = average = 0
     for each in held:
         weights += (FP32 if each.is_wide else BF16) * each.elements
         if each.has_gradient:
             share = -(-each.elements // (each.replicas * layout.stage_copies))  # ZeRO-1
-            gradients += FP32 * each.elements
+            gradients += (FP32 if each.is_wide or layout.adds_gradients else BF16) * each.elements
             master += 0 if each.is_wide else FP32 * share
-            moments += 2 * BF16 * share
+            moments += 2 * moment_bytes * share
             average += FP32 * share
     return _State(weights, gradients, master, moments, average)
 

@@ -3,8 +3,8 @@
     ideal    = max(FLOP / peak, bytes / bandwidth)          the roofline, of datasheet figures
     seconds  = ideal / share + launch
 
-Shares are measured: of products and attention by shape (`cost.shares`), of memory-bound work one for all. Fewer
-multiprocessors (the others communicate, as 20 of 132 do in V3's training [V3 §3.2.2]) slow compute in proportion,
+Shares are measured: of products and attention by shape (`cost.shares`), of memory-bound work by kind, or one for all.
+Fewer multiprocessors (the others communicate, as 20 of 132 do in V3's training [V3 §3.2.2]) slow compute in proportion,
 and memory not at all: part of them fill the memory system.
 
 Left out: imbalance between experts, waiting for other ranks, and what caches keep from one operation to the next.
@@ -54,7 +54,7 @@ def op_time(op: Gemm | Attention | Elementwise, gpu: Gpu, multiprocessors: int |
     if isinstance(op, Attention):
         return _attention_time(op, gpu, part)
     assert isinstance(op, Elementwise), f"{type(op).__name__} does not run on one GPU alone"
-    share = gpu.efficiency.memory
+    share = gpu.efficiency.memory_estimate(op.kind)
     return _timed((0.0, op.bytes / gpu.bandwidth), (share.band, share.band), gpu, f"{op.bytes:.3g} B", share.source)
 
 

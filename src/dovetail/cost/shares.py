@@ -104,7 +104,8 @@ def gemm_share(gpu: Gpu, format: Format, layout: str, m: float, n: float, k: flo
     """The share of its roofline that `groups` products [m, k] x [k, n] are expected to reach on `gpu`; FP8 means the
     next wider format where there is no FP8."""
     format = gpu.runs_as(format)
-    measured, measured_format = _measured(gpu, format), _measured_format(gpu, format)
+    measured_format = _measured_format(gpu, format)
+    measured = _measured(gpu, measured_format)
     rows, place = math.log(m), (math.log(n), math.log(k), math.log(groups))
     found = _weighted(measured.curves, layout, place, rows)
     share, half = math.exp(found.log_share), measured.half_band(found.distance)
@@ -133,7 +134,6 @@ def attention_share(gpu: Gpu, kind: AttentionKind, rows: float, length: float) -
 
 @lru_cache(maxsize=256)
 def _measured(gpu: Gpu, format: Format) -> _Measured:
-    format = _measured_format(gpu, format)
     curves = _gemm_curves(gpu, [point for point in gpu.efficiency.products if point.format == format])
 
     def predict(rest: Sequence[_Curve], curve: _Curve, x: float) -> tuple[float, float]:

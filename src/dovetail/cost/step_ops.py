@@ -6,6 +6,8 @@
     all-gather       weights in BF16
     zero             the gradients' accumulators
 
+A gradient that only one micro-batch on one rank has stays as the product wrote it, in BF16, and nothing is zeroed.
+
 That gradients travel in FP32 is not in the paper (unverified). Sums over experts' replicas are far between: ep ranks
 apart. Where DualPipe has a stage twice, both copies are in the sum, the second on another rank of the pipeline.
 """
@@ -18,13 +20,20 @@ from typing import Literal
 from dovetail.cost.held import held_by_rank
 from dovetail.cost.ops import BF16, FP32, Collective, Elementwise, Op
 from dovetail.spec.layout import Layout
+from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec
 
-ADAM_BYTES = FP32 + 2 * (FP32 + 2 * BF16)  # gradient read; master and moments read and written
+
+def adam_bytes(gradient_bytes: int, moment_bytes: int = BF16) -> int:
+    """Of an update of one parameter: gradient read, master and moments read and written, BF16 weight written."""
+    return gradient_bytes + 2 * (FP32 + 2 * moment_bytes) + BF16
 
 
-def step_ops(spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096) -> tuple[Op, ...]:
-    """Of pipeline rank `rank`. Raises ValueError where attention is not MLA."""
+def step_ops(
+    spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096, moment_bytes: int = BF16
+) -> tuple[Op, ...]:
+    """Of pipeline rank `rank`; `moment_bytes` are those of an element of AdamW's moments. Raises ValueError where
+    attention is not MLA."""
     trained = [each for each in held_by_rank(spec, layout, rank, context) if each.has_gradient]
     by_replicas: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # elements, bytes as they compute
     for each in trained:
@@ -41,12 +50,13 @@ def step_ops(spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096
             if ranks > 1:
                 sums.append(_collective("reduce_scatter", FP32 * elements / part, ranks, apart))
                 gathers.insert(0, _collective("all_gather", weights / part, ranks, apart))
+    gradient = FP32 if layout.adds_gradients else BF16
     return (
         *sums,
-        _pass("gradient norm", FP32 * share),
-        _pass("AdamW", (ADAM_BYTES + BF16) * share),
+        _pass("gradient norm", gradient * share, "square sum"),
+        _pass("AdamW", adam_bytes(gradient, moment_bytes) * share, "optimizer"),
         *gathers,
-        _pass("zero gradients", FP32 * held),
+        *([_pass("zero gradients", FP32 * held)] if layout.adds_gradients else []),
     )
 
 
@@ -54,5 +64,5 @@ def _collective(name: Literal["reduce_scatter", "all_gather"], bytes_: float, ra
     return Collective(name=name, pass_="wgrad", bytes=bytes_, ranks=ranks, stride=stride, part="step")
 
 
-def _pass(name: str, bytes_: float) -> Elementwise:
-    return Elementwise(name=name, pass_="wgrad", bytes=bytes_, part="step")
+def _pass(name: str, bytes_: float, kind: ElementwiseKind = "other") -> Elementwise:
+    return Elementwise(name=name, pass_="wgrad", bytes=bytes_, part="step", kind=kind)

@@ -5,6 +5,7 @@ What they idle is in `planner.bubbles`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from dovetail.parallel.dualpipe import dualpipe, dualpipev
@@ -35,13 +36,8 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
     _check_sizes(ranks, microbatches)
     actions = []
     for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, microbatches)
-        steps = [Action("F", index, rank) for index in range(ahead)]
-        for index in range(microbatches):
-            if index + ahead < microbatches:
-                steps.append(Action("F", index + ahead, rank))
-            steps.append(Action("B", index, rank))
-        actions.append(tuple(steps))
+        backwards = [(Action("B", index, rank),) for index in range(microbatches)]
+        actions.append(_in_turn(rank, ranks, backwards))
     return Schedule(
         name="1f1b",
         microbatches=microbatches,
@@ -101,16 +97,10 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
     _check_sizes(ranks, microbatches)
     actions = []
     for rank in range(ranks):
-        ahead = min(ranks - 1 - rank, microbatches)
-        steps = [Action("F", index, rank) for index in range(ahead)]
-        for index in range(microbatches):
-            if index + ahead < microbatches:
-                steps.append(Action("F", index + ahead, rank))
-            steps.append(Action("I", index, rank))
-            if index >= rank:
-                steps.append(Action("W", index - rank, rank))
-        steps += [Action("W", index, rank) for index in range(max(0, microbatches - rank), microbatches)]
-        actions.append(tuple(steps))
+        late = [(Action("W", index - rank, rank),) if index >= rank else () for index in range(microbatches)]
+        backwards = [(Action("I", index, rank), *late[index]) for index in range(microbatches)]
+        rest = (Action("W", index, rank) for index in range(max(0, microbatches - rank), microbatches))
+        actions.append((*_in_turn(rank, ranks, backwards), *rest))
     return Schedule(
         name="zb1p",
         microbatches=microbatches,
@@ -118,6 +108,18 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
         actions=tuple(actions),
         activation_limit=(min(ranks, microbatches),) * ranks,
     )
+
+
+def _in_turn(rank: int, ranks: int, backwards: Sequence[tuple[Action, ...]]) -> tuple[Action, ...]:
+    """PP-1-r forwards ahead, then one forward and what `backwards` has for one micro-batch in turn."""
+    microbatches = len(backwards)
+    ahead = min(ranks - 1 - rank, microbatches)
+    steps = [Action("F", index, rank) for index in range(ahead)]
+    for index, backward in enumerate(backwards):
+        if index + ahead < microbatches:
+            steps.append(Action("F", index + ahead, rank))
+        steps += backward
+    return tuple(steps)
 
 
 def _check_sizes(ranks: int, microbatches: int) -> None:

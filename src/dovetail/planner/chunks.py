@@ -25,12 +25,12 @@ nor is what uneven experts add: all times are of equal loads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
-from dovetail.cost.ops import Collective, Exchange, Op
+from dovetail.cost.ops import Collective, Elementwise, Exchange, Gemm, Op
 from dovetail.cost.roofline import op_time
 from dovetail.cost.stages import stages
 from dovetail.network.collectives import collective_time, exchange_time
@@ -57,6 +57,7 @@ class Workload:
     layout: Layout
     recipe: Recipe
     sequence_length: int
+    recompute: bool = True  # norms and attention's up-projections, as DeepSeek-V3 [V3 §3.2.3]
     label: str = ""  # what tells it from others that are compared with it
 
     @property
@@ -178,12 +179,13 @@ class Costs:
             self._pieces[key] = _by_piece(work, _ops(work, kind), is_end=kind == "head")
         return self._pieces[key]
 
-    def _layout_key(self, work: Workload) -> tuple[int, int, int, int]:
+    def _layout_key(self, work: Workload) -> tuple[int, int, int, int, bool]:
         first = self._of = self._of or work
         assert first.spec is work.spec and first.cluster is work.cluster and first.recipe is work.recipe
         assert first.sequence_length == work.sequence_length, "these costs are of another sequence length"
+        assert first.recompute == work.recompute
         layout = work.layout
-        return layout.ep, layout.tp, layout.microbatch_size, layout.redundant_experts
+        return layout.ep, layout.tp, layout.microbatch_size, layout.redundant_experts, layout.adds_gradients
 
 
 def pair_seconds(forward: StageSeconds, backward: StageSeconds) -> Band:
@@ -213,7 +215,17 @@ def _replay(forward: StageSeconds, backward: StageSeconds, end: str) -> float:
     return max(arithmetic, exchanges)
 
 
-def _ops(work: Workload, kind: str) -> tuple[Op, ...]:
+def _ops(work: Workload, kind: str) -> Iterator[Op]:
+    """What is run of what a layer or an end lists: nothing again that is kept, gradients added where there are some."""
+    for op in _listed(work, kind):
+        if isinstance(op, Gemm | Elementwise) and op.recomputed and not work.recompute:
+            continue
+        if isinstance(op, Gemm) and op.pass_ == "wgrad" and not work.layout.adds_gradients:
+            op = replace(op, is_added=False)
+        yield op
+
+
+def _listed(work: Workload, kind: str) -> tuple[Op, ...]:
     """Of a layer with experts or without, an MTP module, or an end of the model. Layers of one kind are alike."""
     spec, layout, tokens = work.spec, work.layout, work.tokens
     if kind == "embedding":
@@ -227,7 +239,7 @@ def _ops(work: Workload, kind: str) -> tuple[Op, ...]:
     return layer_ops(spec, layer, layout, work.recipe, tokens, "training", length, sequences)
 
 
-def _by_piece(work: Workload, ops: Sequence[Op], is_end: bool) -> dict[str, Band]:
+def _by_piece(work: Workload, ops: Iterable[Op], is_end: bool) -> dict[str, Band]:
     """Seconds by `PIECES`, and those of an MTP module's head as head_f, head_b, head_w."""
     pieces: dict[str, list[Band]] = {}
     for op in ops:

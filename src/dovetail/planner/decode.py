@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from dovetail.cost.inference_memory import InferenceMemory, inference_memory, low_latency_buffer
 from dovetail.planner.microbatches import NOTHING, Overlapped, Pieces, overlap
-from dovetail.planner.prefill import RUNTIME_BYTES, check_pool
+from dovetail.planner.prefill import check_pool
 from dovetail.planner.serving_goal import ServingGoal
 from dovetail.planner.serving_pieces import (
     Work,
@@ -133,7 +133,7 @@ class Pool:
 
     def fit(self, requests: int) -> int:
         """Requests whose latents, at their mean length, fit beside weights and buffers for `requests`."""
-        tokens = self.memory(requests).tokens_that_fit(self.cluster.gpu.memory_bytes, RUNTIME_BYTES)
+        tokens = self.memory(requests).tokens_that_fit(self.cluster.gpu.usable_bytes)
         return min(self.goal.max_requests_per_gpu, int(tokens / (self.goal.mean_context * self.layout.tp)))
 
     def most_that_fit(self) -> int:
@@ -258,11 +258,11 @@ def _sizes(gpus_per_node: int, most: int) -> Iterator[int]:
 def _no_fit(pool: Pool, requests: int) -> str:
     memory, gpu = pool.memory(requests), pool.cluster.gpu
     cache = requests * pool.goal.mean_context * memory.cache_per_token
-    needed = memory.weights + memory.buffers + RUNTIME_BYTES + cache
+    needed = memory.weights + memory.buffers + gpu.runtime_bytes + cache
     text = (
         f"a decoding GPU with {requests} requests of context {pool.goal.mean_context:g} needs {needed / 1e9:.1f} GB "
         f"(weights {memory.weights / 1e9:.1f}, cache {cache / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}, runtime "
-        f"{RUNTIME_BYTES / 1e9:.0f}) and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}: "
+        f"{gpu.runtime_bytes / 1e9:g}) and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}: "
     )
     most = pool.most_that_fit()
     if most:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dovetail.cost.rank_memory import pipeline_memory
 from dovetail.planner.chunks import Workload
 from dovetail.planner.search import Candidate
-from dovetail.planner.training import RUNTIME_BYTES
 from dovetail.spec.layout import Layout, check_layout
 
 LARGEST = 1 << 16  # GPUs that are tried
@@ -17,11 +16,11 @@ MOST_MEMORY = 288e9  # of a GPU that can be had: GB300's
 def why_none_fits(smallest: Candidate, batch: int) -> str:
     """One line: the layout that needs least, how much that is too much, and how many GPUs, or which, would do."""
     work, gpu = smallest.work, smallest.work.cluster.gpu
-    layout, needed = work.layout, smallest.memory + RUNTIME_BYTES
+    layout, needed = work.layout, smallest.memory + gpu.runtime_bytes
     text = (
-        f"no layout of the {layout.gpus} GPUs fits in memory: pp = {layout.pp}, ep = {layout.ep}, tp = {layout.tp}, "
-        f"{layout.schedule} needs least, {needed / 1e9:.1f} GB on its fullest rank, and {gpu.name} has "
-        f"{gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
+        f"no layout of the {layout.gpus} GPUs of {work.cluster.name} fits in memory: pp = {layout.pp}, "
+        f"ep = {layout.ep}, tp = {layout.tp}, {layout.schedule} needs least, {needed / 1e9:.1f} GB on its fullest "
+        f"rank, and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
     )
     larger = fitting_layout(work, batch)
     remedies = []
@@ -29,8 +28,10 @@ def why_none_fits(smallest: Candidate, batch: int) -> str:
         remedies.append(f"{larger.gpus} GPUs (pp = {larger.pp}, ep = {larger.ep}, tp = {larger.tp})")
     if needed <= MOST_MEMORY:
         remedies.append(f"GPUs with {needed / 1e9:.0f} GB")
-    state = max(rank.state for rank in pipeline_memory(work.spec, layout, work.recipe, work.sequence_length))
-    if state + RUNTIME_BYTES < gpu.memory_bytes:  # the rest grows with the tokens of a micro-batch
+    state = max(
+        rank.state for rank in pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
+    )
+    if state < gpu.usable_bytes:  # the rest grows with the tokens of a micro-batch
         remedies.append(f"a --sequence-length below {work.sequence_length}")
     return text + ("what would do: " + " or ".join(remedies) if remedies else "no number of these GPUs would do")
 
@@ -40,8 +41,8 @@ def fitting_layout(work: Workload, batch: int) -> Layout | None:
     gpus = 2 * work.layout.gpus
     while gpus <= LARGEST:
         for layout in _layouts(work, gpus, batch):
-            memory = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length)
-            if max(rank.total for rank in memory) + RUNTIME_BYTES <= work.cluster.gpu.memory_bytes:
+            memory = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
+            if max(rank.total for rank in memory) <= work.cluster.gpu.usable_bytes:
                 return layout
         gpus *= 2
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from html import escape
+from pathlib import Path
 
 from dovetail.planner.decode import DecodePlan, evaluate_decode
 from dovetail.planner.drawing import GRID, IDLE, INK, MUTED, draw_svg
@@ -27,7 +28,7 @@ from dovetail.planner.report import (
 )
 from dovetail.planner.request import Answer, Choice
 from dovetail.planner.serving import ServingPlan
-from dovetail.planner.training import RUNTIME_BYTES, TrainingPlan
+from dovetail.planner.training import TrainingPlan
 
 PARTS = ("forward", "input_backward", "weight_backward", "pair", "bubble", "optimizer")
 TILES = {
@@ -99,6 +100,15 @@ DRAWING_STYLE = (
 )
 
 
+def write(answer: Answer, path: Path) -> None:
+    """Raises ValueError for a path that no file can be written at."""
+    text = page(answer)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise ValueError(f"--html {path}: {(problem.strerror or str(problem)).lower()}") from None
+
+
 def page(answer: Answer) -> str:
     """The whole file."""
     choices = answer.choices
@@ -146,18 +156,18 @@ def _training(choice: Choice, plan: TrainingPlan) -> Iterator[str]:
     by_key = {figure.key: figure for figure in choice.figures()}
     parts = [Bar(by_key[key].title, by_key[key].band, shown(by_key[key].band, "s")[0]) for key in PARTS]
     yield _section("where the time of a step goes", bars(parts))
-    capacity = plan.work.cluster.gpu.memory_bytes
+    gpu = plan.work.cluster.gpu
     details = f'<details><summary>in numbers</summary><div class="why">{_table(memory_table(plan))}</div></details>'
-    yield _section("memory per rank", memory_bars(plan.memory, capacity, RUNTIME_BYTES) + details)
+    yield _section("memory per rank", memory_bars(plan.memory, gpu.memory_bytes, gpu.runtime_bytes) + details)
     if plan.work.layout.pp > 1:
         yield f'<section class="timeline">{draw_svg(plan.timeline)}</section>\n'
     if len(choice.front) > 1:
         dots = [
-            Point(each.seconds, (each.memory + RUNTIME_BYTES) / 1e9, candidate_text(each.work))
+            Point(each.seconds, (each.memory + gpu.runtime_bytes) / 1e9, candidate_text(each.work))
             for each in choice.front
             if each.work != plan.work
         ]
-        needed = (plan.largest_memory.total + RUNTIME_BYTES) / 1e9
+        needed = (plan.largest_memory.total + gpu.runtime_bytes) / 1e9
         dots.append(Point(plan.step_seconds.value, needed, candidate_text(plan.work), is_plan=True))
         note = '<p class="note">Layouts that no other beats in time and memory at once. Point at one to read it.</p>'
         yield _section("time against memory", scatter(dots, "seconds per step", "GB on the fullest rank") + note)
@@ -170,12 +180,13 @@ def _serving(plan: ServingPlan) -> Iterator[str]:
         parts = [Bar(use, band, shown(band, "s")[0]) for use, band in uses.items()]
         yield _section(f"where a step of {name} goes: {layout_text(pool.layout)}", bars(parts))
     prefill, decode = plan.prefill, plan.decode
-    rows = [
-        ("prefill", {"weights": prefill.memory.weights, "activations": prefill.activation_bytes}),
-        ("decode", {"weights": decode.memory.weights, "latents": decode.cache_bytes, "buffers": decode.memory.buffers}),
-    ]
+    used = {
+        "prefill": {"weights": prefill.memory.weights, "activations": prefill.activation_bytes},
+        "decode": {"weights": decode.memory.weights, "latents": decode.cache_bytes, "buffers": decode.memory.buffers},
+    }
     sizes = [
-        (name, {use: float(size) for use, size in (uses | {"runtime": RUNTIME_BYTES}).items()}) for name, uses in rows
+        (name, {use: float(size) for use, size in uses.items()} | {"runtime": pool.work.cluster.gpu.runtime_bytes})
+        for (name, uses), (_, pool) in zip(used.items(), pools, strict=True)
     ]
     yield _section("memory per GPU", pool_memory(sizes, decode.work.cluster.gpu.memory_bytes))
     dots = [_point(other) for other in _curve(decode)] + [_point(decode, is_plan=True)]

@@ -19,7 +19,7 @@ from dovetail.planner.decode import DecodePlan
 from dovetail.planner.prefill import PrefillPlan
 from dovetail.planner.request import Choice, Request
 from dovetail.planner.serving import ServingPlan
-from dovetail.planner.training import RUNTIME_BYTES, TrainingPlan
+from dovetail.planner.training import TrainingPlan
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
@@ -65,12 +65,13 @@ def training_launch(plan: TrainingPlan, model: str) -> Launch:
     name = Path(model).name.removesuffix(".json") or "model"
     file = f"{name}.toml"
     notes = [f"Save the first as {file}; [data] is Python's own library until you name your text."]
-    held = _unsharded(plan)
-    if layout.dp > 1 and held > plan.largest_memory.total:
+    held, own, gpu = _unsharded(plan), plan.largest_memory.total, plan.work.cluster.gpu
+    if layout.dp > 1 and held > own:
         notes.append(
-            f"dovetail train keeps optimizer states whole on every rank: {(held + RUNTIME_BYTES) / 1e9:.1f} GB in all, "
-            f"where the plan, which shares them out, has {(plan.largest_memory.total + RUNTIME_BYTES) / 1e9:.1f}"
-            + ("" if held + RUNTIME_BYTES <= plan.work.cluster.gpu.memory_bytes else "; that does not fit")
+            "dovetail train keeps optimizer states whole on every rank: "
+            f"{(held + gpu.runtime_bytes) / 1e9:.1f} GB in all, "
+            f"where the plan, which shares them out, has {(own + gpu.runtime_bytes) / 1e9:.1f}"
+            + ("" if held <= gpu.usable_bytes else "; that does not fit")
             + "."
         )
     blocks = (Block(kind="toml", text=run_file(plan, model, name)), Block(kind="sh", text=_command(plan, file)))
@@ -90,7 +91,7 @@ def run_file(plan: TrainingPlan, model: str, name: str) -> str:
         lines.append(f"change = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in changes.items())} }}")
     lines += ["", "[data]", 'kind = "stdlib"', "", "[train]", f"steps = {steps}", f"batch_size = {layout.batch}"]
     lines += [f"microbatch_size = {layout.microbatch_size}", f"sequence_length = {work.sequence_length}"]
-    lines += [f"precision = {json.dumps(work.recipe.name)}", "recompute = true"]
+    lines += [f"precision = {json.dumps(work.recipe.name)}", f"recompute = {json.dumps(work.recompute)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -126,15 +127,15 @@ def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
 def _unsharded(plan: TrainingPlan) -> int:
     """Bytes with the optimizer's states of one rank whole, as `train.optim` keeps them."""
     lone = plan.work.layout.model_copy(update={"dp": 1})
-    (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length)
+    (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length, plan.work.recompute)
     return rank.total
 
 
 def _cannot(plan: TrainingPlan, split: list[str]) -> str:
     work = plan.work
     whole = work.layout.model_copy(update={"pp": 1, "ep": 1, "tp": 1, "dp": 1, "schedule": "1f1b"})
-    (rank,) = pipeline_memory(work.spec, whole, work.recipe, work.sequence_length)
-    needed, has = (rank.total + RUNTIME_BYTES) / 1e9, work.cluster.gpu.memory_bytes / 1e9
+    (rank,) = pipeline_memory(work.spec, whole, work.recipe, work.sequence_length, work.recompute)
+    needed, has = (rank.total + work.cluster.gpu.runtime_bytes) / 1e9, work.cluster.gpu.memory_bytes / 1e9
     way = "ask for --pp 1 --ep 1 --tp 1" if needed <= has else "this model is too large for it"
     return (
         f"dovetail train cannot run this layout: it splits data over processes and nothing else so far, and this has "

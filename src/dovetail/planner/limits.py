@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dovetail.spec.band import Band
-from dovetail.spec.hardware import Cluster
+from dovetail.spec.hardware import Cluster, Link
 from dovetail.spec.model import ModelSpec
 
 PAPER_HIDDEN = 7000  # "7K" [ISCA §2.3.2]; the model's is 7168
@@ -65,21 +65,28 @@ def speed_limit(
     tokens: float = PAPER_TOKENS,
     bytes_per_value: float = DISPATCH_BYTES + COMBINE_BYTES,
     achieved: bool = False,
+    ranks: int | None = None,
 ) -> SpeedLimit:
-    """Of the link that joins the experts: scale-out where there are several nodes, scale-up in one. `hidden`: None is
-    the model's; `achieved`: at the bandwidth that is reached, not the datasheet's.
+    """Of the link that joins the experts' `ranks` (None: the whole cluster). `hidden`: None is the model's; `achieved`:
+    at the bandwidth that is reached, not the datasheet's.
 
     Raises ValueError for a model without experts.
     """
     if spec.moe is None:
         raise ValueError("the model has no experts, so no exchange limits its speed")
-    link = cluster.scale_up if cluster.nodes == 1 or cluster.scale_out is None else cluster.scale_out
+    link = joining_link(cluster, ranks)
     bandwidth = link.bandwidth if achieved else Band.exact(link.gbs * 1e9)
     copies = spec.moe.num_experts_per_tok + spec.moe.n_shared_experts  # the shared expert as a ninth [V3 §3.4.2]
     sent = tokens * copies * (hidden or spec.hidden_size) * bytes_per_value
     return SpeedLimit(
         exchange=sent / bandwidth, layers=spec.num_hidden_layers, latency=link.latency, bandwidth=bandwidth
     )
+
+
+def joining_link(cluster: Cluster, ranks: int | None = None) -> Link:
+    """Scale-out where the ranks are on several nodes, scale-up in one."""
+    is_one_node = (ranks or cluster.gpus) <= cluster.gpus_per_node
+    return cluster.scale_up if is_one_node or cluster.scale_out is None else cluster.scale_out
 
 
 def nodes_for(tokens: float, seconds: float, tokens_per_second: float) -> float:

@@ -25,8 +25,6 @@ from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.precision import Recipe
 
-RUNTIME_BYTES = 2e9  # CUDA context, communicators, buffers of normal exchanges; unverified
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
@@ -76,6 +74,11 @@ class PrefillPlan:
     @property
     def steps_per_prompt(self) -> int:
         return math.ceil(self.goal.computed_per_prompt / self.tokens_per_step)
+
+    @property
+    def sampled(self) -> float:
+        """Prompts whose last token the head sees in a step."""
+        return max(1.0, self.tokens_per_step / self.goal.computed_per_prompt)
 
     @property
     def transfer_seconds(self) -> Band:
@@ -166,11 +169,11 @@ def check_pool(layout: Layout, spec: ModelSpec) -> None:
 def _check_fit(plan: PrefillPlan) -> None:
     gpu, goal = plan.work.cluster.gpu, plan.goal
     cache = plan.work.sequences * goal.microbatches * goal.prompt * plan.memory.cache_per_token
-    needed = plan.memory.weights + plan.activation_bytes + cache + RUNTIME_BYTES
+    needed = plan.memory.weights + plan.activation_bytes + cache + gpu.runtime_bytes
     if needed > gpu.memory_bytes:
         raise ValueError(
             f"a prefill GPU needs {needed / 1e9:.1f} GB (weights {plan.memory.weights / 1e9:.1f}, activations "
-            f"{plan.activation_bytes / 1e9:.1f}, cache {cache / 1e9:.1f}, runtime {RUNTIME_BYTES / 1e9:.0f}) and "
+            f"{plan.activation_bytes / 1e9:.1f}, cache {cache / 1e9:.1f}, runtime {gpu.runtime_bytes / 1e9:g}) and "
             f"{gpu.name} has {gpu.memory_bytes / 1e9:.1f}: {_remedy(plan, needed)}"
         )
 

@@ -1,11 +1,10 @@
-"""Plans as tables for a terminal, as Markdown, and as plain data."""
+"""Plans as tables, for a terminal and as Markdown; `planner.plain` has the same as data."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from dovetail.cost.rank_memory import RankMemory
 from dovetail.planner.chunks import Workload
@@ -13,7 +12,7 @@ from dovetail.planner.figures import Figure, explanation, find_figure, number
 from dovetail.planner.launch import Launch, launches
 from dovetail.planner.request import Answer, Choice
 from dovetail.planner.serving import ServingPlan
-from dovetail.planner.training import RUNTIME_BYTES, TrainingPlan
+from dovetail.planner.training import TrainingPlan
 from dovetail.spec.band import Band
 from dovetail.spec.layout import Layout
 
@@ -62,6 +61,9 @@ def comparison(answer: Answer) -> Table:
     keys = [figure.key for figure in summary(answer.choices[0])]
     keys += [each.key for choice in answer.choices[1:] for each in summary(choice) if each.key not in keys]
     rows = [("layout", *(_layouts_text(choice) for choice in answer.choices))]
+    lenders = [" and ".join(_borrowed(choice).values()) for choice in answer.choices]
+    if any(lenders):
+        rows.append(("efficiency borrowed from", *lenders))
     for key in keys:
         title = next(full_title(each[key]) for each in of if key in each)
         rows.append((title, *(_cell(each[key]) if key in each else "" for each in of)))
@@ -123,12 +125,6 @@ def printed_launch(launch: Launch) -> Iterator[str]:
     yield from launch.notes
 
 
-def as_json(answer: Answer) -> dict[str, Any]:
-    """Plain data; every figure in the unit that stands with it."""
-    request = {name: value for name, value in asdict(answer.request).items() if value not in (None, (), [])}
-    return {"request": request, "plans": [_choice_json(answer, choice) for choice in answer.choices]}
-
-
 def shown(band: Band, unit: str) -> tuple[str, str]:
     """Value and interval, in millions and so on where they are large, in smaller units of time where they are small."""
     scale, name = next(((size, each) for most, size, each in SMALLER.get(unit, ()) if band.value < most), (1.0, unit))
@@ -157,7 +153,8 @@ def candidate_text(work: Workload) -> str:
 def training_layout_text(layout: Layout) -> str:
     """With schedule and micro-batches."""
     size = f" of {layout.microbatch_size}" if layout.microbatch_size > 1 else ""
-    return f"{layout_text(layout)}, {layout.schedule}, {layout.microbatches} micro-batches{size}"
+    count = f"{layout.microbatches} micro-batch{'es' if layout.microbatches > 1 else ''}"
+    return f"{layout_text(layout)}, {layout.schedule}, {count}{size}"
 
 
 def _cell(figure: Figure) -> str:
@@ -167,7 +164,7 @@ def _cell(figure: Figure) -> str:
 
 def _layouts_text(choice: Choice) -> str:
     if isinstance(choice.plan, TrainingPlan):
-        return training_layout_text(choice.plan.work.layout)
+        return f"{choice.plan.gpus:,} GPUs: {training_layout_text(choice.plan.work.layout)}"
     prefill, decode = choice.plan.prefill.layout, choice.plan.decode.layout
     return f"prefill ep {prefill.ep}, decode ep {decode.ep}"
 
@@ -191,9 +188,19 @@ def _about(choice: Choice) -> Iterator[tuple[str, str]]:
         yield "precision", work.recipe.name
         best = f"the fastest of {choice.tried:,} layouts, of which {choice.fitting:,} fit in memory"
         yield "found", best if choice.tried > 1 else "as given"
-    borrowed = cluster.gpu.efficiency.borrowed_from
-    if borrowed:
-        yield "efficiency", f"nobody measured {cluster.gpu.name}: shares are those of {borrowed}, in a wider band"
+        most, has = plan.largest_memory.band[1] + cluster.gpu.runtime_bytes, cluster.gpu.memory_bytes
+        if most > has:
+            yield "memory", f"fits as expected, not at the upper end: {most / 1e9:.1f} GB of {has / 1e9:.1f}"
+    for name, lender in _borrowed(choice).items():
+        yield "efficiency", f"nobody measured {name}: shares are those of {lender}, in a wider band"
+
+
+def _borrowed(choice: Choice) -> dict[str, str]:
+    """GPUs of the plan that nobody measured, and whose shares they have."""
+    plan = choice.plan
+    works = (plan.work,) if isinstance(plan, TrainingPlan) else (plan.prefill.work, plan.decode.work)
+    gpus = (work.cluster.gpu for work in works)
+    return {gpu.name: gpu.efficiency.borrowed_from for gpu in gpus if gpu.efficiency.borrowed_from}
 
 
 def _figure_rows(figures: Sequence[Figure], whole: float | None = None) -> tuple[tuple[str, ...], ...]:
@@ -219,23 +226,25 @@ def _training_tables(choice: Choice, plan: TrainingPlan) -> Iterator[Table]:
 
 def memory_table(plan: TrainingPlan) -> Table:
     """GB of every pipeline rank; neighbours that hold as much are one row."""
+    gpu = plan.work.cluster.gpu
     rows: list[tuple[str, ...]] = []
-    for sizes, alike in groupby(plan.memory, key=_sizes):
+    for sizes, alike in groupby(plan.memory, key=lambda rank: _sizes(rank, gpu.runtime_bytes)):
         ranks = list(alike)
         first, last = ranks[0], ranks[-1]
         name = str(first.rank) if first is last else f"{first.rank} to {last.rank}"
         flights = [" + ".join(str(count) for _, count in rank.in_flight) for rank in (first, last)]
         rows.append((name, *sizes, " .. ".join(dict.fromkeys(flights))))
     names = (f">{name.replace('_', ' ')}" for name in MEMORY)
-    total = plan.work.cluster.gpu.memory_bytes / 1e9
-    title = f"memory per rank, GB of {total:.1f} (total with {RUNTIME_BYTES / 1e9:.0f} for the runtime)"
+    title = f"memory per rank, GB of {gpu.memory_bytes / 1e9:.1f}"
+    if gpu.runtime_bytes:
+        title += f" (total with {gpu.runtime_bytes / 1e9:g} for the runtime)"
     return Table(title=title, header=(">rank", *names, ">total", ">in flight"), rows=tuple(rows))
 
 
-def _sizes(rank: RankMemory) -> tuple[str, ...]:
+def _sizes(rank: RankMemory, runtime: float) -> tuple[str, ...]:
     return (
         *(f"{getattr(rank, name) / 1e9:.2f}" for name in MEMORY),
-        f"{(rank.total + RUNTIME_BYTES) / 1e9:.2f}",
+        f"{(rank.total + runtime) / 1e9:.2f}",
     )
 
 
@@ -243,9 +252,9 @@ def _others_table(choice: Choice, plan: TrainingPlan) -> Table:
     rows = []
     for other in choice.others[:OTHERS]:
         text = candidate_text(other.work)
-        slower = other.step_seconds.value / plan.step_seconds.value - 1
-        memory = (other.largest_memory.total + RUNTIME_BYTES) / 1e9
-        rows.append((text, f"{number(other.step_seconds.value)} s", f"{slower:+.1%}", f"{memory:.1f} GB"))
+        slower = max(0.0, other.step_seconds.value / plan.step_seconds.value - 1)  # not -0.0 %
+        memory = (other.largest_memory.total + other.work.cluster.gpu.runtime_bytes) / 1e9
+        rows.append((text, shown(other.step_seconds, "s")[0], f"{slower:+.1%}", f"{memory:.1f} GB"))
     return Table(title="the next fastest", header=("", ">step", ">", ">memory"), rows=tuple(rows))
 
 
@@ -259,24 +268,3 @@ def _serving_tables(choice: Choice) -> Iterator[Table]:
     rest = [figure for figure in figures if "." not in figure.key]
     if rest:
         yield Table(title="both pools", header=header, rows=_figure_rows(rest))
-
-
-def _choice_json(answer: Answer, choice: Choice) -> dict[str, Any]:
-    plan = choice.plan
-    record: dict[str, Any] = {"cluster": choice.cluster.name, "gpu": choice.cluster.gpu.name}
-    if isinstance(plan, TrainingPlan):
-        record |= {"layout": plan.work.layout.model_dump(), "fits": plan.fits}
-        record |= {"tried": choice.tried, "fitting": choice.fitting, "memory": [asdict(each) for each in plan.memory]}
-        record["front"] = [
-            {"layout": each.work.layout.model_dump(), "seconds": each.seconds, "memory": each.memory}
-            | ({"varied": each.work.label} if each.work.label else {})
-            for each in choice.front
-        ]
-    else:
-        record |= {"prefill": plan.prefill.layout.model_dump(), "decode": plan.decode.layout.model_dump()}
-        record["goal"] = plan.goal.model_dump()
-    record["figures"] = {
-        each.key: {"title": each.title, **asdict(each.band), "unit": each.unit} for each in choice.figures()
-    }
-    record["launch"] = [asdict(launch) for launch in launches(answer.request, choice)]
-    return record

@@ -232,7 +232,11 @@ def _pool(spec: ModelSpec, ep: int | None, tp: int) -> Layout | None:
 
 def _check_gpus(gpus: int | None, cluster: Cluster) -> None:
     if gpus is not None and gpus > cluster.gpus:
-        raise ValueError(f"--gpus {gpus}: {cluster.name} has {cluster.gpus}")
+        more = -(-gpus // cluster.gpus_per_node)
+        raise ValueError(
+            f"--gpus {gpus}: {cluster.name} has {cluster.gpus}; for more of its nodes name a .toml file with three "
+            f'lines: name = "mine", like = "{cluster.name}", nodes = {more}'
+        )
 
 
 def _of(cluster: Cluster, gpus: int | None) -> Cluster:

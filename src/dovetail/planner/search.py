@@ -22,7 +22,6 @@ from typing import NoReturn
 from dovetail.cost.rank_memory import pipeline_memory
 from dovetail.planner.chunks import Costs, Workload
 from dovetail.planner.training import (
-    RUNTIME_BYTES,
     StepUses,
     TrainingGoal,
     TrainingPlan,
@@ -54,7 +53,7 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        return self.memory + RUNTIME_BYTES <= self.work.cluster.gpu.memory_bytes
+        return self.memory <= self.work.cluster.gpu.usable_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +176,7 @@ def _gains(own: TrainingPlan, other: TrainingPlan) -> tuple[tuple[str, float], .
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those that no other beats in time, memory and GPU time at once, fastest first; of equals, one."""
     front: list[Candidate] = []
-    for each in sorted(candidates, key=lambda one: (one.seconds, one.memory, one.gpu_seconds)):
+    for each in sorted(candidates, key=_rank):
         if not any(_is_beaten(each, one, each.seconds) for one in front):
             front.append(each)
     return front
@@ -198,7 +197,7 @@ def _sized(work: Workload, index: int, goal: TrainingGoal, gpus: int | None, cho
     if gpus is not None and gpus > cluster.gpus:
         raise ValueError(f"{gpus} GPUs: {cluster.name} has {cluster.gpus}")
     for layout in layouts(work.spec, gpus or cluster.gpus, cluster.gpus_per_node, goal.batch, choices):
-        ranks = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length)
+        ranks = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
         memory = max(rank.total for rank in ranks)
         yield Candidate(work=replace(work, layout=layout), seconds=0.0, memory=memory, index=index)
 
@@ -222,7 +221,12 @@ def _replayed(fitting: Sequence[Candidate], costs: Sequence[Costs]) -> list[Cand
         seconds = replayed_seconds(each.work, costs[each.index])
         known.append(replace(each, seconds=seconds, is_replayed=True))
         front = pareto_front([*front, known[-1]])
-    return sorted([*known, *rest], key=lambda one: (one.seconds, one.memory))
+    return sorted([*known, *rest], key=_rank)
+
+
+def _rank(one: Candidate) -> tuple[float, float, float]:
+    """Time, of equals memory. Sums in another order differ in their last digits: those are no difference."""
+    return float(f"{one.seconds:.9g}"), one.memory, one.gpu_seconds
 
 
 def _degrees(spec: ModelSpec, gpus: int, gpus_per_node: int, choices: Choices) -> Iterator[tuple[int, int, int]]:

@@ -187,7 +187,8 @@ def _why_none(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGo
 def _limit(decode: DecodePlan) -> SpeedLimit | None:
     if decode.work.spec.moe is None or decode.layout.ep == 1:
         return None
-    return speed_limit(decode.work.spec, decode.work.cluster, tokens=decode.work.tokens, achieved=True)
+    work = decode.work
+    return speed_limit(work.spec, work.cluster, tokens=work.tokens, achieved=True, ranks=work.layout.ep)
 
 
 def _dollars(cluster: Cluster, rate: Band) -> Band | None:

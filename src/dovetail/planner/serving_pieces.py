@@ -84,7 +84,7 @@ def layer_pieces(work: Work) -> Pieces:
 
 def dense_layer_seconds(work: Work) -> Band:
     """One layer without experts."""
-    return sum_bands(op.seconds for op in _timed(work, _ops(work, is_moe=False)))
+    return sum_bands(op.seconds for op in timed_dense_layer(work))
 
 
 def ends_seconds(work: Work, sampled: float) -> Band:
@@ -94,13 +94,22 @@ def ends_seconds(work: Work, sampled: float) -> Band:
 
 def mtp_pieces(work: Work) -> Pieces:
     """The MTP module with its own ends."""
-    ops = mtp_ops(work.spec, work.layout, work.recipe, work.tokens, work.phase, work.context, work.sequences)
-    return _pieces(work, ops)
+    return _pieces(work, _mtp_ops(work))
 
 
 def timed_layer(work: Work) -> tuple[TimedOp, ...]:
     """The operations behind `layer_pieces`."""
     return _timed(work, _ops(work, is_moe=work.spec.moe is not None))
+
+
+def timed_dense_layer(work: Work) -> tuple[TimedOp, ...]:
+    """The operations behind `dense_layer_seconds`."""
+    return _timed(work, _ops(work, is_moe=False))
+
+
+def timed_mtp(work: Work) -> tuple[TimedOp, ...]:
+    """The operations behind `mtp_pieces`."""
+    return _timed(work, _mtp_ops(work))
 
 
 def timed_ends(work: Work, sampled: float) -> tuple[TimedOp, ...]:
@@ -113,6 +122,10 @@ def kernel_seconds(total: Band, tokens: float, multiprocessors: int) -> Band:
     rounds = max(1.0, tokens / multiprocessors)
     least = total.low * min(rounds, tokens / KERNEL_TOKENS)
     return Band(total.value * rounds, min(least, total.value * rounds), total.high * rounds)
+
+
+def _mtp_ops(work: Work) -> tuple[Op, ...]:
+    return mtp_ops(work.spec, work.layout, work.recipe, work.tokens, work.phase, work.context, work.sequences)
 
 
 def _ops(work: Work, is_moe: bool) -> tuple[Op, ...]:

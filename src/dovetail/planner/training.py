@@ -9,12 +9,13 @@ of the attention square [ISCA §2.2.2, Table 4]. The optimizer's sums and gather
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from dovetail.cost.count import training_flop_per_token
-from dovetail.cost.ops import Collective, Exchange
+from dovetail.cost.memory import moment_bytes
+from dovetail.cost.ops import Collective, Exchange, Op
 from dovetail.cost.rank_memory import RankMemory, pipeline_memory
 from dovetail.cost.roofline import op_time
 from dovetail.cost.stages import stages
@@ -29,7 +30,6 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
 
-RUNTIME_BYTES = 2e9  # CUDA context, communicators and their buffers; unverified
 DAY = 86400.0
 BF16 = 2
 
@@ -89,7 +89,7 @@ class TrainingPlan:
 
     @property
     def fits(self) -> bool:
-        return self.largest_memory.total + RUNTIME_BYTES <= self.work.cluster.gpu.memory_bytes
+        return self.largest_memory.total <= self.work.cluster.gpu.usable_bytes
 
     @property
     def gpus(self) -> int:
@@ -143,7 +143,7 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
         parts=parts,
         uses=_uses(parts, layout, costs.stages(work)),
         step_seconds=pipeline + optimizer,
-        memory=pipeline_memory(work.spec, layout, work.recipe, work.sequence_length),
+        memory=pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute),
         timeline=replays["value"],
     )
 
@@ -182,12 +182,15 @@ def _durations(work: Workload, costs: Costs, end: str) -> Durations:
 def _optimizer_seconds(work: Workload) -> Band:
     # Of the layout only what says who holds which weights: one figure for many layouts.
     same = "1f1b" if work.layout.schedule == "zb1p" else work.layout.schedule
-    changes = {"microbatches": 1, "microbatch_size": 1, "schedule": same}
-    return _slowest_optimizer(work.spec, work.layout.model_copy(update=changes), work.cluster, work.sequence_length)
+    changes = {"microbatches": min(work.layout.microbatches, 2), "microbatch_size": 1, "schedule": same}
+    layout = work.layout.model_copy(update=changes)
+    return _slowest_optimizer(work.spec, layout, work.cluster, work.sequence_length, moment_bytes(work.recipe))
 
 
 @lru_cache(maxsize=1 << 12)
-def _slowest_optimizer(spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int) -> Band:
+def _slowest_optimizer(
+    spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int, moment_bytes: int
+) -> Band:
     """Of the pipeline rank that takes longest: the others wait for it. Ranks that hold as many layers of each kind, and
     the same ends, take the same time."""
     all_stages = stages(spec, layout, sequence_length)
@@ -197,13 +200,13 @@ def _slowest_optimizer(spec: ModelSpec, layout: Layout, cluster: Cluster, sequen
         has_experts = [spec.is_moe_layer(layer) for stage in mine for layer in stage.layers]
         ends = sorted((stage.has_embedding, stage.has_head) for stage in mine)
         ranks[sum(has_experts), len(has_experts), *ends] = rank
-    each = [_rank_optimizer(spec, layout, cluster, sequence_length, rank) for rank in ranks.values()]
-    return max(each, key=lambda band: band.value)
+    each = (step_ops(spec, layout, rank, sequence_length, moment_bytes) for rank in ranks.values())
+    return max((_seconds(ops, cluster) for ops in each), key=lambda band: band.value)
 
 
-def _rank_optimizer(spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int, rank: int) -> Band:
+def _seconds(ops: Iterable[Op], cluster: Cluster) -> Band:
     bands = []
-    for op in step_ops(spec, layout, rank, sequence_length):
+    for op in ops:
         if isinstance(op, Collective):
             bands.append(collective_time(op, cluster).seconds)
         else:

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 
 from dovetail.cost.count import training_flop_per_token
 from dovetail.cost.layer_ops import head_ops, layer_ops
+from dovetail.cost.memory import moment_bytes
 from dovetail.cost.ops import Collective, Exchange, Op
 from dovetail.cost.roofline import Timed, op_time
 from dovetail.cost.step_ops import step_ops
 from dovetail.network.collectives import Transfer, collective_time, exchange_time
 from dovetail.planner.chunks import Workload
 from dovetail.planner.figures import Figure, Input, number
-from dovetail.planner.training import RUNTIME_BYTES, TrainingPlan
+from dovetail.planner.training import TrainingPlan
 from dovetail.spec.band import Band, sum_bands
 
 PARTS = {  # field of StepParts, its title, and the steps of a schedule that it counts
@@ -97,19 +98,20 @@ def layer_figures(work: Workload) -> tuple[Figure, ...]:
 
 def memory_figure(plan: TrainingPlan) -> Figure:
     """Of the fullest rank; the runtime's bytes are in it."""
-    rank = plan.largest_memory
+    rank, runtime = plan.largest_memory, plan.work.cluster.gpu.runtime_bytes
     uses = [(name.replace("_", " "), getattr(rank, name), source) for name, source in USES.items()]
-    uses.append(("runtime", int(RUNTIME_BYTES), "CUDA context and communicators; unverified"))
+    uses.append(("runtime", int(runtime), "CUDA's context and communicators; unverified" if runtime else "none"))
     low, high = rank.band
     flights = ", ".join(f"{count} of stage {stage}" for stage, count in rank.in_flight)
     inputs = [Input(name=name, value=f"{size / 1e9:.2f} GB", source=source) for name, size, source in uses]
+    inputs.append(Input(name="rank", value=f"{rank.rank}, of 0 to {len(plan.memory) - 1}"))
     inputs.append(Input(name="micro-batches in flight", value=flights))
     inputs.append(Input(name="on the host", value=f"{rank.host_average / 1e9:.2f} GB", source="moving average"))
     inputs.append(Input(name="GPU", value=f"{plan.work.cluster.gpu.memory_bytes / 1e9:.1f} GB"))
     return Figure(
         key="memory",
-        title=f"memory of the fullest rank ({rank.rank} of {len(plan.memory)})",
-        band=Band(rank.total + RUNTIME_BYTES, low + RUNTIME_BYTES, high + RUNTIME_BYTES) / 1e9,
+        title="memory of the fullest rank",
+        band=Band(rank.total + runtime, low + runtime, high + runtime) / 1e9,
         unit="GB",
         formula=" + ".join(f"{size / 1e9:.2f} ({name})" for name, size, _ in uses),
         inputs=tuple(inputs),
@@ -158,7 +160,7 @@ def _run(plan: TrainingPlan) -> Iterator[Figure]:
     steps = f"{plan.goal.tokens:.4g} / {plan.tokens_per_step:,} tokens x {number(plan.step_seconds.value)} s"
     run = Input(name="tokens", value=f"{plan.goal.tokens:.4g}", source="the goal; no restarts, evaluation or annealing")
     days = seconds / 86400
-    yield Figure(key="days", title="days", band=days, unit="days", formula=f"{steps} / 86,400", inputs=(run,))
+    yield Figure(key="days", title="wall clock", band=days, unit="days", formula=f"{steps} / 86,400", inputs=(run,))
     formula = f"{steps} x {plan.gpus:,} GPUs / 3,600"
     yield Figure(key="gpu_hours", title="GPU hours", band=hours, unit="hours", formula=formula, inputs=(run,))
     price = cluster.price_per_gpu_hour or cluster.gpu.price_per_hour
@@ -189,7 +191,7 @@ def _slowest_rank(plan: TrainingPlan) -> tuple[Op, ...]:
     work = plan.work
 
     def ops(rank: int) -> tuple[Op, ...]:
-        return step_ops(work.spec, work.layout, rank, work.sequence_length)
+        return step_ops(work.spec, work.layout, rank, work.sequence_length, moment_bytes(work.recipe))
 
     return max(map(ops, range(work.layout.pp)), key=lambda each: sum(_timed(op, work).seconds.value for op in each))
 

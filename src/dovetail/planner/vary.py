@@ -113,7 +113,8 @@ def _unknown(key: str, table: Mapping[str, Any], spec: ModelSpec) -> str:
         return "the model has no experts"
     if key in Mla.model_fields or key in Gqa.model_fields:
         return f"the model's attention is {type(spec.attention).__name__}, which has no such dimension"
-    return f"no such key; {near_matches(key, _keys(table))}"
+    known = f"known are those of the model, such as n_routed_experts, {', '.join(LAYOUT_KEYS)} and {PRECISION}"
+    return f"no such key; {near_matches(key, _keys(table)) or known}"
 
 
 def _keys(table: Mapping[str, Any]) -> list[str]:
@@ -125,8 +126,17 @@ def _varied(work: Workload, table: Mapping[str, Any], changes: Mapping[str, Any]
     label = ", ".join(f"{key} = {value}" for key, value in changes.items())
     shapes = {key: value for key, value in changes.items() if key != PRECISION}
     spec = ModelSpec.from_flat({**table, **shapes}, where=f"--vary {label}") if shapes else work.spec
+    _check_taken(spec, shapes, label)
     recipe = load_recipe(changes[PRECISION]) if PRECISION in changes else work.recipe
     return replace(work, spec=spec, recipe=recipe, label=label)
+
+
+def _check_taken(spec: ModelSpec, shapes: Mapping[str, Any], label: str) -> None:
+    """A model may have no use for a key: a gate without groups takes one group whatever is asked."""
+    table = _flat(spec)
+    for key, value in shapes.items():
+        if key in table and table[key] != value:
+            raise ValueError(f"--vary {label}: with the model's other keys {key} is {table[key]}, whatever is asked")
 
 
 def _flat(spec: ModelSpec) -> dict[str, Any]:

@@ -10,7 +10,7 @@ the step time or throughput of a whole system: those are for the planner to pred
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from dovetail.config import Record
 from dovetail.spec.band import Band
@@ -20,6 +20,7 @@ from dovetail.spec.measurements import (
     OUTPUT_BYTES,
     AttentionKind,
     AttentionSweep,
+    ElementwiseKind,
     Estimate,
     ExchangePoint,
     Format,
@@ -27,6 +28,8 @@ from dovetail.spec.measurements import (
     GemmSweep,
     merged,
 )
+
+RUNTIME_BYTES = 2e9  # CUDA's context, communicators and their buffers; unverified. Processors have none of it
 
 
 class Link(Record):
@@ -63,6 +66,9 @@ class Efficiency(Record):
     # gives them; for formats that are not listed, at the same share.
     gemm_relative: dict[Format, Estimate] = {}
     memory: Estimate  # of the bandwidth, streaming; above 1 where what was measured stays in caches
+    # Kinds of memory-bound work with a share of their own. A GPU's are much alike; on a CPU an exponential or a
+    # rounding takes longer than its bytes.
+    elementwise: dict[ElementwiseKind, Estimate] = {}
     # Where `attention` has sweeps of a kind, the kind's share follows them by shape, and of the estimate here only the
     # ratios of its ends to its value count: what other kernels are to those that were measured.
     attention_prefill: Estimate  # of the BF16 peak: forward, queries and keys of one length, expanded heads
@@ -92,6 +98,10 @@ class Efficiency(Record):
         """`gemms` and the points of `sweeps`, one of each shape."""
         return merged((*self.gemms, *(point for sweep in self.sweeps for point in sweep.points)))
 
+    def memory_estimate(self, kind: ElementwiseKind) -> Estimate:
+        """Share of the bandwidth."""
+        return self.elementwise.get(kind, self.memory)
+
     def attention_estimate(self, kind: AttentionKind) -> Estimate:
         """Of all shapes."""
         if kind == "decode":
@@ -114,6 +124,7 @@ class Gpu(Record):
     source: str = Field(min_length=1)
     peak_tflops: PeakTflops
     memory_bytes: PositiveFloat
+    runtime_bytes: NonNegativeFloat = RUNTIME_BYTES  # of them; what plans have left is `usable_bytes`
     bandwidth_gbs: PositiveFloat
     multiprocessors: PositiveInt
     price_per_hour: Estimate | None = None  # dollars, rented
@@ -122,6 +133,11 @@ class Gpu(Record):
     def __hash__(self) -> int:
         # Costs are cached by GPU, and its hundreds of figures would be hashed at each look-up.
         return hash((self.name, self.bandwidth_gbs, self.memory_bytes))
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of memory, without the runtime's."""
+        return self.memory_bytes - self.runtime_bytes
 
     @property
     def bandwidth(self) -> float:

@@ -61,6 +61,11 @@ class Layout(Record):
         return 2 * self.pp if self.schedule == "dualpipev" else self.pp
 
     @property
+    def adds_gradients(self) -> bool:
+        """Whether more than one micro-batch or rank has a gradient of the same weight: these add up in FP32."""
+        return self.microbatches * self.dp * self.tp * self.stage_copies > 1
+
+    @property
     def stage_copies(self) -> int:
         """Ranks of one pipeline that hold the same stage."""
         return 2 if self.schedule == "dualpipe" else 1

@@ -14,6 +14,26 @@ from dovetail.spec.band import Band
 Format = Literal["fp8", "bf16", "fp32"]
 Layout = Literal["dense", "contiguous", "masked"]  # of the rows of several experts [DeepGEMM]
 AttentionKind = Literal["prefill", "backward", "decode"]  # expanded heads forward and backward; absorbed heads
+# Memory-bound work that hardware may have been measured at on its own.
+ElementwiseKind = Literal[
+    "other",
+    "norm",
+    "norm gradient",
+    "swiglu",
+    "swiglu gradient",
+    "expand",
+    "reduce",
+    "heads",
+    "heads gradient",
+    "choice",
+    "choice gradient",
+    "loss",
+    "quantise",
+    "quantise weight",
+    "requantise",
+    "square sum",
+    "optimizer",
+]
 FORMATS: tuple[Format, ...] = ("fp8", "bf16", "fp32")  # from the narrowest
 OPERAND_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
 OUTPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}  # a product of FP8 operands is written in BF16
