@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from dovetail.network_cli import app as network
 from dovetail.printing import print_json, print_table
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="The DeepSeek-V3 system in one package: plan, train, generate, convert and count.",
 )
+app.add_typer(network, name="network")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -137,8 +139,8 @@ def reproduce(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="table1, table2, speed_limit, cost, deployment, table4, production, search or dualpipe [default: all"
-            " of these]; or an experiment: fp8_accumulation, fp8_loss_gap."
+            help="table1 to table5, speed_limit, cost, deployment, production, search, dualpipe, fig5 to fig8,"
+            " low_latency or node_limited [default: all of these]; or an experiment: fp8_accumulation, fp8_loss_gap."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Picture of an experiment [default: NAME.png].")] = None,

@@ -18,9 +18,13 @@ from dovetail.reproduce import (
     arithmetic,
     best_layout,
     counts,
+    expert_exchange,
+    network,
     pipelines,
+    ring_routing,
     serving,
     speed_limit,
+    table3,
     training_step,
 )
 from dovetail.reproduce.rows import Found, Row, Table
@@ -36,6 +40,14 @@ FINDERS: Mapping[str, Callable[[], Found]] = {
     "production": serving.find,
     "search": best_layout.find,
     "dualpipe": pipelines.find,
+    "table3": table3.find,
+    "table5": network.latencies,
+    "fig5": network.large_exchanges,
+    "fig6": network.small_exchanges,
+    "fig7": expert_exchange.bandwidths,
+    "low_latency": expert_exchange.times,
+    "fig8": ring_routing.find,
+    "node_limited": network.node_limited,
 }
 EXPERIMENTS = {  # modules beside this one; they load torch, so the command line imports them late
     "fp8_accumulation": "half a minute",

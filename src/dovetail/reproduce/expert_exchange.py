@@ -1,0 +1,130 @@
+"""DeepEP's exchanges, from links alone: dispatch and combine of 4,096 tokens per GPU [ISCA Fig. 7], and its low-latency
+kernels with 128 [DeepEP].
+
+Nothing is fitted. Tokens are drawn as DeepEP's benchmarks draw them (independent scores; for the normal kernels 4 nodes
+at most), copies go once per node over a NIC of 40 GB/s and from there over NVLink at 160 GB/s, or straight to each
+expert's rank, and the exchange is over when the slowest GPU has everything. DeepEP divides by that time
+
+    normal       tokens x distinct nodes of their experts x bytes, copies for the sender's own node among them
+    low-latency  nothing: times are printed
+
+which is how more than a NIC's 50 GB/s can be printed. Bands run the links at their slow and fast ends. The fast end of
+the NIC's is itself from DeepEP's figures; its value, 40 GB/s, is not.
+
+Left out: multiprocessors, kernels' start, casts and headers, copies within a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.catalog.fabrics import load_fabric
+from dovetail.cost.ops import Exchange
+from dovetail.network.collectives import exchange_bytes
+from dovetail.network.delivery import deliver
+from dovetail.network.distinct import distinct_bins
+from dovetail.network.expert_demands import Experts, combine, dispatch, sample_choices
+from dovetail.network.routing import Adaptive
+from dovetail.network.topology import Fabric
+from dovetail.reproduce.network import Values, with_ends
+from dovetail.reproduce.rows import Found
+from dovetail.spec.band import Band
+
+CHOICES, EXPERTS, KEPT_NODES = 8, 256, 4  # [DeepEP]
+TOKENS = 4096  # per GPU [ISCA Fig. 7]
+FEW_TOKENS, FEW_RANKS = 128, (8, 32, 128)  # [DeepEP]
+BYTES = {"dispatch": 7168 + 56 * 4.0, "combine": 2 * 7168.0}  # of a copy, as DeepEP counts: FP8 and scales; BF16
+FEW_BYTES = {"dispatch": 7168 + 56 * 4 + 16.0, "combine": 2 * 7168.0}
+DEMANDS = {"dispatch": dispatch, "combine": combine}
+WINDOW = 0.0005  # of the exchange, how long bandwidth that is set free may lie idle: a quicker simulation
+
+
+def bandwidths() -> Found:
+    """GB/s as DeepEP counts, at 16 to 128 GPUs."""
+    fabrics = with_ends(load_fabric("mpft", 2048))
+    values: Values = {}
+    remarks: list[str] = []
+    for ranks in (16, 32, 64, 128):
+        values |= bandwidths_of(fabrics, ranks)
+        remarks += _sensitivities(fabrics[0], ranks)
+    return Found(values=values, remarks=tuple(remarks))
+
+
+def bandwidths_of(fabrics: tuple[Fabric, Fabric, Fabric], ranks: int) -> Values:
+    """Of so many GPUs, on the fabric and at its slow and fast ends."""
+    fabric, slow, fast = fabrics
+    nodes = ranks // fabric.gpus_per_node
+    chosen = sample_choices(ranks, TOKENS, CHOICES, EXPERTS, nodes, min(KEPT_NODES, nodes))
+    copies = _node_copies(chosen, nodes)
+    experts = _experts(ranks, chosen)
+    values: Values = {(f"{ranks} GPUs", "nodes of a token, mean"): Band.exact(copies / TOKENS)}
+    for name, each in BYTES.items():
+        exchange = _exchange(ranks, each)
+        least = mean_seconds(fabric, exchange)
+        seconds = deliver(fabric, DEMANDS[name](experts, each), Adaptive(), window=WINDOW * least).seconds
+        reached = copies * each / seconds / 1e9
+        # One link binds, so that the ends go by it.
+        ends = (reached * least / mean_seconds(end, exchange) for end in (slow, fast))
+        values[f"{ranks} GPUs", f"{name}, GB/s"] = Band(reached, *ends)
+    return values
+
+
+def times() -> Found:
+    """Microseconds of the low-latency kernels."""
+    fabric, slow, fast = with_ends(load_fabric("mpft", 2048))
+    values: Values = {}
+    for ranks in FEW_RANKS:
+        experts = _experts(ranks, sample_choices(ranks, FEW_TOKENS, CHOICES, EXPERTS))
+        for name, each in FEW_BYTES.items():
+            demand = DEMANDS[name](experts, each, "low-latency")
+            window = WINDOW * FEW_TOKENS * CHOICES * each / fabric.spec.nic.bandwidth.high
+            value, most, least = (
+                deliver(end, demand, Adaptive(), window=window).seconds for end in (fabric, slow, fast)
+            )
+            values[f"{ranks} GPUs", f"{name}, us"] = 1e6 * Band(value, least, most)
+    return Found(values=values)
+
+
+def _experts(ranks: int, chosen: NDArray[np.int32]) -> Experts:
+    return Experts(gpus=np.arange(ranks, dtype=np.int32), gpus_per_node=8, experts=EXPERTS, chosen=chosen)
+
+
+def _node_copies(chosen: NDArray[np.int32], nodes: int) -> float:
+    """Per GPU, its own node among them."""
+    on_node = np.sort(chosen // (EXPERTS // nodes), axis=2)
+    return float((1 + (np.diff(on_node, axis=2) > 0).sum(axis=2)).sum(axis=1).mean())
+
+
+def _exchange(ranks: int, bytes_per_copy: float) -> Exchange:
+    nodes = ranks // 8
+    return Exchange(
+        name="dispatch",
+        pass_="forward",
+        tokens=TOKENS,
+        bytes_per_copy=bytes_per_copy,
+        choices=CHOICES,
+        experts=EXPERTS,
+        groups=nodes,
+        kept_groups=min(KEPT_NODES, nodes),
+        ranks=ranks,
+    )
+
+
+def mean_seconds(fabric: Fabric, exchange: Exchange, own_copies: bool = False) -> float:
+    """If all GPUs sent and got the same; `own_copies`: as if those that stay on a GPU went over NVLink too."""
+    carried = exchange_bytes(exchange, fabric.gpus_per_node)
+    inside = carried.scale_up * (fabric.gpus_per_node / (fabric.gpus_per_node - 1) if own_copies else 1.0)
+    rates = fabric.capacity[[fabric.nic_link[0].max(), fabric.nvlink_link[0]]]
+    return float(max(carried.scale_out / rates[0], inside / rates[1]))
+
+
+def _sensitivities(fabric: Fabric, ranks: int) -> Iterator[str]:
+    """Of what was looked at after the figure had been missed."""
+    exchange = _exchange(ranks, BYTES["dispatch"])
+    counted = TOKENS * distinct_bins(exchange, ranks // 8) * exchange.bytes_per_copy / 1e9
+    even, own = (counted / mean_seconds(fabric, exchange, own_copies=each) for each in (False, True))
+    more = f"; {own:.1f} if copies that stay on their GPU took NVLink too, as DeepEP counts it" if own < even else ""
+    yield f"sensitivity, not the prediction: {ranks} GPUs: {even:.1f} GB/s if all GPUs got the same{more}"
