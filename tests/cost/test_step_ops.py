@@ -16,6 +16,13 @@ def test_one_rank_alone_only_updates() -> None:
     assert [op.bytes for op in ops if isinstance(op, Elementwise)] == [4 * parameters, 22 * parameters, 4 * parameters]
 
 
+def test_a_lone_micro_batch_has_its_gradient_in_bf16_and_nothing_to_zero() -> None:
+    ops = step_ops(V3, Layout())
+    parameters = count.parameters(V3).total_with_mtp - 59 * 256
+    assert [op.name for op in ops] == ["gradient norm", "AdamW"]
+    assert [op.bytes for op in ops if isinstance(op, Elementwise)] == [2 * parameters, 20 * parameters]
+
+
 def test_every_gradient_is_summed_over_its_holders_and_every_weight_gathered() -> None:
     """Rank 5 of DeepSeek-V3's pipeline: eight layers; experts on 2 ranks, all else on 128, both on two stages."""
     layout = Layout(pp=16, ep=64, dp=128, microbatches=120, schedule="dualpipe")
