@@ -92,7 +92,7 @@ def test_each_kind_of_product_runs_and_has_its_shape(format):
 
 
 def test_the_other_operations_run():
-    works = [launch_work(CPU), *(work for work in memory_work(CPU) if work.kind != "copy"), *attention_work(CPU)]
+    works = [*launch_work(CPU), *(work for work in memory_work(CPU) if work.kind != "copy"), *attention_work(CPU)]
     times = run_in_rounds(works, 0.05, CPU)
     assert all(0 < each.fastest <= each.value <= each.median < 30 for each in times.values())
 

@@ -20,6 +20,7 @@ def test_formats_of_operands_and_results() -> None:
     assert Gemm(**sizes, pass_="forward", format="fp32").bytes == 5 * (4 * 5 * 128 + 4 * 6)
     # A weight gradient is added to one in FP32: read and written.
     assert Gemm(**sizes, pass_="wgrad").bytes == 5 * (2 * 5 * 128 + 8 * 6)
+    assert Gemm(**sizes, pass_="wgrad", is_added=False).bytes == 5 * (2 * 5 * 128 + 2 * 6)
 
 
 def attention(**changes: object) -> Attention:

@@ -52,7 +52,7 @@ def test_a_pipeline_that_parts_embedding_and_mtp_has_the_embedding_twice() -> No
 @pytest.mark.parametrize("name", ["quickstart", "deepseek-v2-lite", "deepseek-v3"])
 def test_one_rank_alone_is_the_state_that_is_counted_tensor_by_tensor(name: str) -> None:
     spec = load_model(name)
-    alone = rank_memory(spec, Layout(), BF16, 64)
+    alone = rank_memory(spec, Layout(microbatches=2), BF16, 64)
     whole = memory.training_memory(spec, 64)
     assert (alone.weights, alone.gradients, alone.master_weights, alone.moments, alone.host_average) == (
         whole.weights,

@@ -10,10 +10,17 @@ V3 = load_model("deepseek-v3")
 
 
 def test_one_rank_alone_only_updates() -> None:
-    ops = step_ops(V3, Layout())
+    ops = step_ops(V3, Layout(microbatches=2))
     parameters = count.parameters(V3).total_with_mtp - 59 * 256  # without the gates' biases, which are no parameters
     assert [op.name for op in ops] == ["gradient norm", "AdamW", "zero gradients"]
     assert [op.bytes for op in ops if isinstance(op, Elementwise)] == [4 * parameters, 22 * parameters, 4 * parameters]
+
+
+def test_a_lone_micro_batch_has_its_gradient_in_bf16_and_nothing_to_zero() -> None:
+    ops = step_ops(V3, Layout())
+    parameters = count.parameters(V3).total_with_mtp - 59 * 256
+    assert [op.name for op in ops] == ["gradient norm", "AdamW"]
+    assert [op.bytes for op in ops if isinstance(op, Elementwise)] == [2 * parameters, 20 * parameters]
 
 
 def test_every_gradient_is_summed_over_its_holders_and_every_weight_gathered() -> None:

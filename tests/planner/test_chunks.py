@@ -207,3 +207,9 @@ def test_costs_are_of_one_model_and_recipe() -> None:
         costs.stages(replace(V3, recipe=load_recipe("bf16")))
     with pytest.raises(AssertionError, match="sequence length"):
         costs.stages(replace(V3, sequence_length=8192))
+
+
+def test_what_is_kept_is_not_made_again() -> None:
+    made, kept = (Costs().stages(replace(V3, recompute=recompute))[5] for recompute in (True, False))
+    assert kept.input_backward.value < made.input_backward.value
+    assert (kept.forward, kept.weight_backward) == (made.forward, made.weight_backward)
