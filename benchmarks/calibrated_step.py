@@ -160,7 +160,8 @@ def summary(training: Training) -> dict[str, Any]:
 
 def table(name: str, row: dict[str, Any]) -> list[list[str]]:
     planned, lines = row["predicted_s"], []
-    for what in ("clock_p10", "clock_median", "processor_p10", "processor_median"):
+    alone = ("processor_p10", "processor_median") if torch.get_num_threads() == 1 else ()  # of several threads: a sum
+    for what in ("clock_p10", "clock_median", *alone):
         took = row[f"{what}_s"]
         cells = [f"{planned * 1e3:.1f}", f"{took * 1e3:.1f}", f"{planned / took:.3f}"]
         lines.append([f"{name}: ms, {what.replace('_', ' ')}", *cells])
