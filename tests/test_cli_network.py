@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -19,18 +18,6 @@ SIMULATE = ("simulate", "--fabric", "mpft", "--gpus", "64")
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dovetail", "network", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=False)
-
-
-def test_help_answers_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(5):  # the best of five: the machine may be busy
-        start = time.perf_counter()
-        done = run("simulate", "--help")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "Usage:" in done.stdout
-        if seconds[-1] < 0.5:
-            break
-    assert min(seconds) < 0.5
 
 
 def test_options_are_these() -> None:

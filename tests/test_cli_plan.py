@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,19 +19,6 @@ SERVE = ("plan", "deepseek-v3", "--cluster", "h800-2048", "--goal", "serve", "--
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dovetail", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60, check=False)
-
-
-@pytest.mark.parametrize("verb", ["plan", "calibrate"])
-def test_help_answers_in_half_a_second(verb: str) -> None:
-    seconds = []
-    for _ in range(5):  # the best of five: the machine may be busy
-        start = time.perf_counter()
-        done = run(verb, "--help")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0 and "Usage:" in done.stdout
-        if seconds[-1] < 0.5:
-            break
-    assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("arguments", [(*TRAIN, *LAYOUT), (*SERVE, "--context", "4989")])
@@ -80,6 +66,15 @@ def test_a_figure_is_explained() -> None:
     done = run(*TRAIN, *LAYOUT, "--explain", "step_time")
     assert done.returncode == 0
     assert "step_time" in done.stdout and "  = " in done.stdout and "1F1B" in done.stdout
+
+
+def test_a_trace_has_a_thread_for_each_rank(tmp_path: Path) -> None:
+    path = tmp_path / "step.json"
+    assert run(*TRAIN, *LAYOUT, "--trace", str(path)).returncode == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    assert {event["tid"] for event in events if event["ph"] == "X"} == set(range(16))
+    done = run(*SERVE, "--context", "4989", "--trace", str(path))
+    assert done.returncode == 1 and "--trace is the timeline of a training step" in done.stderr
 
 
 def test_markdown() -> None:

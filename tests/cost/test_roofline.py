@@ -1,7 +1,6 @@
 """Times against the measurements they come from, the datasheet's limits, and what must change how."""
 
 import math
-import time
 from statistics import median
 
 import pytest
@@ -211,22 +210,3 @@ def test_times_say_their_formula_and_source():
     timed = op_time(gemm(4096, 7168, 16384, format="bf16"), H800)
     assert "bf16 1 x [4096 x 16384 x 7168]" in timed.formula and "compute" in timed.formula
     assert "DeepGEMM" in timed.source and "unverified" in timed.source
-
-
-def test_a_new_shape_is_timed_in_a_fraction_of_a_millisecond():
-    op_time(gemm(1, 7168, 2048), H800)
-    ops = [gemm(m + 0.5, 7168, 2048) for m in range(1, 201)]
-    start = time.process_time()
-    for op in ops:
-        op_time(op, H800)
-    assert (time.process_time() - start) / len(ops) < 0.5e-3  # 0.06 ms on an idle core
-
-
-def test_a_plan_of_a_hundred_operations_is_timed_in_milliseconds():
-    ops = [gemm(m, 7168, 2048) for m in range(1, 101)]
-    for op in ops:
-        op_time(op, H800)
-    start = time.process_time()
-    for op in ops:
-        op_time(op, H800)
-    assert time.process_time() - start < 0.02

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from dovetail.planner.decode import DecodePlan, evaluate_decode
-from dovetail.planner.drawing import GRID, IDLE, INK, MUTED, draw_svg
+from dovetail.planner.drawing import GRID, IDLE, INK, MUTED, chrome_trace, draw_svg
 from dovetail.planner.figures import Figure, number
 from dovetail.planner.pictures import Bar, Point, bars, memory_bars, pool_memory, scatter
 from dovetail.planner.prefill import PrefillPlan
@@ -102,11 +102,22 @@ DRAWING_STYLE = (
 
 def write(answer: Answer, path: Path) -> None:
     """Raises ValueError for a path that no file can be written at."""
-    text = page(answer)
+    _write(page(answer), path, "--html")
+
+
+def write_trace(answer: Answer, path: Path) -> None:
+    """The step's timeline on one cluster, for chrome://tracing. Raises ValueError for other plans, and as `write`."""
+    plan = answer.choices[0].plan
+    if len(answer.choices) > 1 or not isinstance(plan, TrainingPlan):
+        raise ValueError("--trace is the timeline of a training step on one cluster: --goal train and one --cluster")
+    _write(chrome_trace(plan.timeline), path, "--trace")
+
+
+def _write(text: str, path: Path, option: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as problem:
-        raise ValueError(f"--html {path}: {(problem.strerror or str(problem)).lower()}") from None
+        raise ValueError(f"{option} {path}: {(problem.strerror or str(problem)).lower()}") from None
 
 
 def page(answer: Answer) -> str:
