@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost import count
-from dovetail.cost.layer_ops import end_ops, head_ops, layer_ops, mtp_ops
+from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Attention, Collective, Elementwise, Exchange, Gemm, Op
 from dovetail.model.moe import LocalDispatcher
 from dovetail.model.transformer import Transformer, initialize
@@ -30,7 +30,8 @@ def whole_model(spec: ModelSpec, phase: str = "training", mtp: bool = True) -> l
     sizes = (TOKENS, phase, TOKENS)
     ops = [op for layer in range(spec.num_hidden_layers) for op in layer_ops(spec, layer, Layout(), BF16, *sizes)]
     modules = spec.num_nextn_predict_layers if mtp else 0
-    return [*ops, *end_ops(spec, Layout(), TOKENS, phase), *modules * mtp_ops(spec, Layout(), BF16, *sizes)]
+    ends = embedding_ops(spec, Layout(), TOKENS, phase) + head_ops(spec, Layout(), TOKENS, phase)
+    return [*ops, *ends, *modules * mtp_ops(spec, Layout(), BF16, *sizes)]
 
 
 def flop(ops: Iterable[Op], *passes: str, recomputed: bool = False) -> float:
@@ -99,7 +100,7 @@ def test_deepseek_v3_runs_what_the_rule_says(mtp: bool) -> None:
     tokens, per_layer = 4096, 2 * 7168 + 1536 + 512
     vectors = 61 * per_layer + 58 * 256 + 7168 + mtp * (per_layer + 256 + 3 * 7168)
     ops = [o for layer in range(61) for o in layer_ops(V3, layer, PRETRAINING, FP8, tokens, "training", tokens)]
-    ops += end_ops(V3, PRETRAINING, tokens, "training")
+    ops += embedding_ops(V3, PRETRAINING, tokens, "training") + head_ops(V3, PRETRAINING, tokens, "training")
     ops += mtp_ops(V3, PRETRAINING, FP8, tokens, "training", tokens) if mtp else ()
     products = sum(op.flop for op in ops if isinstance(op, Gemm) and not op.recomputed)
     core = sum(op.flop for op in ops if isinstance(op, Attention) and op.pass_ == "forward")

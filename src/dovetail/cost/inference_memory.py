@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dovetail.cost.count import cache_bytes_per_token
 from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
-from dovetail.cost.memory import BF16, FP32
+from dovetail.cost.ops import BF16, FP32
 from dovetail.cost.stages import stages
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec

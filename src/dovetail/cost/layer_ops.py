@@ -79,11 +79,6 @@ def head_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tu
     return (*ops, head.wgrad(), _norms("final norm's gradient", "dgrad", own * 3 * row))
 
 
-def end_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
-    """Embedding and head together, as a single-stage model has them."""
-    return (*embedding_ops(spec, layout, tokens, phase), *head_ops(spec, layout, tokens, phase))
-
-
 def mtp_ops(
     spec: ModelSpec,
     layout: Layout,

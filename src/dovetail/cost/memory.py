@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from dovetail.cost.activations import PLAIN, microbatch_bytes
 from dovetail.cost.count import cache_bytes_per_token
+from dovetail.cost.ops import BF16, FP32
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 from dovetail.spec.tensors import stored_tensors
 
-BF16, FP32 = 2, 4  # bytes
 BAND = (0.9, 1.5)  # of the activations
 
 

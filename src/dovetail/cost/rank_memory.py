@@ -26,7 +26,8 @@ from functools import lru_cache
 
 from dovetail.cost.activations import SavedTensor, saved_by_layer, saved_by_part
 from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
-from dovetail.cost.memory import BF16, FP32, moment_bytes
+from dovetail.cost.memory import moment_bytes
+from dovetail.cost.ops import BF16, FP32
 from dovetail.cost.stages import Stage, stages
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import Mla, ModelSpec

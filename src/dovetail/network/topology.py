@@ -81,9 +81,6 @@ class Fabric:
         """[endpoints] the plane that a GPU's NIC is on, the first of them where it is on all."""
         return np.asarray(np.argmax(self.leaf >= 0, axis=1), np.int64)
 
-    def node_of(self, endpoint: int) -> int:
-        return endpoint // self.gpus_per_node
-
     def is_switch(self, vertex: int) -> bool:
         return self.first_switch <= vertex < self.first_switch + self.switches
 

@@ -84,24 +84,21 @@ def takes(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
 
 
-@intrinsic
-def float_of(typing_context: Any, bits: Any) -> Any:
-    """Reinterpret an int32 as float32."""
+def _bits_as(source: Any, target: Any) -> Any:
+    """A function of compiled code that reads the bits of one type as another of the same size."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
+    @intrinsic
+    def cast(typing_context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.bitcast(arguments[0], context.get_value_type(target))
 
-    return types.float32(types.int32), generate
+        return target(source), generate
+
+    return cast
 
 
-@intrinsic
-def bits_of(typing_context: Any, value: Any) -> Any:
-    """Reinterpret a float32 as int32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.int32))
-
-    return types.int32(types.float32), generate
+float_of, bits_of = _bits_as(types.int32, types.float32), _bits_as(types.float32, types.int32)
+wide_float, wide_bits = _bits_as(types.int64, types.float64), _bits_as(types.float64, types.int64)
 
 
 def load(row, index):  # type: ignore[no-untyped-def]

@@ -7,38 +7,16 @@ ends of the error are computed, and rows where they fall apart are reported, for
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import prange, types
-from numba.extending import intrinsic, register_jitable
+from numba import prange
+from numba.extending import register_jitable
 
-from dovetail.numerics.cpu_numba import bits_of, exact_kernel, float_of, load, store
+from dovetail.numerics.cpu_numba import bits_of, exact_kernel, float_of, load, store, wide_bits, wide_float
 
 TILE = 128
 # Relative for values; for log2, which reaches 150 where |x| is subnormal and has 2^-46 for its last bit then, absolute.
 # All errors of kernel and reference together are some such bits.
 ERROR = 2.0**-40
-
-
-@intrinsic
-def wide_bits(typing_context: Any, value: Any) -> Any:
-    """Reinterpret a float64 as int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.int64))
-
-    return types.int64(types.float64), generate
-
-
-@intrinsic
-def wide_float(typing_context: Any, bits: Any) -> Any:
-    """Reinterpret an int64 as float64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float64))
-
-    return types.float64(types.int64), generate
 
 
 @register_jitable(forceinline=True)

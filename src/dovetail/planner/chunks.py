@@ -31,9 +31,8 @@ from itertools import zip_longest
 
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Collective, Elementwise, Exchange, Gemm, Op
-from dovetail.cost.roofline import op_time
 from dovetail.cost.stages import stages
-from dovetail.network.collectives import collective_time, exchange_time
+from dovetail.planner.operation import operation_time
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout
@@ -176,7 +175,7 @@ class Costs:
     def _kind(self, work: Workload, kind: str) -> dict[str, Band]:
         key = kind, *self._layout_key(work)
         if key not in self._pieces:
-            self._pieces[key] = _by_piece(work, _ops(work, kind), is_end=kind == "head")
+            self._pieces[key] = _by_piece(work, operations(work, kind), is_end=kind == "head")
         return self._pieces[key]
 
     def _layout_key(self, work: Workload) -> tuple[int, int, int, int, bool]:
@@ -215,8 +214,9 @@ def _replay(forward: StageSeconds, backward: StageSeconds, end: str) -> float:
     return max(arithmetic, exchanges)
 
 
-def _ops(work: Workload, kind: str) -> Iterator[Op]:
-    """What is run of what a layer or an end lists: nothing again that is kept, gradients added where there are some."""
+def operations(work: Workload, kind: str) -> Iterator[Op]:
+    """What a micro-batch runs in a layer ("dense", "experts"), an MTP module ("mtp") or an end ("embedding", "head"):
+    nothing again that is kept, gradients added where there are some."""
     for op in _listed(work, kind):
         if isinstance(op, Gemm | Elementwise) and op.recomputed and not work.recompute:
             continue
@@ -243,7 +243,7 @@ def _by_piece(work: Workload, ops: Iterable[Op], is_end: bool) -> dict[str, Band
     """Seconds by `PIECES`, and those of an MTP module's head as head_f, head_b, head_w."""
     pieces: dict[str, list[Band]] = {}
     for op in ops:
-        seconds, piece = _seconds(work, op), _piece(op)
+        seconds, piece = operation_time(op, work.cluster, work.multiprocessors).seconds, _piece(op)
         pieces.setdefault(piece.replace("head", "mlp") if is_end else piece, []).append(seconds)
         if isinstance(op, Collective):
             pieces.setdefault("collectives", []).append(seconds)
@@ -258,14 +258,6 @@ def _piece(op: Op) -> str:
         return f"head_{letter}"
     is_mlp = op.part in ("mlp", "experts", "shared") and op.name not in AROUND_EXCHANGES
     return f"mlp_{letter}" if is_mlp else f"attn_{letter}"
-
-
-def _seconds(work: Workload, op: Op) -> Band:
-    if isinstance(op, Exchange):
-        return exchange_time(op, work.cluster).seconds
-    if isinstance(op, Collective):
-        return collective_time(op, work.cluster).seconds
-    return op_time(op, work.cluster.gpu, work.multiprocessors).seconds
 
 
 def _stage_keys(work: Workload) -> list[StageKey]:

@@ -13,6 +13,7 @@ GB200 NVL72 0.82 ms, about 1,200 tokens/s.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dovetail.spec.band import Band
 from dovetail.spec.hardware import Cluster, Link
@@ -23,6 +24,7 @@ PAPER_TOKENS = 32  # per device and step
 DISPATCH_BYTES, COMBINE_BYTES = 1, 2  # per value: FP8 there, BF16 back
 MICROBATCHES = 2
 DAY = 86400.0
+Number = TypeVar("Number", float, Band)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +91,7 @@ def joining_link(cluster: Cluster, ranks: int | None = None) -> Link:
     return cluster.scale_up if is_one_node or cluster.scale_out is None else cluster.scale_out
 
 
-def nodes_for(tokens: float, seconds: float, tokens_per_second: float) -> float:
+def nodes_for(tokens: Number, seconds: float, tokens_per_second: Number) -> Number:
     """Nodes that handle `tokens` in `seconds`, each at `tokens_per_second`, always busy."""
     return tokens / seconds / tokens_per_second
 

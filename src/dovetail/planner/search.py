@@ -30,7 +30,7 @@ from dovetail.planner.training import (
     replayed_seconds,
 )
 from dovetail.planner.vary import FREE, Choices
-from dovetail.spec.layout import Layout, ScheduleName, check_layout
+from dovetail.spec.layout import Layout, ScheduleName, check_layout, divisors
 from dovetail.spec.model import ModelSpec
 
 FINALISTS = 12  # that are evaluated whole
@@ -106,7 +106,7 @@ def layouts(spec: ModelSpec, gpus: int, gpus_per_node: int, batch: int, choices:
             if batch % (dp * size):
                 continue
             for schedule, chunks in _schedules(pp, choices):
-                for ep in choices.among("ep", [each for each in _divisors(dp * tp) if experts % each == 0]):
+                for ep in choices.among("ep", [each for each in divisors(dp * tp) if experts % each == 0]):
                     layout = Layout(
                         pp=pp,
                         tp=tp,
@@ -231,8 +231,8 @@ def _rank(one: Candidate) -> tuple[float, float, float]:
 
 def _degrees(spec: ModelSpec, gpus: int, gpus_per_node: int, choices: Choices) -> Iterator[tuple[int, int, int]]:
     """pp, tp and dp that make `gpus`."""
-    for pp in choices.among("pp", [each for each in _divisors(gpus) if each <= spec.num_hidden_layers]):
-        for tp in choices.among("tp", [each for each in _divisors(gpus // pp) if gpus_per_node % each == 0]):
+    for pp in choices.among("pp", [each for each in divisors(gpus) if each <= spec.num_hidden_layers]):
+        for tp in choices.among("tp", [each for each in divisors(gpus // pp) if gpus_per_node % each == 0]):
             dp = gpus // (pp * tp)
             if spec.attention.num_attention_heads % tp == 0 and choices.among("dp", [dp]):
                 yield pp, tp, dp
@@ -274,7 +274,3 @@ def _is_legal(layout: Layout, spec: ModelSpec) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _divisors(number: int) -> list[int]:
-    return [each for each in range(1, number + 1) if number % each == 0]

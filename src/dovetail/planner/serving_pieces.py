@@ -14,9 +14,8 @@ from typing import Literal
 
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Attention, Collective, Exchange, Op
-from dovetail.cost.roofline import op_time
-from dovetail.network.collectives import collective_time, exchange_time
 from dovetail.planner.microbatches import NOTHING, Pieces
+from dovetail.planner.operation import operation_time
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout
@@ -187,15 +186,8 @@ def _timed(work: Work, ops: Iterable[Op]) -> tuple[TimedOp, ...]:
 
 
 def _time(work: Work, op: Op, piece: str) -> TimedOp:
-    if isinstance(op, Exchange):
-        sent = exchange_time(op, work.cluster, "low-latency" if work.low_latency else "normal")
-        seconds, formula, source = sent.seconds, sent.formula, sent.source
-    elif isinstance(op, Collective):
-        moved = collective_time(op, work.cluster)
-        seconds, formula, source = moved.seconds, moved.formula, moved.source
-    else:
-        timed = op_time(op, work.cluster.gpu, work.multiprocessors)
-        seconds, formula, source = timed.seconds, timed.formula, timed.source
+    timed = operation_time(op, work.cluster, work.multiprocessors, "low-latency" if work.low_latency else "normal")
+    seconds = timed.seconds
     if piece in ("dispatch", "combine", "experts"):  # all wait for the rank that has most
         seconds = work.imbalance * seconds
-    return TimedOp(name=op.name, piece=piece, seconds=seconds, formula=formula, source=source)
+    return TimedOp(name=op.name, piece=piece, seconds=seconds, formula=timed.formula, source=timed.source)

@@ -9,29 +9,27 @@ of the attention square [ISCA §2.2.2, Table 4]. The optimizer's sums and gather
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from dovetail.cost.count import training_flop_per_token
 from dovetail.cost.memory import moment_bytes
-from dovetail.cost.ops import Collective, Exchange, Op
+from dovetail.cost.ops import BF16, Op
 from dovetail.cost.rank_memory import RankMemory, pipeline_memory
-from dovetail.cost.roofline import op_time
 from dovetail.cost.stages import stages
 from dovetail.cost.step_ops import step_ops
-from dovetail.network.collectives import collective_time, send_time
+from dovetail.network.collectives import send_time
 from dovetail.parallel.pipelines import make_schedule
 from dovetail.planner.bubbles import estimate_seconds
 from dovetail.planner.chunks import Costs, StageSeconds, Workload
+from dovetail.planner.limits import DAY
+from dovetail.planner.operation import operation_time
 from dovetail.planner.timeline import Breakdown, Durations, Timeline, replay
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
-
-DAY = 86400.0
-BF16 = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +132,7 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
     costs = costs or Costs()
     schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
     replays = {end: replay(schedule, _durations(work, costs, end)) for end in ("low", "value", "high")}
-    optimizer = _optimizer_seconds(work)
+    _, optimizer = slowest_update(work)
     parts = _parts({end: timeline.breakdown() for end, timeline in replays.items()}, optimizer)
     pipeline = _band(*(replays[end].seconds for end in ("low", "value", "high")))
     return TrainingPlan(
@@ -153,14 +151,14 @@ def estimate(work: Workload, costs: Costs) -> float:
     layout = work.layout
     durations = _durations(work, costs, "value")
     pipeline = estimate_seconds(layout.schedule, layout.pp, layout.microbatches, durations, layout.chunks)
-    return pipeline + _optimizer_seconds(work).value
+    return pipeline + slowest_update(work)[1].value
 
 
 def replayed_seconds(work: Workload, costs: Costs) -> float:
     """`evaluate(...).step_seconds.value`, and nothing else."""
     layout = work.layout
     schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
-    return replay(schedule, _durations(work, costs, "value")).seconds + _optimizer_seconds(work).value
+    return replay(schedule, _durations(work, costs, "value")).seconds + slowest_update(work)[1].value
 
 
 def _durations(work: Workload, costs: Costs, end: str) -> Durations:
@@ -179,20 +177,20 @@ def _durations(work: Workload, costs: Costs, end: str) -> Durations:
     )
 
 
-def _optimizer_seconds(work: Workload) -> Band:
+def slowest_update(work: Workload) -> tuple[tuple[Op, ...], Band]:
+    """The optimizer's operations on the pipeline rank that takes longest, for which others wait, and its seconds."""
     # Of the layout only what says who holds which weights: one figure for many layouts.
     same = "1f1b" if work.layout.schedule == "zb1p" else work.layout.schedule
     changes = {"microbatches": min(work.layout.microbatches, 2), "microbatch_size": 1, "schedule": same}
     layout = work.layout.model_copy(update=changes)
-    return _slowest_optimizer(work.spec, layout, work.cluster, work.sequence_length, moment_bytes(work.recipe))
+    return _slowest_update(work.spec, layout, work.cluster, work.sequence_length, moment_bytes(work.recipe))
 
 
 @lru_cache(maxsize=1 << 12)
-def _slowest_optimizer(
+def _slowest_update(
     spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int, moment_bytes: int
-) -> Band:
-    """Of the pipeline rank that takes longest: the others wait for it. Ranks that hold as many layers of each kind, and
-    the same ends, take the same time."""
+) -> tuple[tuple[Op, ...], Band]:
+    """Ranks that hold as many layers of each kind, and the same ends, take the same time."""
     all_stages = stages(spec, layout, sequence_length)
     ranks: dict[tuple[object, ...], int] = {}
     for rank in range(layout.pp):
@@ -201,18 +199,8 @@ def _slowest_optimizer(
         ends = sorted((stage.has_embedding, stage.has_head) for stage in mine)
         ranks[sum(has_experts), len(has_experts), *ends] = rank
     each = (step_ops(spec, layout, rank, sequence_length, moment_bytes) for rank in ranks.values())
-    return max((_seconds(ops, cluster) for ops in each), key=lambda band: band.value)
-
-
-def _seconds(ops: Iterable[Op], cluster: Cluster) -> Band:
-    bands = []
-    for op in ops:
-        if isinstance(op, Collective):
-            bands.append(collective_time(op, cluster).seconds)
-        else:
-            assert not isinstance(op, Exchange)
-            bands.append(op_time(op, cluster.gpu).seconds)
-    return sum_bands(bands)
+    timed = ((ops, sum_bands(operation_time(op, cluster).seconds for op in ops)) for ops in each)
+    return max(timed, key=lambda update: update[1].value)
 
 
 def _parts(of: dict[str, Breakdown], optimizer: Band) -> StepParts:

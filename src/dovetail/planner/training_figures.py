@@ -10,15 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dovetail.cost.count import training_flop_per_token
-from dovetail.cost.layer_ops import head_ops, layer_ops
-from dovetail.cost.memory import moment_bytes
-from dovetail.cost.ops import Collective, Exchange, Op
-from dovetail.cost.roofline import Timed, op_time
-from dovetail.cost.step_ops import step_ops
-from dovetail.network.collectives import Transfer, collective_time, exchange_time
-from dovetail.planner.chunks import Workload
+from dovetail.cost.ops import Exchange, Op
+from dovetail.planner.chunks import Workload, operations
 from dovetail.planner.figures import Figure, Input, number
-from dovetail.planner.training import TrainingPlan
+from dovetail.planner.operation import operation_time
+from dovetail.planner.training import TrainingPlan, slowest_update
 from dovetail.spec.band import Band, sum_bands
 
 PARTS = {  # field of StepParts, its title, and the steps of a schedule that it counts
@@ -63,31 +59,20 @@ def step_figures(plan: TrainingPlan) -> tuple[Figure, ...]:
         "micro-batches, replayed step by step",
     )
     found.append(_seconds("bubble", "idle", parts.bubble, bubble, schedule))
-    ops = [_op_input(op, plan.work, None) for op in _slowest_rank(plan)]
+    ops = [_op_input(op, plan.work, None) for op in slowest_update(plan.work)[0]]
     text = "of the pipeline rank that takes longest: the operations below, all of them exposed"
     return (*found, _seconds("optimizer", "optimizer", parts.optimizer, text, *ops))
 
 
 def layer_figures(work: Workload) -> tuple[Figure, ...]:
     """Operations of a layer with experts, then of the head, one micro-batch each."""
-    spec, layout = work.spec, work.layout
-    layer = layer_ops(
-        spec,
-        spec.num_hidden_layers,
-        layout,
-        work.recipe,
-        work.tokens,
-        "training",
-        work.sequence_length,
-        layout.microbatch_size,
-    )
     groups: dict[tuple[str, str], list[Op]] = {}
-    for op in (*layer, *head_ops(spec, layout, work.tokens, "training")):
+    for op in (*operations(work, "experts"), *operations(work, "head")):
         groups.setdefault((op.name if isinstance(op, Exchange) else op.part, op.pass_), []).append(op)
     found = []
     for (name, pass_), ops in groups.items():
-        total = 1e3 * sum_bands(_timed(op, work, work.multiprocessors).seconds for op in ops)
-        formula = " + ".join(number(1e3 * _timed(op, work, work.multiprocessors).seconds.value) for op in ops)
+        bands = [operation_time(op, work.cluster, work.multiprocessors).seconds for op in ops]
+        total, formula = 1e3 * sum_bands(bands), " + ".join(number(1e3 * band.value) for band in bands)
         where = "one micro-batch" if name == "head" else "one layer and micro-batch"
         title = f"{NAMES.get(name, name)} of {where}, {PASS[pass_]}"
         inputs = tuple(_op_input(op, work, work.multiprocessors) for op in ops)
@@ -187,25 +172,8 @@ def _stage_inputs(seconds: float | Sequence[float] | None) -> Iterator[Input]:
         yield Input(name=f"stage {index}", value=f"{number(1e3 * each[index])} ms", source=source)
 
 
-def _slowest_rank(plan: TrainingPlan) -> tuple[Op, ...]:
-    work = plan.work
-
-    def ops(rank: int) -> tuple[Op, ...]:
-        return step_ops(work.spec, work.layout, rank, work.sequence_length, moment_bytes(work.recipe))
-
-    return max(map(ops, range(work.layout.pp)), key=lambda each: sum(_timed(op, work).seconds.value for op in each))
-
-
-def _timed(op: Op, work: Workload, multiprocessors: int | None = None) -> Timed | Transfer:
-    if isinstance(op, Exchange):
-        return exchange_time(op, work.cluster)
-    if isinstance(op, Collective):
-        return collective_time(op, work.cluster)
-    return op_time(op, work.cluster.gpu, multiprocessors)
-
-
 def _op_input(op: Op, work: Workload, multiprocessors: int | None) -> Input:
-    timed = _timed(op, work, multiprocessors)
+    timed = operation_time(op, work.cluster, multiprocessors)
     value = f"{number(1e6 * timed.seconds.value)} us: {timed.formula}"
     return Input(name=op.name, value=value, source=timed.source)
 

@@ -9,7 +9,7 @@ from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token
 from dovetail.planner import production
-from dovetail.planner.limits import DAY, rent
+from dovetail.planner.limits import DAY, nodes_for, rent
 from dovetail.reproduce.rows import Found, rounded
 from dovetail.spec.band import Band
 from dovetail.spec.layout import Layout
@@ -78,8 +78,8 @@ def _day() -> dict[tuple[str, str], Band]:
     assert cluster.price is not None
     read, hits = rounded(production.INPUT_TOKENS, 1e9), rounded(production.HIT_TOKENS, 1e9)
     written = rounded(production.OUTPUT_TOKENS, 1e9)
-    prefill = read / DAY / rounded(production.INPUT_PER_NODE, 100)
-    decode = written / DAY / rounded(production.OUTPUT_PER_NODE, 100)
+    prefill = nodes_for(read, DAY, rounded(production.INPUT_PER_NODE, 100))
+    decode = nodes_for(written, DAY, rounded(production.OUTPUT_PER_NODE, 100))
     dollars = rent(MEAN_NODES, cluster.gpus_per_node, cluster.price.value)
     income = PRICES["hits"] * hits + PRICES["misses"] * (read - hits) + PRICES["outputs"] * written
     return {

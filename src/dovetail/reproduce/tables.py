@@ -74,11 +74,6 @@ class Report:
         return all(table.is_reproduced for table in self.tables)
 
 
-def table_names() -> list[str]:
-    """The tables that `reproduce` takes."""
-    return list(FINDERS)
-
-
 def reproduce(name: str | None = None, picture: Path | None = None) -> Report:
     """One table, or all: some 20 s, most of them `search`.
 

@@ -108,9 +108,11 @@ def check_layout(layout: Layout, spec: ModelSpec, cluster_gpus: int | None = Non
 
 def nearest_divisor(value: int, number: int) -> int:
     """The divisor of `number` that is nearest to `value`; the smaller of two."""
-    return min(
-        (each for each in range(1, number + 1) if number % each == 0), key=lambda each: (abs(each - value), each)
-    )
+    return min(divisors(number), key=lambda each: (abs(each - value), each))
+
+
+def divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
 
 
 def _check_experts(layout: Layout, spec: ModelSpec) -> None:
