@@ -16,7 +16,8 @@ from dovetail.cost.ops import Collective, Exchange, Op
 from dovetail.cost.roofline import op_time
 from dovetail.cost.stages import stages
 from dovetail.network.collectives import collective_time, exchange_time
-from dovetail.planner.chunks import NOTHING, Costs, LayerSeconds, StageSeconds, Workload, pair_seconds
+from dovetail.planner.chunks import NOTHING, Costs, LayerSeconds, StageSeconds, Workload, operations, pair_seconds
+from dovetail.planner.training_figures import layer_figures
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.layout import Layout
 
@@ -213,3 +214,15 @@ def test_what_is_kept_is_not_made_again() -> None:
     made, kept = (Costs().stages(replace(V3, recompute=recompute))[5] for recompute in (True, False))
     assert kept.input_backward.value < made.input_backward.value
     assert (kept.forward, kept.weight_backward) == (made.forward, made.weight_backward)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])  # one: nothing is added to its gradients
+@pytest.mark.parametrize("recompute", [True, False])
+def test_what_explains_a_layer_is_what_the_plan_runs(microbatches: int, recompute: bool) -> None:
+    work = replace(V3, layout=Layout(microbatches=microbatches), recompute=recompute)
+    spec = work.spec.model_copy(update={"num_hidden_layers": 1, "num_nextn_predict_layers": 0})
+    lone = replace(work, spec=spec.model_copy(update={"moe": spec.moe.model_copy(update={"first_k_dense_replace": 0})}))
+    (stage,) = Costs().stages(lone)
+    embedding = sum_bands(op_time(op, lone.cluster.gpu).seconds for op in operations(lone, "embedding"))
+    explained = sum_bands(figure.band for figure in layer_figures(lone)) / 1e3
+    assert explained.value == pytest.approx((stage.forward + stage.backward - embedding).value)
