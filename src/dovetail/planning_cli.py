@@ -40,6 +40,12 @@ def plan(
     prefill_ep: Annotated[int | None, typer.Option(help="serve: as --ep, for the pool that reads prompts.")] = None,
     decode_cluster: Annotated[str | None, typer.Option(help="serve: where outputs are written.")] = None,
     change: Annotated[list[str] | None, typer.Option("--set", help="serve: a key, such as cache_hit=0.5.")] = None,
+    network: Annotated[
+        str, typer.Option(help="closed-forms, or simulate: what all exchange at once.")
+    ] = "closed-forms",
+    fabric: Annotated[str | None, typer.Option(help="simulate: on this one [default: the cluster's].")] = None,
+    routing: Annotated[str | None, typer.Option(help="simulate: adaptive, ecmp or static.")] = None,
+    fail: Annotated[list[str] | None, typer.Option(help="simulate: without plane:3, switch:40, nic:17, ...")] = None,
     explain: Annotated[str | None, typer.Option(help="Print formula, inputs and sources of one figure.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with pictures.")] = None,
     trace: Annotated[Path | None, typer.Option(help="train: write the step for chrome://tracing or Perfetto.")] = None,

@@ -186,7 +186,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
 
 
 def test_one_gpu(found: Found) -> None:
-    alone = NODE.model_copy(update={"gpus_per_node": 1, "planes": 1})
+    alone = NODE.model_copy(update={"gpus_per_node": 1})
     tiny = search(replace(LITE, spec=load_model("quickstart"), cluster=alone), GOAL)
     assert {each.work.layout.schedule for each in tiny.ranking} == {"1f1b", "dualpipev"}
     assert tiny.plans[0].gpus == 1

@@ -139,7 +139,7 @@ def test_a_faster_part_never_makes_a_slower_step(what: str) -> None:
 
 
 def test_one_gpu_alone_only_computes() -> None:
-    cluster = load_cluster("h800-node").model_copy(update={"gpus_per_node": 1, "planes": 1})
+    cluster = load_cluster("h800-node").model_copy(update={"gpus_per_node": 1})
     work = replace(lite("1f1b", cluster), layout=Layout(microbatches=4))
     plan = plan_of(work)
     assert plan.parts.bubble.value == pytest.approx(0, abs=1e-12)

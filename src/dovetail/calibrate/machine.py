@@ -78,7 +78,6 @@ def measure(seconds: float = 45.0) -> Cluster:
         nodes=nodes,
         scale_up=scale_up,
         scale_out=scale_out,
-        fabric="as torch.distributed found it" if world > 1 else "none",
     )
 
 

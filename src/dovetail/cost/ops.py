@@ -151,4 +151,13 @@ class Collective:
     part: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """From each of `gpus` ranks to the one `distance` further, the last ones to none: the next stage of a pipeline."""
+
+    bytes: float
+    distance: int
+    gpus: int
+
+
 Op = Gemm | Attention | Elementwise | Exchange | Collective

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Collective, Elementwise, Exchange, Gemm, Op
@@ -38,6 +39,9 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 COMMUNICATION_MULTIPROCESSORS = 20  # of an H800's 132 [V3 §3.2.2]
 NOTHING = Band.exact(0.0)
@@ -58,6 +62,7 @@ class Workload:
     sequence_length: int
     recompute: bool = True  # norms and attention's up-projections, as DeepSeek-V3 [V3 §3.2.3]
     label: str = ""  # what tells it from others that are compared with it
+    traffic: LayoutTraffic | None = None  # all groups' exchanges at once; None: closed forms, each group by itself
 
     @property
     def tokens(self) -> int:
@@ -182,7 +187,7 @@ class Costs:
         first = self._of = self._of or work
         assert first.spec is work.spec and first.cluster is work.cluster and first.recipe is work.recipe
         assert first.sequence_length == work.sequence_length, "these costs are of another sequence length"
-        assert first.recompute == work.recompute
+        assert first.recompute == work.recompute and first.traffic is work.traffic
         layout = work.layout
         return layout.ep, layout.tp, layout.microbatch_size, layout.redundant_experts, layout.adds_gradients
 
@@ -243,7 +248,10 @@ def _by_piece(work: Workload, ops: Iterable[Op], is_end: bool) -> dict[str, Band
     """Seconds by `PIECES`, and those of an MTP module's head as head_f, head_b, head_w."""
     pieces: dict[str, list[Band]] = {}
     for op in ops:
-        seconds, piece = operation_time(op, work.cluster, work.multiprocessors).seconds, _piece(op)
+        seconds, piece = (
+            operation_time(op, work.cluster, work.multiprocessors, traffic=work.traffic).seconds,
+            _piece(op),
+        )
         pieces.setdefault(piece.replace("head", "mlp") if is_end else piece, []).append(seconds)
         if isinstance(op, Collective):
             pieces.setdefault("collectives", []).append(seconds)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dovetail.cost.inference_memory import InferenceMemory, inference_memory, low_latency_buffer
 from dovetail.planner.microbatches import NOTHING, Overlapped, Pieces, overlap
@@ -31,6 +32,9 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +117,7 @@ class Pool:
     recipe: Recipe
     goal: ServingGoal
     held: InferenceMemory  # without buffers
+    traffic: LayoutTraffic | None = None  # exchanges of all such pools at once; None: closed forms
 
     @property
     def exchanges(self) -> bool:
@@ -219,6 +224,7 @@ def step_of(pool: Pool, requests: int) -> DecodePlan:
         sequences=requests / microbatches,
         low_latency=goal.exchange == "low-latency",
         imbalance=goal.expert_imbalance,
+        traffic=pool.traffic,
     )
     pieces, dense = layer_pieces(work), spec.num_hidden_layers - spec.num_moe_layers
     all_tokens = replace(work, tokens=pool.tokens_per_request * requests, sequences=requests)

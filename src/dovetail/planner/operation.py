@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from dovetail.cost.ops import Collective, Exchange, Op
+from typing import TYPE_CHECKING
+
+from dovetail.cost.ops import Collective, Exchange, Op, Send
 from dovetail.cost.roofline import Timed, op_time
-from dovetail.network.collectives import Mode, Transfer, collective_time, exchange_time
+from dovetail.network.collectives import Mode, Transfer, collective_time, exchange_time, send_time
 from dovetail.spec.hardware import Cluster
+
+if TYPE_CHECKING:  # it loads NumPy, which plans by closed forms do without
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 
 def operation_time(
-    op: Op, cluster: Cluster, multiprocessors: int | None = None, mode: Mode = "normal"
+    op: Op | Send,
+    cluster: Cluster,
+    multiprocessors: int | None = None,
+    mode: Mode = "normal",
+    traffic: LayoutTraffic | None = None,
 ) -> Timed | Transfer:
-    """`multiprocessors` (None: all) are those left to arithmetic; `mode` is that of exchanges with experts.
+    """`multiprocessors` (None: all) are those left to arithmetic; `mode` is that of exchanges with experts; with
+    `traffic` exchanges take as much longer as all groups of the layout at once make them.
 
-    Raises ValueError as `op_time`, `exchange_time` and `collective_time` do.
+    Raises ValueError as `op_time`, `exchange_time`, `collective_time` and `LayoutTraffic.slowed` do.
     """
     if isinstance(op, Exchange):
-        return exchange_time(op, cluster, mode)
-    if isinstance(op, Collective):
-        return collective_time(op, cluster)
-    return op_time(op, cluster.gpu, multiprocessors)
+        alone = exchange_time(op, cluster, mode)
+    elif isinstance(op, Collective):
+        alone = collective_time(op, cluster)
+    elif isinstance(op, Send):
+        alone = send_time(op.bytes, cluster, is_within_node=op.gpus <= cluster.gpus_per_node)
+    else:
+        return op_time(op, cluster.gpu, multiprocessors)
+    return traffic.slowed(alone, op, mode) if traffic else alone

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dovetail.cost.inference_memory import InferenceMemory, inference_memory
 from dovetail.network.collectives import send_time
@@ -24,6 +25,9 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +112,12 @@ class PrefillPlan:
 
 
 def evaluate_prefill(
-    spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recipe, goal: ServingGoal
+    spec: ModelSpec,
+    cluster: Cluster,
+    layout: Layout,
+    recipe: Recipe,
+    goal: ServingGoal,
+    traffic: LayoutTraffic | None = None,
 ) -> PrefillPlan:
     """Raises ValueError for a layout that cannot be, and for a model that does not fit."""
     check_layout(layout, spec, cluster.gpus)
@@ -125,6 +134,7 @@ def evaluate_prefill(
         sequences=sequences / goal.microbatches,
         low_latency=False,
         imbalance=goal.expert_imbalance,
+        traffic=traffic,
     )
     pieces = layer_pieces(work)
     dense = spec.num_hidden_layers - spec.num_moe_layers

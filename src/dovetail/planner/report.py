@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from dovetail.cost.rank_memory import RankMemory
 from dovetail.planner.chunks import Workload
 from dovetail.planner.figures import Figure, explanation, find_figure, number
 from dovetail.planner.launch import Launch, launches
+from dovetail.planner.on_network import simulated, traffic_of
 from dovetail.planner.request import Answer, Choice
 from dovetail.planner.serving import ServingPlan
-from dovetail.planner.training import TrainingPlan
+from dovetail.planner.training import TrainingPlan, evaluate
 from dovetail.spec.band import Band
 from dovetail.spec.layout import Layout
 
@@ -44,9 +45,10 @@ def tables(answer: Answer) -> list[Table]:
         return [comparison(answer)]
     (choice,) = answer.choices
     head = Table(title=heading(answer, choice), header=("", ""), rows=tuple(_about(choice)))
-    if isinstance(choice.plan, TrainingPlan):
-        return [head, *_training_tables(choice, choice.plan)]
-    return [head, *_serving_tables(choice)]
+    of_plan = (
+        _training_tables(choice, choice.plan) if isinstance(choice.plan, TrainingPlan) else _serving_tables(choice)
+    )
+    return [head, *of_plan, *_network_tables(choice.plan)]
 
 
 def heading(answer: Answer, choice: Choice) -> str:
@@ -191,8 +193,17 @@ def _about(choice: Choice) -> Iterator[tuple[str, str]]:
         most, has = plan.largest_memory.band[1] + cluster.gpu.runtime_bytes, cluster.gpu.memory_bytes
         if most > has:
             yield "memory", f"fits as expected, not at the upper end: {most / 1e9:.1f} GB of {has / 1e9:.1f}"
+    if traffic := traffic_of(plan):
+        yield "network", f"simulated on {traffic}{_by_closed_forms(plan)}"
     for name, lender in _borrowed(choice).items():
         yield "efficiency", f"nobody measured {name}: shares are those of {lender}, in a wider band"
+
+
+def _by_closed_forms(plan: TrainingPlan | ServingPlan) -> str:
+    if not isinstance(plan, TrainingPlan):
+        return ""
+    alone = evaluate(replace(plan.work, traffic=None), plan.goal).step_seconds
+    return f"; if no group saw another, the step would take {shown(alone, 's')[0]}"
 
 
 def _borrowed(choice: Choice) -> dict[str, str]:
@@ -256,6 +267,20 @@ def _others_table(choice: Choice, plan: TrainingPlan) -> Table:
         memory = (other.largest_memory.total + other.work.cluster.gpu.runtime_bytes) / 1e9
         rows.append((text, shown(other.step_seconds, "s")[0], f"{slower:+.1%}", f"{memory:.1f} GB"))
     return Table(title="the next fastest", header=("", ">step", ">", ">memory"), rows=tuple(rows))
+
+
+def _network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
+    traffic = traffic_of(plan)
+    if traffic is None:
+        return
+    rows = []
+    for each in simulated(plan):
+        found = each.seconds
+        times = (shown(Band.exact(seconds), "s")[0] for seconds in (found.alone, found.together))
+        slower = f"{found.slowdown:.3f} x"
+        rows.append((each.part, each.name, f"{found.groups:,} of {found.ranks}", *times, slower, found.busiest))
+    header = ("", "", ">groups", ">one alone", ">all at once", ">", "busiest links")
+    yield Table(title=f"exchanges on {traffic}, from links alone", header=header, rows=tuple(rows))
 
 
 def _serving_tables(choice: Choice) -> Iterator[Table]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
@@ -27,8 +27,12 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout, nearest_divisor
 from dovetail.spec.model import ModelSpec
 
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
+
 GOALS = ("train", "serve")
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+NETWORKS = ("closed-forms", "simulate")
 TRAIN_ONLY = ("tokens", "batch", "sequence_length", "pp", "schedule", "microbatch_size", "vary")
 SERVE_ONLY = ("context", "prompt_length", "output_length", "output_speed", "prefill_ep", "decode_cluster", "change")
 SEQUENCE_LENGTH = 4096
@@ -58,6 +62,10 @@ class Request:
     output_speed: str | None = None
     prefill_ep: int | None = None
     decode_cluster: str | None = None
+    network: str = "closed-forms"
+    fabric: str | None = None
+    routing: str | None = None
+    fail: Sequence[str] = ()
     change: Sequence[str] = ()  # "cache_hit=0.5": other keys of ServingGoal
 
     @classmethod
@@ -140,6 +148,11 @@ def _check(request: Request) -> None:
             option = "set" if name == "change" else name.replace("_", "-")
             other = "serve" if request.goal == "train" else "train"
             raise ValueError(f"--{option} is of --goal {other}, and the goal is {request.goal}: leave it out")
+    if request.network not in NETWORKS:
+        raise ValueError(f"--network {request.network}: {near_matches(request.network, NETWORKS)}")
+    for name in ("fabric", "routing", "fail"):
+        if getattr(request, name) and request.network != "simulate":
+            raise ValueError(f"--{name} is of --network simulate: add it, or leave --{name} out")
     for name in ("gpus", "ep", "tp", "pp", "microbatch_size", "prefill_ep"):
         value = getattr(request, name)
         if value is not None and value < 1:
@@ -161,8 +174,9 @@ def _train(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
     )
     works, choices = vary(work, request.vary, Choices.of(request.layout))
     _check_gpus(request.gpus, cluster)
+    traffic = _traffic(request, cluster, request.gpus or cluster.gpus)
     try:
-        found = search_all(works, goal, request.gpus, choices)
+        found = search_all(works, goal, request.gpus, choices, traffic)
     except ValueError:
         if request.layout:
             _check_fixed(request.layout, work, goal.batch, request.gpus or cluster.gpus)
@@ -217,7 +231,26 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
         prefill_layout=_pool(spec, request.prefill_ep, tp),
         decode_layout=_pool(spec, request.ep, tp),
     )
+    if request.network == "simulate":
+        pools = [_pools_traffic(request, each.work.cluster, each.layout) for each in (plan.prefill, plan.decode)]
+        plan = serving.on_network(plan, *pools)
     return Choice(cluster=cluster, plan=plan)
+
+
+def _traffic(request: Request, cluster: Cluster, gpus: int) -> LayoutTraffic | None:
+    """All exchanges of the first `gpus`, where they are to be simulated."""
+    if request.network == "closed-forms":
+        return None
+    from dovetail.network.layout_traffic import layout_traffic
+
+    return layout_traffic(cluster, gpus, request.fabric, request.routing or "adaptive", request.fail)
+
+
+def _pools_traffic(request: Request, cluster: Cluster, layout: Layout) -> LayoutTraffic:
+    """As many pools at once as the cluster has room for."""
+    traffic = _traffic(request, cluster, cluster.gpus // layout.gpus * layout.gpus)
+    assert traffic is not None
+    return traffic
 
 
 def _pool(spec: ModelSpec, ep: int | None, tp: int) -> Layout | None:
@@ -244,7 +277,7 @@ def _of(cluster: Cluster, gpus: int | None) -> Cluster:
     if gpus is None:
         return cluster
     if gpus < cluster.gpus_per_node:
-        return cluster.model_copy(update={"nodes": 1, "gpus_per_node": gpus, "planes": min(cluster.planes, gpus)})
+        return cluster.model_copy(update={"nodes": 1, "gpus_per_node": gpus})
     if gpus % cluster.gpus_per_node:
         low = gpus // cluster.gpus_per_node * cluster.gpus_per_node
         raise ValueError(

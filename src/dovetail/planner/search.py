@@ -4,7 +4,7 @@
     -> those that fit in memory           `cost.rank_memory`
     -> estimated, without a schedule      `training.estimate`, up to an eighth off
     -> replayed, if they may be on the front or among the fastest
-    -> the fastest evaluated whole        `training.evaluate`
+    -> the fastest evaluated whole        `training.evaluate`, their exchanges simulated where that is asked for
 
 The front is Pareto's over the step's time, the largest memory of a rank and the GPU time, which is what a run costs:
 nothing in it is beaten in all three.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dovetail.cost.rank_memory import pipeline_memory
 from dovetail.planner.chunks import Costs, Workload
@@ -32,6 +32,9 @@ from dovetail.planner.training import (
 from dovetail.planner.vary import FREE, Choices
 from dovetail.spec.layout import Layout, ScheduleName, check_layout, divisors
 from dovetail.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 FINALISTS = 12  # that are evaluated whole
 ESTIMATE_ERROR = 1 / 8  # of `bubbles.estimate_seconds`, by its own account
@@ -131,9 +134,14 @@ def search(work: Workload, goal: TrainingGoal, gpus: int | None = None, choices:
 
 
 def search_all(
-    works: Sequence[Workload], goal: TrainingGoal, gpus: int | None = None, choices: Choices = FREE
+    works: Sequence[Workload],
+    goal: TrainingGoal,
+    gpus: int | None = None,
+    choices: Choices = FREE,
+    traffic: LayoutTraffic | None = None,
 ) -> Found:
-    """The same over several models or recipes on one cluster, as `vary` makes them."""
+    """The same over several models or recipes on one cluster, as `vary` makes them. With `traffic` the finalists are
+    ordered by what they take on that network; the ranking and the front stay those of closed forms."""
     assert works, "nothing to search"
     sized = [each for index, work in enumerate(works) for each in _sized(work, index, goal, gpus, choices)]
     if not sized:
@@ -141,7 +149,7 @@ def search_all(
     costs = [Costs() for _ in works]
     fitting = [_estimated(each, costs) for each in sized if each.fits]
     ranking = _replayed(fitting, costs)
-    plans = [evaluate(each.work, goal, costs[each.index]) for each in ranking[:FINALISTS]]
+    plans = _evaluated(ranking[:FINALISTS], goal, costs, traffic)
     return Found(
         tried=len(sized),
         plans=tuple(plans),
@@ -149,6 +157,16 @@ def search_all(
         ranking=tuple(ranking),
         smallest=None if fitting else _estimated(min(sized, key=lambda each: each.memory), costs),
     )
+
+
+def _evaluated(
+    finalists: Sequence[Candidate], goal: TrainingGoal, costs: Sequence[Costs], traffic: LayoutTraffic | None
+) -> list[TrainingPlan]:
+    if traffic is None:
+        return [evaluate(each.work, goal, costs[each.index]) for each in finalists]
+    slower = [Costs() for _ in costs]
+    plans = [evaluate(replace(each.work, traffic=traffic), goal, slower[each.index]) for each in finalists]
+    return sorted(plans, key=lambda plan: plan.step_seconds.value)
 
 
 def compared(found: Found, work: Workload, goal: TrainingGoal) -> Comparison:

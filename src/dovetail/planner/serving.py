@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dovetail.planner.decode import DecodePlan, decode_pool, evaluate_decode, fitting_gpus, fullest
 from dovetail.planner.limits import SpeedLimit, speed_limit
@@ -22,6 +23,9 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 EXPERTS_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried
 REDUNDANT_SHARE = 1 / 8  # of the experts, tried beside none: DeepSeek's 32 of 256 [V3 §3.4]
@@ -92,6 +96,17 @@ def best(
         prefill = best_prefill(spec, cluster, recipe, goal)
     decode = best_decode(spec, own, recipe, goal, decode_layout)
     return ServingPlan(prefill=prefill, decode=decode, limit=_limit(decode))
+
+
+def on_network(plan: ServingPlan, prefill: LayoutTraffic, decode: LayoutTraffic) -> ServingPlan:
+    """The layouts of `plan` with exchanges simulated, and as many requests as then fit the goal. Raises ValueError
+    where the output speed is no longer reached, and where failures cut GPUs off."""
+    reads, writes = plan.prefill, plan.decode
+    work = reads.work
+    pool = decode_pool(writes.work.spec, writes.work.cluster, writes.layout, writes.work.recipe, writes.goal)
+    slower = fullest(replace(pool, traffic=decode))
+    again = evaluate_prefill(work.spec, work.cluster, reads.layout, work.recipe, reads.goal, prefill)
+    return ServingPlan(prefill=again, decode=slower, limit=_limit(slower))
 
 
 def best_prefill(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal) -> PrefillPlan:

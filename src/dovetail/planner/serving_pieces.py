@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Attention, Collective, Exchange, Op
+from dovetail.network.collectives import Mode
 from dovetail.planner.microbatches import NOTHING, Pieces
 from dovetail.planner.operation import operation_time
 from dovetail.spec.band import Band, sum_bands
@@ -21,6 +22,9 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 Phase = Literal["prefill", "decode"]
 
@@ -51,10 +55,16 @@ class Work:
     sequences: float
     low_latency: bool
     imbalance: float = 1.0
+    traffic: LayoutTraffic | None = None  # exchanges of all pools at once; None: closed forms
 
     @property
     def exchanges(self) -> bool:
         return self.spec.moe is not None and self.layout.ep > 1
+
+    @property
+    def mode(self) -> Mode:
+        """Of exchanges with experts."""
+        return "low-latency" if self.low_latency else "normal"
 
     @property
     def multiprocessors(self) -> int:
@@ -99,6 +109,11 @@ def mtp_pieces(work: Work) -> Pieces:
 def timed_layer(work: Work) -> tuple[TimedOp, ...]:
     """The operations behind `layer_pieces`."""
     return _timed(work, _ops(work, is_moe=work.spec.moe is not None))
+
+
+def layer_ops_of(work: Work) -> tuple[Op, ...]:
+    """Of one layer with experts, untimed."""
+    return _ops(work, is_moe=work.spec.moe is not None)
 
 
 def timed_dense_layer(work: Work) -> tuple[TimedOp, ...]:
@@ -186,7 +201,7 @@ def _timed(work: Work, ops: Iterable[Op]) -> tuple[TimedOp, ...]:
 
 
 def _time(work: Work, op: Op, piece: str) -> TimedOp:
-    timed = operation_time(op, work.cluster, work.multiprocessors, "low-latency" if work.low_latency else "normal")
+    timed = operation_time(op, work.cluster, work.multiprocessors, work.mode, work.traffic)
     seconds = timed.seconds
     if piece in ("dispatch", "combine", "experts"):  # all wait for the rank that has most
         seconds = work.imbalance * seconds

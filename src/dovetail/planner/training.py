@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from dovetail.cost.count import training_flop_per_token
 from dovetail.cost.memory import moment_bytes
-from dovetail.cost.ops import BF16, Op
+from dovetail.cost.ops import BF16, Op, Send
 from dovetail.cost.rank_memory import RankMemory, pipeline_memory
 from dovetail.cost.stages import stages
 from dovetail.cost.step_ops import step_ops
-from dovetail.network.collectives import send_time
 from dovetail.parallel.pipelines import make_schedule
 from dovetail.planner.bubbles import estimate_seconds
 from dovetail.planner.chunks import Costs, StageSeconds, Workload
@@ -30,6 +30,9 @@ from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
+
+if TYPE_CHECKING:
+    from dovetail.network.layout_traffic import LayoutTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +168,7 @@ def _durations(work: Workload, costs: Costs, end: str) -> Durations:
     layout, each, pairs = work.layout, costs.stages(work), None
     if layout.schedule in ("dualpipe", "dualpipev"):
         pairs = [getattr(pair, end) for pair in costs.pairs(work)]
-    sent = BF16 * work.tokens * work.spec.hidden_size / layout.tp
-    send = send_time(sent, work.cluster, is_within_node=layout.gpus <= work.cluster.gpus_per_node).seconds
+    send = operation_time(stage_send(work), work.cluster, traffic=work.traffic).seconds
     return Durations(
         forward=[getattr(stage.forward, end) for stage in each],
         backward=[getattr(stage.backward, end) for stage in each],
@@ -177,18 +179,32 @@ def _durations(work: Workload, costs: Costs, end: str) -> Durations:
     )
 
 
+def stage_send(work: Workload) -> Send:
+    """A micro-batch's activations to the next stage."""
+    layout = work.layout
+    sent = BF16 * work.tokens * work.spec.hidden_size / layout.tp
+    return Send(bytes=sent, distance=layout.dp * layout.tp, gpus=layout.gpus)
+
+
 def slowest_update(work: Workload) -> tuple[tuple[Op, ...], Band]:
     """The optimizer's operations on the pipeline rank that takes longest, for which others wait, and its seconds."""
     # Of the layout only what says who holds which weights: one figure for many layouts.
     same = "1f1b" if work.layout.schedule == "zb1p" else work.layout.schedule
     changes = {"microbatches": min(work.layout.microbatches, 2), "microbatch_size": 1, "schedule": same}
     layout = work.layout.model_copy(update=changes)
-    return _slowest_update(work.spec, layout, work.cluster, work.sequence_length, moment_bytes(work.recipe))
+    return _slowest_update(
+        work.spec, layout, work.cluster, work.sequence_length, moment_bytes(work.recipe), work.traffic
+    )
 
 
 @lru_cache(maxsize=1 << 12)
 def _slowest_update(
-    spec: ModelSpec, layout: Layout, cluster: Cluster, sequence_length: int, moment_bytes: int
+    spec: ModelSpec,
+    layout: Layout,
+    cluster: Cluster,
+    sequence_length: int,
+    moment_bytes: int,
+    traffic: LayoutTraffic | None,
 ) -> tuple[tuple[Op, ...], Band]:
     """Ranks that hold as many layers of each kind, and the same ends, take the same time."""
     all_stages = stages(spec, layout, sequence_length)
@@ -199,7 +215,7 @@ def _slowest_update(
         ends = sorted((stage.has_embedding, stage.has_head) for stage in mine)
         ranks[sum(has_experts), len(has_experts), *ends] = rank
     each = (step_ops(spec, layout, rank, sequence_length, moment_bytes) for rank in ranks.values())
-    timed = ((ops, sum_bands(operation_time(op, cluster).seconds for op in ops)) for ops in each)
+    timed = ((ops, sum_bands(operation_time(op, cluster, traffic=traffic).seconds for op in ops)) for ops in each)
     return max(timed, key=lambda update: update[1].value)
 
 

@@ -71,7 +71,7 @@ def layer_figures(work: Workload) -> tuple[Figure, ...]:
         groups.setdefault((op.name if isinstance(op, Exchange) else op.part, op.pass_), []).append(op)
     found = []
     for (name, pass_), ops in groups.items():
-        bands = [operation_time(op, work.cluster, work.multiprocessors).seconds for op in ops]
+        bands = [operation_time(op, work.cluster, work.multiprocessors, traffic=work.traffic).seconds for op in ops]
         total, formula = 1e3 * sum_bands(bands), " + ".join(number(1e3 * band.value) for band in bands)
         where = "one micro-batch" if name == "head" else "one layer and micro-batch"
         title = f"{NAMES.get(name, name)} of {where}, {PASS[pass_]}"
@@ -173,7 +173,7 @@ def _stage_inputs(seconds: float | Sequence[float] | None) -> Iterator[Input]:
 
 
 def _op_input(op: Op, work: Workload, multiprocessors: int | None) -> Input:
-    timed = operation_time(op, work.cluster, multiprocessors)
+    timed = operation_time(op, work.cluster, multiprocessors, traffic=work.traffic)
     value = f"{number(1e6 * timed.seconds.value)} us: {timed.formula}"
     return Input(name=op.name, value=value, source=timed.source)
 

@@ -190,18 +190,13 @@ class Cluster(Record):
     nodes: PositiveInt
     scale_up: Link
     scale_out: Link | None = None  # None: one node
-    planes: PositiveInt = 1  # separate networks; GPU i of each node is on plane i mod planes
-    fabric: str = "none"
+    fabric: str | None = None  # how nodes are joined: a name of the catalog of fabrics, or a .toml file
     price_per_gpu_hour: Estimate | None = None  # dollars; None: the GPU's
 
     @model_validator(mode="after")
     def _nodes_are_joined(self) -> Cluster:
         if self.nodes > 1 and self.scale_out is None:
             raise ValueError(f"nodes = {self.nodes} but no [scale_out] link joins them: add it, or nodes = 1")
-        if self.planes > self.gpus_per_node:
-            raise ValueError(
-                f"planes = {self.planes}, more than gpus_per_node = {self.gpus_per_node}: use at most one each"
-            )
         return self
 
     @property

@@ -1,0 +1,228 @@
+"""What all groups of a layout send at once, simulated on a network as it is wired.
+
+Closed forms (`network.collectives`) give an exchange the links of its own ranks. Here every group of the layout has
+its exchange at the same time, on GPUs where its ranks are, over paths that a routing picks, and with parts that fail:
+
+    slowdown = seconds of all groups at once / seconds of the first group alone, packets sprayed, nothing failing
+
+It multiplies the closed form, so that what was measured of kernels stays in, and is 1 where the network has room for
+all. Loads are equal: each rank sends the mean.
+
+Ranks are numbered through stages, and in a stage as `cost.step_ops` has them: experts are shared by neighbours, ranks
+of a collective are `stride` apart, and a pipeline's next stage is gpus / pp ranks further. The first GPUs are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from dovetail.catalog.fabrics import load_fabric, resized
+from dovetail.config import near_matches
+from dovetail.cost.ops import Collective, Exchange, Send
+from dovetail.network.collectives import LinkBytes, Mode, Transfer, exchange_bytes
+from dovetail.network.delivery import Delivery, deliver
+from dovetail.network.demands import Demand, Step, in_rings, ring_orders
+from dovetail.network.failures import parse_failure
+from dovetail.network.flows import Flows, Longs, joined
+from dovetail.network.link_use import link_uses
+from dovetail.network.routing import Adaptive, Ecmp, Policy, Static
+from dovetail.network.simulation import Change
+from dovetail.network.topology import Fabric, build
+from dovetail.spec.hardware import Cluster
+
+POLICIES: dict[str, Policy] = {"adaptive": Adaptive(), "ecmp": Ecmp(), "static": Static()}
+RINGS: dict[str, Literal["all-gather", "reduce-scatter", "all-reduce"]] = {
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_reduce": "all-reduce",
+}
+LONE_NODE = "ft2"  # what a single node is put on, which uses none of it
+
+
+Sent = Exchange | Collective | Send
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtOnce:
+    """One kind of exchange: simulated seconds of its first group alone, and of all of them together."""
+
+    groups: int
+    ranks: int  # of a group
+    alone: float
+    together: float
+    busiest: str  # kind of link that all together use most
+
+    @property
+    def slowdown(self) -> float:
+        return self.together / self.alone
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayoutTraffic:
+    """A network and the GPUs of a layout on it. Each exchange is simulated once."""
+
+    fabric: Fabric
+    gpus: int
+    routing: str
+    failures: tuple[str, ...]
+    policy: Policy
+    changes: tuple[Change, ...]
+    _known: dict[tuple[Sent, Mode], AtOnce] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join([self.fabric.name, self.routing, *(f"without {each}" for each in self.failures)])
+
+    def slowed(self, transfer: Transfer, sent: Sent, mode: Mode = "normal") -> Transfer:
+        """`transfer`, of a closed form, with all groups at once. Raises ValueError where GPUs are cut off."""
+        if not self.is_sent(sent):
+            return transfer
+        ratio = self.at_once(sent, mode).slowdown
+        formula = f"{transfer.formula}, x {ratio:.4g} with all groups at once on {self.fabric.name}"
+        return replace(transfer, seconds=ratio * transfer.seconds, formula=formula)
+
+    def is_sent(self, sent: Sent) -> bool:
+        """Whether anything leaves a rank."""
+        if isinstance(sent, Send):
+            return sent.bytes > 0 and sent.distance < self.gpus
+        return sent.ranks > 1 and (sent.tokens if isinstance(sent, Exchange) else sent.bytes) > 0
+
+    def at_once(self, sent: Sent, mode: Mode = "normal") -> AtOnce:
+        """Of ranks that do send. Raises ValueError where failures cut GPUs off."""
+        key = replace(sent, name="dispatch") if isinstance(sent, Exchange) else sent, mode  # the way back is alike
+        if key not in self._known:
+            self._known[key] = self._simulated(sent, mode)
+        return self._known[key]
+
+    def _simulated(self, sent: Sent, mode: Mode) -> AtOnce:
+        first_ranks, each = _first_ranks(sent, self.gpus), self.fabric.gpus_per_node
+        step = _group_step(sent, mode, 0, each)
+        alone = deliver(self.fabric, _demand(step, step.flows), Adaptive())
+        flows = _all_flows(sent, mode, first_ranks, each)
+        together = deliver(self.fabric, _demand(step, flows), self.policy, changes=self.changes)
+        if not together.is_complete:
+            raise ValueError(self._cut_off(together))
+        uses = link_uses(self.fabric, together.link_bytes, together.seconds)
+        return AtOnce(
+            groups=len(first_ranks),
+            ranks=sent.ranks if not isinstance(sent, Send) else 2,
+            alone=alone.seconds,
+            together=together.seconds,
+            busiest=uses[0].name if uses else "",
+        )
+
+    def _cut_off(self, delivery: Delivery) -> str:
+        lost = delivery.cut_off
+        gpus = np.unique(np.concatenate([lost.source, lost.destination]))
+        named = ", ".join(map(str, gpus[:4])) + (", ..." if len(gpus) > 4 else "")
+        return (
+            f"--fail {', '.join(self.failures)} on {self.fabric.name}: {len(lost):,} flows among GPUs {named} have no "
+            "path left, so no step is finished; plan without these GPUs, or on a fabric that survives it"
+        )
+
+
+def layout_traffic(
+    cluster: Cluster, gpus: int, fabric: str | None = None, routing: str = "adaptive", failures: Sequence[str] = ()
+) -> LayoutTraffic:
+    """The first `gpus` of `cluster` on its fabric, or another one of the catalog, with the cluster's own bandwidths.
+
+    Raises ValueError for a cluster without a fabric, one that cannot be built for it, an unknown routing, and failures
+    of parts that there are not, or that come during a step.
+    """
+    if routing not in POLICIES:
+        raise ValueError(f"no routing {routing!r}; {near_matches(routing, POLICIES)}")
+    wired = build_for(cluster, fabric)
+    changes = tuple(parse_failure(text, wired) for text in failures)
+    for text, change in zip(failures, changes, strict=True):
+        if change.seconds:
+            raise ValueError(
+                f"--fail {text}: a plan is of many steps, and failures are there from the first on; "
+                f"write {text.partition('@')[0]}"
+            )
+    return LayoutTraffic(
+        fabric=wired,
+        gpus=gpus,
+        routing=routing,
+        failures=tuple(failures),
+        policy=POLICIES[routing],
+        changes=changes,
+    )
+
+
+def build_for(cluster: Cluster, fabric: str | None = None) -> Fabric:
+    """The fabric that joins the nodes of `cluster`, or the one named, for its GPUs and with its bandwidths."""
+    name = LONE_NODE if cluster.nodes == 1 and fabric is None else fabric or cluster.fabric
+    if name is None:
+        raise ValueError(
+            f'{cluster.name} does not say how its nodes are joined: add fabric = "mpft", or what '
+            "`dovetail network show` knows, to its file, or give --fabric"
+        )
+    spec = load_fabric(name)
+    nic = spec.nic
+    if cluster.scale_out is not None:  # a fabric's latencies are by path, the cluster's one figure for all
+        nic = cluster.scale_out.model_copy(update={"latency_us": spec.nic.latency_us})
+    changes = {"endpoints": cluster.gpus, "gpus_per_node": cluster.gpus_per_node, "nvlink": cluster.scale_up}
+    return build(resized(spec, nic=nic, **changes))
+
+
+def _demand(step: Step, flows: Flows) -> Demand:
+    return Demand(name="", ranks=0, size=0.0, bus_factor=1.0, steps=(replace(step, flows=flows),))
+
+
+def _first_ranks(sent: Sent, gpus: int) -> Longs:
+    """Of each group, the first rank."""
+    if isinstance(sent, Send):
+        return np.arange(gpus - sent.distance)
+    stride = sent.stride if isinstance(sent, Collective) else 1
+    block = sent.ranks * stride
+    blocks = np.arange(0, gpus - block + 1, block)
+    return (blocks[:, None] + np.arange(stride)).ravel()
+
+
+def _group_step(sent: Sent, mode: Mode, first: int, gpus_per_node: int) -> Step:
+    """Of the group whose first rank that is."""
+    if isinstance(sent, Send):
+        return Step(flows=Flows.of([first], [first + sent.distance], sent.bytes))
+    if isinstance(sent, Exchange):
+        members = first + np.arange(sent.ranks)
+        carried = exchange_bytes(sent, gpus_per_node, mode)
+        return _straight(members, carried) if mode == "low-latency" else _by_node(members, gpus_per_node, carried)
+    members = first + sent.stride * np.arange(sent.ranks)
+    channels = max(1, min(sent.ranks, gpus_per_node // sent.stride))
+    rings = ring_orders(members.tolist(), gpus_per_node, channels)
+    return in_rings(RINGS[sent.name], rings, sent.bytes).steps[0]
+
+
+def _all_flows(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) -> Flows:
+    """Of all groups. Those that begin at the same place of their node are alike but for which nodes."""
+    parts = []
+    for place in np.unique(first_ranks % gpus_per_node):
+        firsts = first_ranks[first_ranks % gpus_per_node == place]
+        flows = _group_step(sent, mode, int(firsts[0]), gpus_per_node).flows
+        shift = np.repeat(firsts - firsts[0], len(flows))
+        many = flows.take(np.tile(np.arange(len(flows)), len(firsts)))
+        parts.append(replace(many, source=many.source + shift, destination=many.destination + shift))
+    return joined(parts)
+
+
+def _by_node(members: Longs, gpus_per_node: int, carried: LinkBytes) -> Step:
+    """To the GPU of the same index (or the next there is) on every other node, and to all others of the own node."""
+    node = members // gpus_per_node
+    nodes, start, count = np.unique(node, return_index=True, return_counts=True)
+    index = np.arange(len(members)) - start[np.searchsorted(nodes, node)]
+    mates = members[start[None, :] + index[:, None] % count[None, :]]
+    row, column = np.nonzero(node[:, None] != nodes[None, :])
+    across = Flows.of(members[row], mates[row, column], carried.scale_out / max(1, len(nodes) - 1))
+    row, column = np.nonzero((node[:, None] == node[None, :]) & ~np.eye(len(members), dtype=bool))
+    within = Flows.of(members[row], members[column], carried.scale_up / max(1, min(gpus_per_node, len(members)) - 1))
+    return Step(flows=joined([across, within]), messages=len(nodes) - 1 + int(count.max()) - 1)
+
+
+def _straight(members: Longs, carried: LinkBytes) -> Step:
+    """To every rank, each as much."""
+    each = (carried.scale_up + carried.scale_out) / (len(members) - 1)
+    row, column = np.nonzero(~np.eye(len(members), dtype=bool))
+    return Step(flows=Flows.of(members[row], members[column], each), messages=len(members) - 1)

@@ -1,0 +1,68 @@
+"""The exchanges of a plan on a simulated network: each group alone, and all groups at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dovetail.cost.ops import Collective, Exchange, Op, Send
+from dovetail.network.collectives import Mode
+from dovetail.planner.chunks import Workload, operations
+from dovetail.planner.serving import ServingPlan
+from dovetail.planner.serving_pieces import Work, layer_ops_of
+from dovetail.planner.training import TrainingPlan, slowest_update, stage_send
+
+if TYPE_CHECKING:  # it loads NumPy, which plans by closed forms do without
+    from dovetail.network.layout_traffic import AtOnce, LayoutTraffic
+
+PASS = {"forward": "forward", "dgrad": "backward", "wgrad": "backward"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulated:
+    """One exchange of a plan, and what it is part of."""
+
+    name: str
+    part: str
+    seconds: AtOnce
+
+
+def traffic_of(plan: TrainingPlan | ServingPlan) -> LayoutTraffic | None:
+    """The network on which exchanges (of outputs, where a plan serves) were simulated; None: closed forms."""
+    return plan.work.traffic if isinstance(plan, TrainingPlan) else plan.decode.work.traffic
+
+
+def simulated(plan: TrainingPlan | ServingPlan) -> list[Simulated]:
+    """Each exchange of a plan once, in the order in which they come; none where closed forms were taken."""
+    if traffic_of(plan) is None:
+        return []
+    if isinstance(plan, TrainingPlan):
+        return list(dict.fromkeys(_training(plan.work)))
+    return list(dict.fromkeys([*_serving(plan.prefill.work, "prompts"), *_serving(plan.decode.work, "outputs")]))
+
+
+def _training(work: Workload) -> Iterator[Simulated]:
+    yield from _each(work.traffic, operations(work, "experts"), "layer")
+    yield from _each(work.traffic, [stage_send(work)], "pipeline")
+    yield from _each(work.traffic, slowest_update(work)[0], "optimizer")
+
+
+def _serving(work: Work, part: str) -> Iterator[Simulated]:
+    yield from _each(work.traffic, layer_ops_of(work), part, work.mode)
+
+
+def _each(
+    traffic: LayoutTraffic | None, ops: Iterable[Op | Send], part: str, mode: Mode = "normal"
+) -> Iterator[Simulated]:
+    assert traffic is not None
+    for op in ops:
+        if isinstance(op, Exchange | Collective | Send) and traffic.is_sent(op):
+            yield Simulated(name=_name(op), part=part, seconds=traffic.at_once(op, mode))
+
+
+def _name(op: Exchange | Collective | Send) -> str:
+    if isinstance(op, Send):
+        return "to the next stage"
+    name = op.name.replace("_", "-")
+    return f"{name}, {PASS[op.pass_]}" if op.part != "step" else name
