@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from dovetail.planner.html import page
 from dovetail.planner.on_network import simulated, traffic_of
 from dovetail.planner.plain import as_json
 from dovetail.planner.report import tables
@@ -66,6 +67,7 @@ def test_report_and_json_say_what_was_simulated() -> None:
     assert [row[1] for row in table.rows][:2] == ["dispatch, forward", "combine, forward"]
     network = json.loads(json.dumps(as_json(found)))["plans"][0]["network"]
     assert network["failures"] == ["plane:3"] and len(network["exchanges"]) == len(table.rows)
+    assert table.title in page(found) and table.title not in page(training())
     assert "network" not in as_json(training())["plans"][0]
 
 

@@ -4,10 +4,11 @@ machine is. Every figure opens to its formula, inputs and sources."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from dovetail.planner.decode import DecodePlan, evaluate_decode
+from dovetail.planner.decode import DecodePlan, decode_pool, step_of
 from dovetail.planner.drawing import GRID, IDLE, INK, MUTED, chrome_trace, draw_svg
 from dovetail.planner.figures import Figure, number
 from dovetail.planner.pictures import Bar, Point, bars, memory_bars, pool_memory, scatter
@@ -22,6 +23,8 @@ from dovetail.planner.report import (
     heading,
     layout_text,
     memory_table,
+    network_tables,
+    others_table,
     shown,
     summary,
     tables,
@@ -135,11 +138,11 @@ def page(answer: Answer) -> str:
 
 def _one(answer: Answer) -> Iterator[str]:
     (choice,) = answer.choices
-    about, *_ = tables(answer)
+    about = tables(answer)[0]
     yield f'<p class="about">{"<br>".join(escape(f"{name}: {text}") for name, text in about.rows)}</p>\n'
     yield from _pictures(answer, choice)
-    others = [table for table in tables(answer)[1:] if table.title == "the next fastest"]
-    yield from (_section(table.title, _table(table)) for table in others)
+    others = [others_table(choice, choice.plan)] if isinstance(choice.plan, TrainingPlan) and choice.others else []
+    yield from (_section(table.title, _table(table)) for table in (*others, *network_tables(choice.plan)))
     yield _section("every figure, and why", "".join(map(_figure, choice.figures())))
     for launch in answer_launches(answer):
         blocks = "".join(f"<pre>{escape(block.text.rstrip())}</pre>" for block in launch.blocks)
@@ -176,12 +179,15 @@ def _training(choice: Choice, plan: TrainingPlan) -> Iterator[str]:
         dots = [
             Point(each.seconds, (each.memory + gpu.runtime_bytes) / 1e9, candidate_text(each.work))
             for each in choice.front
-            if each.work != plan.work
+            if each.work != replace(plan.work, traffic=None)
         ]
         needed = (plan.largest_memory.total + gpu.runtime_bytes) / 1e9
         dots.append(Point(plan.step_seconds.value, needed, candidate_text(plan.work), is_plan=True))
-        note = '<p class="note">Layouts that no other beats in time and memory at once. Point at one to read it.</p>'
-        yield _section("time against memory", scatter(dots, "seconds per step", "GB on the fullest rank") + note)
+        note = "Layouts that no other beats in time and memory at once. Point at one to read it."
+        if plan.work.traffic:
+            note += " The plan is simulated, the others by closed forms."
+        picture = scatter(dots, "seconds per step", "GB on the fullest rank")
+        yield _section("time against memory", f'{picture}<p class="note">{note}</p>')
 
 
 def _serving(plan: ServingPlan) -> Iterator[str]:
@@ -209,10 +215,10 @@ def _serving(plan: ServingPlan) -> Iterator[str]:
 def _curve(plan: DecodePlan) -> Iterator[DecodePlan]:
     """The same pool with other numbers of requests."""
     work = plan.work
+    pool = replace(decode_pool(work.spec, work.cluster, plan.layout, work.recipe, plan.goal), traffic=work.traffic)
     for requests in sorted({max(1, int(share * plan.requests_that_fit)) for share in REQUESTS}):
-        goal = plan.goal.model_copy(update={"requests_per_gpu": requests, "output_speed": None})
         try:
-            yield evaluate_decode(work.spec, work.cluster, plan.layout, work.recipe, goal)
+            yield step_of(pool, requests)
         except ValueError:  # buffers grow with requests: the last may not fit
             continue
 

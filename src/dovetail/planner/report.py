@@ -48,7 +48,7 @@ def tables(answer: Answer) -> list[Table]:
     of_plan = (
         _training_tables(choice, choice.plan) if isinstance(choice.plan, TrainingPlan) else _serving_tables(choice)
     )
-    return [head, *of_plan, *_network_tables(choice.plan)]
+    return [head, *of_plan, *network_tables(choice.plan)]
 
 
 def heading(answer: Answer, choice: Choice) -> str:
@@ -232,7 +232,7 @@ def _training_tables(choice: Choice, plan: TrainingPlan) -> Iterator[Table]:
     yield Table(title="the run", header=("", ">", ">expected", "--explain"), rows=_figure_rows(run))
     yield memory_table(plan)
     if choice.others:
-        yield _others_table(choice, plan)
+        yield others_table(choice, plan)
 
 
 def memory_table(plan: TrainingPlan) -> Table:
@@ -259,7 +259,8 @@ def _sizes(rank: RankMemory, runtime: float) -> tuple[str, ...]:
     )
 
 
-def _others_table(choice: Choice, plan: TrainingPlan) -> Table:
+def others_table(choice: Choice, plan: TrainingPlan) -> Table:
+    """The finalists behind the best."""
     rows = []
     for other in choice.others[:OTHERS]:
         text = candidate_text(other.work)
@@ -269,7 +270,8 @@ def _others_table(choice: Choice, plan: TrainingPlan) -> Table:
     return Table(title="the next fastest", header=("", ">step", ">", ">memory"), rows=tuple(rows))
 
 
-def _network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
+def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
+    """Each kind of exchange alone and at once, where they were simulated."""
     traffic = traffic_of(plan)
     if traffic is None:
         return
