@@ -68,6 +68,14 @@ def test_messages_are_those_that_deepep_posts() -> None:
                 assert most_messages(fabric, step) == to_each * ranks_reached
 
 
+def test_groups_by_their_best_or_their_two_best() -> None:
+    """With 2 groups of 2 and one kept, the best of all is among the chosen if groups go by their best alone."""
+    for count, is_always in ((1, True), (2, False)):
+        best = sample_choices(1, 2000, 1, 4, 1, 1, best_of_group=count)[0, :, 0]
+        kept = sample_choices(1, 2000, 1, 4, 2, 1, best_of_group=count)[0, :, 0]
+        assert (best == kept).all() == is_always
+
+
 def test_combine_is_the_way_back() -> None:
     experts = experts_of(16, np.random.default_rng(0).integers(0, 256, (16, 5, 8)))
     there, back = dispatch(experts, 7.0).steps[0].flows, combine(experts, 14.0).steps[0].flows
