@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from dovetail.catalog.fabrics import load_fabric
-from dovetail.network.delivery import deliver
-from dovetail.network.demands import Demand, Step, all_to_all, collective, in_rings, point_to_point, ring_orders
+from dovetail.catalog.fabrics import load_fabric, resized
+from dovetail.network.delivery import deliver, most_messages
+from dovetail.network.demands import Demand, Step, all_to_all, in_rings, point_to_point, ring_orders
 from dovetail.network.failures import links_of_nic, links_of_plane
 from dovetail.network.flows import Flows
 from dovetail.network.routing import Adaptive, Ecmp, host_of
@@ -32,13 +32,59 @@ def test_all_to_all_bandwidth_is_the_nics(fabric: Fabric) -> None:
     assert delivery.bus_bandwidth == pytest.approx(40e9 * 63 / 56, rel=1e-3)
 
 
+LONGEST = (2.8 + 3.33) * 1e-6  # [ISCA Table 5]: one leaf, after NVLink
+HOST, GPU = 0.25e-6, 0.003e-6  # of a message, as in the catalog
+
+
+def free(fabric: Fabric) -> Fabric:
+    """With messages that cost nothing."""
+    return build(resized(fabric.spec, posting=None))
+
+
 def test_small_messages_are_bound_by_latency_and_by_their_number(fabric: Fabric) -> None:
+    """56 of the 63 go to other nodes; the first one's cost is in the latency."""
     demand = all_to_all(range(64), 64.0 * 64)
-    quick, slow = (deliver(fabric, demand, Adaptive(), gap=gap) for gap in (0.0, 1e-6))
-    longest = (2.8 + 3.33) * 1e-6
-    assert quick.seconds == pytest.approx(longest, rel=0.02)
-    assert slow.seconds == pytest.approx(longest + 63e-6)
-    assert slow.latency_seconds == pytest.approx(slow.seconds)
+    slow, quick = (deliver(each, demand, Adaptive()) for each in (fabric, free(fabric)))
+    assert quick.seconds == pytest.approx(LONGEST, rel=0.02)
+    assert slow.seconds == slow.latency_seconds == pytest.approx(LONGEST + 55 * HOST)
+
+
+def test_large_messages_hide_what_posting_them_costs(fabric: Fabric) -> None:
+    demand = all_to_all(range(64), 1e9)
+    slow, quick = (deliver(each, demand, Adaptive()).seconds for each in (fabric, free(fabric)))
+    assert slow == quick > 100 * 55 * HOST
+
+
+def test_no_message_within_a_node_is_posted(fabric: Fabric) -> None:
+    assert deliver(fabric, all_to_all(range(8), 0.0), Adaptive()).seconds == pytest.approx(3.33e-6)
+
+
+def test_gpus_post_faster_than_a_cpu(fabric: Fabric) -> None:
+    flows = Flows.of([0, 0, 1], [8, 9, 2], 0.0)
+    seconds = []
+    for poster in ("host", "gpu"):
+        step = Step(flows=flows, messages=np.array([1000.0, 24.0, 1e6]), posted_by=poster)
+        demand = Demand(name="", ranks=4, size=1, bus_factor=1, steps=(step,))
+        seconds.append(deliver(fabric, demand, Adaptive()).seconds)
+    assert seconds == pytest.approx([LONGEST + 1023 * HOST, LONGEST + 1023 * GPU])
+
+
+@pytest.mark.parametrize("name", ["h800-2048", "alone"])
+def test_messages_are_those_of_the_gpu_that_posts_most(name: str) -> None:
+    """One by one; copies from hosts are no messages, and without NVLink all between GPUs are."""
+    spec = load_fabric("h800-2048" if name == "h800-2048" else "ft2", 64)
+    fabric = build(spec if name == "h800-2048" else resized(spec, nvlink=None))
+    random = np.random.default_rng(7)
+    source, destination = random.integers(0, 64, (2, 500))
+    messages = random.integers(1, 9, 500).astype(float)
+    if name == "h800-2048":
+        source[::9] = host_of(fabric, 3)
+    posted = [0.0] * fabric.vertices
+    for one, other, count in zip(source, destination, messages, strict=True):
+        is_outside = one // 8 != other // 8 if name == "h800-2048" else one != other
+        posted[one] += count * (is_outside and one < 64)
+    step = Step(flows=Flows.of(source, destination, 1.0), messages=messages)
+    assert most_messages(fabric, step) == max(posted) > 0
 
 
 def test_a_step_that_is_repeated_takes_as_many_times_as_long(fabric: Fabric) -> None:
@@ -102,8 +148,3 @@ def test_copies_to_the_gpu_slow_its_network_down_unless_they_come_after_it() -> 
         seconds.append(float(outcome.end[0]))
     assert seconds[0] == pytest.approx(1e9 / (lanes / 2), rel=1e-3)
     assert seconds[1] == pytest.approx(1e9 / nic, rel=1e-3)
-
-
-def test_mistakes(fabric: Fabric) -> None:
-    with pytest.raises(ValueError, match="gap = -1"):
-        deliver(fabric, collective("all-gather", range(8), 1.0), Adaptive(), gap=-1)

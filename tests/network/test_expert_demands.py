@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 
+from dovetail.catalog.fabrics import load_fabric
 from dovetail.cost.ops import Exchange
 from dovetail.network.collectives import exchange_bytes
+from dovetail.network.delivery import most_messages
 from dovetail.network.expert_demands import Experts, combine, dispatch, sample_choices
+from dovetail.network.topology import build
 
 
 def experts_of(ranks: int, chosen: np.ndarray, experts: int = 256, gpus_per_node: int = 8) -> Experts:
@@ -50,6 +53,27 @@ def test_low_latency_sends_one_message_per_expert() -> None:
     chosen = np.array([[[4, 1, 5]], [[3, 2, 4]]])
     flows = dispatch(experts_of(2, chosen, 8, 1), 10.0, "low-latency").steps[0].flows
     assert flows.bytes.tolist() == [20.0, 20.0]
+
+
+def test_messages_are_those_that_deepep_posts() -> None:
+    """A token to eight experts on two nodes, one per rank; low latency: a message each, and one for each expert's
+    count; normal: chunks of eight tokens to the other node."""
+    chosen = np.tile(np.arange(0, 16, 2), (16, 20, 1))  # one expert per rank
+    fabric = build(load_fabric("mpft", 16))
+    for mode, to_each, ranks_reached in (("low-latency", 20 + 1, 4), ("normal", 3, 1)):
+        for demand in (dispatch, combine):
+            step = demand(experts_of(16, chosen, 16), 10.0, mode).steps[0]  # type: ignore[arg-type]
+            assert step.posted_by == ("gpu" if mode == "low-latency" else "host")
+            if demand is dispatch:
+                assert most_messages(fabric, step) == to_each * ranks_reached
+
+
+def test_groups_by_their_best_or_their_two_best() -> None:
+    """With 2 groups of 2 and one kept, the best of all is among the chosen if groups go by their best alone."""
+    for count, is_always in ((1, True), (2, False)):
+        best = sample_choices(1, 2000, 1, 4, 1, 1, best_of_group=count)[0, :, 0]
+        kept = sample_choices(1, 2000, 1, 4, 2, 1, best_of_group=count)[0, :, 0]
+        assert (best == kept).all() == is_always
 
 
 def test_combine_is_the_way_back() -> None:

@@ -12,7 +12,7 @@ import pytest
 from dovetail.catalog.hardware import load_cluster
 from dovetail.cost.ops import Collective, Exchange, Send
 from dovetail.network.collectives import collective_time, exchange_bytes
-from dovetail.network.layout_traffic import LayoutTraffic, Sent, _all_flows, _first_ranks, build_for, layout_traffic
+from dovetail.network.layout_traffic import LayoutTraffic, Sent, _all_groups, _first_ranks, build_for, layout_traffic
 from dovetail.network.routing import Ecmp
 
 CLUSTER = load_cluster("h800-2048").model_copy(update={"nodes": 32})
@@ -69,7 +69,7 @@ def written_out(sent: Sent, gpus: int, mode: str, each: int = 8) -> Counter[tupl
 @pytest.mark.parametrize("mode", ["normal", "low-latency"])
 @pytest.mark.parametrize("sent", [exchange(4), exchange(8), exchange(32), Send(bytes=1e6, distance=16, gpus=64)])
 def test_all_groups_are_those_written_out(sent: Sent, mode: str) -> None:
-    flows = _all_flows(sent, mode, _first_ranks(sent, 64), 8)  # type: ignore[arg-type]
+    flows = _all_groups(sent, mode, _first_ranks(sent, 64), 8).flows  # type: ignore[arg-type]
     found: Counter[tuple[int, int]] = Counter()
     for one, other, amount in zip(flows.source, flows.destination, flows.bytes, strict=True):
         found[int(one), int(other)] += round(amount)
@@ -80,7 +80,7 @@ def test_all_groups_are_those_written_out(sent: Sent, mode: str) -> None:
 def test_rings_of_strided_groups(ranks: int, stride: int) -> None:
     """Each rank has one way in and out for each channel, and only within its group."""
     sent = collective(ranks, stride)
-    flows = _all_flows(sent, "normal", _first_ranks(sent, 64), 8)
+    flows = _all_groups(sent, "normal", _first_ranks(sent, 64), 8).flows
     block = ranks * stride
     group = (flows.source // block, flows.source % stride)
     assert np.array_equal(group[0], flows.destination // block) and np.array_equal(group[1], flows.destination % stride)
@@ -94,7 +94,7 @@ def test_rings_of_strided_groups(ranks: int, stride: int) -> None:
 
 def test_a_group_of_nodes_that_are_not_whole() -> None:
     """12 ranks on nodes of 8: the four of the second node get from two each."""
-    flows = _all_flows(exchange(12), "normal", np.array([0]), 8)
+    flows = _all_groups(exchange(12), "normal", np.array([0]), 8).flows
     across = flows.source // 8 != flows.destination // 8
     got = np.bincount(flows.destination[across], minlength=12)
     assert got.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 2, 2, 2, 2]

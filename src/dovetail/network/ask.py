@@ -14,7 +14,7 @@ import numpy as np
 from dovetail.catalog.fabrics import resized
 from dovetail.network import demands
 from dovetail.network.answer import Answer, Case, CutOff, FabricSummary, Run
-from dovetail.network.delivery import Delivery, deliver
+from dovetail.network.delivery import Delivery, deliver, empty_seconds, most_messages
 from dovetail.network.flows import Flows
 from dovetail.network.link_use import link_uses
 from dovetail.network.memory import needed_bytes
@@ -145,16 +145,19 @@ def _folded(job: Job, size: float) -> Run:
     folded = folded_all_to_all(job.folded_as, size)
     result = simulate_folded(job.fabric, folded)
     # Of the longest path; all shortest ones between two leaves are as long, so one of them will do.
-    latency = float(route(job.fabric, folded.flows, Ecmp()).latency.max(initial=0.0))
-    rate = size / result.seconds if result.seconds else 0.0
+    latencies = route(job.fabric, folded.flows, Ecmp()).latency
+    of_one = demands.Step(flows=Flows.of(np.zeros(job.gpus, np.int32), np.arange(job.gpus), 0.0))
+    _, latency = empty_seconds(job.fabric, folded.flows, latencies, most_messages(job.fabric, of_one))
+    seconds = max(result.seconds, latency)
+    rate = size / seconds if seconds else 0.0
     return Run(
-        seconds=result.seconds,
+        seconds=seconds,
         latency_seconds=latency,
         algorithm_bandwidth=rate,
         bus_bandwidth=rate * (job.gpus - 1) / job.gpus,
         flows=len(folded.flows),
         is_folded=True,
-        links=link_uses(job.fabric, result.link_bytes, result.seconds),
+        links=link_uses(job.fabric, result.link_bytes, seconds),
         cut_off=CutOff(),
     )
 

@@ -7,7 +7,8 @@ Of n ranks, g of them on a node, with p = size / n and f = 1 where bytes are for
     ring         NIC      ceil(c / g) p / c       of c channels, each step
                  NVLink   p (1 - (1 - f) floor(c / g) / c), p on a single node
 
-Time is that of the link that needs longest, and the latency of the longest path.
+Time is that of the link that needs longest, and the latency of the longest path; and at least what it takes to post
+the messages that go to other nodes, n - g of them and ceil(c / g) in each step of a ring (`network.delivery`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ def all_to_all_seconds(fabric: Fabric, ranks: int, size: float) -> float:
     _check(fabric, ranks)
     each, part = fabric.gpus_per_node, size / ranks
     outside, forwarded = ranks - each, _forwards(fabric)
-    over_nic = outside * part / _nic_rate(fabric) + _latency(fabric, ranks, forwarded) if outside else 0.0
+    over_nic = 0.0
+    if outside:
+        over_nic = max(outside * part / _nic_rate(fabric), _posting(fabric, outside)) + _latency(
+            fabric, ranks, forwarded
+        )
     if each == 1:
         return over_nic
     inside = (each - 1) * part + forwarded * outside * (each - 1) / each * part
@@ -42,11 +47,17 @@ def ring_seconds(fabric: Fabric, demand: Demand, channels: int = 1) -> float:
     leaves_node = channels // each / channels if ranks > each and not forwarded else 0.0
     step = part * (1 - leaves_node) / _nvlink_rate(fabric) + _nvlink_latency(fabric) if each > 1 else 0.0
     if ranks > each:
-        busiest = -(-channels // each) * part / channels / _nic_rate(fabric)
+        posted = -(-channels // each)
+        busiest = max(posted * part / channels / _nic_rate(fabric), _posting(fabric, posted))
         if forwarded:
             busiest = max(busiest, part / _nvlink_rate(fabric))
         step = max(step, busiest + _latency(fabric, ranks, forwarded))
     return times * step
+
+
+def _posting(fabric: Fabric, messages: int) -> float:
+    """Seconds until a NIC has the last of its messages."""
+    return (messages - 1) * fabric.spec.posting.seconds("host") if fabric.spec.posting is not None else 0.0
 
 
 def _check(fabric: Fabric, ranks: int) -> None:

@@ -1,10 +1,15 @@
 """How long a demand takes on a fabric: its flows simulated step by step, and what a message costs beside its bytes.
 
 A flow is there when its last byte is, after the latency of its path (links' latencies: an end at each NIC, and a hop
-for each cable between switches). A rank that sends many messages in one step also needs `gap` seconds for each of
-them, while the wires do their part; small ones are bound by that and by latency:
+for each cable between switches). Messages to other nodes are posted to a NIC one after another, `gap` seconds apart
+(`spec.fabric.Posting`), while the wires do their part; small ones are bound by that and by latency, as in LogGP, where
+the latency of a first message has its own posting in it:
 
-    step = max(last flow's end, latency + messages x gap) + (hops - 1) x latency
+    step = max(last flow's end, latency, latency to other nodes + (messages - 1) x gap) + (hops - 1) x latency
+
+Messages are those of the GPU that sends most. What is forwarded over NVLink first is posted by a NIC's own GPU; among
+GPUs that send alike that is as many. Left out: the pieces that a large message is cut into (their bytes take the wire
+longer than posting them), the receiver's side, kernels' start, copies from and to hosts and storage.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from dovetail.network.ports import Forwarding
 from dovetail.network.routing import Policy, route
 from dovetail.network.simulation import Change, Outcome, simulate
 from dovetail.network.topology import Fabric
+from dovetail.spec.fabric import Poster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -28,7 +34,7 @@ class Delivery:
 
     demand: Demand
     seconds: float
-    latency_seconds: float  # of `seconds`, what would be left of an empty message
+    latency_seconds: float  # of `seconds`, what would be left of empty messages
     link_bytes: Floats  # [links]
     cut_off: Flows  # of the step that it ended with, those that never finish; usually none
     outcomes: tuple[Outcome, ...]  # of each step; more where changes make repetitions differ
@@ -54,18 +60,15 @@ def deliver(
     *,
     changes: Sequence[Change] = (),
     forwarding: Forwarding = "source",
-    gap: float = 0.0,
     window: float = 0.0,
     reroute_seconds: float = 0.0,
 ) -> Delivery:
     """Simulate `demand` from time 0 on, with `changes` of links. Steps that begin after a change are routed around it
     from their start. It ends at the first step of which flows are cut off.
 
-    Raises ValueError for a negative gap and for what `route` and `simulate` raise it.
+    Raises ValueError for what `route` and `simulate` raise it.
     """
-    if gap < 0:
-        raise ValueError(f"gap = {gap} seconds per message: must not be negative")
-    run = _Run(fabric, policy, changes, forwarding, gap, window, reroute_seconds)
+    run = _Run(fabric, policy, changes, forwarding, window, reroute_seconds)
     for step in demand.steps:
         run.add(step)
         if len(run.cut_off):
@@ -80,6 +83,33 @@ def deliver(
     )
 
 
+def is_posted(fabric: Fabric, flows: Flows) -> Bools:
+    """Which flows are posted to a NIC: those between GPUs on different nodes, all between GPUs without NVLink."""
+    each = fabric.gpus_per_node if fabric.spec.nvlink is not None else 1
+    leaves_node: Bools = flows.source // each != flows.destination // each
+    return leaves_node & (flows.source < fabric.endpoints) & (flows.destination < fabric.endpoints)
+
+
+def most_messages(fabric: Fabric, step: Step) -> float:
+    """Of all GPUs, the most that one posts in a step."""
+    posted = is_posted(fabric, step.flows)
+    counts = np.broadcast_to(np.asarray(step.messages, np.float64), len(step.flows))[posted]
+    return float(np.bincount(step.flows.source[posted], counts).max(initial=0.0))
+
+
+def empty_seconds(
+    fabric: Fabric, flows: Flows, latency: Floats, messages: float, posted_by: Poster = "host"
+) -> tuple[float, float]:
+    """What flows would take without bytes, of paths that take `latency` [flows]: the longest of them, and all with
+    `messages` posted in a row by one GPU."""
+    longest = float(latency.max(initial=0.0))
+    posting = fabric.spec.posting
+    if posting is None or messages <= 1:
+        return longest, longest
+    outside = float(latency[is_posted(fabric, flows)].max(initial=0.0))
+    return longest, max(longest, outside + (messages - 1) * posting.seconds(posted_by))
+
+
 class _Run:
     def __init__(
         self,
@@ -87,12 +117,11 @@ class _Run:
         policy: Policy,
         changes: Sequence[Change],
         forwarding: Forwarding,
-        gap: float,
         window: float,
         reroute_seconds: float,
     ) -> None:
         self.fabric, self.policy, self.changes, self.forwarding = fabric, policy, changes, forwarding
-        self.gap, self.window, self.reroute_seconds = gap, window, reroute_seconds
+        self.window, self.reroute_seconds = window, reroute_seconds
         self.seconds = self.latency = 0.0
         self.carried = np.zeros(fabric.links)
         self.outcomes: list[Outcome] = []
@@ -100,23 +129,23 @@ class _Run:
 
     def add(self, step: Step) -> None:
         """All repetitions: those that no change interrupts are alike, and simulated once."""
-        left = step.times
+        left, messages = step.times, most_messages(self.fabric, step)
         while left:
             up = self._up()
             ahead = [change for change in self.changes if change.seconds > self.seconds]
             routes = self._route(step, up)
             quiet = self._simulate(step, routes, up, [])
-            seconds, _ = self._time(step, routes, quiet)
+            seconds, _ = self._time(step, messages, routes, quiet)
             undisturbed = left
             if ahead:
                 room = min(change.seconds for change in ahead) - self.seconds
                 undisturbed = min(left, int(room / seconds)) if seconds > 0 else 0
             if undisturbed and not quiet.is_cut_off.any():
-                self._count(step, routes, quiet, undisturbed)
+                self._count(step, messages, routes, quiet, undisturbed)
                 left -= undisturbed
                 continue
             disturbed = self._simulate(step, routes, up, ahead) if ahead else quiet
-            self._count(step, routes, disturbed, 1)
+            self._count(step, messages, routes, disturbed, 1)
             if len(self.cut_off):
                 return
             left -= 1
@@ -143,15 +172,14 @@ class _Run:
             window=self.window,
         )
 
-    def _time(self, step: Step, routes: Routes, outcome: Outcome) -> tuple[float, float]:
+    def _time(self, step: Step, messages: float, routes: Routes, outcome: Outcome) -> tuple[float, float]:
         """Seconds of one repetition, and of one with empty messages."""
-        path = float(routes.latency.max(initial=0.0))
-        fixed = path + step.messages * self.gap
+        path, fixed = empty_seconds(self.fabric, step.flows, routes.latency, messages, step.posted_by)
         waiting = (step.hops - 1) * path
         return max(outcome.seconds, fixed) + waiting, fixed + waiting
 
-    def _count(self, step: Step, routes: Routes, outcome: Outcome, times: int) -> None:
-        seconds, fixed = self._time(step, routes, outcome)
+    def _count(self, step: Step, messages: float, routes: Routes, outcome: Outcome, times: int) -> None:
+        seconds, fixed = self._time(step, messages, routes, outcome)
         self.seconds += times * seconds
         self.latency += times * fixed
         self.carried += times * outcome.link_bytes

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.config import near_matches
-from dovetail.network.flows import Flows, joined
+from dovetail.network.flows import Floats, Flows, joined
+from dovetail.spec.fabric import Poster
 
 COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "tree-all-reduce", "point-to-point")
 
@@ -30,7 +31,8 @@ class Step:
 
     flows: Flows
     times: int = 1
-    messages: int = 1  # that a rank sends, one after another
+    messages: Floats | float = 1.0  # that each flow is posted as
+    posted_by: Poster = "host"
     hops: int = 1  # messages that wait for one another: levels of a tree
 
 
@@ -77,7 +79,7 @@ def all_to_all(gpus: Sequence[int], size: float) -> Demand:
     source, destination = np.divmod(np.arange(count * count, dtype=np.int64), count)
     goes = source != destination
     flows = Flows.of(ranks[source[goes]], ranks[destination[goes]], size / count)
-    step = Step(flows=flows, messages=count - 1)
+    step = Step(flows=flows)
     return Demand(name="all-to-all", ranks=count, size=size, bus_factor=(count - 1) / count, steps=(step,))
 
 
@@ -142,10 +144,7 @@ def point_to_point(pairs: Sequence[tuple[int, int]], size: float, priority: int 
     source, destination = np.asarray(pairs, np.int32).T
     flows = Flows.of(source, destination, size, priority=priority)
     ranks = len(np.unique([source, destination]))
-    messages = int(np.unique(source, return_counts=True)[1].max())
-    return Demand(
-        name="point-to-point", ranks=ranks, size=size, bus_factor=1.0, steps=(Step(flows=flows, messages=messages),)
-    )
+    return Demand(name="point-to-point", ranks=ranks, size=size, bus_factor=1.0, steps=(Step(flows=flows),))
 
 
 def checked_ranks(gpus: Sequence[int] | NDArray[np.int32], size: float) -> NDArray[np.int32]:

@@ -5,6 +5,9 @@
     low-latency   one message per expert, straight to its rank [DeepEP]
     combine       the way back, sums being taken where copies were made
 
+Messages are counted as DeepEP posts them to a NIC. Normal: a CPU proxy posts chunks of tokens, here of CHUNK. Low
+latency: warps of the GPU post one for each token and expert, and one to each expert that says how many came.
+
 What is forwarded is sent on as it arrives, so both parts are one step. `network.distinct` has the mean number of copies
 in closed form.
 """
@@ -23,6 +26,7 @@ from dovetail.network.flows import Flows, joined
 
 Mode = Literal["normal", "low-latency"]
 MODES = ("normal", "low-latency")
+CHUNK = 8  # tokens of a message: DeepEP's choice for 24 to 64 GPUs; on others more tokens, and so fewer messages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,13 +60,19 @@ def dispatch(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> 
     if mode not in MODES:
         raise ValueError(f"mode = {mode!r}: {near_matches(mode, MODES)}")
     check_size(bytes_per_copy)
-    flows, messages = _one_by_one(experts) if mode == "low-latency" else _once_per_node(experts)
-    flows = replace(flows, bytes=flows.bytes * bytes_per_copy)
     count = len(experts.gpus)
+    copies = _one_by_one(experts) if mode == "low-latency" else _once_per_node(experts)
+    step = posted(copies, bytes_per_copy, mode, experts.experts // count)
     size = experts.tokens * bytes_per_copy
-    return Demand(
-        name="dispatch", ranks=count, size=size, bus_factor=1.0, steps=(Step(flows=flows, messages=messages),)
-    )
+    return Demand(name="dispatch", ranks=count, size=size, bus_factor=1.0, steps=(step,))
+
+
+def posted(copies: Flows, bytes_per_copy: float, mode: Mode, experts_per_rank: int) -> Step:
+    """Flows that have copies for bytes, as messages."""
+    flows = replace(copies, bytes=copies.bytes * bytes_per_copy)
+    if mode == "low-latency":
+        return Step(flows=flows, messages=copies.bytes + experts_per_rank, posted_by="gpu")
+    return Step(flows=flows, messages=np.ceil(copies.bytes / CHUNK))
 
 
 def combine(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> Demand:
@@ -73,16 +83,17 @@ def combine(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> D
     return replace(there, name="combine", steps=(replace(step, flows=back),))
 
 
-def _one_by_one(experts: Experts) -> tuple[Flows, int]:
+def _one_by_one(experts: Experts) -> Flows:
+    """With copies as bytes, as below."""
     count, per_rank = len(experts.gpus), experts.experts // len(experts.gpus)
     source = np.repeat(np.arange(count), experts.chosen[0].size)
     flat = experts.chosen.reshape(-1).astype(np.int64)
     is_sent = flat >= 0
     copies = _counts(source[is_sent], flat[is_sent] // per_rank, count, count)
-    return _copies(experts.gpus, experts.gpus, copies), _most_messages(copies)
+    return _copies(experts.gpus, experts.gpus, copies)
 
 
-def _once_per_node(experts: Experts) -> tuple[Flows, int]:
+def _once_per_node(experts: Experts) -> Flows:
     gpus, count = experts.gpus, len(experts.gpus)
     per_rank, within = experts.experts // count, min(experts.gpus_per_node, count)
     rank = np.where(experts.chosen >= 0, experts.chosen // per_rank, -1)
@@ -99,7 +110,7 @@ def _once_per_node(experts: Experts) -> tuple[Flows, int]:
     mates = (np.arange(count // within) * within)[None, :] + (source % within)[:, None]
     across = np.zeros((count, count))
     np.put_along_axis(across, mates, node_copies, axis=1)
-    return joined([_copies(gpus, gpus, across), _copies(gpus, gpus, rank_copies)]), _most_messages(across + rank_copies)
+    return joined([_copies(gpus, gpus, across), _copies(gpus, gpus, rank_copies)])
 
 
 def _distinct(bins: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -120,11 +131,6 @@ def _copies(source: NDArray[np.int32], destination: NDArray[np.int32], copies: N
     return Flows.of(source[row], destination[column], copies[row, column])
 
 
-def _most_messages(copies: NDArray[np.float64]) -> int:
-    others = copies * (1 - np.eye(len(copies)))
-    return int(np.count_nonzero(others, axis=1).max())
-
-
 def sample_choices(
     ranks: int,
     tokens: int,
@@ -134,10 +140,11 @@ def sample_choices(
     kept_groups: int = 1,
     popularity: NDArray[np.float64] | None = None,
     seed: int = 0,
+    best_of_group: int = 2,
 ) -> NDArray[np.int32]:
     """[ranks, tokens, choices] experts as a gate picks them from independent scores: the best of the groups that are
-    kept, which are those with the largest sum of their two best scores [V3 eq 14-16]. `popularity`: how much more
-    often than others an expert is the best. Raises ValueError for numbers that do not fit together."""
+    kept, which are those with the largest sum of their `best_of_group` best scores [V3 eq 14-16: two]. `popularity`:
+    how much more often than others an expert is the best. Raises ValueError for numbers that do not fit together."""
     size = experts // max(groups, 1)
     if not 1 <= kept_groups <= groups or experts % groups or not 1 <= choices <= kept_groups * size:
         raise ValueError(
@@ -151,7 +158,7 @@ def sample_choices(
         scores = random.gumbel(size=(tokens, experts)) + bias
         if kept_groups < groups:
             grouped = scores.reshape(tokens, groups, size)
-            best = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+            best = np.sort(grouped, axis=2)[:, :, -best_of_group:].sum(axis=2)
             dropped = np.argsort(best, axis=1)[:, : groups - kept_groups]
             np.put_along_axis(grouped, dropped[:, :, None], -np.inf, axis=1)
             scores = grouped.reshape(tokens, experts)

@@ -26,6 +26,7 @@ from dovetail.cost.ops import Collective, Exchange, Send
 from dovetail.network.collectives import LinkBytes, Mode, Transfer, exchange_bytes
 from dovetail.network.delivery import Delivery, deliver
 from dovetail.network.demands import Demand, Step, in_rings, ring_orders
+from dovetail.network.expert_demands import posted
 from dovetail.network.failures import parse_failure
 from dovetail.network.flows import Flows, Longs, joined
 from dovetail.network.link_use import link_uses
@@ -99,10 +100,10 @@ class LayoutTraffic:
 
     def _simulated(self, sent: Sent, mode: Mode) -> AtOnce:
         first_ranks, each = _first_ranks(sent, self.gpus), self.fabric.gpus_per_node
-        step = _group_step(sent, mode, 0, each)
-        alone = deliver(self.fabric, _demand(step, step.flows), Adaptive())
-        flows = _all_flows(sent, mode, first_ranks, each)
-        together = deliver(self.fabric, _demand(step, flows), self.policy, changes=self.changes)
+        alone = deliver(self.fabric, _demand(_group_step(sent, mode, 0, each)), Adaptive())
+        together = deliver(
+            self.fabric, _demand(_all_groups(sent, mode, first_ranks, each)), self.policy, changes=self.changes
+        )
         if not together.is_complete:
             raise ValueError(self._cut_off(together))
         uses = link_uses(self.fabric, together.link_bytes, together.seconds)
@@ -168,8 +169,8 @@ def build_for(cluster: Cluster, fabric: str | None = None) -> Fabric:
     return build(resized(spec, nic=nic, **changes))
 
 
-def _demand(step: Step, flows: Flows) -> Demand:
-    return Demand(name="", ranks=0, size=0.0, bus_factor=1.0, steps=(replace(step, flows=flows),))
+def _demand(step: Step) -> Demand:
+    return Demand(name="", ranks=0, size=0.0, bus_factor=1.0, steps=(step,))
 
 
 def _first_ranks(sent: Sent, gpus: int) -> Longs:
@@ -188,27 +189,29 @@ def _group_step(sent: Sent, mode: Mode, first: int, gpus_per_node: int) -> Step:
         return Step(flows=Flows.of([first], [first + sent.distance], sent.bytes))
     if isinstance(sent, Exchange):
         members = first + np.arange(sent.ranks)
-        carried = exchange_bytes(sent, gpus_per_node, mode)
-        return _straight(members, carried) if mode == "low-latency" else _by_node(members, gpus_per_node, carried)
+        carried = exchange_bytes(replace(sent, bytes_per_copy=1.0), gpus_per_node, mode)  # copies
+        copies = _straight(members, carried) if mode == "low-latency" else _by_node(members, gpus_per_node, carried)
+        return posted(copies, sent.bytes_per_copy, mode, sent.experts // sent.ranks)
     members = first + sent.stride * np.arange(sent.ranks)
     channels = max(1, min(sent.ranks, gpus_per_node // sent.stride))
     rings = ring_orders(members.tolist(), gpus_per_node, channels)
     return in_rings(RINGS[sent.name], rings, sent.bytes).steps[0]
 
 
-def _all_flows(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) -> Flows:
+def _all_groups(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) -> Step:
     """Of all groups. Those that begin at the same place of their node are alike but for which nodes."""
-    parts = []
+    flows, messages = [], []
     for place in np.unique(first_ranks % gpus_per_node):
         firsts = first_ranks[first_ranks % gpus_per_node == place]
-        flows = _group_step(sent, mode, int(firsts[0]), gpus_per_node).flows
-        shift = np.repeat(firsts - firsts[0], len(flows))
-        many = flows.take(np.tile(np.arange(len(flows)), len(firsts)))
-        parts.append(replace(many, source=many.source + shift, destination=many.destination + shift))
-    return joined(parts)
+        step = _group_step(sent, mode, int(firsts[0]), gpus_per_node)
+        shift, one = np.repeat(firsts - firsts[0], len(step.flows)), np.tile(np.arange(len(step.flows)), len(firsts))
+        many = step.flows.take(one)
+        flows.append(replace(many, source=many.source + shift, destination=many.destination + shift))
+        messages.append(np.broadcast_to(step.messages, len(step.flows))[one])
+    return replace(step, flows=joined(flows), messages=np.concatenate(messages))
 
 
-def _by_node(members: Longs, gpus_per_node: int, carried: LinkBytes) -> Step:
+def _by_node(members: Longs, gpus_per_node: int, carried: LinkBytes) -> Flows:
     """To the GPU of the same index (or the next there is) on every other node, and to all others of the own node."""
     node = members // gpus_per_node
     nodes, start, count = np.unique(node, return_index=True, return_counts=True)
@@ -218,11 +221,11 @@ def _by_node(members: Longs, gpus_per_node: int, carried: LinkBytes) -> Step:
     across = Flows.of(members[row], mates[row, column], carried.scale_out / max(1, len(nodes) - 1))
     row, column = np.nonzero((node[:, None] == node[None, :]) & ~np.eye(len(members), dtype=bool))
     within = Flows.of(members[row], members[column], carried.scale_up / max(1, min(gpus_per_node, len(members)) - 1))
-    return Step(flows=joined([across, within]), messages=len(nodes) - 1 + int(count.max()) - 1)
+    return joined([across, within])
 
 
-def _straight(members: Longs, carried: LinkBytes) -> Step:
+def _straight(members: Longs, carried: LinkBytes) -> Flows:
     """To every rank, each as much."""
     each = (carried.scale_up + carried.scale_out) / (len(members) - 1)
     row, column = np.nonzero(~np.eye(len(members), dtype=bool))
-    return Step(flows=Flows.of(members[row], members[column], each), messages=len(members) - 1)
+    return Flows.of(members[row], members[column], each)

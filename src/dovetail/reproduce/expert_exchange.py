@@ -1,9 +1,10 @@
 """DeepEP's exchanges, from links alone: dispatch and combine of 4,096 tokens per GPU [ISCA Fig. 7], and its low-latency
 kernels with 128 [DeepEP].
 
-Nothing is fitted. Tokens are drawn as DeepEP's benchmarks draw them (independent scores; for the normal kernels 4 nodes
-at most), copies go once per node over a NIC of 40 GB/s and from there over NVLink at 160 GB/s, or straight to each
-expert's rank, and the exchange is over when the slowest GPU has everything. DeepEP divides by that time
+Nothing is fitted. Tokens are drawn as DeepEP's benchmarks draw them (independent scores; for the normal kernels the 4
+nodes at most that have the best single ones), copies go once per node over a NIC of 40 GB/s and from there over NVLink
+at 160 GB/s, or straight to each expert's rank, and the exchange is over when the slowest GPU has everything. DeepEP
+divides by that time
 
     normal       tokens x distinct nodes of their experts x bytes, copies for the sender's own node among them
     low-latency  nothing: times are printed
@@ -39,6 +40,8 @@ FEW_TOKENS, FEW_RANKS = 128, (8, 32, 128)  # [DeepEP]
 BYTES = {"dispatch": 7168 + 56 * 4.0, "combine": 2 * 7168.0}  # of a copy, as DeepEP counts: FP8 and scales; BF16
 FEW_BYTES = {"dispatch": 7168 + 56 * 4 + 16.0, "combine": 2 * 7168.0}
 DEMANDS = {"dispatch": dispatch, "combine": combine}
+ONE_NODE = {"dispatch": 153e9, "combine": 158e9}  # bytes/s of NVLink on 8 GPUs, with copies to oneself [DeepEP]
+MEMORY = 3.35e12  # bytes/s of an H800 [datasheet]
 WINDOW = 0.0005  # of the exchange, how long bandwidth that is set free may lie idle: a quicker simulation
 
 
@@ -57,7 +60,7 @@ def bandwidths_of(fabrics: tuple[Fabric, Fabric, Fabric], ranks: int) -> Values:
     """Of so many GPUs, on the fabric and at its slow and fast ends."""
     fabric, slow, fast = fabrics
     nodes = ranks // fabric.gpus_per_node
-    chosen = sample_choices(ranks, TOKENS, CHOICES, EXPERTS, nodes, min(KEPT_NODES, nodes))
+    chosen = sample_choices(ranks, TOKENS, CHOICES, EXPERTS, nodes, min(KEPT_NODES, nodes), best_of_group=1)
     copies = _node_copies(chosen, nodes)
     experts = _experts(ranks, chosen)
     values: Values = {(f"{ranks} GPUs", "nodes of a token, mean"): Band.exact(copies / TOKENS)}
@@ -85,7 +88,7 @@ def times() -> Found:
                 deliver(end, demand, Adaptive(), window=window).seconds for end in (fabric, slow, fast)
             )
             values[f"{ranks} GPUs", f"{name}, us"] = 1e6 * Band(value, least, most)
-    return Found(values=values)
+    return Found(values=values, remarks=tuple(_few_sensitivities(fabric, values)))
 
 
 def _experts(ranks: int, chosen: NDArray[np.int32]) -> Experts:
@@ -123,8 +126,34 @@ def mean_seconds(fabric: Fabric, exchange: Exchange, own_copies: bool = False) -
 
 def _sensitivities(fabric: Fabric, ranks: int) -> Iterator[str]:
     """Of what was looked at after the figure had been missed."""
-    exchange = _exchange(ranks, BYTES["dispatch"])
-    counted = TOKENS * distinct_bins(exchange, ranks // 8) * exchange.bytes_per_copy / 1e9
-    even, own = (counted / mean_seconds(fabric, exchange, own_copies=each) for each in (False, True))
-    more = f"; {own:.1f} if copies that stay on their GPU took NVLink too, as DeepEP counts it" if own < even else ""
-    yield f"sensitivity, not the prediction: {ranks} GPUs: {even:.1f} GB/s if all GPUs got the same{more}"
+    link = float(fabric.capacity[fabric.nvlink_link[0]])
+    for name, each in BYTES.items():
+        exchange = _exchange(ranks, each)
+        counted = TOKENS * distinct_bins(exchange, ranks // 8) * each / 1e9
+        even, own = (counted / mean_seconds(fabric, exchange, own_copies=is_own) for is_own in (False, True))
+        text = f"sensitivity, not the prediction: {ranks} GPUs, {name}: {even:.1f} GB/s if all GPUs got the same"
+        if own < even:
+            reached = ONE_NODE[name]
+            yield (
+                f"{text}; {own:.1f} if copies that stay on their GPU took NVLink too, as DeepEP counts it, and "
+                f"{own * reached / link:.1f} if NVLink carried the {reached / 1e9:.0f} GB/s that it counts on one node"
+            )
+        elif name == "dispatch":  # combine is alike
+            yield text
+
+
+def _few_sensitivities(fabric: Fabric, values: Values) -> Iterator[str]:
+    """On one node, where no NIC hides what the kernels do."""
+    link, latency = float(fabric.capacity[fabric.nvlink_link[0]]), 2 * float(fabric.latency[fabric.nvlink_link[0]])
+    copies = FEW_TOKENS * CHOICES
+    moved = {"dispatch": 2 * copies, "combine": copies + FEW_TOKENS}  # read and written when all has come
+    for name, each in FEW_BYTES.items():
+        reached = ONE_NODE[name] * 7 / 8
+        seconds = values["8 GPUs", f"{name}, us"].value * 1e-6
+        slower = latency + (seconds - latency) * link / reached
+        copied = slower + moved[name] * each / MEMORY
+        yield (
+            f"sensitivity, not the prediction: 8 GPUs, {name}: {1e6 * slower:.0f} us if NVLink carried the "
+            f"{reached / 1e9:.0f} GB/s that the normal kernels get out of it, {1e6 * copied:.0f} with the pass through "
+            f"memory that follows when all has arrived"
+        )

@@ -19,6 +19,7 @@ from dovetail.spec.hardware import Link
 from dovetail.spec.measurements import Estimate
 
 Kind = Literal["fat-tree", "slim-fly", "dragonfly"]
+Poster = Literal["host", "gpu"]
 ONLY_FOR: dict[str, Kind] = {
     "layers": "fat-tree",
     "by_rail": "fat-tree",
@@ -36,6 +37,17 @@ class Storage(Record):
     servers: int = Field(default=0, ge=0)
     nics_per_server: PositiveInt = 1
     nic: Link
+
+
+class Posting(Record):
+    """What a message to another node costs its sender before the next one can go, whatever its size. Within a node GPUs
+    write to each other's memory, with no request to a NIC: no cost is published for that, and none is charged."""
+
+    host_us: Estimate  # handed to the NIC by one thread of a CPU, as NCCL's proxies do
+    gpu_us: Estimate  # by many warps of the GPU itself, on many queue pairs (IBGDA)
+
+    def seconds(self, poster: Poster) -> float:
+        return (self.host_us if poster == "host" else self.gpu_us).value * 1e-6
 
 
 class FabricSpec(Record):
@@ -58,6 +70,7 @@ class FabricSpec(Record):
     gpus_per_node: PositiveInt = 1
     nic: Link  # latency: between two NICs on one switch
     hop_us: Estimate  # more for each further cable between switches
+    posting: Posting | None = None  # None: messages cost nothing but their latency
     nvlink: Link | None = None  # latency: between two GPUs of a node
     pcie: Link | None = None  # a GPU's lanes to its NIC and the host; None: never what binds, not modelled
     storage: Storage | None = None
