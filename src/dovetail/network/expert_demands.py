@@ -157,3 +157,14 @@ def sample_choices(
             scores = grouped.reshape(tokens, experts)
         chosen[rank] = np.argpartition(scores, -choices, axis=1)[:, -choices:]
     return chosen
+
+
+def counted_copies(experts: Experts, mode: Mode = "normal") -> float:
+    """Copies of vectors per rank that DeepEP's benchmarks divide by the time: of each token one for each distinct node
+    of its experts, its own among them; on a single node one for each distinct rank; low-latency one for each choice."""
+    if mode == "low-latency":
+        return np.count_nonzero(experts.chosen >= 0) / len(experts.gpus)
+    ranks, per_rank = len(experts.gpus), experts.experts // len(experts.gpus)
+    per_bin = per_rank * experts.gpus_per_node if ranks > experts.gpus_per_node else per_rank
+    bins = np.where(experts.chosen >= 0, experts.chosen // per_bin, -1)
+    return len(_distinct(bins)[0]) / ranks
