@@ -280,7 +280,7 @@ def test_combinations_are_swept_and_drawn(tmp_path: Path) -> None:
     assert "tokens per GPU" in drawn
 
 
-def test_what_runs_beside_has_its_times_in_a_table() -> None:
+def test_what_runs_beside_has_its_times_in_a_table(tmp_path: Path) -> None:
     """Of `contend`; and a row for each demand of each case."""
     answer = answer_to("h800-2048", gpus=16, beside="host-copy:64MiB", endpoints=64)
     (case,) = answer.cases
@@ -293,6 +293,8 @@ def test_what_runs_beside_has_its_times_in_a_table() -> None:
     several = answer_to("h800-2048", gpu_counts=(8, 16), beside="combine:16", endpoints=64)
     *_, (_, header, rows) = ask_report.tables(several)
     assert len(rows) == 4 and all(len(row) == len(header) for row in rows) and rows[1][3] == "combine, 16 tokens"
+    ask_picture.draw(several, tmp_path / "sweep.svg")
+    assert "dashed: beside combine:16" in (tmp_path / "sweep.svg").read_text("utf-8")
     plain = ask_report.as_json(answer)["cases"][0]["contention"]
     assert set(plain) == {"beside", "amount", "times", "beside_times"}
     assert set(plain["times"]) == {"alone", "shared", "first", "last"}

@@ -5,7 +5,7 @@ import pytest
 
 from dovetail.cost.ops import Exchange
 from dovetail.network.collectives import exchange_bytes
-from dovetail.network.expert_demands import Experts, combine, dispatch, sample_choices
+from dovetail.network.expert_demands import Experts, combine, counted_copies, dispatch, sample_choices
 
 
 def experts_of(ranks: int, chosen: np.ndarray, experts: int = 256, gpus_per_node: int = 8) -> Experts:
@@ -71,6 +71,17 @@ def test_a_sampled_gate_sends_what_the_closed_form_says(ranks: int, mode: str) -
     expected = exchange_bytes(exchange, 8, mode)
     assert flows.bytes[is_inside].sum() / ranks == pytest.approx(expected.scale_up, rel=0.02)
     assert flows.bytes[~is_inside].sum() / ranks == pytest.approx(expected.scale_out, rel=0.02)
+
+
+@pytest.mark.parametrize(("ranks", "gpus_per_node", "bins"), [(16, 8, 2), (8, 8, 8), (4, 1, 4)])
+def test_deepep_counts_the_own_node_too(ranks: int, gpus_per_node: int, bins: int) -> None:
+    """One by one: sets of nodes, or of GPUs where there is one node; low-latency all choices."""
+    chosen = np.random.default_rng(ranks).integers(-1, 32, (ranks, 7, 4))
+    experts = experts_of(ranks, chosen, 32, gpus_per_node)
+    tokens = [[int(expert) for expert in token if expert >= 0] for token in chosen.reshape(-1, 4)]
+    counted = sum(len({expert // (32 // bins) for expert in token}) for token in tokens)
+    assert counted_copies(experts) == pytest.approx(counted / ranks)
+    assert counted_copies(experts, "low-latency") == pytest.approx(sum(map(len, tokens)) / ranks)
 
 
 def test_group_limited_tokens_reach_four_nodes_and_others_5_29() -> None:

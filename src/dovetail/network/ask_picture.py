@@ -1,5 +1,5 @@
-"""A sweep as a picture: bus bandwidth over size, or tokens, or GPUs, dashed with what fails; a line for each fabric
-and, where sizes or tokens are crossed with GPUs, for each number of GPUs."""
+"""A sweep as a picture: bus bandwidth over size, or tokens, or GPUs, dashed with what fails or runs beside; a line for each
+fabric and, where sizes or tokens are crossed with GPUs, for each number of GPUs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dovetail.network.ask_report import size_text
 from dovetail.network.question import Question, changes_text
 
 INKS = ("#5b94cf", "#4fa367", "#dfa23c", "#c0605a", "#8a6fc0", "#3fa3a3", "#b0719f", "#7d8a4c")
+MARKERS = "os^D"  # one for each time that the inks run out
 _STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
 _TICKS = 12
 _LINES_INSIDE = 4  # whose names find room among them
@@ -34,7 +35,6 @@ def draw(answer: Answer, picture: Path) -> None:
     from matplotlib.figure import Figure
 
     swept = answer.question.swept
-    fails = answer.question.has_failures
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.0, 4.8), dpi=150, layout="constrained")
         axes = figure.subplots()
@@ -47,11 +47,11 @@ def draw(answer: Answer, picture: Path) -> None:
             whole = [case.healthy.bus_bandwidth / 1e9 for case in cases]
             behind = fabrics.index(cases[0].fabric)
             width = 1.6 + 1.4 * min(len(fabrics) - 1 - behind, 3)  # so that equal lines are seen below each other
-            axes.plot(places, whole, color=ink, linewidth=width, marker="o", markersize=4, label=label)
-            if fails:
-                having = [case for case in cases if case.failed]
-                left = [_mean([run.bus_bandwidth / 1e9 for run in case.failed]) for case in having]
-                axes.plot([_place(case, swept) for case in having], left, color=ink, linewidth=width, linestyle="--")
+            marker = MARKERS[index // len(INKS) % len(MARKERS)]
+            axes.plot(places, whole, color=ink, linewidth=width, marker=marker, markersize=4 + width, label=label)
+            reduced = [(_place(case, swept), rate / 1e9) for case in cases if (rate := _reduced(case)) is not None]
+            if reduced:
+                axes.plot(*zip(*reduced, strict=True), color=ink, linewidth=width, linestyle="--")
         places = sorted({_place(case, swept) for case in answer.cases})
         shown = places[:: -(-len(places) // _TICKS)]
         axes.set_xscale("log", base=2)
@@ -62,8 +62,10 @@ def draw(answer: Answer, picture: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel({"sizes": "size", "tokens": "tokens per GPU", "gpus": "GPUs"}[swept])
         axes.set_ylabel("bus bandwidth (GB/s per GPU)")
-        dashed = f"; dashed: {changes_text(answer.question)}" if fails else ""
-        axes.set_title(f"{answer.question.collective}, {answer.question.routing} routing{dashed}", loc="left")
+        question = answer.question
+        reduced_by = changes_text(question) or (f"beside {question.beside}" if question.beside else "")
+        dashed = f"; dashed: {reduced_by}" if reduced_by else ""
+        axes.set_title(f"{question.collective}, {question.routing} routing{dashed}", loc="left")
         axes.grid(axis="y", alpha=0.3)
         if len(lines) > _LINES_INSIDE:
             figure.legend(frameon=False, loc="outside right upper")
@@ -83,5 +85,10 @@ def _place(case: Case, swept: str) -> float:
     return float(case.experts.tokens) if case.experts else case.size
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _reduced(case: Case) -> float | None:
+    """Bus bandwidth with what fails, in the mean over trials, or with what shares the class."""
+    if case.failed:
+        return sum(run.bus_bandwidth for run in case.failed) / len(case.failed)
+    if case.contention is None or not case.contention.times.shared:
+        return None
+    return case.healthy.bus_bandwidth * case.contention.times.alone / case.contention.times.shared

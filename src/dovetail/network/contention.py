@@ -88,9 +88,9 @@ def _stream(demand: Demand) -> Flows:
 
 def _as_turns(fabric: Fabric, policy: Policy, flows: Flows, copies: Flows) -> Flows:
     """`copies` from hosts, each in as many equal parts as there are `flows` on the lanes that it takes."""
-    items = route(fabric, flows, policy).items
     lanes = fabric.pcie_link[copies.destination] ^ 1
-    parts = np.maximum(np.bincount(items[items < fabric.links], minlength=fabric.links)[lanes], 1)
+    meeting = route(fabric, flows, policy).carried(np.ones(len(flows)))[lanes]
+    parts = np.maximum(np.rint(meeting), 1).astype(np.int64)
     cut = copies.take(np.repeat(np.arange(len(copies)), parts))
     return replace(cut, bytes=cut.bytes / np.repeat(parts, parts))
 

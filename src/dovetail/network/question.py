@@ -24,6 +24,7 @@ EXPERTS = ("dispatch", "combine")
 SIZED = (*COLLECTIVES, "pipeline", "kv-transfer")
 KNOWN = (*SIZED, *EXPERTS)
 BESIDE = (*KNOWN, "host-copy", "node-all-gather")
+MOST_SKEW = 10  # beyond it all tokens choose the same experts
 _ONLY_FOR = {  # options that not all collectives have
     "sizes": SIZED,
     "tokens": EXPERTS,
@@ -130,8 +131,8 @@ class Question:
     def _check_experts(self) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"no mode {self.mode!r}; {near_matches(self.mode, MODES)}")
-        if self.skew is not None and not 0 <= self.skew < np.inf:
-            raise ValueError(f"skew = {self.skew}: must be finite and not negative; 0 is uniform, 1 is Zipf's law")
+        if self.skew is not None and not 0 <= self.skew <= MOST_SKEW:
+            raise ValueError(f"skew = {self.skew:g}: use 0, all alike, to {MOST_SKEW}; 1 is Zipf's law")
         for name in ("skew", "tokens") if self.recorded is not None else ():
             if getattr(self, name) not in (None, ()):
                 raise ValueError(
