@@ -100,7 +100,7 @@ def test_experts_beside_copies_from_the_host() -> None:
     arguments = ("--gpus", "16", "--collective", "dispatch", "--tokens", "64", "--beside", "host-copy:1MiB")
     done = run("simulate", "--fabric", "h800-2048", *arguments)
     assert done.returncode == 0 and done.stderr == ""
-    for text in ("64 tokens on 16 of", "DeepEP", "dispatch first", "host-copy, 1 MiB", "(1.00x)"):
+    for text in ("64 tokens per GPU on 16 of", "DeepEP", "dispatch first", "host-copy, 1 MiB", "(1.00x)"):
         assert text in done.stdout
 
 

@@ -251,7 +251,7 @@ def test_experts_are_asked_for_tokens(name: str) -> None:
     assert mean < case.healthy.seconds < 1.1 * mean
     counted = case.counted_bandwidth(case.healthy)
     assert counted == pytest.approx(case.experts.counted_bytes / case.healthy.seconds)
-    assert "256 tokens on 16 of 16,384 GPUs" in ask_report.tables(answer)[0][0]
+    assert "256 tokens per GPU on 16 of 16,384 GPUs" in ask_report.tables(answer)[0][0]
     for each in ("bandwidth as DeepEP counts", f"{copies.across_nodes:.3f}", "busiest GPU"):
         assert each in text_of(answer)
     (plain,) = ask_report.as_json(answer)["cases"]

@@ -42,8 +42,8 @@ def test_a_copy_has_the_bytes_of_the_recipe(name: str, mode: str, precision: str
 def test_copies_of_a_recording_are_those_counted_by_hand(tmp_path: Path) -> None:
     """Two nodes of 8, 16 experts of each GPU: GPU 0 has one token for its own expert, for two of GPU 1 and for one of
     GPU 9; all others have none."""
-    chosen = np.full((16, 1, 4), -1)
-    chosen[0, 0] = [0, 16, 17, 9 * 16]
+    chosen = np.full((16, 1, 8), -1)
+    chosen[0, 0, :4] = [0, 16, 17, 9 * 16]
     path = recording(tmp_path, chosen)
     asked = question(recorded=path)
     assert recorded_tokens(asked) == 1
@@ -98,6 +98,8 @@ def test_models_without_experts_have_no_dispatch() -> None:
     [
         (np.zeros((8, 5, 8), int), "holds 5 tokens of 8 GPUs, but 5 of 16 are asked for: use --gpus 8"),
         (np.full((16, 1, 8), 256), "experts 256 to 256, but deepseek-v3 has 0 to 255"),
+        (np.zeros((16, 1, 4), int), "holds 4 choices of a token, but deepseek-v3 makes 8: give the --model"),
+        (np.full((16, 1, 8), 7), "a token has the same expert twice"),
         (np.full((16, 1, 8), -2), "experts -2 to -2"),
         (np.zeros((16, 8), int), "expected whole numbers .GPUs, tokens, choices."),
         (np.zeros((16, 1, 8)), "holds float64 of shape .16, 1, 8."),

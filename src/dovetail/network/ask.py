@@ -144,8 +144,9 @@ def _names(question: Question) -> list[str]:
 
 
 def _needed(job: Job, gpus: int, flows: int) -> float:
-    is_rerouted = any(change.seconds > 0 for changes in job.trials for change in changes)
-    return needed_bytes(job.fabric, gpus, flows, job.question.policy, is_rerouted)
+    has_two_routes = job.question.beside is not None
+    has_two_routes |= any(change.seconds > 0 for changes in job.trials for change in changes)
+    return needed_bytes(job.fabric, gpus, flows, job.question.policy, has_two_routes)
 
 
 def _case(job: Job, amount: float) -> Case:

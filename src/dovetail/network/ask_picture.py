@@ -1,5 +1,5 @@
-"""A sweep as a picture: bus bandwidth over size, or tokens, or GPUs, dashed with what fails or runs beside; a line for each
-fabric and, where sizes or tokens are crossed with GPUs, for each number of GPUs."""
+"""A sweep as a picture: bus bandwidth over size, or tokens, or GPUs, dashed with what fails or runs beside; a line for
+each fabric and, where sizes or tokens are crossed with GPUs, for each number of GPUs."""
 
 from __future__ import annotations
 

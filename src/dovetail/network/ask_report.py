@@ -26,7 +26,7 @@ def notes(answer: Answer) -> list[str]:
     """What stands below the tables: how it was simulated, what was cut off, what prices are."""
     lines = []
     if any(case.healthy.is_folded for case in answer.cases):
-        lines.append("flows that are alike were folded into one, by symmetry" + _unless_failing(answer))
+        lines.append("flows that are alike were folded into one, by symmetry" + _unless_not(answer))
     for case in answer.cases:
         if case.late_failures:
             late = f"{case.late_failures} of {len(answer.question.failures + answer.question.random_failures)} failures"
@@ -35,14 +35,13 @@ def notes(answer: Answer) -> list[str]:
         for trial, cut in broken[:1]:
             number = f", seed {answer.question.seed + trial}" if len(case.failed) > 1 else ""
             lines.append(f"{_where(case)}{number}: {_cut_off_text(cut)}")
-    lines.append(
-        "bus bandwidth as nccl-tests has it, GB/s of 10^9 bytes per GPU; use: share of what a link could carry"
-    )
-    if any(case.experts for case in answer.cases):
+    counting = "counts a token's vector once" if answer.question.is_of_experts else "as nccl-tests has it"
+    lines.append(f"bus bandwidth {counting}, GB/s of 10^9 bytes per GPU; use: share of what a link could carry")
+    if answer.question.is_of_experts:
         lines.append(
-            "there each token counts once; DeepEP counts it once for each node of its experts, the own one too"
+            "DeepEP counts it once for each node of its experts, the own one too; on a single node for each GPU, "
+            "low-latency for each expert"
         )
-        lines.append("(on a single node for each of its GPUs, and low-latency for each expert)")
     if answer.question.beside:
         lines.append("first, last: in the class before the other, and in the one after, which gets what is left")
     lines.extend(dict.fromkeys(f"prices: {each.price_basis}" for each in answer.fabrics))
@@ -91,7 +90,8 @@ def _in_full(answer: Answer, case: Case) -> Table:
     failing = f">{changes_text(answer.question)}" + (", first trial" if len(case.failed) > 1 else "")
     header = ("", ">whole", failing) if case.failed else ("", ">whole")
     total = answer.summary(case).endpoints
-    title = f"{_asked(answer)}: {_amount(case)} on {case.gpus:,} of {total:,} GPUs of {case.fabric}"
+    each = " per GPU" if case.experts else ""
+    title = f"{_asked(answer)}: {_amount(case)}{each} on {case.gpus:,} of {total:,} GPUs of {case.fabric}"
     return title, header, rows
 
 
@@ -119,7 +119,7 @@ def _contention(answer: Answer) -> Table:
             rows.append((*((case.fabric, f"{case.gpus:,}", _amount(case)) if several else ()), what, *_times(times)))
     of = ("fabric", ">GPUs", ">tokens" if answer.question.is_of_experts else ">size") if several else ()
     header = (*of, "", ">alone", ">shared", f">{name} first", f">{name} last")
-    return f"{name} beside {answer.question.beside}: seconds until each has ended", header, rows
+    return f"{name} beside {answer.question.beside}: time until each has ended", header, rows
 
 
 def _times(times: Times) -> tuple[str, ...]:
@@ -195,8 +195,9 @@ def _where(case: Case) -> str:
     return f"{case.fabric}, {case.gpus:,} GPUs, {_amount(case)}"
 
 
-def _unless_failing(answer: Answer) -> str:
-    return "; with failures every flow was simulated" if answer.question.has_failures else ""
+def _unless_not(answer: Answer) -> str:
+    other = "with failures" if answer.question.has_failures else "two at once" if answer.question.beside else ""
+    return f"; {other} every flow was simulated" if other else ""
 
 
 def _time(run: Run) -> str:

@@ -130,11 +130,20 @@ def _chosen(question: Question, exchange: Exchange) -> NDArray[np.integer]:
             f"{where}: holds {chosen.shape[1]} tokens of {chosen.shape[0]} GPUs, but {tokens} of {exchange.ranks} are "
             f"asked for: use --gpus {chosen.shape[0]}"
         )
+    model = question.model or MODEL
+    remedy = "give the --model that it was recorded from"
+    if chosen.shape[2] != exchange.choices:
+        raise ValueError(
+            f"{where}: holds {chosen.shape[2]} choices of a token, but {model} makes {exchange.choices}: {remedy}"
+        )
     if chosen.size and not -1 <= chosen.min() <= chosen.max() < exchange.experts:
         raise ValueError(
-            f"{where}: experts {chosen.min()} to {chosen.max()}, but {question.model or MODEL} has 0 to "
-            f"{exchange.experts - 1}, and -1 is none: give the --model that it was recorded from"
+            f"{where}: experts {chosen.min()} to {chosen.max()}, but {model} has 0 to {exchange.experts - 1}, and -1 "
+            f"is none: {remedy}"
         )
+    ordered = np.sort(chosen, axis=2)
+    if ((ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)).any():
+        raise ValueError(f"{where}: a token has the same expert twice; use -1 for none")
     return chosen
 
 
