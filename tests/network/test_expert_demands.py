@@ -95,6 +95,17 @@ def test_group_limited_tokens_reach_four_nodes_and_others_5_29() -> None:
         assert all(len(set(token)) == 8 for token in chosen[:100].tolist())
 
 
+def test_groups_are_worth_their_best_score_or_the_sum_of_two() -> None:
+    """One of two groups is kept. V2's walk down the ranking keeps the group of the best expert, so that its two experts
+    are the best and another; by the sum of two it is kept less often."""
+    popularity = np.array([20.0, 0.01, 0.01, 0.01, 1.0, 1.0, 1.0, 1.0])
+    share = [
+        (sample_choices(1, 20000, 2, 8, 2, 1, popularity, summed=summed)[0] < 4).all(axis=1).mean() for summed in (1, 2)
+    ]
+    assert share[0] == pytest.approx(20.03 / 24.03, abs=0.01)
+    assert share[1] < share[0] - 0.05
+
+
 def test_popular_experts_are_chosen_more_often() -> None:
     popularity = np.ones(16)
     popularity[3] = 15.0

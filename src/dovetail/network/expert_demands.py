@@ -134,9 +134,11 @@ def sample_choices(
     kept_groups: int = 1,
     popularity: NDArray[np.float64] | None = None,
     seed: int = 0,
+    summed: int = 2,
 ) -> NDArray[np.int32]:
     """[ranks, tokens, choices] experts as a gate picks them from independent scores: the best of the groups that are
-    kept, which are those with the largest sum of their two best scores [V3 eq 14-16]. `popularity`: how much more
+    kept, which are those with the largest sum of their `summed` best scores, 2 in V3 [V3 eq 14-16] and 1 in V2.
+    `popularity`: how much more
     often than others an expert is the best. Raises ValueError for numbers that do not fit together."""
     size = experts // max(groups, 1)
     if not 1 <= kept_groups <= groups or experts % groups or not 1 <= choices <= kept_groups * size:
@@ -151,7 +153,7 @@ def sample_choices(
         scores = random.gumbel(size=(tokens, experts)) + bias
         if kept_groups < groups:
             grouped = scores.reshape(tokens, groups, size)
-            best = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+            best = np.sort(grouped, axis=2)[:, :, -summed:].sum(axis=2)
             dropped = np.argsort(best, axis=1)[:, : groups - kept_groups]
             np.put_along_axis(grouped, dropped[:, :, None], -np.inf, axis=1)
             scores = grouped.reshape(tokens, experts)

@@ -24,6 +24,7 @@ from dovetail.network.flows import Floats
 from dovetail.network.question import Question
 from dovetail.network.topology import Fabric
 from dovetail.spec.layout import Layout, divisors
+from dovetail.spec.model import ModelSpec, Moe
 
 MODEL, PRECISION, TOKENS = "deepseek-v3", "deepseek-v3", 4096
 
@@ -87,12 +88,17 @@ def recorded_tokens(question: Question) -> int | None:
     return None if question.recorded is None else _recording(question.recorded).shape[1]
 
 
-def _exchange(question: Question, name: str, fabric: Fabric, gpus: int, tokens: int) -> Exchange:
-    """As the planner's operations have it."""
+def _moe(question: Question) -> tuple[ModelSpec, Moe]:
     spec = inspect(question.model or MODEL).spec
     if spec.moe is None:
-        raise ValueError(f"{question.model} has no experts: {name} needs a model that has, such as {MODEL}")
-    _check_split(question.model or MODEL, spec.moe.n_routed_experts, fabric, gpus)
+        raise ValueError(f"{question.model} has no experts: use a model that has, such as {MODEL}")
+    return spec, spec.moe
+
+
+def _exchange(question: Question, name: str, fabric: Fabric, gpus: int, tokens: int) -> Exchange:
+    """As the planner's operations have it."""
+    spec, moe = _moe(question)
+    _check_split(question.model or MODEL, moe.n_routed_experts, fabric, gpus)
     work = FfnWork(
         spec=spec,
         layout=Layout(ep=gpus, dp=gpus),
@@ -100,7 +106,7 @@ def _exchange(question: Question, name: str, fabric: Fabric, gpus: int, tokens: 
         tokens=tokens,
         phase="decode" if question.mode == "low-latency" else "prefill",
     )
-    return next(op for op in experts_forward(work, spec.moe) if isinstance(op, Exchange) and op.name == name)
+    return next(op for op in experts_forward(work, moe) if isinstance(op, Exchange) and op.name == name)
 
 
 def _check_split(model: str, experts: int, fabric: Fabric, gpus: int) -> None:
@@ -122,7 +128,14 @@ def _chosen(question: Question, exchange: Exchange) -> NDArray[np.integer]:
             (exchange.choices, exchange.experts, exchange.groups, exchange.kept_groups),
             question.skew or 0.0,
             question.seed,
+            2 if _moe(question)[1].topk_method == "noaux_tc" else 1,  # as `model.gate.select` has it
         )
+    return _fitting(question, exchange)
+
+
+def _fitting(question: Question, exchange: Exchange) -> NDArray[np.integer]:
+    """The recording, checked."""
+    assert question.recorded is not None
     chosen, tokens = _recording(question.recorded), int(exchange.tokens)
     where = f"--recorded {question.recorded}"
     if chosen.shape[:2] != (exchange.ranks, tokens):
@@ -148,10 +161,12 @@ def _chosen(question: Question, exchange: Exchange) -> NDArray[np.integer]:
 
 
 @lru_cache(maxsize=1)
-def _sampled(ranks: int, tokens: int, gate: tuple[int, int, int, int], skew: float, seed: int) -> NDArray[np.int32]:
+def _sampled(
+    ranks: int, tokens: int, gate: tuple[int, int, int, int], skew: float, seed: int, summed: int
+) -> NDArray[np.int32]:
     """The same for each fabric, and for both ways."""
     popularity = zipf(gate[1], skew, seed) if skew else None
-    return sample_choices(ranks, tokens, *gate, popularity=popularity, seed=seed)
+    return sample_choices(ranks, tokens, *gate, popularity=popularity, seed=seed, summed=summed)
 
 
 def zipf(experts: int, skew: float, seed: int) -> Floats:
@@ -161,7 +176,6 @@ def zipf(experts: int, skew: float, seed: int) -> Floats:
     return popularity
 
 
-@lru_cache(maxsize=1)
 def _recording(path: str) -> NDArray[np.integer]:
     try:
         found = np.load(path, allow_pickle=False)
