@@ -2,8 +2,8 @@
 
 A class gets what the classes before it leave (`network.flows`). In one class each flow has as much as any other; only a
 copy from the host is cut into as many flows as meet it on its GPU's lanes, for there it is the NIC and the host that
-take turns, however many flows the NIC has. Steps of rings follow one another as a stream here, so
-that both demands keep sending all the time; what waiting between steps adds to a demand alone is added to each time.
+take turns, however many flows the NIC has. Steps of rings follow one another as a stream here, so that both demands
+keep sending all the time; what waiting between steps adds to a demand alone is added to each time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dovetail.network.simulation import simulate
 from dovetail.network.topology import Fabric
 
 WINDOW = 0.0005  # of the least time that links allow: how long what an ended flow leaves may lie idle, for speed
+SHORT = 0.01  # of the shorter demand's time, which that must not exceed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,9 @@ def contend(fabric: Fabric, policy: Policy, demand: Demand, other: Demand, amoun
         streams[1] = _as_turns(fabric, policy, *streams)
     everything, count = joined(streams), len(streams[0])
     routes = route(fabric, everything, policy)
-    window = max(window_of(fabric, policy, each) for each in both)
-    alone = [deliver(fabric, each, policy, window=window_of(fabric, policy, each)).seconds for each in both]
+    windows = [window_of(fabric, policy, each) for each in both]
+    alone = [deliver(fabric, each, policy, window=one).seconds for each, one in zip(both, windows, strict=True)]
+    window = min(max(windows), SHORT * min(alone))
     waiting = [_waiting(fabric, policy, each, seconds) for each, seconds in zip(both, alone, strict=True)]
 
     def together(first: int, second: int) -> tuple[float, float]:
