@@ -22,22 +22,24 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_options_are_these() -> None:
     """A new one is a decision."""
-    help_text = run("simulate", "--help").stdout.partition("Options:")[2]
-    options = [word for line in help_text.splitlines() for word in line.split()[:1] if word.startswith("--")]
-    assert options == [
-        *("--fabric", "--size", "--gpus", "--collective", "--routing", "--queue-pairs", "--channels", "--seed"),
-        *(
-            "--fail",
-            "--fail-random",
-            "--trials",
-            "--reroute-seconds",
-            "--endpoints",
-            "--sweep",
-            "--picture",
-            "--json",
-            "--help",
-        ),
-    ]
+    groups: dict[str, list[str]] = {}
+    for line in run("simulate", "--help").stdout.splitlines():
+        word = line.split()[:1]
+        if line.endswith(":") and not line.startswith(" "):
+            groups[line.removesuffix(":")] = options = []
+        elif groups and word and word[0].startswith("--") and line.startswith("  -"):
+            options.append(word[0])
+    assert groups == {
+        "The collective": [
+            *("--fabric", "--collective", "--size", "--gpus", "--channels", "--stages", "--both-ways"),
+            *("--prefill-gpus", "--beside", "--endpoints"),
+        ],
+        "Experts, of dispatch and combine": ["--tokens", "--model", "--precision", "--mode", "--skew", "--recorded"],
+        "Routing": ["--routing", "--queue-pairs", "--seed"],
+        "Failures": ["--fail", "--fail-random", "--trials", "--reroute-seconds"],
+        "Output": ["--sweep", "--picture", "--json"],
+        "Options": ["--help"],
+    }
 
 
 def test_simulating_never_loads_torch() -> None:
@@ -94,6 +96,14 @@ def test_a_sweep_has_a_row_for_each_size_and_a_picture(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_experts_beside_copies_from_the_host() -> None:
+    arguments = ("--gpus", "16", "--collective", "dispatch", "--tokens", "64", "--beside", "host-copy:1MiB")
+    done = run("simulate", "--fabric", "h800-2048", *arguments)
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("64 tokens per GPU on 16 of", "DeepEP", "dispatch first", "host-copy, 1 MiB", "(1.00x)"):
+        assert text in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -108,6 +118,12 @@ def test_a_sweep_has_a_row_for_each_size_and_a_picture(tmp_path: Path) -> None:
         ((*SIMULATE, "--picture", "sweep.png"), "add --sweep"),
         (("simulate", "--fabric", "ft2", "--gpus", "4096"), "ft2 has 2048"),
         (("simulate", "--fabric", "ft3"), "would need about"),
+        ((*SIMULATE, "--collective", "dispatch", "--size", "1GiB"), "not for dispatch: give --tokens"),
+        ((*SIMULATE, "--collective", "dispatch", "--model", "deepsek-v3"), "did you mean deepseek-v3"),
+        ((*SIMULATE, "--collective", "dispatch", "--precision", "fp7"), "is no precision recipe"),
+        ((*SIMULATE, "--collective", "combine", "--recorded", "none.npy"), "none.npy: cannot be read"),
+        ((*SIMULATE, "--beside", "host-copy:1GiB"), "mpft has no PCIe"),
+        ((*SIMULATE, "--sweep", "gpus=8,16"), "--gpus is given already"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_1(arguments: tuple[str, ...], message: str) -> None:

@@ -7,6 +7,22 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from typer.core import TyperCommand
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose options are printed under the `rich_help_panel` that each names, without Rich's boxes."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(option, "rich_help_panel", None) or "Options", []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
 
 def print_json(record: Any) -> None:
     print(json.dumps(record, indent=2))

@@ -228,3 +228,92 @@ def test_most_gpus_that_are_named_are_few() -> None:
     (case,) = answer.cases
     cut = case.failed[0].cut_off
     assert cut.flows == 2 * 8 * 8 and len(cut.gpus) <= asking._NAMED
+
+
+def test_a_fabric_without_the_part_that_fails_says_so() -> None:
+    """And only if another has it."""
+    answer = answer_to("mpft", "ft3", failures=("plane:3",), endpoints=2048)
+    ((_, header, rows),) = ask_report.tables(answer)
+    lost = header.index(">bandwidth lost")
+    assert rows[0][lost].startswith("13.") and rows[1][lost] == "has no plane 3"
+    mpft, ft3 = ask_report.as_json(answer)["cases"]
+    assert mpft["lacks"] == "" and ft3["lacks"] == "plane 3" and ft3["failed"] == () and ft3["bandwidth_lost"] is None
+    with pytest.raises(ValueError, match="plane:9: mpft has plane 0 to 7"):
+        answer_to("mpft", "ft3", failures=("plane:9",), endpoints=2048)
+
+
+@pytest.mark.parametrize("name", ["dispatch", "combine"])
+def test_experts_are_asked_for_tokens(name: str) -> None:
+    """The slower of NICs at 40 GB/s and NVLink at 160, and the busiest GPU a little after the mean one."""
+    answer = answer_to("mpft", gpus=16, collective=name, sizes=(), tokens=(256,))
+    (case,) = answer.cases
+    assert case.experts and case.experts.tokens == 256 and case.size == 256 * case.experts.bytes_per_copy
+    copies = case.experts
+    mean = 256 * copies.bytes_per_copy * max(copies.across_nodes / 40e9, copies.within_nodes / 160e9)
+    assert mean < case.healthy.seconds < 1.1 * mean
+    counted = case.counted_bandwidth(case.healthy)
+    assert counted == pytest.approx(case.experts.counted_bytes / case.healthy.seconds)
+    assert "256 tokens per GPU on 16 of 16,384 GPUs" in ask_report.tables(answer)[0][0]
+    for each in ("bandwidth as DeepEP counts", f"{copies.across_nodes:.3f}", "busiest GPU"):
+        assert each in text_of(answer)
+    (plain,) = ask_report.as_json(answer)["cases"]
+    assert plain["deepep_bandwidth"] == counted and plain["experts"]["mode"] == "normal"
+
+
+def test_the_slowest_gpu_decides_where_experts_are_not_alike() -> None:
+    seconds = [
+        answer_to("mpft", gpus=16, collective="dispatch", sizes=(), tokens=(256,), skew=skew).cases[0].healthy.seconds
+        for skew in (0.0, 0.5, 1.0)
+    ]
+    assert seconds[0] < seconds[1] < seconds[2]
+
+
+def test_combinations_are_swept_and_drawn(tmp_path: Path) -> None:
+    answer = answer_to(
+        "mpft", "mrft", collective="dispatch", sizes=(), tokens=(16, 32), gpu_counts=(8, 16), endpoints=64
+    )
+    found = [(case.fabric, case.gpus, case.experts.tokens) for case in answer.cases if case.experts]
+    assert found == [(name, gpus, tokens) for name in ("mpft", "mrft") for gpus in (8, 16) for tokens in (16, 32)]
+    ((_, header, rows),) = ask_report.tables(answer)
+    assert len(rows) == 8 and all(len(row) == len(header) for row in rows)
+    ask_picture.draw(answer, tmp_path / "sweep.svg")
+    drawn = (tmp_path / "sweep.svg").read_text("utf-8")
+    assert all(f"{name}, {gpus} GPUs" in drawn for name in ("mpft", "mrft") for gpus in (8, 16))
+    assert "tokens per GPU" in drawn
+
+
+def test_what_runs_beside_has_its_times_in_a_table(tmp_path: Path) -> None:
+    """Of `contend`; and a row for each demand of each case."""
+    answer = answer_to("h800-2048", gpus=16, beside="host-copy:64MiB", endpoints=64)
+    (case,) = answer.cases
+    assert case.contention and case.contention.amount == 2**26
+    assert case.contention.times.alone == pytest.approx(case.healthy.seconds, rel=1e-9)
+    *_, (title, header, rows) = ask_report.tables(answer)
+    assert title.startswith("all-to-all beside host-copy:64MiB") and len(rows) == 2
+    assert header == ("", ">alone", ">shared", ">all-to-all first", ">all-to-all last")
+    assert rows[1][0] == "host-copy, 64 MiB" and rows[0][3].endswith("(1.00x)")
+    several = answer_to("h800-2048", gpu_counts=(8, 16), beside="combine:16", endpoints=64)
+    *_, (_, header, rows) = ask_report.tables(several)
+    assert len(rows) == 4 and all(len(row) == len(header) for row in rows) and rows[1][3] == "combine, 16 tokens"
+    ask_picture.draw(several, tmp_path / "sweep.svg")
+    assert "dashed: beside combine:16" in (tmp_path / "sweep.svg").read_text("utf-8")
+    plain = ask_report.as_json(answer)["cases"][0]["contention"]
+    assert set(plain) == {"beside", "amount", "times", "beside_times"}
+    assert set(plain["times"]) == {"alone", "shared", "first", "last"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"collective": "dispatch", "sizes": ()}, "--gpus 256 is nearest"),
+        ({"collective": "pipeline", "stages": 5, "gpu_counts": (64,)}, "not 5 equal stages"),
+        ({"beside": "host-copy:1GiB"}, "mpft has no PCIe"),
+        ({"beside": "combine:16", "gpu_counts": (64, 48)}, "--gpus 32 is nearest"),
+        ({"collective": "kv-transfer", "prefill_gpus": 64}, "use --prefill-gpus 1 to 63"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_at_once(changes: dict[str, object], message: str) -> None:
+    """Before memory is looked at, whose remedy would not help."""
+    gpus = 64 if changes.get("prefill_gpus") else None
+    with pytest.raises(ValueError, match=message):
+        answer_to("mpft", gpus=gpus, **changes)

@@ -7,7 +7,7 @@ from dovetail.catalog.fabrics import load_fabric
 from dovetail.cost.ops import Exchange
 from dovetail.network.collectives import exchange_bytes
 from dovetail.network.delivery import most_messages
-from dovetail.network.expert_demands import Experts, combine, dispatch, sample_choices
+from dovetail.network.expert_demands import Experts, combine, counted_copies, dispatch, sample_choices
 from dovetail.network.topology import build
 
 
@@ -97,6 +97,17 @@ def test_a_sampled_gate_sends_what_the_closed_form_says(ranks: int, mode: str) -
     assert flows.bytes[~is_inside].sum() / ranks == pytest.approx(expected.scale_out, rel=0.02)
 
 
+@pytest.mark.parametrize(("ranks", "gpus_per_node", "bins"), [(16, 8, 2), (8, 8, 8), (4, 1, 4)])
+def test_deepep_counts_the_own_node_too(ranks: int, gpus_per_node: int, bins: int) -> None:
+    """One by one: sets of nodes, or of GPUs where there is one node; low-latency all choices."""
+    chosen = np.random.default_rng(ranks).integers(-1, 32, (ranks, 7, 4))
+    experts = experts_of(ranks, chosen, 32, gpus_per_node)
+    tokens = [[int(expert) for expert in token if expert >= 0] for token in chosen.reshape(-1, 4)]
+    counted = sum(len({expert // (32 // bins) for expert in token}) for token in tokens)
+    assert counted_copies(experts) == pytest.approx(counted / ranks)
+    assert counted_copies(experts, "low-latency") == pytest.approx(sum(map(len, tokens)) / ranks)
+
+
 def test_group_limited_tokens_reach_four_nodes_and_others_5_29() -> None:
     """[V3 §3.2.2, ISCA §4.3]: M = 4 of 8 groups, a group per node; without, the mean is 5.29 of 8."""
     for groups, kept, expected in ((8, 4, 4.0), (1, 1, 5.29)):
@@ -106,6 +117,18 @@ def test_group_limited_tokens_reach_four_nodes_and_others_5_29() -> None:
         assert distinct.max() <= (4 if kept == 4 else 8)
         assert distinct.mean() == pytest.approx(expected, abs=0.1 if kept == 4 else 0.02)
         assert all(len(set(token)) == 8 for token in chosen[:100].tolist())
+
+
+def test_groups_are_worth_their_best_score_or_the_sum_of_two() -> None:
+    """One of two groups is kept. V2's walk down the ranking keeps the group of the best expert, so that its two experts
+    are the best and another; by the sum of two it is kept less often."""
+    popularity = np.array([20.0, 0.01, 0.01, 0.01, 1.0, 1.0, 1.0, 1.0])
+    share = [
+        (sample_choices(1, 20000, 2, 8, 2, 1, popularity, best_of_group=best)[0] < 4).all(axis=1).mean()
+        for best in (1, 2)
+    ]
+    assert share[0] == pytest.approx(20.03 / 24.03, abs=0.01)
+    assert share[1] < share[0] - 0.05
 
 
 def test_popular_experts_are_chosen_more_often() -> None:

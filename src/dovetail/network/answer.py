@@ -3,6 +3,8 @@
 algorithm bandwidth  size / time                      bus bandwidth  that x (n - 1) / n, twice it for all-reduce
 latency share        time of an empty message / time  price          of the whole fabric, per GPU and per GB/s of
                                                                      bus bandwidth that a GPU gets
+
+Of dispatch and combine the size is that of a GPU's tokens, each counted once, and bus bandwidth goes by it.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dovetail.network.contention import Contention
+from dovetail.network.expert_traffic import ExpertCopies
 from dovetail.network.link_use import LinkUse
 from dovetail.network.question import Question
 
@@ -66,6 +70,15 @@ class Case:
     failed: tuple[Run, ...]  # one for each trial; empty where nothing fails
     cables_lost: int  # in each
     late_failures: int  # that came only when all had arrived, of the first trial
+    lacks: str = ""  # what was to fail and this fabric has not, such as "plane 3"; then `failed` is empty
+    experts: ExpertCopies | None = None  # of dispatch and combine
+    contention: Contention | None = None  # with what runs beside it
+
+    def counted_bandwidth(self, run: Run) -> float | None:
+        """Bytes/s of dispatch and combine as DeepEP's benchmarks count copies; None of others and where cut off."""
+        if self.experts is None or not run.is_complete or not run.seconds:
+            return None
+        return self.experts.counted_bytes / run.seconds
 
     @property
     def num_cut_off(self) -> int:

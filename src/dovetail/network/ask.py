@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from dovetail.catalog.fabrics import resized
-from dovetail.network import demands
 from dovetail.network.answer import Answer, Case, CutOff, FabricSummary, Run
+from dovetail.network.contention import contend, window_of
 from dovetail.network.delivery import Delivery, deliver, empty_seconds, most_messages
+from dovetail.network.demands import Step
+from dovetail.network.failures import NotThereError
 from dovetail.network.flows import Flows
+from dovetail.network.jobs import Task, amounts_of, check_task, num_flows, task_of
 from dovetail.network.link_use import link_uses
 from dovetail.network.memory import needed_bytes
 from dovetail.network.price import bill
@@ -37,6 +40,7 @@ class Job:
     fabric: Fabric
     gpus: int
     trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
+    lacks: str  # the part that is to fail and that this fabric has not; "": none
     folded_as: Fabric | None  # whose classes of GPUs are those of the job; None: flow by flow
 
 
@@ -44,17 +48,35 @@ def ask(question: Question) -> Answer:
     """Simulate all that is asked. Raises ValueError, one line, for what `question` has wrong, and for what would need
     more than 4 GiB of memory."""
     fabrics = build_fabrics(question)
-    changes = [
-        [changes_of(question, fabric, trial) for trial in range(question.trials if question.has_failures else 0)]
-        for fabric in fabrics
-    ]
+    for fabric in fabrics:
+        for gpus in question.gpu_counts:
+            for name in _names(question):
+                check_task(question, name, fabric, check_gpus(fabric, gpus))
+    changes = _changes(question, fabrics)
     jobs = [
         _job(question, fabric, check_gpus(fabric, gpus), failing)
         for fabric, failing in zip(fabrics, changes, strict=True)
         for gpus in question.gpu_counts
     ]
-    cases = [_case(job, size) for job in jobs for size in question.sizes]
+    cases = [_case(job, amount) for job in jobs for amount in amounts_of(question)]
     return Answer(question=question, fabrics=tuple(map(_summary, fabrics)), cases=tuple(cases))
+
+
+def _changes(question: Question, fabrics: list[Fabric]) -> list[list[tuple[Change, ...]] | str]:
+    """Of each fabric what fails in each trial, or the part to fail that it has not. Raises ValueError where no fabric
+    has all of them."""
+    trials = range(question.trials if question.has_failures else 0)
+    found: list[list[tuple[Change, ...]] | str] = []
+    missing: list[NotThereError] = []
+    for fabric in fabrics:
+        try:
+            found.append([changes_of(question, fabric, trial) for trial in trials])
+        except NotThereError as error:
+            found.append(error.part)
+            missing.append(error)
+    if missing and len(missing) == len(fabrics):
+        raise missing[0]
+    return found
 
 
 def _summary(fabric: Fabric) -> FabricSummary:
@@ -67,11 +89,12 @@ def _summary(fabric: Fabric) -> FabricSummary:
     )
 
 
-def _job(question: Question, fabric: Fabric, gpus: int, trials: list[tuple[Change, ...]]) -> Job:
+def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Change, ...]] | str) -> Job:
     """Raises ValueError for more memory than is allowed."""
     folds = question.collective == "all-to-all" and question.routing == "adaptive"
     folded_as = _folds_as(fabric, gpus) if folds else None
-    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, folded_as=folded_as)
+    lacks, trials = (failing, []) if isinstance(failing, str) else ("", failing)
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, folded_as=folded_as)
     _check_memory(job)
     return job
 
@@ -96,7 +119,7 @@ def _folds_as(fabric: Fabric, gpus: int) -> Fabric | None:
 
 def _check_memory(job: Job) -> None:
     flows = _flows(job, job.gpus)
-    if job.folded_as is not None and not job.trials:
+    if job.folded_as is not None and not job.trials and job.question.beside is None:
         flows = len(np.unique(classes_of(job.folded_as).gpu_class)) ** 2
     needed, fitting = _needed(job, job.gpus, flows), job.gpus
     if needed <= MOST_BYTES:
@@ -113,30 +136,46 @@ def _check_memory(job: Job) -> None:
 
 
 def _flows(job: Job, gpus: int) -> int:
-    if job.question.collective == "all-to-all":
-        return gpus**2
-    return gpus * (job.question.channels or job.fabric.gpus_per_node)
+    return sum(num_flows(job.question, name, job.fabric, gpus) for name in _names(job.question))
+
+
+def _names(question: Question) -> list[str]:
+    """The collective, and what runs beside it."""
+    return [question.collective, *(question.other[:1] if question.other else ())]
 
 
 def _needed(job: Job, gpus: int, flows: int) -> float:
-    is_rerouted = any(change.seconds > 0 for changes in job.trials for change in changes)
-    return needed_bytes(job.fabric, gpus, flows, job.question.policy, is_rerouted)
+    has_two_routes = job.question.beside is not None
+    has_two_routes |= any(change.seconds > 0 for changes in job.trials for change in changes)
+    return needed_bytes(job.fabric, gpus, flows, job.question.policy, has_two_routes)
 
 
-def _case(job: Job, size: float) -> Case:
-    healthy = _folded(job, size) if job.folded_as is not None else _simulated(job, size, ())
-    failed = tuple(_simulated(job, size, changes) for changes in job.trials)
+def _case(job: Job, amount: float) -> Case:
+    question, fabric = job.question, job.fabric
+    task = None
+    if job.folded_as is None or job.trials or question.other:
+        task = task_of(question, question.collective, fabric, job.gpus, amount)
+    healthy = _folded(job, amount) if job.folded_as is not None else _simulated(job, task, ())
+    failed = tuple(_simulated(job, task, changes) for changes in job.trials)
     first = job.trials[0] if job.trials else ()
     lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in first)]) // 2)
     end = failed[0].seconds if failed and failed[0].is_complete else np.inf
+    contention = None
+    if task and question.other:
+        name, much = question.other
+        other = task_of(question, name, fabric, job.gpus, much).demand
+        contention = contend(fabric, question.policy, task.demand, other, much)
     return Case(
-        fabric=job.fabric.name,
+        fabric=fabric.name,
         gpus=job.gpus,
-        size=size,
+        size=task.demand.size if task else amount,
         healthy=healthy,
         failed=failed,
         cables_lost=len(lost),
         late_failures=sum(change.seconds >= end for change in first),
+        lacks=job.lacks,
+        experts=task.copies if task else None,
+        contention=contention,
     )
 
 
@@ -146,7 +185,7 @@ def _folded(job: Job, size: float) -> Run:
     result = simulate_folded(job.fabric, folded)
     # Of the longest path; all shortest ones between two leaves are as long, so one of them will do.
     latencies = route(job.fabric, folded.flows, Ecmp()).latency
-    of_one = demands.Step(flows=Flows.of(np.zeros(job.gpus, np.int32), np.arange(job.gpus), 0.0))
+    of_one = Step(flows=Flows.of(np.zeros(job.gpus, np.int32), np.arange(job.gpus), 0.0))
     _, latency = empty_seconds(job.fabric, folded.flows, latencies, most_messages(job.fabric, of_one))
     seconds = max(result.seconds, latency)
     rate = size / seconds if seconds else 0.0
@@ -162,11 +201,17 @@ def _folded(job: Job, size: float) -> Run:
     )
 
 
-def _simulated(job: Job, size: float, changes: tuple[Change, ...]) -> Run:
-    question, fabric, gpus = job.question, job.fabric, job.gpus
-    channels = question.channels or fabric.gpus_per_node
-    demand = demands.collective(question.collective, range(gpus), size, fabric.gpus_per_node, channels)
-    delivery = deliver(fabric, demand, question.policy, changes=changes, reroute_seconds=question.reroute_seconds)
+def _simulated(job: Job, task: Task | None, changes: tuple[Change, ...]) -> Run:
+    assert task is not None
+    question, fabric, demand = job.question, job.fabric, task.demand
+    delivery = deliver(
+        fabric,
+        demand,
+        question.policy,
+        changes=changes,
+        window=window_of(fabric, question.policy, demand),
+        reroute_seconds=question.reroute_seconds,
+    )
     return Run(
         seconds=delivery.seconds,
         latency_seconds=delivery.latency_seconds,

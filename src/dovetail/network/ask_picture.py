@@ -1,4 +1,5 @@
-"""A sweep as a picture: bus bandwidth over size, or over GPUs, a line for each fabric, dashed with what fails."""
+"""A sweep as a picture: bus bandwidth over size, or tokens, or GPUs, dashed with what fails or runs beside; a line for
+each fabric and, where sizes or tokens are crossed with GPUs, for each number of GPUs."""
 
 from __future__ import annotations
 
@@ -10,8 +11,10 @@ from dovetail.network.ask_report import size_text
 from dovetail.network.question import Question, changes_text
 
 INKS = ("#5b94cf", "#4fa367", "#dfa23c", "#c0605a", "#8a6fc0", "#3fa3a3", "#b0719f", "#7d8a4c")
+MARKERS = "os^D"  # one for each time that the inks run out
 _STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
 _TICKS = 12
+_LINES_INSIDE = 4  # whose names find room among them
 
 
 def check_picture(question: Question, picture: Path) -> None:
@@ -31,43 +34,61 @@ def draw(answer: Answer, picture: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    by_size = answer.question.swept == "sizes"
-    fails = answer.question.has_failures
+    swept = answer.question.swept
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.0, 4.8), dpi=150, layout="constrained")
         axes = figure.subplots()
-        lines = list(dict.fromkeys((case.fabric, case.gpus if by_size else case.size) for case in answer.cases))
-        for index, (fabric, other) in enumerate(lines):
-            cases = [
-                case for case in answer.cases if (case.fabric, case.gpus if by_size else case.size) == (fabric, other)
-            ]
-            label = f"{fabric}, {other:,} GPUs" if by_size else f"{fabric}, {size_text(other)}"
+        lines = list(dict.fromkeys(_line(case, swept) for case in answer.cases))
+        fabrics = [each.name for each in answer.fabrics]
+        for index, label in enumerate(lines):
+            cases = [case for case in answer.cases if _line(case, swept) == label]
             ink = INKS[index % len(INKS)]
-            places = [_place(case, by_size) for case in cases]
+            places = [_place(case, swept) for case in cases]
             whole = [case.healthy.bus_bandwidth / 1e9 for case in cases]
-            width = 1.6 + 1.4 * min(len(lines) - 1 - index, 3)  # so that equal lines are seen below each other
-            axes.plot(places, whole, color=ink, linewidth=width, marker="o", markersize=4, label=label)
-            if fails:
-                left = [_mean([run.bus_bandwidth / 1e9 for run in case.failed]) for case in cases]
-                axes.plot(places, left, color=ink, linewidth=width, linestyle="--")
-        places = sorted({_place(case, by_size) for case in answer.cases})
+            behind = fabrics.index(cases[0].fabric)
+            width = 1.6 + 1.4 * min(len(fabrics) - 1 - behind, 3)  # so that equal lines are seen below each other
+            marker = MARKERS[index // len(INKS) % len(MARKERS)]
+            axes.plot(places, whole, color=ink, linewidth=width, marker=marker, markersize=4 + width, label=label)
+            reduced = [(_place(case, swept), rate / 1e9) for case in cases if (rate := _reduced(case)) is not None]
+            if reduced:
+                axes.plot(*zip(*reduced, strict=True), color=ink, linewidth=width, linestyle="--")
+        places = sorted({_place(case, swept) for case in answer.cases})
         shown = places[:: -(-len(places) // _TICKS)]
         axes.set_xscale("log", base=2)
-        axes.set_xticks(shown, [size_text(place) if by_size else f"{place:,.0f}" for place in shown], fontsize=8)
+        axes.set_xticks(
+            shown, [size_text(place) if swept == "sizes" else f"{place:,.0f}" for place in shown], fontsize=8
+        )
         axes.minorticks_off()
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("size" if by_size else "GPUs")
+        axes.set_xlabel({"sizes": "size", "tokens": "tokens per GPU", "gpus": "GPUs"}[swept])
         axes.set_ylabel("bus bandwidth (GB/s per GPU)")
-        dashed = f"; dashed: {changes_text(answer.question)}" if fails else ""
-        axes.set_title(f"{answer.question.collective}, {answer.question.routing} routing{dashed}", loc="left")
+        question = answer.question
+        reduced_by = changes_text(question) or (f"beside {question.beside}" if question.beside else "")
+        dashed = f"; dashed: {reduced_by}" if reduced_by else ""
+        axes.set_title(f"{question.collective}, {question.routing} routing{dashed}", loc="left")
         axes.grid(axis="y", alpha=0.3)
-        axes.legend(frameon=False)
+        if len(lines) > _LINES_INSIDE:
+            figure.legend(frameon=False, loc="outside right upper")
+        else:
+            axes.legend(frameon=False)
         figure.savefig(picture)
 
 
-def _place(case: Case, by_size: bool) -> float:
-    return case.size if by_size else float(case.gpus)
+def _line(case: Case, swept: str) -> str:
+    amount = f"{case.experts.tokens:,} tokens" if case.experts else size_text(case.size)
+    return f"{case.fabric}, {amount}" if swept == "gpus" else f"{case.fabric}, {case.gpus:,} GPUs"
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def _place(case: Case, swept: str) -> float:
+    if swept == "gpus":
+        return float(case.gpus)
+    return float(case.experts.tokens) if case.experts else case.size
+
+
+def _reduced(case: Case) -> float | None:
+    """Bus bandwidth with what fails, in the mean over trials, or with what shares the class."""
+    if case.failed:
+        return sum(run.bus_bandwidth for run in case.failed) / len(case.failed)
+    if case.contention is None or not case.contention.times.shared:
+        return None
+    return case.healthy.bus_bandwidth * case.contention.times.alone / case.contention.times.shared

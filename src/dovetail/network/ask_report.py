@@ -6,24 +6,27 @@ from dataclasses import asdict
 from typing import Any
 
 from dovetail.network.answer import Answer, Case, CutOff, Run, Spread
-from dovetail.network.question import UNITS, changes_text
+from dovetail.network.contention import Times
+from dovetail.network.question import EXPERTS, changes_text
+from dovetail.network.sizes import UNITS
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, rows
 
 
 def tables(answer: Answer) -> list[Table]:
     """One case in full, or a row for each of several."""
+    beside = [_contention(answer)] if answer.question.beside else []
     if len(answer.cases) > 1:
-        return [_side_by_side(answer)]
+        return [_side_by_side(answer), *beside]
     (case,) = answer.cases
-    return [_in_full(answer, case), _links(case)]
+    return [_in_full(answer, case), _links(case), *beside]
 
 
 def notes(answer: Answer) -> list[str]:
     """What stands below the tables: how it was simulated, what was cut off, what prices are."""
     lines = []
     if any(case.healthy.is_folded for case in answer.cases):
-        lines.append("flows that are alike were folded into one, by symmetry" + _unless_failing(answer))
+        lines.append("flows that are alike were folded into one, by symmetry" + _unless_not(answer))
     for case in answer.cases:
         if case.late_failures:
             late = f"{case.late_failures} of {len(answer.question.failures + answer.question.random_failures)} failures"
@@ -32,9 +35,15 @@ def notes(answer: Answer) -> list[str]:
         for trial, cut in broken[:1]:
             number = f", seed {answer.question.seed + trial}" if len(case.failed) > 1 else ""
             lines.append(f"{_where(case)}{number}: {_cut_off_text(cut)}")
-    lines.append(
-        "bus bandwidth as nccl-tests has it, GB/s of 10^9 bytes per GPU; use: share of what a link could carry"
-    )
+    counting = "counts a token's vector once" if answer.question.is_of_experts else "as nccl-tests has it"
+    lines.append(f"bus bandwidth {counting}, GB/s of 10^9 bytes per GPU; use: share of what a link could carry")
+    if answer.question.is_of_experts:
+        lines.append(
+            "DeepEP counts it once for each node of its experts, the own one too; on a single node for each GPU, "
+            "low-latency for each expert"
+        )
+    if answer.question.beside:
+        lines.append("first, last: in the class before the other, and in the one after, which gets what is left")
     lines.extend(dict.fromkeys(f"prices: {each.price_basis}" for each in answer.fabrics))
     return lines
 
@@ -46,6 +55,7 @@ def as_json(answer: Answer) -> dict[str, Any]:
         asdict(case)
         | {
             "latency_share": case.healthy.latency_share,
+            "deepep_bandwidth": case.counted_bandwidth(case.healthy),
             "bandwidth_lost": asdict(case.bandwidth_lost) if case.bandwidth_lost else None,
             "time_added": asdict(case.time_added) if case.time_added else None,
             "trials_cut_off": case.num_cut_off,
@@ -63,6 +73,7 @@ def _in_full(answer: Answer, case: Case) -> Table:
         ("time", *(_time(run) for run in runs)),
         ("algorithm bandwidth", *(_rate(run, run.algorithm_bandwidth) for run in runs)),
         ("bus bandwidth", *(_rate(run, run.bus_bandwidth) for run in runs)),
+        *(_expert_rows(case, runs) if case.experts else ()),
         ("latency", *(seconds_text(run.latency_seconds) for run in runs)),
         ("its share of the time", *(f"{run.latency_share:.2%}" for run in runs)),
         ("flows simulated", *(f"{run.flows:,}" for run in runs)),
@@ -79,8 +90,47 @@ def _in_full(answer: Answer, case: Case) -> Table:
     failing = f">{changes_text(answer.question)}" + (", first trial" if len(case.failed) > 1 else "")
     header = ("", ">whole", failing) if case.failed else ("", ">whole")
     total = answer.summary(case).endpoints
-    title = f"{_asked(answer)}: {size_text(case.size)} on {case.gpus:,} of {total:,} GPUs of {case.fabric}"
+    each = " per GPU" if case.experts else ""
+    title = f"{_asked(answer)}: {_amount(case)}{each} on {case.gpus:,} of {total:,} GPUs of {case.fabric}"
     return title, header, rows
+
+
+def _expert_rows(case: Case, runs: list[Run]) -> list[tuple[str, ...]]:
+    assert case.experts
+    copies, blank = case.experts, ("",) * (len(runs) - 1)
+    return [
+        ("bandwidth as DeepEP counts", *(_rate(run, case.counted_bandwidth(run) or 0.0) for run in runs)),
+        ("bytes of a copy", f"{copies.bytes_per_copy:,.0f}", *blank),
+        ("copies of a token to other nodes", f"{copies.across_nodes:.3f}", *blank),
+        ("copies over NVLink", f"{copies.within_nodes:.3f}", *blank),
+        ("rows of the busiest GPU over the mean", f"{copies.busiest_gpu:.3f}", *blank),
+    ]
+
+
+def _contention(answer: Answer) -> Table:
+    """Two rows for each case: the collective, and what runs beside it."""
+    several, name = len(answer.cases) > 1, answer.question.collective
+    rows: list[tuple[str, ...]] = []
+    for case in answer.cases:
+        assert case.contention
+        other = case.contention
+        much = f"{other.amount:,.0f} tokens" if other.beside in EXPERTS else size_text(other.amount)
+        for what, times in ((name, other.times), (f"{other.beside}, {much}", other.beside_times)):
+            rows.append((*((case.fabric, f"{case.gpus:,}", _amount(case)) if several else ()), what, *_times(times)))
+    of = ("fabric", ">GPUs", ">tokens" if answer.question.is_of_experts else ">size") if several else ()
+    header = (*of, "", ">alone", ">shared", f">{name} first", f">{name} last")
+    return f"{name} beside {answer.question.beside}: time until each has ended", header, rows
+
+
+def _times(times: Times) -> tuple[str, ...]:
+    together = (
+        f"{seconds_text(each)} ({_fold(each, times.alone)})" for each in (times.shared, times.first, times.last)
+    )
+    return seconds_text(times.alone), *together
+
+
+def _fold(seconds: float, alone: float) -> str:
+    return f"{seconds / alone:.2f}x" if alone else "-"
 
 
 def _links(case: Case) -> Table:
@@ -100,34 +150,25 @@ def _links(case: Case) -> Table:
 
 
 def _side_by_side(answer: Answer) -> Table:
-    fails = answer.question.has_failures
-    header: tuple[str, ...] = (
-        "fabric",
-        ">GPUs",
-        ">size",
-        ">time",
-        ">algorithm GB/s",
-        ">bus GB/s",
-        ">latency",
-        ">share",
-    )
+    fails, of_experts = answer.question.has_failures, answer.question.is_of_experts
+    header: tuple[str, ...] = ("fabric", ">GPUs", ">tokens" if of_experts else ">size", ">time")
+    header += (">DeepEP GB/s",) if of_experts else (">algorithm GB/s",)
+    header += (">bus GB/s", ">latency", ">share")
+    header += (">to nodes", ">NVLink", ">busiest") if of_experts else ()
     header += (">$/GPU", ">$ per GB/s") + ((">bandwidth lost", ">time added") if fails else ())
     rows: list[tuple[str, ...]] = []
     for case in answer.cases:
-        run = case.healthy
-        row: tuple[str, ...] = (
-            case.fabric,
-            f"{case.gpus:,}",
-            size_text(case.size),
-            _time(run),
-            f"{run.algorithm_bandwidth / 1e9:.2f}",
-            f"{run.bus_bandwidth / 1e9:.2f}",
-            seconds_text(run.latency_seconds),
-            f"{run.latency_share:.1%}",
-            dollars_text(answer.summary(case).dollars_per_endpoint),
-            dollars_text(answer.dollars_per_rate(case)),
-        )
-        rows.append(row + ((_loss(case, case.bandwidth_lost), _loss(case, case.time_added)) if fails else ()))
+        run, copies = case.healthy, case.experts
+        row = [case.fabric, f"{case.gpus:,}", _amount(case).removesuffix(" tokens"), _time(run)]
+        row += [f"{((case.counted_bandwidth(run) or 0.0) if copies else run.algorithm_bandwidth) / 1e9:.2f}"]
+        row += [f"{run.bus_bandwidth / 1e9:.2f}", seconds_text(run.latency_seconds), f"{run.latency_share:.1%}"]
+        if copies:
+            row += [f"{each:.3f}" for each in (copies.across_nodes, copies.within_nodes, copies.busiest_gpu)]
+        row += [dollars_text(answer.summary(case).dollars_per_endpoint), dollars_text(answer.dollars_per_rate(case))]
+        if fails:
+            lacks = (f"has no {case.lacks}", "-")
+            row += lacks if case.lacks else (_loss(case, case.bandwidth_lost), _loss(case, case.time_added))
+        rows.append(tuple(row))
     failing = f"; lost with {changes_text(answer.question)}" if fails else ""
     return f"{_asked(answer)}{failing}", header, rows
 
@@ -135,15 +176,28 @@ def _side_by_side(answer: Answer) -> Table:
 def _asked(answer: Answer) -> str:
     question = answer.question
     pairs = f" of {question.queue_pairs} queue pairs" if question.queue_pairs > 1 else ""
-    return f"{question.collective}, {question.routing}{pairs}"
+    how = [question.collective]
+    if question.is_of_experts:
+        copies = answer.cases[0].experts
+        assert copies
+        skewed = f" with skew {question.skew:g}" if question.skew else ""
+        how += [f"{copies.mode}, experts of {copies.model}{skewed}{' as recorded' if question.recorded else ''}"]
+    if question.stages is not None:
+        how += [f"{question.stages} stages{' both ways' if question.both_ways else ''}"]
+    return f"{', '.join(how)}, {question.routing}{pairs}"
+
+
+def _amount(case: Case) -> str:
+    return f"{case.experts.tokens:,} tokens" if case.experts else size_text(case.size)
 
 
 def _where(case: Case) -> str:
-    return f"{case.fabric}, {case.gpus:,} GPUs, {size_text(case.size)}"
+    return f"{case.fabric}, {case.gpus:,} GPUs, {_amount(case)}"
 
 
-def _unless_failing(answer: Answer) -> str:
-    return "; with failures every flow was simulated" if answer.question.has_failures else ""
+def _unless_not(answer: Answer) -> str:
+    other = "with failures" if answer.question.has_failures else "two at once" if answer.question.beside else ""
+    return f"; {other} every flow was simulated" if other else ""
 
 
 def _time(run: Run) -> str:

@@ -6,7 +6,8 @@
                         a rank is inside one tree and a leaf of the other
 
 `size` is what nccl-tests calls so: of all-to-all what one rank holds, of the others the whole tensor; algorithm
-bandwidth is size over time, and bus bandwidth that times `bus_factor`. For experts see `network.expert_demands`.
+bandwidth is size over time, and bus bandwidth that times `bus_factor`. For experts see `network.expert_demands`, for
+what goes from one part of the GPUs to another `network.transfers`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from dovetail.config import near_matches
 from dovetail.network.flows import Floats, Flows, joined
 from dovetail.spec.fabric import Poster
 
-COLLECTIVES = ("all-to-all", "all-gather", "reduce-scatter", "all-reduce", "tree-all-reduce", "point-to-point")
+RINGS = ("all-gather", "reduce-scatter", "all-reduce")
+COLLECTIVES = ("all-to-all", *RINGS, "tree-all-reduce", "point-to-point")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -143,8 +143,9 @@ def sample_choices(
     best_of_group: int = 2,
 ) -> NDArray[np.int32]:
     """[ranks, tokens, choices] experts as a gate picks them from independent scores: the best of the groups that are
-    kept, which are those with the largest sum of their `best_of_group` best scores [V3 eq 14-16: two]. `popularity`:
-    how much more often than others an expert is the best. Raises ValueError for numbers that do not fit together."""
+    kept, which are those with the largest sum of their `best_of_group` best scores: 2 in V3 [V3 eq 14-16], 1 in V2.
+    `popularity`: how much more often than others an expert is the best. Raises ValueError for numbers that do not fit
+    together."""
     size = experts // max(groups, 1)
     if not 1 <= kept_groups <= groups or experts % groups or not 1 <= choices <= kept_groups * size:
         raise ValueError(
@@ -164,3 +165,14 @@ def sample_choices(
             scores = grouped.reshape(tokens, experts)
         chosen[rank] = np.argpartition(scores, -choices, axis=1)[:, -choices:]
     return chosen
+
+
+def counted_copies(experts: Experts, mode: Mode = "normal") -> float:
+    """Copies of vectors per rank that DeepEP's benchmarks divide by the time: of each token one for each distinct node
+    of its experts, its own among them; on a single node one for each distinct rank; low-latency one for each choice."""
+    if mode == "low-latency":
+        return np.count_nonzero(experts.chosen >= 0) / len(experts.gpus)
+    ranks, per_rank = len(experts.gpus), experts.experts // len(experts.gpus)
+    per_bin = per_rank * experts.gpus_per_node if ranks > experts.gpus_per_node else per_rank
+    bins = np.where(experts.chosen >= 0, experts.chosen // per_bin, -1)
+    return len(_distinct(bins)[0]) / ranks

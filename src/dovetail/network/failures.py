@@ -18,8 +18,17 @@ from dovetail.network.simulation import Change
 from dovetail.network.topology import NIC, SWITCH, Fabric
 
 
+class NotThereError(ValueError):
+    """A part that this fabric has not, and another may have."""
+
+    def __init__(self, part: str, message: str) -> None:
+        super().__init__(message)
+        self.part = part  # such as "plane 3"
+
+
 def parse_failure(text: str, fabric: Fabric) -> Change:
-    """The failure that `text` names. Raises ValueError for another form, and for parts that the fabric has not."""
+    """The failure that `text` names. Raises ValueError for another form, and NotThereError, which is one too, for parts
+    that the fabric has not."""
     what, at, time = text.partition("@")
     kind, colon, number = what.partition(":")
     if kind not in FAILURES:
@@ -75,7 +84,7 @@ def random_links(fabric: Fabric, share: float, seed: int = 0) -> Ints:
 
 def _check(kind: str, number: int, count: int, fabric: Fabric) -> None:
     if not 0 <= number < count:
-        raise ValueError(f"{kind}:{number}: {fabric.name} has {kind} 0 to {count - 1}")
+        raise NotThereError(f"{kind} {number}", f"{kind}:{number}: {fabric.name} has {kind} 0 to {count - 1}")
 
 
 FAILURES: dict[str, Callable[[Fabric, int], Ints]] = {

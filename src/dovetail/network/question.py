@@ -1,53 +1,105 @@
-"""What a user asks of a network: sizes with units, how many GPUs, which routing, what fails, and what is swept."""
+"""What a user asks of a network: a collective, how many GPUs, which routing, what fails, and what is swept."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric
 from dovetail.config import near_matches
-from dovetail.network.demands import COLLECTIVES
+from dovetail.network.demands import COLLECTIVES, RINGS
+from dovetail.network.expert_demands import MODES
 from dovetail.network.failures import parse_failure, random_links
 from dovetail.network.routing import Adaptive, Ecmp, Policy, Static
 from dovetail.network.simulation import Change
+from dovetail.network.sizes import MOST_CASES, parse_count, parse_size, parse_values
 from dovetail.network.topology import Fabric, build
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 ROUTINGS = ("adaptive", "ecmp", "static")
-_SIZE = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
-_SWEEP_LIMIT = 64  # cases
+EXPERTS = ("dispatch", "combine")
+SIZED = (*COLLECTIVES, "pipeline", "kv-transfer")
+KNOWN = (*SIZED, *EXPERTS)
+BESIDE = (*KNOWN, "host-copy", "node-all-gather")
+MOST_SKEW = 10  # beyond it all tokens choose the same experts
+_ONLY_FOR = {  # options that not all collectives have
+    "sizes": SIZED,
+    "tokens": EXPERTS,
+    "model": EXPERTS,
+    "precision": EXPERTS,
+    "mode": EXPERTS,
+    "skew": EXPERTS,
+    "recorded": EXPERTS,
+    "channels": RINGS,
+    "stages": ("pipeline",),
+    "both_ways": ("pipeline",),
+    "prefill_gpus": ("kv-transfer",),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One collective on one fabric or several, for each of `sizes` and `gpu_counts`; lists of one are no sweep."""
+    """One collective on one fabric or several, for each of `sizes` (or `tokens`) and `gpu_counts`; lists of one are no
+    sweep. None and empty: not given."""
 
     fabrics: tuple[str, ...]  # of the catalog, or .toml files
     collective: str = "all-to-all"
-    sizes: tuple[float, ...]  # bytes
+    sizes: tuple[float, ...] = ()  # bytes
+    tokens: tuple[int, ...] = ()  # per GPU, of dispatch and combine instead of sizes
     gpu_counts: tuple[int | None, ...] = (None,)  # None: all that the fabric has
+    model: str | None = None  # whose experts; a preset, a config.json or a checkpoint
+    precision: str | None = None  # recipe that says in which formats tokens are sent
+    mode: str | None = None  # of dispatch and combine: normal or low-latency
+    skew: float | None = None  # Zipf exponent of how popular experts are
+    recorded: str | None = None  # .npy file of which experts tokens go to
+    channels: int | None = None  # rings side by side; None: one for each NIC of a node
+    stages: int | None = None  # of a pipeline
+    both_ways: bool = False  # a pipeline's stages send back as well
+    prefill_gpus: int | None = None  # that send caches; None: half
+    beside: str | None = None  # what else runs at the same time, such as host-copy:1GiB
     routing: str = "adaptive"
     queue_pairs: int = 1
-    channels: int | None = None  # rings side by side; None: one for each NIC of a node
-    seed: int = 0  # of ECMP's hash and of what fails at random
+    seed: int = 0  # of ECMP's hash, of what fails at random, and of tokens
     failures: tuple[str, ...] = ()
     random_failures: tuple[str, ...] = ()  # such as 1%
     trials: int = 1  # of random failures, with seed, seed + 1, ...
     reroute_seconds: float = 0.0  # from a failure until routes avoid it
     endpoints: int | None = None  # build the fabrics for so many GPUs; None: as in the catalog
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any], sweeps: Sequence[str] = ()) -> Question:
+        """Those of `options`, as they were typed, that are a question's and were given. Raises ValueError."""
+        names = {each.name for each in fields(cls)}
+        given = {name: value for name, value in options.items() if name in names and value is not None}
+        given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        for name, option in (("failures", "fail"), ("random_failures", "fail_random")):
+            given[name] = tuple(options.get(option) or ())
+        if options.get("size") is not None:
+            given["sizes"] = (parse_size(options["size"]),)
+        if options.get("tokens") is not None:
+            given["tokens"] = (options["tokens"],)
+        return with_sweeps(cls(**given, gpu_counts=(options.get("gpus"),)), sweeps)
+
     def __post_init__(self) -> None:
         """Raises ValueError, one line, for what no fabric could make right."""
         if not self.fabrics:
             raise ValueError("no fabric: give --fabric once or more")
-        if self.collective not in COLLECTIVES:
-            raise ValueError(f"no collective {self.collective!r}; {near_matches(self.collective, COLLECTIVES)}")
+        if self.collective not in KNOWN:
+            raise ValueError(f"no collective {self.collective!r}; {near_matches(self.collective, KNOWN)}")
         if self.routing not in ROUTINGS:
             raise ValueError(f"no routing {self.routing!r}; {near_matches(self.routing, ROUTINGS)}")
+        self._check_numbers()
+        self._check_fitting()
+        self._check_experts()
+        if self.beside is not None and self.has_failures:
+            raise ValueError("--beside with failures is not simulated: ask for one of them at a time")
+        if self.stages is None and "pipeline" in (self.collective, *(self.other or ())[:1]):
+            raise ValueError("pipeline: give --stages, the parts that the GPUs are cut into, such as --stages 16")
+
+    def _check_numbers(self) -> None:
         if self.queue_pairs != 1 and self.routing != "ecmp":
             raise ValueError(f"queue_pairs = {self.queue_pairs} is for routing ecmp, not {self.routing}: leave it out")
         if self.channels is not None and self.channels < 1:
@@ -60,6 +112,32 @@ class Question:
             raise ValueError(f"reroute_seconds = {self.reroute_seconds}: must be finite and not negative")
         if self.queue_pairs < 1:
             raise ValueError(f"queue_pairs = {self.queue_pairs}: a connection has at least 1")
+        if any(tokens < 0 for tokens in self.tokens):
+            raise ValueError(f"tokens = {min(self.tokens)}: use 0 or more")
+
+    def _check_fitting(self) -> None:
+        """Options are those of the collective, or of what runs beside it."""
+        asked = {self.collective, self.other[0] if self.other else self.collective}
+        for name, takers in _ONLY_FOR.items():
+            if name in ("sizes", "tokens"):
+                fits = self.collective in takers
+            else:
+                fits = bool(asked & set(takers))
+            if getattr(self, name) not in (None, (), False) and not fits:
+                option = "--" + {"sizes": "size"}.get(name, name).replace("_", "-")
+                instead = {"sizes": "give --tokens", "tokens": "give --size"}.get(name, "leave it out")
+                raise ValueError(f"{option} is for {', '.join(takers)}, not for {self.collective}: {instead}")
+
+    def _check_experts(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise ValueError(f"no mode {self.mode!r}; {near_matches(self.mode, MODES)}")
+        if self.skew is not None and not 0 <= self.skew <= MOST_SKEW:
+            raise ValueError(f"skew = {self.skew:g}: use 0, all alike, to {MOST_SKEW}; 1 is Zipf's law")
+        for name in ("skew", "tokens") if self.recorded is not None else ():
+            if getattr(self, name) not in (None, ()):
+                raise ValueError(
+                    f"--{name} with --recorded: a recording says itself which tokens go where; leave it out"
+                )
 
     @property
     def policy(self) -> Policy:
@@ -72,63 +150,56 @@ class Question:
         return bool(self.failures or self.random_failures)
 
     @property
+    def is_of_experts(self) -> bool:
+        """Asked for tokens instead of bytes."""
+        return self.collective in EXPERTS
+
+    @property
+    def other(self) -> tuple[str, float] | None:
+        """What runs beside the collective, and its bytes, or tokens per GPU. Raises ValueError for another form."""
+        if self.beside is None:
+            return None
+        name, colon, amount = self.beside.partition(":")
+        if name not in BESIDE:
+            raise ValueError(f"--beside {self.beside}: no {name!r}; {near_matches(name, BESIDE)}")
+        if not colon:
+            example = "4096 (tokens per GPU)" if name in EXPERTS else "1GiB"
+            raise ValueError(f"--beside {self.beside}: say how much, such as {name}:{example}")
+        if name not in EXPERTS:
+            return name, parse_size(amount)
+        tokens = parse_count(amount, f"--beside {self.beside}, tokens per GPU")
+        if tokens < 0:
+            raise ValueError(f"--beside {self.beside}: use 0 tokens or more")
+        return name, float(tokens)
+
+    @property
     def swept(self) -> str:
-        """What differs between cases: "sizes", "gpus", or nothing."""
-        return "sizes" if len(self.sizes) > 1 else "gpus" if len(self.gpu_counts) > 1 else ""
+        """What a picture of it has from left to right: "sizes", "tokens", "gpus", or nothing."""
+        several = {"sizes": self.sizes, "tokens": self.tokens, "gpus": self.gpu_counts}
+        return next((name for name, values in several.items() if len(values) > 1), "")
 
 
-def parse_size(text: str) -> float:
-    """Bytes. Raises ValueError for a size without a unit, with another, or below 0."""
-    match = _SIZE.fullmatch(text)
-    if not match:
-        raise ValueError(f"size {text!r}: expected a number and a unit, such as 64MiB")
-    number, unit = match.groups()
-    if not unit:
-        raise ValueError(f"size {text!r} has no unit: write {number}B, {number}KiB, {number}MiB or {number}GiB")
-    if unit not in UNITS:
-        same = [name for name in UNITS if name.lower() in (unit.lower(), f"{unit}b".lower(), f"{unit}ib".lower())]
-        remedy = f"did you mean {' or '.join(same)}?" if same else f"known: {', '.join(UNITS)}"
-        raise ValueError(f"size {text!r}: unknown unit {unit!r}; {remedy}")
-    try:
-        size = float(number) * UNITS[unit]
-    except ValueError:
-        raise ValueError(f"size {text!r}: {number!r} is no number") from None
-    if not 0 <= size < np.inf:
-        raise ValueError(f"size {text!r}: must be finite and not negative")
-    return size
-
-
-def with_sweep(question: Question, sweep: str | None) -> Question:
-    """`question` for each of the sizes "1MiB,64MiB", of the doublings "1MiB..1GiB", or of "gpus=16,32" or
-    "gpus=16..128". Raises ValueError for another form, for an empty range and for more than 64 cases."""
-    if sweep is None:
-        return question
-    if sweep.startswith("gpus="):
-        counts = _values(sweep, sweep.removeprefix("gpus="), _whole_number)
-        return replace(question, gpu_counts=tuple(int(count) for count in counts))
-    return replace(question, sizes=tuple(_values(sweep, sweep.removeprefix("size="), parse_size)))
-
-
-def _whole_number(text: str) -> float:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"--sweep gpus: {text!r} is no whole number") from None
-
-
-def _values(sweep: str, text: str, read: Callable[[str], float]) -> list[float]:
-    low, dots, high = text.partition("..")
-    if not dots:
-        values = [read(each) for each in text.split(",") if each.strip()]
-    else:
-        first, last = read(low), read(high)
-        if not 0 < first <= last:
-            raise ValueError(f"--sweep {sweep}: expected a range from above 0 upwards, such as 1MiB..1GiB")
-        count = int(np.log2(last / first) + 1e-9) + 1
-        values = [first * 2**step for step in range(min(count, _SWEEP_LIMIT + 1))]
-    if not 1 <= len(values) <= _SWEEP_LIMIT:
-        raise ValueError(f"--sweep {sweep}: {len(values)} cases or more; give 1 to {_SWEEP_LIMIT}")
-    return values
+def with_sweeps(question: Question, sweeps: Sequence[str]) -> Question:
+    """`question` for each of the sizes "1MiB,64MiB", of the doublings "1MiB..1GiB", of "gpus=16..128" or of
+    "tokens=128..4096"; of several, for all combinations. Raises ValueError for another form, for an empty range, for
+    more than 64 cases, and for what is given otherwise too."""
+    for sweep in sweeps:
+        what, is_named, text = sweep.partition("=")
+        what, text = (what, text) if is_named else ("tokens" if question.is_of_experts else "size", sweep)
+        known = {"size": "sizes", "tokens": "tokens", "gpus": "gpu_counts"}
+        if what not in known:
+            raise ValueError(f"--sweep {sweep}: no {what!r}; {near_matches(what, known)}")
+        if getattr(question, known[what]) not in ((), (None,)):
+            raise ValueError(f"--sweep {sweep}: --{what} is given already, or swept twice; leave one out")
+        if what == "size":
+            question = replace(question, sizes=tuple(parse_values(sweep, text, parse_size)))
+            continue
+        counts = tuple(map(int, parse_values(sweep, text, partial(parse_count, what=f"--sweep {what}"))))
+        question = replace(question, tokens=counts) if what == "tokens" else replace(question, gpu_counts=counts)
+    cases = max(len(question.sizes), len(question.tokens), 1) * len(question.gpu_counts)
+    if cases > MOST_CASES:
+        raise ValueError(f"--sweep {' --sweep '.join(sweeps)}: {cases} cases; give {MOST_CASES} at most")
+    return question
 
 
 def build_fabrics(question: Question) -> list[Fabric]:

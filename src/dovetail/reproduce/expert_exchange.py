@@ -27,7 +27,7 @@ from dovetail.cost.ops import Exchange
 from dovetail.network.collectives import exchange_bytes
 from dovetail.network.delivery import deliver
 from dovetail.network.distinct import distinct_bins
-from dovetail.network.expert_demands import Experts, combine, dispatch, sample_choices
+from dovetail.network.expert_demands import Experts, combine, counted_copies, dispatch, sample_choices
 from dovetail.network.routing import Adaptive
 from dovetail.network.topology import Fabric
 from dovetail.reproduce.network import Values, with_ends
@@ -61,8 +61,8 @@ def bandwidths_of(fabrics: tuple[Fabric, Fabric, Fabric], ranks: int) -> Values:
     fabric, slow, fast = fabrics
     nodes = ranks // fabric.gpus_per_node
     chosen = sample_choices(ranks, TOKENS, CHOICES, EXPERTS, nodes, min(KEPT_NODES, nodes), best_of_group=1)
-    copies = _node_copies(chosen, nodes)
     experts = _experts(ranks, chosen)
+    copies = counted_copies(experts)
     values: Values = {(f"{ranks} GPUs", "nodes of a token, mean"): Band.exact(copies / TOKENS)}
     for name, each in BYTES.items():
         exchange = _exchange(ranks, each)
@@ -93,12 +93,6 @@ def times() -> Found:
 
 def _experts(ranks: int, chosen: NDArray[np.int32]) -> Experts:
     return Experts(gpus=np.arange(ranks, dtype=np.int32), gpus_per_node=8, experts=EXPERTS, chosen=chosen)
-
-
-def _node_copies(chosen: NDArray[np.int32], nodes: int) -> float:
-    """Per GPU, its own node among them."""
-    on_node = np.sort(chosen // (EXPERTS // nodes), axis=2)
-    return float((1 + (np.diff(on_node, axis=2) > 0).sum(axis=2)).sum(axis=1).mean())
 
 
 def _exchange(ranks: int, bytes_per_copy: float) -> Exchange:

@@ -1,0 +1,58 @@
+"""Sizes with units, and lists of values: what `--size` and `--sweep` take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MOST_CASES = 64  # of one sweep, or of two crossed
+_SIZE = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> float:
+    """Bytes. Raises ValueError for a size without a unit, with another, or below 0."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ValueError(f"size {text!r}: expected a number and a unit, such as 64MiB")
+    number, unit = match.groups()
+    if not unit:
+        raise ValueError(f"size {text!r} has no unit: write {number}B, {number}KiB, {number}MiB or {number}GiB")
+    if unit not in UNITS:
+        same = [name for name in UNITS if name.lower() in (unit.lower(), f"{unit}b".lower(), f"{unit}ib".lower())]
+        remedy = f"did you mean {' or '.join(same)}?" if same else f"known: {', '.join(UNITS)}"
+        raise ValueError(f"size {text!r}: unknown unit {unit!r}; {remedy}")
+    try:
+        size = float(number) * UNITS[unit]
+    except ValueError:
+        raise ValueError(f"size {text!r}: {number!r} is no number") from None
+    if not 0 <= size < np.inf:
+        raise ValueError(f"size {text!r}: must be finite and not negative")
+    return size
+
+
+def parse_count(text: str, what: str) -> int:
+    """A whole number. Raises ValueError, naming `what`, for what is none."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{what}: {text!r} is no whole number") from None
+
+
+def parse_values(sweep: str, text: str, read: Callable[[str], float]) -> list[float]:
+    """ "1MiB,64MiB" one by one, "1MiB..1GiB" in doublings. Raises ValueError, naming `sweep`, for an empty range and
+    for more than 64 values, and what `read` raises."""
+    low, dots, high = text.partition("..")
+    if not dots:
+        values = [read(each) for each in text.split(",") if each.strip()]
+    else:
+        first, last = read(low), read(high)
+        if not 0 < first <= last:
+            raise ValueError(f"--sweep {sweep}: expected a range from above 0 upwards, such as 1MiB..1GiB")
+        count = int(np.log2(last / first) + 1e-9) + 1
+        values = [first * 2**step for step in range(min(count, MOST_CASES + 1))]
+    if not 1 <= len(values) <= MOST_CASES:
+        raise ValueError(f"--sweep {sweep}: {len(values)} cases or more; give 1 to {MOST_CASES}")
+    return values
