@@ -1,8 +1,7 @@
 """Answers to a `Question`: a collective on each fabric, whole and with what fails, sizes and GPU counts one by one.
 
-All-to-all with sprayed packets, among all GPUs of some leaves and with nothing failing, is folded by symmetry
-(`network.symmetry`); everything else is simulated flow by flow. What would take more than about 4 GiB is refused before
-anything is run.
+All-to-all with sprayed packets is folded by symmetry (`network.symmetry`) where nodes are alike; everything else is
+simulated flow by flow. What would take more than about 4 GiB is refused before anything is run.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dovetail.catalog.fabrics import resized
 from dovetail.network import demands
 from dovetail.network.answer import Answer, Case, CutOff, FabricSummary, Run
 from dovetail.network.delivery import Delivery, deliver
@@ -20,10 +18,9 @@ from dovetail.network.link_use import link_uses
 from dovetail.network.memory import needed_bytes
 from dovetail.network.price import bill
 from dovetail.network.question import Question, build_fabrics, changes_of, check_gpus
-from dovetail.network.routing import Ecmp, route
 from dovetail.network.simulation import Change
-from dovetail.network.symmetry import classes_of, folded_all_to_all, simulate_folded
-from dovetail.network.topology import Fabric, build
+from dovetail.network.symmetry import Classes, classes_of, folded_all_to_all, named_gpus, simulate_folded
+from dovetail.network.topology import Fabric
 
 MOST_BYTES = 4 * 2**30
 _NAMED = 8  # GPUs cut off that are named
@@ -37,7 +34,6 @@ class Job:
     fabric: Fabric
     gpus: int
     trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
-    folded_as: Fabric | None  # whose classes of GPUs are those of the job; None: flow by flow
 
 
 def ask(question: Question) -> Answer:
@@ -69,47 +65,43 @@ def _summary(fabric: Fabric) -> FabricSummary:
 
 def _job(question: Question, fabric: Fabric, gpus: int, trials: list[tuple[Change, ...]]) -> Job:
     """Raises ValueError for more memory than is allowed."""
-    folds = question.collective == "all-to-all" and question.routing == "adaptive"
-    folded_as = _folds_as(fabric, gpus) if folds else None
-    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, folded_as=folded_as)
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials)
     _check_memory(job)
     return job
 
 
-def _folds_as(fabric: Fabric, gpus: int) -> Fabric | None:
-    """A fabric of `gpus` whose GPUs are alike just where the first `gpus` of this one are; None where there is none."""
-    alike = classes_of(fabric).gpu_class
-    if gpus % fabric.gpus_per_node or len(np.unique(alike[:gpus])) == gpus:
+def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
+    """What the first `gpus` are folded by; None where that makes no flow less."""
+    if job.question.collective != "all-to-all" or job.question.routing != "adaptive":
         return None
-    if gpus == fabric.endpoints:
-        return fabric
-    try:
-        smaller = build(resized(fabric.spec, endpoints=gpus))
-    except ValueError:
-        return None
-    alike_there = classes_of(smaller).gpu_class
-    is_whole = not np.isin(alike[gpus:], alike[:gpus]).any()
-    pairs = len(np.unique(np.column_stack([alike[:gpus], alike_there]), axis=0))
-    is_same = pairs == len(np.unique(alike[:gpus])) == len(np.unique(alike_there))
-    return smaller if is_whole and is_same else None
+    classes = classes_of(job.fabric, changes, gpus)
+    return classes if classes.num_flows < gpus * (gpus - 1) else None
 
 
 def _check_memory(job: Job) -> None:
-    flows = _flows(job, job.gpus)
-    if job.folded_as is not None and not job.trials:
-        flows = len(np.unique(classes_of(job.folded_as).gpu_class)) ** 2
-    needed, fitting = _needed(job, job.gpus, flows), job.gpus
+    flows, needed = _needs(job, job.gpus)
     if needed <= MOST_BYTES:
         return
-    while _needed(job, fitting, _flows(job, fitting)) > MOST_BYTES:
+    fitting = job.gpus // 2
+    while fitting > 2 and _needs(job, fitting)[1] > MOST_BYTES:
         fitting //= 2
-    question, folds = job.question, ""
-    if question.collective == "all-to-all" and job.folded_as is None:
-        folds = ", or adaptive routing among all GPUs of some leaves and without failures, which is folded"
+    question = job.question
+    is_sprayed = question.collective != "all-to-all" or question.routing == "adaptive"
+    folds = "" if is_sprayed else ", or adaptive routing, of which flows that are alike are folded"
     raise ValueError(
         f"{question.collective} among {job.gpus} GPUs of {job.fabric.name} is {flows:,} flows and would need about "
         f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: --gpus {fitting} can be simulated{folds}"
     )
+
+
+def _needs(job: Job, gpus: int) -> tuple[int, float]:
+    """Most flows that are simulated at once, and the bytes for them."""
+    policy, needs = job.question.policy, []
+    for changes in ((), *job.trials):
+        classes = _folds(job, gpus, changes)
+        flows, gpu_class = (classes.num_flows, classes.gpu_class) if classes else (_flows(job, gpus), None)
+        needs.append((flows, needed_bytes(job.fabric, gpus, flows, policy, changes, gpu_class)))
+    return max(needs, key=lambda need: need[1])
 
 
 def _flows(job: Job, gpus: int) -> int:
@@ -118,14 +110,8 @@ def _flows(job: Job, gpus: int) -> int:
     return gpus * (job.question.channels or job.fabric.gpus_per_node)
 
 
-def _needed(job: Job, gpus: int, flows: int) -> float:
-    is_rerouted = any(change.seconds > 0 for changes in job.trials for change in changes)
-    return needed_bytes(job.fabric, gpus, flows, job.question.policy, is_rerouted)
-
-
 def _case(job: Job, size: float) -> Case:
-    healthy = _folded(job, size) if job.folded_as is not None else _simulated(job, size, ())
-    failed = tuple(_simulated(job, size, changes) for changes in job.trials)
+    healthy, *failed = (_run(job, size, changes) for changes in ((), *job.trials))
     first = job.trials[0] if job.trials else ()
     lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in first)]) // 2)
     end = failed[0].seconds if failed and failed[0].is_complete else np.inf
@@ -134,28 +120,35 @@ def _case(job: Job, size: float) -> Case:
         gpus=job.gpus,
         size=size,
         healthy=healthy,
-        failed=failed,
+        failed=tuple(failed),
         cables_lost=len(lost),
         late_failures=sum(change.seconds >= end for change in first),
     )
 
 
-def _folded(job: Job, size: float) -> Run:
-    assert job.folded_as is not None
-    folded = folded_all_to_all(job.folded_as, size)
-    result = simulate_folded(job.fabric, folded)
-    # Of the longest path; all shortest ones between two leaves are as long, so one of them will do.
-    latency = float(route(job.fabric, folded.flows, Ecmp()).latency.max(initial=0.0))
-    rate = size / result.seconds if result.seconds else 0.0
+def _run(job: Job, size: float, changes: tuple[Change, ...]) -> Run:
+    return (_folded if _folds(job, job.gpus, changes) else _simulated)(job, size, changes)
+
+
+def _folded(job: Job, size: float, changes: tuple[Change, ...]) -> Run:
+    folded = folded_all_to_all(job.fabric, size, changes, job.gpus)
+    result = simulate_folded(job.fabric, folded, changes, reroute_seconds=job.question.reroute_seconds)
+    named, has_more = named_gpus(result, _NAMED)
+    rate = size / result.seconds if result.seconds and not result.num_cut_off else 0.0
     return Run(
         seconds=result.seconds,
-        latency_seconds=latency,
+        latency_seconds=result.latency_seconds,
         algorithm_bandwidth=rate,
         bus_bandwidth=rate * (job.gpus - 1) / job.gpus,
         flows=len(folded.flows),
         is_folded=True,
         links=link_uses(job.fabric, result.link_bytes, result.seconds),
-        cut_off=CutOff(),
+        cut_off=CutOff(
+            flows=result.num_cut_off,
+            gpus=tuple(sorted(named)),
+            has_more_gpus=has_more,
+            delivered_share=result.delivered_share,
+        ),
     )
 
 
