@@ -6,7 +6,7 @@ simulated flow by flow. What would take more than about 4 GiB is refused before 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,9 +85,10 @@ def _check_memory(job: Job) -> None:
     fitting = job.gpus // 2
     while fitting > 2 and _needs(job, fitting)[1] > MOST_BYTES:
         fitting //= 2
-    question = job.question
-    is_sprayed = question.collective != "all-to-all" or question.routing == "adaptive"
-    folds = "" if is_sprayed else ", or adaptive routing, of which flows that are alike are folded"
+    question, folds = job.question, ""
+    if question.collective == "all-to-all" and question.routing != "adaptive":
+        sprayed = replace(job, question=replace(question, routing="adaptive", queue_pairs=1))
+        folds = ", or all with adaptive routing, which is folded" if _needs(sprayed, job.gpus)[1] <= MOST_BYTES else ""
     raise ValueError(
         f"{question.collective} among {job.gpus} GPUs of {job.fabric.name} is {flows:,} flows and would need about "
         f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: --gpus {fitting} can be simulated{folds}"
@@ -99,8 +100,8 @@ def _needs(job: Job, gpus: int) -> tuple[int, float]:
     policy, needs = job.question.policy, []
     for changes in ((), *job.trials):
         classes = _folds(job, gpus, changes)
-        flows, gpu_class = (classes.num_flows, classes.gpu_class) if classes else (_flows(job, gpus), None)
-        needs.append((flows, needed_bytes(job.fabric, gpus, flows, policy, changes, gpu_class)))
+        flows = classes.num_flows if classes else _flows(job, gpus)
+        needs.append((flows, needed_bytes(job.fabric, gpus, flows, policy, changes, classes)))
     return max(needs, key=lambda need: need[1])
 
 

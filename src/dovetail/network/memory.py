@@ -6,7 +6,8 @@
     paths        each link that leads on from a switch towards a leaf
     sprayed      each link between a pair of leaves, where packets go over all of them
 
-The factors were measured with 1,024 to 16,384 GPUs, are right within a half, and decide what is refused, nothing else.
+The factors were measured with 1,024 to 16,384 GPUs; sums are up to two thirds too high, and decide what is refused,
+nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dovetail.network.flows import Bools, Ints
 from dovetail.network.ports import detour_ways
 from dovetail.network.routing import Adaptive, Ecmp, Policy
 from dovetail.network.simulation import Change
+from dovetail.network.symmetry import Classes
 from dovetail.network.topology import SWITCH, Fabric
 
 
@@ -28,28 +30,29 @@ def needed_bytes(
     flows: int,
     policy: Policy,
     changes: Sequence[Change] = (),
-    gpu_class: Ints | None = None,
+    classes: Classes | None = None,
 ) -> float:
-    """Bytes for `flows` among the first `gpus`, with `changes` of links; `gpu_class`: where flows are folded."""
+    """Bytes for `flows` among the first `gpus`, with `changes` of links; `classes`: where flows are folded."""
     leaves = [np.unique(plane[plane >= 0]) for plane in fabric.leaf[:gpus].T]
     count = sum(map(len, leaves))
     per_flow = 115.0 + 76 * (policy.queue_pairs if isinstance(policy, Ecmp) else 1)
     is_sprayed = isinstance(policy, Adaptive)
     dark = _dark(fabric, gpus, changes)
-    if is_sprayed and (gpu_class is not None or len(dark)):
-        kinds = np.arange(gpus) if gpu_class is None else gpu_class[:gpus]
-        share = len(np.unique(kinds[dark])) / len(np.unique(kinds))
+    kinds = classes.gpu_class[:gpus] if classes else np.arange(gpus)
+    share = len(np.unique(kinds[dark])) / len(np.unique(kinds))
+    if is_sprayed and (classes or len(dark)):
         # Flows with a dark NIC at either end, and the ways that these leave.
         per_flow += 50 + 200 * (1 - (1 - share) ** 2) * (1 - share) * len(detour_ways(fabric))
     total = flows * per_flow + count * fabric.switches * 26.0
-    total += count * _links_on(fabric) * (64 if is_sprayed else 24)
+    cables = _cables(fabric, classes)
+    total += count * _links_on(fabric, cables) * (40 if is_sprayed else 24)
     if is_sprayed:
         pairs = sum(len(each) ** 2 for each in leaves)
         if fabric.spec.by_rail:
-            rails, dark_leaves = fabric.gpus_per_node, np.unique(fabric.leaf[dark])
-            # Rails are left where the NIC that would keep to one is dark.
-            pairs = min(pairs, pairs // rails + len(dark_leaves) * (rails - 1) * count // rails)
-        total += min(flows, pairs) * _links_between(fabric) * 48
+            rails, dark_leaves = fabric.gpus_per_node, len(np.unique(fabric.leaf[dark]))
+            # Rails are left where the NIC that would keep to one is dark, and the flow's own is not.
+            pairs = min(pairs, (pairs + round(dark_leaves * (rails - 1) * (1 - share)) * count) // rails)
+        total += min(flows, pairs) * _links_between(fabric, cables) * 32
     return total * (2 if any(change.seconds > 0 for change in changes) else 1)
 
 
@@ -62,16 +65,28 @@ def _dark(fabric: Fabric, gpus: int, changes: Sequence[Change]) -> Ints:
     return np.flatnonzero(((ports < 0) | changed[ports] | changed[ports ^ 1]).all(axis=1)).astype(np.int32)
 
 
-def _links_on(fabric: Fabric) -> float:
+def _cables(fabric: Fabric, classes: Classes | None) -> Ints:
+    """Links between switches that routes know of: one of parallel ones where flows are folded."""
+    links = np.asarray(np.arange(fabric.links) if classes is None else classes.example, np.int32)
+    return np.asarray(links[fabric.kind[links] == SWITCH])
+
+
+def _links_on(fabric: Fabric, cables: Ints) -> float:
     """Links on shortest paths towards one leaf: in fat trees nearly every cable upwards of its plane."""
     if fabric.spec.kind == "fat-tree":
-        return np.count_nonzero(fabric.kind == SWITCH) / 2 / fabric.planes
+        return len(cables) / 2 / fabric.planes
     return 4.0 * fabric.switches / fabric.planes
 
 
-def _links_between(fabric: Fabric) -> float:
-    """Links on all shortest paths between two leaves far apart."""
-    half = fabric.spec.radix / 2
-    if fabric.spec.kind == "fat-tree":
-        return 2 * half if fabric.spec.layers == 2 else 2 * (half + half**2)
-    return 8.0
+def _links_between(fabric: Fabric, cables: Ints) -> float:
+    """Links on all shortest paths between two leaves far apart: in fat trees all upwards of one, and down as many."""
+    if fabric.spec.kind != "fat-tree":
+        return 8.0
+    below, above = fabric.link_from[cables], fabric.link_to[cables]
+    layer = fabric.switch_layer
+    is_up = layer[below - fabric.first_switch] < layer[above - fabric.first_switch]
+    switches, number = fabric.leaf[0, fabric.home_plane[0]], 0
+    for _ in range(fabric.spec.layers - 1):
+        chosen = is_up & np.isin(below, switches)
+        switches, number = np.unique(above[chosen]), number + 2 * int(chosen.sum())
+    return number

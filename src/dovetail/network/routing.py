@@ -73,9 +73,15 @@ Policy = Ecmp | Static | Adaptive
 
 
 def route(
-    fabric: Fabric, flows: Flows, policy: Policy, up: Bools | None = None, forwarding: Forwarding = "source"
+    fabric: Fabric,
+    flows: Flows,
+    policy: Policy,
+    up: Bools | None = None,
+    forwarding: Forwarding = "source",
+    cables: Floats | None = None,
 ) -> Routes:
-    """Routes of `flows` between GPUs over links that are `up` (None: all).
+    """Routes of `flows` between GPUs over links that are `up` (None: all). Where packets are sprayed, links may stand
+    for `cables` parallel ones (`network.paths`), and have the shares of all of them.
 
     Raises ValueError for GPUs that there are not, and for an unknown forwarding.
     """
@@ -88,7 +94,7 @@ def route(
         working=Working(
             fabric=fabric,
             up=np.ones(fabric.links, bool) if up is None else up,
-            hops=find_hops(fabric, leaves[leaves >= 0], up),
+            hops=find_hops(fabric, leaves[leaves >= 0], up, cables),
         ),
         policy=policy,
         forwarding=forwarding,

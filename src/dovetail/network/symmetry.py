@@ -3,7 +3,8 @@
 Nodes can be swapped without changing the fabric if their GPUs are on the same leaves, the same links of theirs fail and
 come back at the same times, and as many of their GPUs take part. Where packets are sprayed, routes are swapped with
 them, detours too, so GPUs with one index in such nodes are a class, flows between two classes are (those that stay in
-their node apart from others), and so are their links. All of a class have the same rate; one stands for them:
+their node apart from others), and so are their links. Parallel cables between two switches that are up at the same
+times are a class as well. All of a class have the same rate; one stands for them:
 
     share of a link's class = (flows that this one stands for) x (shares it has of links in the class) / (links in it)
 
@@ -103,10 +104,6 @@ def classes_of(fabric: Fabric, changes: Sequence[Change] = (), gpus: int | None 
         vertex[fabric.first_host : fabric.first_host + fabric.nodes] += node_class - np.arange(fabric.nodes)
     ends = vertex[fabric.link_from] * (2 * vertex.max() + 2) + vertex[fabric.link_to]
     ends = ends * (fate.max(initial=0) + 1) + fate
-    # Each cable between two switches is its own class, whichever two it joins.
-    is_own = (fabric.link_from >= fabric.first_switch) & (fabric.link_to >= fabric.first_switch)
-    is_own &= np.maximum(fabric.link_from, fabric.link_to) < fabric.first_switch + fabric.switches
-    ends[is_own] = -1 - np.flatnonzero(is_own)
     _, example, link_class, count = np.unique(ends, return_index=True, return_inverse=True, return_counts=True)
     _, first, number = np.unique(node_class, return_index=True, return_counts=True)
     return Classes(
@@ -188,6 +185,9 @@ def simulate_folded(
     Raises ValueError for `changes` that are other than those that `folded` was folded for, and as `simulate` does.
     """
     classes = folded.classes
+    # One of parallel cables between switches stands for all.
+    cables = np.zeros(fabric.links)
+    cables[classes.example] = classes.link_count
     up, later = np.ones(len(classes.example), bool), []
     for seconds, is_up in _states(fabric, changes):
         now = is_up[classes.example]
@@ -202,7 +202,7 @@ def simulate_folded(
     latencies = []
 
     def routes(is_up: Bools) -> Routes:
-        found = route(fabric, folded.flows, Adaptive(), is_up[classes.link_class], forwarding)
+        found = route(fabric, folded.flows, Adaptive(), is_up[classes.link_class], forwarding, cables)
         latencies.append(float(found.latency.max(initial=0.0)))
         return fold(found, folded.counts, classes)
 
