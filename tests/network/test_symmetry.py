@@ -19,7 +19,7 @@ from dovetail.network.symmetry import (
     named_gpus,
     simulate_folded,
 )
-from dovetail.network.topology import Fabric, build
+from dovetail.network.topology import SWITCH, Fabric, build
 
 
 def fabric_of(name: str, **changes: object) -> Fabric:
@@ -171,3 +171,18 @@ def test_what_fails_twice_is_folded_with_what_fails_once() -> None:
     assert classes_of(fabric, plane).num_flows == classes_of(fabric).num_flows
     assert classes_of(fabric, [*plane, *failing(fabric, "nic:5@1")]).num_flows == classes_of(fabric).num_flows
     assert classes_of(fabric, failing(fabric, "nic:5")).num_flows > classes_of(fabric).num_flows
+
+
+def test_parallel_cables_are_one_class_until_one_of_them_fails() -> None:
+    fabric = fabric_of("mrft", endpoints=128, radix=32)
+    between = np.flatnonzero(fabric.kind == SWITCH)
+    classes = classes_of(fabric)
+    assert (classes.link_count[classes.link_class[between]] == 4).all()
+    changes = failing(fabric, f"link:{between[0]}")
+    counts = classes_of(fabric, changes).link_count[classes_of(fabric, changes).link_class[between]]
+    assert sorted(np.unique(counts, return_counts=True)[1]) == [2, 6, len(between) - 8]
+    whole = deliver(fabric, all_to_all(range(100), 1e9), Adaptive(), changes=changes, forwarding="none")
+    flows = folded_all_to_all(fabric, 1e9, changes, 100)
+    folded = simulate_folded(fabric, flows, changes, forwarding="none")  # across rails, so through spines
+    check_equal(fabric, 100, whole, folded)
+    assert folded.link_bytes[between].max() > 0
