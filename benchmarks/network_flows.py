@@ -13,9 +13,13 @@ import resource
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dovetail.network.simulation import Change
+    from dovetail.network.topology import Fabric
 
 SIZE = 2e9  # bytes per rank
 GIBIBYTE = 2**30
@@ -27,6 +31,7 @@ class Case:
     fabric: str
     gpus: int
     policy: str  # ecmp, adaptive, static; folded
+    failure: str = ""  # a part, or a share of the cables
     limit_seconds: float
     limit_gib: float = 2.0
 
@@ -37,6 +42,8 @@ CASES = (
     Case(name="eight planes, sprayed", fabric="mpft", gpus=2048, policy="adaptive", limit_seconds=10),
     Case(name="eight planes, sprayed, folded", fabric="mpft", gpus=2048, policy="folded", limit_seconds=10),
     Case(name="eight planes, sprayed, folded", fabric="mpft", gpus=16384, policy="folded", limit_seconds=60),
+    Case(name="and a plane lost", fabric="mpft", gpus=16384, policy="folded", failure="plane:3", limit_seconds=60),
+    Case(name="and 1 % of the cables", fabric="mpft", gpus=16384, policy="folded", failure="1%", limit_seconds=60),
 )
 
 
@@ -48,6 +55,7 @@ class Measured:
     cpu_s: float  # of all three; less than their sum where others share the machine
     peak_gib: float
     flows: float  # simulated or stood for
+    simulated: int
     predicted_s: float  # the collective's time
     from_bound: float  # relative, of the busiest link's bytes over its capacity, latency aside
 
@@ -68,11 +76,13 @@ def measure(case: Case) -> Measured:
     fabric = build(load_fabric(case.fabric, case.gpus))
     built = time.perf_counter()
     if case.policy == "folded":
-        folded = folded_all_to_all(fabric, SIZE)
+        changes = changes_of(fabric, case.failure)
+        folded = folded_all_to_all(fabric, SIZE, changes)
         routed = time.perf_counter()
-        outcome = simulate_folded(fabric, folded)  # routes, too
+        outcome = simulate_folded(fabric, folded, changes)  # routes, too
         done = time.perf_counter()
         count, carried, latency = folded.counts.sum(), outcome.link_bytes, 0.0
+        flows = folded.flows
     else:
         flows = all_to_all(range(case.gpus), SIZE).steps[0].flows
         routes = route(fabric, flows, {"ecmp": Ecmp(), "adaptive": Adaptive(), "static": Static()}[case.policy])
@@ -89,9 +99,19 @@ def measure(case: Case) -> Measured:
         cpu_s=cpu,
         peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIBIBYTE,
         flows=float(count),
+        simulated=len(flows),
         predicted_s=outcome.seconds,
         from_bound=float((outcome.seconds - latency) / bound - 1),
     )
+
+
+def changes_of(fabric: Fabric, failure: str) -> list[Change]:
+    from dovetail.network.failures import parse_failure, random_links
+    from dovetail.network.simulation import Change
+
+    if failure.endswith("%"):
+        return [Change(seconds=0.0, links=random_links(fabric, float(failure[:-1]) / 100))]
+    return [parse_failure(failure, fabric)] if failure else []
 
 
 def main(
@@ -108,7 +128,13 @@ def main(
         times = [
             f"{each:.2f}" for each in (middle.build_s, middle.route_s, middle.simulate_s, total(middle), middle.cpu_s)
         ]
-        cells = [*times, f"{middle.peak_gib:.2f}", f"{middle.predicted_s * 1e3:.4f}", f"{middle.from_bound:.1e}"]
+        cells = [
+            f"{middle.simulated:,}",
+            *times,
+            f"{middle.peak_gib:.2f}",
+            f"{middle.predicted_s * 1e3:.4f}",
+            f"{middle.from_bound:.1e}",
+        ]
         lines.append([case.name, str(case.gpus), f"{middle.flows:.3g}", *cells])
         rows.append({"case": case.name, "gpus": case.gpus, **asdict(middle), "total_s": [total(run) for run in runs]})
     # Not above: a case's process would load it, and torch with it.
@@ -118,6 +144,7 @@ def main(
         "case",
         "GPUs",
         "flows",
+        "simulated",
         "build s",
         "route s",
         "simulate s",

@@ -133,3 +133,12 @@ def test_split_flows_carry_equal_parts_under_labels_of_their_own() -> None:
 def test_bytes_that_are_none(bytes: float) -> None:
     with pytest.raises(ValueError, match="flow 1: bytes = "):
         Flows.of([0, 1], [1, 0], [1.0, bytes])
+
+
+def test_a_link_twice_on_a_route_counts_twice_and_no_more() -> None:
+    """Also when loads are summed anew, the many other flows on the link being bound elsewhere."""
+    routes = routes_of([[0, 1]] * 5000 + [[(0, 0.5), (0, 0.5)]], 2)
+    capacity = np.array([10.0, 1.0])
+    rates = max_min_rates(capacity, routes)
+    assert rates[-1] == pytest.approx(9)
+    assert rates == pytest.approx(max_min_rates(capacity, routes, engine="reference"))

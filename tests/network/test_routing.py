@@ -180,6 +180,37 @@ def test_a_lost_plane_is_gone_round_over_nvlink() -> None:
     assert np.delete(carried, 3).max() / np.delete(carried, 3).mean() < 1.01
 
 
+def test_sprayed_packets_take_all_detours_evenly_and_others_one() -> None:
+    fabric = build(load_fabric("mpft", 64))
+    up = down(fabric, links_of_plane(fabric, 3), links_of_nic(fabric, 16))
+    flow = Flows.of([1], [19], 1.0)  # to a GPU of plane 3, in a node that has lost plane 0 too
+    shares = share_matrix(route(fabric, flow, Adaptive(), up))[0]
+    ports = fabric.nic_link[np.arange(8), np.arange(8)]
+    assert shares[ports] == pytest.approx([0] + [1 / 6] * 2 + [0] + [1 / 6] * 4)
+    assert shares[fabric.nvlink_link[1]] == pytest.approx(5 / 6)  # but for GPU 1's own NIC
+    assert shares[fabric.nvlink_link[19] ^ 1] == pytest.approx(1)
+    assert nics_used(fabric, route(fabric, flow, Static(), up)) in [[[k, 16 + k]] for k in range(8)]
+    # All to all, what the others carry for plane 3 is the same to the last byte.
+    flows = everyone(fabric)
+    carried = route(fabric, flows, Adaptive(), down(fabric, links_of_plane(fabric, 3))).carried(flows.bytes)
+    assert carried[fabric.nic_link[np.arange(64) % 8 != 3].max(axis=1)] == pytest.approx(7 * (8 + 8 / 7))
+
+
+def test_flows_that_need_no_detour_have_no_more_links() -> None:
+    """As without failures; those that do are in their places among them."""
+    fabric = build(load_fabric("mpft", 64))
+    flows = some(fabric)
+    whole, routes = (route(fabric, flows, Adaptive(), up) for up in (None, down(fabric, links_of_nic(fabric, 17))))
+    counts = np.diff(routes.offsets)
+    goes_round = (flows.source // 8 != flows.destination // 8) & (
+        (flows.destination == 17) | ((flows.source // 8 == 2) & (flows.destination % 8 == 1))
+    )
+    assert 5 < goes_round.sum() < len(flows) - 5
+    assert (counts[~goes_round] == np.diff(whole.offsets)[~goes_round]).all()
+    assert (counts[goes_round] > 6 * 6).all()
+    assert share_matrix(routes)[~goes_round] == pytest.approx(share_matrix(whole)[~goes_round])
+
+
 def test_a_lost_nic_a_lost_spine_and_a_lost_leaf() -> None:
     fabric = fabric_of("ft2", endpoints=32, radix=8, gpus_per_node=1)
     flows = everyone(fabric)

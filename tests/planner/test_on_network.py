@@ -45,7 +45,9 @@ def test_a_plane_that_is_down_costs_time_in_every_exchange_between_nodes(closed:
     plan = plan_of(training(network="simulate", fail=["plane:3"]))
     assert plan.step_seconds.value > 1.01 * closed.step_seconds.value
     for each in simulated(plan):
-        assert each.seconds.slowdown > 1.05, each
+        assert each.seconds.slowdown > 1.01, each
+        if each.name.startswith(("dispatch", "combine")):  # seven NICs do the work of eight
+            assert each.seconds.slowdown == pytest.approx(8 / 7, rel=0.01)
     assert plan.parts.optimizer.value > closed.parts.optimizer.value
     assert plan.parts.pair.value > closed.parts.pair.value
 

@@ -1,21 +1,18 @@
 """Answers to a `Question`: a collective on each fabric, whole and with what fails, sizes and GPU counts one by one.
 
-All-to-all with sprayed packets, among all GPUs of some leaves and with nothing failing, is folded by symmetry
-(`network.symmetry`); everything else is simulated flow by flow. What would take more than about 4 GiB is refused before
-anything is run.
+All-to-all with sprayed packets is folded by symmetry (`network.symmetry`) where nodes are alike; everything else is
+simulated flow by flow. What would take more than about 4 GiB is refused before anything is run.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dovetail.catalog.fabrics import resized
 from dovetail.network.answer import Answer, Case, CutOff, FabricSummary, Run
 from dovetail.network.contention import contend, window_of
-from dovetail.network.delivery import Delivery, deliver, empty_seconds, most_messages
-from dovetail.network.demands import Step
+from dovetail.network.delivery import Delivery, deliver
 from dovetail.network.failures import NotThereError
 from dovetail.network.flows import Flows
 from dovetail.network.jobs import Task, amounts_of, check_task, num_flows, task_of
@@ -23,10 +20,9 @@ from dovetail.network.link_use import link_uses
 from dovetail.network.memory import needed_bytes
 from dovetail.network.price import bill
 from dovetail.network.question import Question, build_fabrics, changes_of, check_gpus
-from dovetail.network.routing import Ecmp, route
 from dovetail.network.simulation import Change
-from dovetail.network.symmetry import classes_of, folded_all_to_all, simulate_folded
-from dovetail.network.topology import Fabric, build
+from dovetail.network.symmetry import Classes, classes_of, folded_all_to_all, named_gpus, simulate_folded
+from dovetail.network.topology import Fabric
 
 MOST_BYTES = 4 * 2**30
 _NAMED = 8  # GPUs cut off that are named
@@ -41,7 +37,6 @@ class Job:
     gpus: int
     trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
     lacks: str  # the part that is to fail and that this fabric has not; "": none
-    folded_as: Fabric | None  # whose classes of GPUs are those of the job; None: flow by flow
 
 
 def ask(question: Question) -> Answer:
@@ -91,52 +86,48 @@ def _summary(fabric: Fabric) -> FabricSummary:
 
 def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Change, ...]] | str) -> Job:
     """Raises ValueError for more memory than is allowed."""
-    folds = question.collective == "all-to-all" and question.routing == "adaptive"
-    folded_as = _folds_as(fabric, gpus) if folds else None
     lacks, trials = (failing, []) if isinstance(failing, str) else ("", failing)
-    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, folded_as=folded_as)
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks)
     _check_memory(job)
     return job
 
 
-def _folds_as(fabric: Fabric, gpus: int) -> Fabric | None:
-    """A fabric of `gpus` whose GPUs are alike just where the first `gpus` of this one are; None where there is none."""
-    alike = classes_of(fabric).gpu_class
-    if gpus % fabric.gpus_per_node or len(np.unique(alike[:gpus])) == gpus:
+def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
+    """What the first `gpus` are folded by; None where that makes no flow less."""
+    if job.question.collective != "all-to-all" or job.question.routing != "adaptive":
         return None
-    if gpus == fabric.endpoints:
-        return fabric
-    try:
-        smaller = build(resized(fabric.spec, endpoints=gpus))
-    except ValueError:
-        return None
-    alike_there = classes_of(smaller).gpu_class
-    is_whole = not np.isin(alike[gpus:], alike[:gpus]).any()
-    pairs = len(np.unique(np.column_stack([alike[:gpus], alike_there]), axis=0))
-    is_same = pairs == len(np.unique(alike[:gpus])) == len(np.unique(alike_there))
-    return smaller if is_whole and is_same else None
+    classes = classes_of(job.fabric, changes, gpus)
+    return classes if classes.num_flows < gpus * (gpus - 1) else None
 
 
 def _check_memory(job: Job) -> None:
-    flows = _flows(job, job.gpus)
-    if job.folded_as is not None and not job.trials and job.question.beside is None:
-        flows = len(np.unique(classes_of(job.folded_as).gpu_class)) ** 2
-    needed, fitting = _needed(job, job.gpus, flows), job.gpus
+    flows, needed = _needs(job, job.gpus)
     if needed <= MOST_BYTES:
         return
-    while _needed(job, fitting, _flows(job, fitting)) > MOST_BYTES:
+    fitting = job.gpus // 2
+    while fitting > 2 and _needs(job, fitting)[1] > MOST_BYTES:
         fitting //= 2
     question, folds = job.question, ""
-    if question.collective == "all-to-all" and job.folded_as is None:
-        folds = ", or adaptive routing among all GPUs of some leaves and without failures, which is folded"
+    if question.collective == "all-to-all" and question.routing != "adaptive":
+        sprayed = replace(job, question=replace(question, routing="adaptive", queue_pairs=1))
+        folds = ", or all with adaptive routing, which is folded" if _needs(sprayed, job.gpus)[1] <= MOST_BYTES else ""
     raise ValueError(
         f"{question.collective} among {job.gpus} GPUs of {job.fabric.name} is {flows:,} flows and would need about "
         f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: --gpus {fitting} can be simulated{folds}"
     )
 
 
-def _flows(job: Job, gpus: int) -> int:
-    return sum(num_flows(job.question, name, job.fabric, gpus) for name in _names(job.question))
+def _needs(job: Job, gpus: int) -> tuple[int, float]:
+    """Most flows that are simulated at once, and the bytes for them."""
+    question, fabric, needs = job.question, job.fabric, []
+    each = [num_flows(question, name, fabric, gpus) for name in _names(question)]
+    for changes in ((), *job.trials):
+        classes = _folds(job, gpus, changes)
+        flows = classes.num_flows if classes else each[0]
+        needs.append((flows, needed_bytes(fabric, gpus, flows, question.policy, changes, classes)))
+    if question.beside is not None:  # never folded, and routed once alone and once with the other
+        needs.append((sum(each), 2 * needed_bytes(fabric, gpus, sum(each), question.policy)))
+    return max(needs, key=lambda need: need[1])
 
 
 def _names(question: Question) -> list[str]:
@@ -144,19 +135,12 @@ def _names(question: Question) -> list[str]:
     return [question.collective, *(question.other[:1] if question.other else ())]
 
 
-def _needed(job: Job, gpus: int, flows: int) -> float:
-    has_two_routes = job.question.beside is not None
-    has_two_routes |= any(change.seconds > 0 for changes in job.trials for change in changes)
-    return needed_bytes(job.fabric, gpus, flows, job.question.policy, has_two_routes)
-
-
 def _case(job: Job, amount: float) -> Case:
-    question, fabric = job.question, job.fabric
+    question, fabric, states = job.question, job.fabric, ((), *job.trials)
     task = None
-    if job.folded_as is None or job.trials or question.other:
+    if question.other or not all(_folds(job, job.gpus, changes) for changes in states):
         task = task_of(question, question.collective, fabric, job.gpus, amount)
-    healthy = _folded(job, amount) if job.folded_as is not None else _simulated(job, task, ())
-    failed = tuple(_simulated(job, task, changes) for changes in job.trials)
+    healthy, *failed = (_run(job, task, amount, changes) for changes in states)
     first = job.trials[0] if job.trials else ()
     lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in first)]) // 2)
     end = failed[0].seconds if failed and failed[0].is_complete else np.inf
@@ -170,7 +154,7 @@ def _case(job: Job, amount: float) -> Case:
         gpus=job.gpus,
         size=task.demand.size if task else amount,
         healthy=healthy,
-        failed=failed,
+        failed=tuple(failed),
         cables_lost=len(lost),
         late_failures=sum(change.seconds >= end for change in first),
         lacks=job.lacks,
@@ -179,30 +163,36 @@ def _case(job: Job, amount: float) -> Case:
     )
 
 
-def _folded(job: Job, size: float) -> Run:
-    assert job.folded_as is not None
-    folded = folded_all_to_all(job.folded_as, size)
-    result = simulate_folded(job.fabric, folded)
-    # Of the longest path; all shortest ones between two leaves are as long, so one of them will do.
-    latencies = route(job.fabric, folded.flows, Ecmp()).latency
-    of_one = Step(flows=Flows.of(np.zeros(job.gpus, np.int32), np.arange(job.gpus), 0.0))
-    _, latency = empty_seconds(job.fabric, folded.flows, latencies, most_messages(job.fabric, of_one))
-    seconds = max(result.seconds, latency)
-    rate = size / seconds if seconds else 0.0
+def _run(job: Job, task: Task | None, amount: float, changes: tuple[Change, ...]) -> Run:
+    if _folds(job, job.gpus, changes):
+        return _folded(job, amount, changes)
+    assert task is not None
+    return _simulated(job, task, changes)
+
+
+def _folded(job: Job, size: float, changes: tuple[Change, ...]) -> Run:
+    folded = folded_all_to_all(job.fabric, size, changes, job.gpus)
+    result = simulate_folded(job.fabric, folded, changes, reroute_seconds=job.question.reroute_seconds)
+    named, has_more = named_gpus(result, _NAMED)
+    rate = size / result.seconds if result.seconds and not result.num_cut_off else 0.0
     return Run(
-        seconds=seconds,
-        latency_seconds=latency,
+        seconds=result.seconds,
+        latency_seconds=result.latency_seconds,
         algorithm_bandwidth=rate,
         bus_bandwidth=rate * (job.gpus - 1) / job.gpus,
         flows=len(folded.flows),
         is_folded=True,
-        links=link_uses(job.fabric, result.link_bytes, seconds),
-        cut_off=CutOff(),
+        links=link_uses(job.fabric, result.link_bytes, result.seconds),
+        cut_off=CutOff(
+            flows=result.num_cut_off,
+            gpus=tuple(sorted(named)),
+            has_more_gpus=has_more,
+            delivered_share=result.delivered_share,
+        ),
     )
 
 
-def _simulated(job: Job, task: Task | None, changes: tuple[Change, ...]) -> Run:
-    assert task is not None
+def _simulated(job: Job, task: Task, changes: tuple[Change, ...]) -> Run:
     question, fabric, demand = job.question, job.fabric, task.demand
     delivery = deliver(
         fabric,

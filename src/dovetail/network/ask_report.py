@@ -25,8 +25,10 @@ def tables(answer: Answer) -> list[Table]:
 def notes(answer: Answer) -> list[str]:
     """What stands below the tables: how it was simulated, what was cut off, what prices are."""
     lines = []
-    if any(case.healthy.is_folded for case in answer.cases):
-        lines.append("flows that are alike were folded into one, by symmetry" + _unless_not(answer))
+    runs = [run for case in answer.cases for run in (case.healthy, *case.failed)]
+    if any(run.is_folded for run in runs):
+        some = "" if all(run.is_folded for run in runs) else ", where there were such"
+        lines.append(f"flows that are alike were folded into one, by symmetry{some}")
     for case in answer.cases:
         if case.late_failures:
             late = f"{case.late_failures} of {len(answer.question.failures + answer.question.random_failures)} failures"
@@ -193,11 +195,6 @@ def _amount(case: Case) -> str:
 
 def _where(case: Case) -> str:
     return f"{case.fabric}, {case.gpus:,} GPUs, {_amount(case)}"
-
-
-def _unless_not(answer: Answer) -> str:
-    other = "with failures" if answer.question.has_failures else "two at once" if answer.question.beside else ""
-    return f"; {other} every flow was simulated" if other else ""
 
 
 def _time(run: Run) -> str:

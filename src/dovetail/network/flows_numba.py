@@ -105,28 +105,39 @@ def _fix(  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _load(link, routes, bundles, flows_of, bundles_of, state, num_links):  # type: ignore[no-untyped-def]
-    """What the flows that still want a rate take of `link` per unit of their rate."""
+    """What the flows that still want a rate take of `link` per unit of their rate. One that has an item more than once
+    is there as often, and looked at once."""
     offsets, items, shares = routes
     total = 0.0
     for q in range(flows_of[0][link], flows_of[0][link + 1]):
         f = flows_of[1][q]
-        if state[f] == 1:
+        if state[f] == 1 and _is_first(q, flows_of, link):
             for p in range(offsets[f], offsets[f + 1]):
                 if items[p] == link:
                     total += shares[p] if len(shares) else 1.0
     for z in range(bundles_of[0][link], bundles_of[0][link + 1]):
         b = bundles_of[1][z]
-        part = 0.0
-        for q in range(bundles[0][b], bundles[0][b + 1]):
-            if bundles[1][q] == link:
-                part += bundles[2][q]
+        if not _is_first(z, bundles_of, link):
+            continue
+        wants = 0.0
         for q in range(flows_of[0][num_links + b], flows_of[0][num_links + b + 1]):
             f = flows_of[1][q]
-            if state[f] == 1:
+            if state[f] == 1 and _is_first(q, flows_of, num_links + b):
                 for p in range(offsets[f], offsets[f + 1]):
                     if items[p] == num_links + b:
-                        total += part * (shares[p] if len(shares) else 1.0)
+                        wants += shares[p] if len(shares) else 1.0
+        if wants == 0.0:  # as most do when loads are taken anew
+            continue
+        for q in range(bundles[0][b], bundles[0][b + 1]):
+            if bundles[1][q] == link:
+                total += wants * bundles[2][q]
     return total
+
+
+@njit(cache=True)
+def _is_first(place, rows_of, item):  # type: ignore[no-untyped-def]
+    """Rows are in order, so one that is there again is behind itself."""
+    return place == rows_of[0][item] or rows_of[1][place] != rows_of[1][place - 1]
 
 
 @njit(cache=True)

@@ -21,6 +21,7 @@ from dovetail.network.flows import Bools, Bundles, Floats, Ints, Longs
 from dovetail.network.topology import SWITCH, Fabric
 
 CELLS = 1 << 25  # leaves times links looked at together, for memory's sake
+PAIRS = 1 << 10  # of switches whose paths are found together, for memory's sake
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -36,15 +37,20 @@ class Hops:
     link: Ints  # of the fabric
     to: Ints  # [links of the fabric] switch at the end; meaningless for other kinds
     layer: NDArray[np.int8]  # [switches]
+    cables: Floats  # [links of the fabric] parallel ones that a link stands for
 
     def row(self, at: Ints, leaf: Ints) -> Longs:
         return self.index[leaf].astype(np.int64) * self.switches + at
 
 
-def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None) -> Hops:
-    """Towards `leaves` (vertices), over links that are up."""
+def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None, cables: Floats | None = None) -> Hops:
+    """Towards `leaves` (vertices), over links that are up. `cables`: how many parallel ones each link stands for, 0 for
+    those that others stand for (None: each for itself)."""
     first, count = fabric.first_switch, fabric.switches
-    is_open = fabric.kind == SWITCH if up is None else (fabric.kind == SWITCH) & up
+    cables = np.ones(fabric.links) if cables is None else cables
+    is_open = (fabric.kind == SWITCH) & (cables > 0)
+    if up is not None:
+        is_open &= up
     links = np.flatnonzero(is_open)
     links = links[np.argsort(fabric.link_from[links], kind="stable")]
     ends = fabric.link_from[links] - first, fabric.link_to[links] - first
@@ -71,6 +77,7 @@ def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None) -> Hops:
         link=np.concatenate([*found, np.zeros(0)]).astype(np.int32),
         to=fabric.link_to - np.int32(first),
         layer=fabric.switch_layer,
+        cables=cables,
     )
 
 
@@ -143,6 +150,15 @@ def _walk(hops: Hops, at: Ints, leaf: Ints, choose: Callable[[Ints, Longs, Longs
 def spray(hops: Hops, fabric: Fabric, at: Ints, leaf: Ints) -> tuple[Bundles, Floats]:
     """A bundle for each pair of switches, with its latency: packets over all shortest paths."""
     weight = _widths(hops, fabric)
+    blocks = [slice(low, low + PAIRS) for low in range(0, len(at), PAIRS)]
+    found = [_sprayed(hops, fabric, weight, at[block], leaf[block]) for block in blocks]
+    numbers, links, shares, latency = (np.concatenate(columns) for columns in zip(*found, strict=True))
+    offsets = np.cumsum(np.concatenate([[0], numbers])).astype(np.int64)
+    return Bundles(offsets=offsets, links=links, shares=shares), latency
+
+
+def _sprayed(hops: Hops, fabric: Fabric, weight: Floats, at: Ints, leaf: Ints) -> tuple[Longs, Ints, Floats, Floats]:
+    """Number of links of each pair; links and their shares, pair by pair; latency of each pair."""
     pair, switch = np.arange(len(at)), at.astype(np.int64)
     share: Floats = np.ones(len(at))
     latency = np.zeros(len(at))
@@ -170,17 +186,16 @@ def spray(hops: Hops, fabric: Fabric, at: Ints, leaf: Ints) -> tuple[Bundles, Fl
     pairs = np.concatenate([np.zeros(0, np.int64), *(each[0] for each in found)])
     order = np.argsort(pairs, kind="stable")
     return (
-        Bundles(
-            offsets=np.concatenate([[0], np.cumsum(np.bincount(pairs, minlength=len(at)))]).astype(np.int64),
-            links=np.concatenate([np.zeros(0, np.int32), *(each[1] for each in found)])[order],
-            shares=np.concatenate([np.zeros(0), *(each[2] for each in found)])[order],
-        ),
+        np.bincount(pairs, minlength=len(at)),
+        np.concatenate([np.zeros(0, np.int32), *(each[1] for each in found)])[order],
+        np.concatenate([np.zeros(0), *(each[2] for each in found)])[order],
         latency,
     )
 
 
 def _widths(hops: Hops, fabric: Fabric) -> Floats:
-    """For each entry of `hops.link`, the bytes/s that it and the links behind it carry towards the leaf."""
+    """For each entry of `hops.link`, the bytes/s that it and the links behind it carry towards the leaf, times the
+    cables that it stands for."""
     rows = np.repeat(np.arange(len(hops.start) - 1), np.diff(hops.start))
     behind = rows // hops.switches * hops.switches + hops.to[hops.link]
     steps = hops.distance.ravel()[rows]
@@ -188,7 +203,8 @@ def _widths(hops: Hops, fabric: Fabric) -> Floats:
     weight = np.zeros(len(rows))
     for length in range(1, int(steps.max(initial=0)) + 1):
         chosen = np.flatnonzero(steps == length)
-        weight[chosen] = np.minimum(fabric.capacity[hops.link[chosen]], width[behind[chosen]])
+        links = hops.link[chosen]
+        weight[chosen] = hops.cables[links] * np.minimum(fabric.capacity[links], width[behind[chosen]])
         sums = np.bincount(rows[chosen], weight[chosen], minlength=len(width))
         width[sums > 0] = sums[sums > 0]
     return weight

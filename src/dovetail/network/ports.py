@@ -6,6 +6,9 @@ Attempts in order of preference, the first that works for a flow is taken:
     2. forwarded over NVLink, at the sender's or at the receiver's node
     3. its own two NICs across rails
     4. NICs of any other index at both nodes, over NVLink at both: what is left when NICs or planes are down
+
+Of the ways of the last kind hashes and tables take one by turns, and sprayed packets all: nothing that spraying does
+hangs on the numbers of GPUs, so flows that are alike have routes that are (`network.symmetry`).
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dovetail.network.flows import Bools, Ints, Longs
 from dovetail.network.paths import Hops
@@ -47,8 +51,9 @@ Ends = tuple[Longs, Longs]  # source, destination
 Attempt = tuple[Longs, Longs, Longs]  # sender, receiver, plane
 
 
-def choose_ports(working: Working, ends: Ends, turn: Longs, forwarding: Forwarding) -> Ports:
-    """`turn` says which plane or index a flow tries first where several are as good."""
+def choose_ports(working: Working, ends: Ends, turn: Longs, forwarding: Forwarding, *, detours: bool = True) -> Ports:
+    """`turn` says which plane or index a flow tries first where several are as good. Without `detours` the fourth
+    attempt is left out."""
     fabric, (source, destination) = working.fabric, ends
     chosen = Ports(
         sender=source.copy(),
@@ -70,8 +75,8 @@ def choose_ports(working: Working, ends: Ends, turn: Longs, forwarding: Forwardi
         sender, receiver, plane = (column[open_] for column in attempt)
         there = source[open_], destination[open_]
         open_ = take((sender, receiver, plane), (plane >= 0) & usable(working, there, (sender, receiver, plane)))
-    if len(open_) and forwarding != "none":
-        take(*_detours(working, (source[open_], destination[open_]), turn[open_]))
+    if len(open_) and detours and forwarding != "none":
+        take(*_detour_by_turn(working, (source[open_], destination[open_]), turn[open_]))
     return chosen
 
 
@@ -94,21 +99,33 @@ def _attempts(fabric: Fabric, ends: Ends, turn: Longs, forwarding: Forwarding) -
             yield source, destination, np.where(is_same_plane, home[source], -1)
 
 
-def _detours(working: Working, ends: Ends, turn: Longs) -> tuple[Attempt, Bools]:
-    """NICs of the same index at both nodes, by turns over all that work, and whether any does."""
-    fabric, (source, destination) = working.fabric, ends
+def detour_ways(fabric: Fabric) -> list[tuple[int, int]]:
+    """Indices in their nodes and planes of the NICs that detours may take."""
     each, planes = fabric.gpus_per_node, fabric.planes
-    ways = [(k, k % planes) for k in range(each)]
     if fabric.spec.planes_per_nic > 1:
-        ways = [(k, plane) for k in range(each) for plane in range(planes)]
+        return [(index, plane) for index in range(each) for plane in range(planes)]
+    return [(index, index % planes) for index in range(each)]
+
+
+def detours(working: Working, ends: Ends) -> tuple[list[Attempt], NDArray[np.bool_]]:
+    """NICs of the same index at both nodes, each of them in turn; [ways, flows] which work."""
+    each, (source, destination) = working.fabric.gpus_per_node, ends
     senders, receivers = source // each * each, destination // each * each
-    works = np.array(
-        [usable(working, ends, (senders + k, receivers + k, np.full(len(source), plane))) for k, plane in ways]
-    )
+    attempts = [
+        (senders + index, receivers + index, np.full(len(source), plane))
+        for index, plane in detour_ways(working.fabric)
+    ]
+    return attempts, np.array([usable(working, ends, attempt) for attempt in attempts])
+
+
+def _detour_by_turn(working: Working, ends: Ends, turn: Longs) -> tuple[Attempt, Bools]:
+    """One of those that work, and whether any does."""
+    attempts, works = detours(working, ends)
     number = works.sum(axis=0)
     chosen = np.argmax(np.cumsum(works, axis=0) > turn % np.maximum(number, 1), axis=0)
-    index, plane = np.array(ways)[chosen].T
-    return (senders + index, receivers + index, plane), number > 0
+    flow = np.arange(len(chosen))
+    sender, receiver, plane = (np.array(columns)[chosen, flow] for columns in zip(*attempts, strict=True))
+    return (sender, receiver, plane), number > 0
 
 
 def _is_within(working: Working, ends: Ends) -> Bools:

@@ -7,8 +7,9 @@ the bytes on, having got them over NVLink (PXN) [ISCA §5.1]; or one of the rece
     destination   the sender's NIC = switches = NIC of the GPU with the sender's index = NVLink = GPU
 
 The same is done between rails that share spines, for it saves two switches. Where a NIC, a leaf or a plane is down,
-both ends go through GPUs of another index, whose NICs still reach each other. Bytes are passed on as they come, so one
-flow has all of these links at once.
+both ends go through GPUs of another index, whose NICs still reach each other: of one of them, by turns of the flows'
+numbers, or where packets are sprayed evenly over all. Bytes are passed on as they come, so one flow has all of these
+links at once.
 
 Choices among shortest paths are those of `network.paths`.
 """
@@ -21,16 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.config import near_matches
-from dovetail.network.flows import NO_BUNDLES, Bools, Floats, Flows, Ints, Longs, Routes
-from dovetail.network.paths import Hops, find_hops, hash_of, spray, walk_hashed, walk_static
+from dovetail.network.flows import Bools, Floats, Flows, Ints, Longs, Routes
+from dovetail.network.packing import Column, Part, pack, part_of
+from dovetail.network.paths import Hops, find_hops, hash_of, walk_hashed, walk_static
 from dovetail.network.ports import (
     FORWARDING,
+    Ends,
     Forwarding,
     Ports,
     Working,
     choose_ports,
     columns_outside,
     columns_within,
+    detour_ways,
+    detours,
     usable,
 )
 from dovetail.network.topology import Fabric
@@ -60,16 +65,23 @@ class Static:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptive:
-    """Each packet over any of the shortest paths, and over all ports of a NIC that has several."""
+    """Each packet over any of the shortest paths, and over all ports of a NIC that has several. What has to take a
+    detour takes all that work, evenly."""
 
 
 Policy = Ecmp | Static | Adaptive
 
 
 def route(
-    fabric: Fabric, flows: Flows, policy: Policy, up: Bools | None = None, forwarding: Forwarding = "source"
+    fabric: Fabric,
+    flows: Flows,
+    policy: Policy,
+    up: Bools | None = None,
+    forwarding: Forwarding = "source",
+    cables: Floats | None = None,
 ) -> Routes:
-    """Routes of `flows` between GPUs over links that are `up` (None: all).
+    """Routes of `flows` between GPUs over links that are `up` (None: all). Where packets are sprayed, links may stand
+    for `cables` parallel ones (`network.paths`), and have the shares of all of them.
 
     Raises ValueError for GPUs that there are not, and for an unknown forwarding.
     """
@@ -82,14 +94,15 @@ def route(
         working=Working(
             fabric=fabric,
             up=np.ones(fabric.links, bool) if up is None else up,
-            hops=find_hops(fabric, leaves[leaves >= 0], up),
+            hops=find_hops(fabric, leaves[leaves >= 0], up, cables),
         ),
         policy=policy,
         forwarding=forwarding,
         place=_places(fabric) if isinstance(policy, Static) else np.zeros((0, 0), np.int64),
     )
     blocks = [np.arange(low, min(low + ROWS, len(flows))) for low in range(0, len(flows), ROWS)]
-    return router.routes([router.columns(flows.take(block)) for block in blocks])
+    parts = [part for block in blocks for part in router.parts(flows.take(block), block)]
+    return pack(parts, len(flows), fabric, router.hops)
 
 
 def host_of(fabric: Fabric, node: int) -> int:
@@ -141,17 +154,6 @@ class _Leg:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Column:
-    """One item for each flow, -1: none. Of a pair it is switch * switches + switch, a bundle that is still to be made.
-    `leg` is -1 for what all legs have in common."""
-
-    items: Ints | Longs
-    share: float | Floats = 1.0
-    leg: int = -1
-    is_pair: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Router:
     working: Working
     policy: Policy
@@ -166,26 +168,49 @@ class _Router:
     def hops(self) -> Hops:
         return self.working.hops
 
-    def columns(self, flows: Flows) -> tuple[list[_Column], Bools]:
-        """What flows use, and which are cut off."""
+    def parts(self, flows: Flows, rows: Longs) -> list[Part]:
+        """What flows use; where packets are sprayed, those that take detours apart, for they have many more items."""
         source, destination, from_host, to_host = _gpus_of(self.fabric, flows)
         legs = self._legs(source, destination, flows.queue_pair)
         within = legs[0].ports.is_within & self._host_is_up(source, from_host, to_host)
-        found = [_Column(items=each) for each in columns_within(self.fabric, source, destination, within)]
+        found = [Column(items=each) for each in columns_within(self.fabric, source, destination, within)]
         for goes, reverse in ((from_host, 0), (to_host, 1)):
             if goes.any():
                 lanes = self.fabric.host_link[source] ^ reverse, self.fabric.pcie_link[source] ^ 1 - reverse
-                found += [_Column(items=np.where(goes, links, -1)) for links in lanes]
-        is_cut_off = ~within
-        has_common_ends = self.fabric.spec.planes_per_nic == 1
+                found += [Column(items=np.where(goes, links, -1)) for links in lanes]
+        found += self._columns(legs, (source, destination), self.fabric.spec.planes_per_nic == 1)
+        is_cut_off: Bools = np.logical_and.reduce([~within, *(leg.ports.plane < 0 for leg in legs)])
+        whole = Part(rows=rows, columns=found, is_cut_off=is_cut_off)
+        is_lost = is_cut_off & ~legs[0].ports.is_within
+        if not isinstance(self.policy, Adaptive) or self.forwarding == "none" or not is_lost.any():
+            return [whole]
+        kept, lost = np.flatnonzero(~is_lost), np.flatnonzero(is_lost)
+        step = ROWS // len(detour_ways(self.fabric))
+        blocks = [lost[low : low + step] for low in range(0, len(lost), step)]
+        around = [self._around((source[block], destination[block]), rows[block]) for block in blocks]
+        return [part_of(whole, kept), *around]
+
+    def _around(self, ends: Ends, rows: Longs) -> Part:
+        """Evenly over all detours that work."""
+        attempts, works = detours(self.working, ends)
+        number = works.sum(axis=0)
+        share = 1.0 / np.maximum(number, 1)
+        legs = []
+        for (sender, receiver, plane), on_it in zip(attempts, works, strict=True):
+            ports = Ports(sender=sender, receiver=receiver, plane=np.where(on_it, plane, -1), is_within=~on_it)
+            legs.append(_Leg(ports=ports, share=share, label=NO_LABELS))
+        return Part(rows=rows, columns=self._columns(legs, ends, False), is_cut_off=number == 0)
+
+    def _columns(self, legs: list[_Leg], ends: Ends, has_common_ends: bool) -> list[Column]:
+        """Of what leaves its node; `has_common_ends`: all legs go through the same two NICs."""
+        found = []
         for number, leg in enumerate(legs):
-            is_cut_off &= leg.ports.plane < 0
             if number == 0 or not has_common_ends:
-                ends = _Column(items=source) if has_common_ends else _Column(items=source, share=leg.share, leg=number)
-                for each in columns_outside(self.fabric, source, destination, leg.ports):
-                    found.append(replace(ends, items=each))
+                share, at = (1.0, -1) if has_common_ends else (leg.share, number)
+                links = columns_outside(self.fabric, *ends, leg.ports)
+                found += [Column(items=each, share=share, leg=at) for each in links]
             found += self._between_leaves(leg, number)
-        return found, is_cut_off
+        return found
 
     def _host_is_up(self, gpu: Longs, from_host: Bools, to_host: Bools) -> Bools:
         works = np.ones(len(gpu), bool)
@@ -202,7 +227,8 @@ class _Router:
         rotation = source + destination + destination // fabric.gpus_per_node
 
         def ports(turn: Longs) -> Ports:
-            return choose_ports(self.working, (source, destination), turn, self.forwarding)
+            is_sprayed = isinstance(policy, Adaptive)
+            return choose_ports(self.working, (source, destination), turn, self.forwarding, detours=not is_sprayed)
 
         if isinstance(policy, Ecmp):
             share, pairs = 1.0 / policy.queue_pairs, range(policy.queue_pairs)
@@ -221,79 +247,25 @@ class _Router:
 
     def _on_all_planes(self, source: Longs, destination: Longs, first: Ports) -> list[_Leg]:
         """Evenly over the planes on which the flow's own two NICs reach each other."""
-        is_direct = (first.plane >= 0) & (first.sender == source) & (first.receiver == destination)
-        ends = source, destination
+        is_direct, ends = first.plane >= 0, (source, destination)
         works = [
             is_direct & usable(self.working, ends, (*ends, np.full(len(source), plane)))
             for plane in range(self.fabric.planes)
         ]
         share = 1.0 / np.maximum(np.sum(works, axis=0), 1)
         planes = [np.where(on_it, plane, -1) for plane, on_it in enumerate(works)]
-        planes[0] = np.where(is_direct, planes[0], first.plane)
         return [_Leg(ports=replace(first, plane=plane), share=share, label=NO_LABELS) for plane in planes]
 
-    def _between_leaves(self, leg: _Leg, number: int) -> list[_Column]:
+    def _between_leaves(self, leg: _Leg, number: int) -> list[Column]:
         ports, first = leg.ports, np.int32(self.fabric.first_switch)
         to = self.fabric.leaf[ports.receiver, ports.plane] - first
         at = np.where(ports.plane >= 0, self.fabric.leaf[ports.sender, ports.plane] - first, to)
         if isinstance(self.policy, Adaptive):
             pair = np.where(at != to, at.astype(np.int64) * self.hops.switches + to, -1)
-            return [_Column(items=pair, share=leg.share, leg=number, is_pair=True)]
+            return [Column(items=pair, share=leg.share, leg=number, is_pair=True)]
         if isinstance(self.policy, Static):
             place = self.place[ports.receiver, ports.plane]
             links = walk_static(self.hops, at, to, place, self.fabric.spec.radix // 2)
         else:
             links = walk_hashed(self.hops, at, to, leg.label)
-        return [_Column(items=each, share=leg.share, leg=number) for each in links]
-
-    def routes(self, parts: list[tuple[list[_Column], Bools]]) -> Routes:
-        """Parts in one, with a bundle for each pair of leaves that packets are sprayed between."""
-        fabric = self.fabric
-        pairs = [np.unique(column.items) for columns, _ in parts for column in columns if column.is_pair]
-        known = np.unique(np.concatenate([np.zeros(0, np.int64), *pairs]))
-        known = known[known >= 0]
-        at, to = np.divmod(known, self.hops.switches)
-        bundles, behind = NO_BUNDLES, np.zeros(0)
-        if len(known):
-            bundles, behind = spray(self.hops, fabric, at.astype(np.int32), to.astype(np.int32))
-        latency_of = np.concatenate([fabric.latency, behind])
-        packed = [_packed(columns, len(cut), known, fabric.links, latency_of) for columns, cut in parts]
-        shares = np.zeros(0)
-        if any(share is not None for _, _, share, _ in packed):
-            shares = np.concatenate([np.ones(len(items)) if share is None else share for _, items, share, _ in packed])
-        return Routes(
-            num_links=fabric.links,
-            offsets=np.cumsum(np.concatenate([np.zeros(1, np.int64), *(each[0] for each in packed)])),
-            items=np.concatenate([np.zeros(0, np.int32), *(each[1] for each in packed)]),
-            shares=shares,
-            bundles=bundles,
-            latency=np.concatenate([np.zeros(0), *(each[3] for each in packed)]),
-            is_cut_off=np.concatenate([np.zeros(0, bool), *(cut for _, cut in parts)]),
-        )
-
-
-def _packed(
-    columns: list[_Column], count: int, known: Longs, num_links: int, latency_of: Floats
-) -> tuple[Longs, Ints, Floats | None, Floats]:
-    """Number of items of each flow; items, flow by flow; their shares, None if all are 1; latency of the longest
-    leg."""
-    table = np.full((count, len(columns)), -1, np.int32)
-    common, longest = np.zeros(count), np.zeros(count)
-    legs: dict[int, Floats] = {}
-    for index, column in enumerate(columns):
-        items = column.items
-        if column.is_pair:
-            items = np.where(items >= 0, num_links + np.searchsorted(known, items), -1)
-        table[:, index] = items
-        seconds = np.where(items >= 0, latency_of[items], 0.0)
-        if column.leg < 0:
-            common += seconds
-        else:
-            legs[column.leg] = legs.get(column.leg, 0.0) + seconds
-    for seconds in legs.values():
-        np.maximum(longest, seconds, out=longest)
-    is_item = table >= 0
-    shares = None
-    if any(not isinstance(column.share, float) or column.share != 1.0 for column in columns):
-        shares = np.column_stack([np.broadcast_to(column.share, count) for column in columns])[is_item]
-    return is_item.sum(axis=1), table[is_item], shares, common + longest
+        return [Column(items=each, share=leg.share, leg=number) for each in links]
