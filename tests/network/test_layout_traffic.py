@@ -166,3 +166,9 @@ def test_what_is_cut_off_is_named() -> None:
     traffic = layout_traffic(CLUSTER, 256, "ft2", failures=["switch:0"])
     with pytest.raises(ValueError, match=r"--fail switch:0 on ft2: .* GPUs 0, 1, 2, 3, \.\.\. have no path left"):
         traffic.at_once(exchange(64))
+
+
+def test_what_would_need_too_much_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dovetail.network.layout_traffic.MOST_BYTES", 2**20)
+    with pytest.raises(ValueError, match=r"65,280 flows at once .* more than .* fewer --gpus"):
+        layout_traffic(CLUSTER, 256).at_once(exchange(256), "low-latency")

@@ -17,14 +17,13 @@ from dovetail.network.failures import NotThereError
 from dovetail.network.flows import Flows
 from dovetail.network.jobs import Task, amounts_of, check_task, num_flows, task_of
 from dovetail.network.link_use import link_uses
-from dovetail.network.memory import needed_bytes
+from dovetail.network.memory import MOST_BYTES, needed_bytes
 from dovetail.network.price import bill
 from dovetail.network.question import Question, build_fabrics, changes_of, check_gpus
 from dovetail.network.simulation import Change
 from dovetail.network.symmetry import Classes, classes_of, folded_all_to_all, named_gpus, simulate_folded
 from dovetail.network.topology import Fabric
 
-MOST_BYTES = 4 * 2**30
 _NAMED = 8  # GPUs cut off that are named
 
 

@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
-from dovetail.config import near_matches
 from dovetail.cost.ops import Collective, Exchange, Send
 from dovetail.network.collectives import LinkBytes, Mode, Transfer, exchange_bytes
 from dovetail.network.delivery import Delivery, deliver
@@ -30,12 +29,12 @@ from dovetail.network.expert_demands import posted
 from dovetail.network.failures import parse_failure
 from dovetail.network.flows import Flows, Longs, joined
 from dovetail.network.link_use import link_uses
-from dovetail.network.routing import Adaptive, Ecmp, Policy, Static
+from dovetail.network.memory import MOST_BYTES, needed_bytes
+from dovetail.network.routing import Adaptive, Policy, policy_of
 from dovetail.network.simulation import Change
 from dovetail.network.topology import Fabric, build
 from dovetail.spec.hardware import Cluster
 
-POLICIES: dict[str, Policy] = {"adaptive": Adaptive(), "ecmp": Ecmp(), "static": Static()}
 RINGS: dict[str, Literal["all-gather", "reduce-scatter", "all-reduce"]] = {
     "all_gather": "all-gather",
     "reduce_scatter": "reduce-scatter",
@@ -101,9 +100,9 @@ class LayoutTraffic:
     def _simulated(self, sent: Sent, mode: Mode) -> AtOnce:
         first_ranks, each = _first_ranks(sent, self.gpus), self.fabric.gpus_per_node
         alone = deliver(self.fabric, _demand(_group_step(sent, mode, 0, each)), Adaptive())
-        together = deliver(
-            self.fabric, _demand(_all_groups(sent, mode, first_ranks, each)), self.policy, changes=self.changes
-        )
+        everyone = _all_groups(sent, mode, first_ranks, each)
+        self._check_memory(len(everyone.flows))
+        together = deliver(self.fabric, _demand(everyone), self.policy, changes=self.changes)
         if not together.is_complete:
             raise ValueError(self._cut_off(together))
         uses = link_uses(self.fabric, together.link_bytes, together.seconds)
@@ -114,6 +113,15 @@ class LayoutTraffic:
             together=together.seconds,
             busiest=uses[0].name if uses else "",
         )
+
+    def _check_memory(self, flows: int) -> None:
+        needed = needed_bytes(self.fabric, self.gpus, flows, self.policy, self.changes)
+        if needed > MOST_BYTES:
+            raise ValueError(
+                f"exchanges of {self.gpus} GPUs on {self.fabric.name} are {flows:,} flows at once and would need about "
+                f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: plan with fewer --gpus, or by closed "
+                "forms"
+            )
 
     def _cut_off(self, delivery: Delivery) -> str:
         lost = delivery.cut_off
@@ -133,8 +141,7 @@ def layout_traffic(
     Raises ValueError for a cluster without a fabric, one that cannot be built for it, an unknown routing, and failures
     of parts that there are not, or that come during a step.
     """
-    if routing not in POLICIES:
-        raise ValueError(f"no routing {routing!r}; {near_matches(routing, POLICIES)}")
+    policy = policy_of(routing)
     wired = build_for(cluster, fabric)
     changes = tuple(parse_failure(text, wired) for text in failures)
     for text, change in zip(failures, changes, strict=True):
@@ -148,7 +155,7 @@ def layout_traffic(
         gpus=gpus,
         routing=routing,
         failures=tuple(failures),
-        policy=POLICIES[routing],
+        policy=policy,
         changes=changes,
     )
 

@@ -23,6 +23,8 @@ from dovetail.network.simulation import Change
 from dovetail.network.symmetry import Classes
 from dovetail.network.topology import SWITCH, Fabric
 
+MOST_BYTES = 4 * 2**30  # what would need more is refused
+
 
 def needed_bytes(
     fabric: Fabric,

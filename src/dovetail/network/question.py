@@ -14,12 +14,11 @@ from dovetail.config import near_matches
 from dovetail.network.demands import COLLECTIVES, RINGS
 from dovetail.network.expert_demands import MODES
 from dovetail.network.failures import parse_failure, random_links
-from dovetail.network.routing import Adaptive, Ecmp, Policy, Static
+from dovetail.network.routing import Policy, policy_of
 from dovetail.network.simulation import Change
 from dovetail.network.sizes import MOST_CASES, parse_count, parse_size, parse_values
 from dovetail.network.topology import Fabric, build
 
-ROUTINGS = ("adaptive", "ecmp", "static")
 EXPERTS = ("dispatch", "combine")
 SIZED = (*COLLECTIVES, "pipeline", "kv-transfer")
 KNOWN = (*SIZED, *EXPERTS)
@@ -89,8 +88,6 @@ class Question:
             raise ValueError("no fabric: give --fabric once or more")
         if self.collective not in KNOWN:
             raise ValueError(f"no collective {self.collective!r}; {near_matches(self.collective, KNOWN)}")
-        if self.routing not in ROUTINGS:
-            raise ValueError(f"no routing {self.routing!r}; {near_matches(self.routing, ROUTINGS)}")
         self._check_numbers()
         self._check_fitting()
         self._check_experts()
@@ -110,8 +107,7 @@ class Question:
             raise ValueError(f"seed = {self.seed}: use 0 or more")
         if not 0 <= self.reroute_seconds < np.inf:
             raise ValueError(f"reroute_seconds = {self.reroute_seconds}: must be finite and not negative")
-        if self.queue_pairs < 1:
-            raise ValueError(f"queue_pairs = {self.queue_pairs}: a connection has at least 1")
+        policy_of(self.routing, self.queue_pairs, self.seed)
         if any(tokens < 0 for tokens in self.tokens):
             raise ValueError(f"tokens = {min(self.tokens)}: use 0 or more")
 
@@ -141,9 +137,7 @@ class Question:
 
     @property
     def policy(self) -> Policy:
-        if self.routing == "ecmp":
-            return Ecmp(queue_pairs=self.queue_pairs, seed=self.seed)
-        return Adaptive() if self.routing == "adaptive" else Static()
+        return policy_of(self.routing, self.queue_pairs, self.seed)
 
     @property
     def has_failures(self) -> bool:

@@ -70,6 +70,16 @@ class Adaptive:
 
 
 Policy = Ecmp | Static | Adaptive
+ROUTINGS = ("adaptive", "ecmp", "static")
+
+
+def policy_of(routing: str, queue_pairs: int = 1, seed: int = 0) -> Policy:
+    """The policy called `routing`; the rest is for ECMP. Raises ValueError for another name."""
+    if routing not in ROUTINGS:
+        raise ValueError(f"no routing {routing!r}; {near_matches(routing, ROUTINGS)}")
+    if routing == "ecmp":
+        return Ecmp(queue_pairs=queue_pairs, seed=seed)
+    return Adaptive() if routing == "adaptive" else Static()
 
 
 def route(
