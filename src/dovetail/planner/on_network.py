@@ -34,12 +34,24 @@ def traffic_of(plan: TrainingPlan | ServingPlan) -> LayoutTraffic | None:
 
 
 def simulated(plan: TrainingPlan | ServingPlan) -> list[Simulated]:
-    """Each exchange of a plan once, in the order in which they come; none where closed forms were taken."""
+    """Each kind of exchange of a plan, in the order in which they come, the longest of those between the same groups;
+    none where closed forms were taken."""
     if traffic_of(plan) is None:
         return []
+    longest: dict[tuple[object, ...], Simulated] = {}
+    for each in _all(plan):
+        key = each.part, each.name, each.seconds.groups, each.seconds.ranks
+        if key not in longest or each.seconds.alone > longest[key].seconds.alone:
+            longest[key] = each
+    return list(longest.values())
+
+
+def _all(plan: TrainingPlan | ServingPlan) -> Iterator[Simulated]:
     if isinstance(plan, TrainingPlan):
-        return list(dict.fromkeys(_training(plan.work)))
-    return list(dict.fromkeys([*_serving(plan.prefill.work, "prompts"), *_serving(plan.decode.work, "outputs")]))
+        yield from _training(plan.work)
+    else:
+        yield from _serving(plan.prefill.work, "prompts")
+        yield from _serving(plan.decode.work, "outputs")
 
 
 def _training(work: Workload) -> Iterator[Simulated]:
