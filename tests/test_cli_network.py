@@ -117,7 +117,7 @@ def test_experts_beside_copies_from_the_host() -> None:
         ((*SIMULATE, "--fail", "plan:3"), "did you mean plane"),
         ((*SIMULATE, "--picture", "sweep.png"), "add --sweep"),
         (("simulate", "--fabric", "ft2", "--gpus", "4096"), "ft2 has 2048"),
-        (("simulate", "--fabric", "ft3"), "would need about"),
+        (("simulate", "--fabric", "ft3", "--routing", "ecmp"), "would need about"),
         ((*SIMULATE, "--collective", "dispatch", "--size", "1GiB"), "not for dispatch: give --tokens"),
         ((*SIMULATE, "--collective", "dispatch", "--model", "deepsek-v3"), "did you mean deepseek-v3"),
         ((*SIMULATE, "--collective", "dispatch", "--precision", "fp7"), "is no precision recipe"),

@@ -36,7 +36,7 @@ class Run:
     latency_seconds: float
     algorithm_bandwidth: float
     bus_bandwidth: float
-    flows: int
+    flows: int  # simulated; 0: told from the loads of links
     is_folded: bool
     links: tuple[LinkUse, ...]
     cut_off: CutOff

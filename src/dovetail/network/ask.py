@@ -1,7 +1,8 @@
 """Answers to a `Question`: a collective on each fabric, whole and with what fails, sizes and GPU counts one by one.
 
-All-to-all with sprayed packets is folded by symmetry (`network.symmetry`) where nodes are alike; everything else is
-simulated flow by flow. What would take more than about 4 GiB is refused before anything is run.
+All-to-all with sprayed packets is told from the loads of links alone on fabrics of one plane (`network.loads`), and
+folded by symmetry (`network.symmetry`) where nodes are alike; everything else is simulated flow by flow. What would
+take more than about 4 GiB is refused before anything is run.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dovetail.network.failures import NotThereError
 from dovetail.network.flows import Flows
 from dovetail.network.jobs import Task, amounts_of, check_task, num_flows, task_of
 from dovetail.network.link_use import link_uses
+from dovetail.network.loads import Loads, all_to_all_loads, has_loads
 from dovetail.network.memory import MOST_BYTES, needed_bytes
 from dovetail.network.price import bill
 from dovetail.network.question import Question, build_fabrics, changes_of, check_gpus
@@ -36,6 +38,7 @@ class Job:
     gpus: int
     trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
     lacks: str  # the part that is to fail and that this fabric has not; "": none
+    loads: tuple[Loads | None, ...]  # with nothing failing, and in each trial; None where flows have to be simulated
 
 
 def ask(question: Question) -> Answer:
@@ -86,9 +89,15 @@ def _summary(fabric: Fabric) -> FabricSummary:
 def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Change, ...]] | str) -> Job:
     """Raises ValueError for more memory than is allowed."""
     lacks, trials = (failing, []) if isinstance(failing, str) else ("", failing)
-    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks)
+    loads = tuple(_loads(question, fabric, gpus, changes) for changes in ((), *trials))
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, loads=loads)
     _check_memory(job)
     return job
+
+
+def _loads(question: Question, fabric: Fabric, gpus: int, changes: tuple[Change, ...]) -> Loads | None:
+    is_even = question.collective == "all-to-all" and question.routing == "adaptive"
+    return all_to_all_loads(fabric, gpus, changes) if is_even and has_loads(fabric, gpus, changes) else None
 
 
 def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
@@ -120,13 +129,15 @@ def _needs(job: Job, gpus: int) -> tuple[int, float]:
     """Most flows that are simulated at once, and the bytes for them."""
     question, fabric, needs = job.question, job.fabric, []
     each = [num_flows(question, name, fabric, gpus) for name in _names(question)]
-    for changes in ((), *job.trials):
+    for changes, loads in zip(((), *job.trials), job.loads, strict=True):
+        if loads is not None:
+            continue
         classes = _folds(job, gpus, changes)
         flows = classes.num_flows if classes else each[0]
         needs.append((flows, needed_bytes(fabric, gpus, flows, question.policy, changes, classes)))
     if question.beside is not None:  # never folded, and routed once alone and once with the other
         needs.append((sum(each), 2 * needed_bytes(fabric, gpus, sum(each), question.policy)))
-    return max(needs, key=lambda need: need[1])
+    return max(needs, key=lambda need: need[1], default=(0, 0.0))
 
 
 def _names(question: Question) -> list[str]:
@@ -135,11 +146,14 @@ def _names(question: Question) -> list[str]:
 
 
 def _case(job: Job, amount: float) -> Case:
-    question, fabric, states = job.question, job.fabric, ((), *job.trials)
+    question, fabric = job.question, job.fabric
+    states = list(zip(((), *job.trials), job.loads, strict=True))
     task = None
-    if question.other or not all(_folds(job, job.gpus, changes) for changes in states):
+    if question.other or not all(loads or _folds(job, job.gpus, changes) for changes, loads in states):
         task = task_of(question, question.collective, fabric, job.gpus, amount)
-    healthy, *failed = (_run(job, task, amount, changes) for changes in states)
+    healthy, *failed = (
+        _by_loads(job, amount, loads) if loads else _run(job, task, amount, changes) for changes, loads in states
+    )
     first = job.trials[0] if job.trials else ()
     lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in first)]) // 2)
     end = failed[0].seconds if failed and failed[0].is_complete else np.inf
@@ -167,6 +181,22 @@ def _run(job: Job, task: Task | None, amount: float, changes: tuple[Change, ...]
         return _folded(job, amount, changes)
     assert task is not None
     return _simulated(job, task, changes)
+
+
+def _by_loads(job: Job, size: float, loads: Loads) -> Run:
+    part = size / job.gpus
+    seconds = loads.seconds(part)
+    rate = size / seconds if seconds else 0.0
+    return Run(
+        seconds=seconds,
+        latency_seconds=loads.latency_seconds,
+        algorithm_bandwidth=rate,
+        bus_bandwidth=rate * (job.gpus - 1) / job.gpus,
+        flows=0,
+        is_folded=False,
+        links=link_uses(job.fabric, loads.link_flows * part, seconds),
+        cut_off=CutOff(),
+    )
 
 
 def _folded(job: Job, size: float, changes: tuple[Change, ...]) -> Run:

@@ -26,6 +26,8 @@ def notes(answer: Answer) -> list[str]:
     """What stands below the tables: how it was simulated, what was cut off, what prices are."""
     lines = []
     runs = [run for case in answer.cases for run in (case.healthy, *case.failed)]
+    if not all(run.flows for run in runs):
+        lines.append("flows of one size that start together end with the busiest link, so that none were simulated")
     if any(run.is_folded for run in runs):
         some = "" if all(run.is_folded for run in runs) else ", where there were such"
         lines.append(f"flows that are alike were folded into one, by symmetry{some}")
@@ -78,7 +80,7 @@ def _in_full(answer: Answer, case: Case) -> Table:
         *(_expert_rows(case, runs) if case.experts else ()),
         ("latency", *(seconds_text(run.latency_seconds) for run in runs)),
         ("its share of the time", *(f"{run.latency_share:.2%}" for run in runs)),
-        ("flows simulated", *(f"{run.flows:,}" for run in runs)),
+        ("flows simulated", *(f"{run.flows:,}" if run.flows else "none" for run in runs)),
     ]
     if case.failed:
         rows += [

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dovetail.network.flows import Bools, Floats, Longs
+from dovetail.network.paths import lengths
 from dovetail.network.simulation import Change
 from dovetail.network.topology import NIC, SWITCH, Fabric
 
@@ -65,12 +66,12 @@ def all_to_all_loads(fabric: Fabric, gpus: int, changes: Sequence[Change] = ()) 
     targets, is_turned = np.flatnonzero(members), _is_turned(fabric, gpus, changes)
     if is_turned:
         targets = targets[fabric.switch_group[targets] == 0]
-    load, longest = np.zeros(fabric.links), 0
+    load, length, longest = np.zeros(fabric.links), lengths(fabric), 0
     for low in range(0, len(targets), LEAVES):
         leaves = targets[low : low + LEAVES]
         amounts: Floats = members[None, :] * members[leaves, None]
         _leave_out_nodes(fabric, leaf_of, leaves, amounts)
-        found = add_loads(into, out, ends, fabric.capacity, leaves, amounts, load)
+        found = add_loads(into, out, ends, fabric.capacity, length, leaves, amounts, load)
         if found == CUT_OFF:
             return None
         longest = max(longest, found)
@@ -123,8 +124,8 @@ def _at_the_ends(fabric: Fabric, gpus: int) -> Floats:
 
 
 def _latencies(fabric: Fabric, gpus: int, longest: int) -> tuple[float, float]:
-    """Of the longest path, and with messages posted one after another, as `network.delivery` has it. NICs are alike, and
-    so are cables between switches."""
+    """Of the longest path, and with messages posted one after another, as `network.delivery` has it. All NICs are
+    alike, as are all cables between switches."""
     hop = float(fabric.latency[fabric.kind == SWITCH].max(initial=0.0))
     outside = 2 * float(fabric.latency[fabric.kind == NIC].max()) + longest * hop
     within = 2 * float(fabric.latency[fabric.nvlink_link[0]]) if fabric.nvlink_link[0] >= 0 else 0.0

@@ -6,6 +6,10 @@
               leaf are reached over different spines and cables                                       [d-mod-k]
     sprayed   packets go over all, in proportion to what each link and those behind it can carry
 
+Shortest are those with the fewest cables, but that a dragonfly's cable between groups counts as three: a path goes over
+one of them if it can, where two without the switches on either side would be as few cables and twice the load [Kim et
+al., Technology-Driven, Highly-Scalable Dragonfly Topology, §4.1: minimal routing].
+
 Left out: longer ways round (Valiant), and hashes that survive failures: ECMP picks anew among the links left.
 """
 
@@ -21,6 +25,8 @@ from dovetail.network.flows import Bools, Bundles, Floats, Ints, Longs
 from dovetail.network.topology import SWITCH, Fabric
 
 CELLS = 1 << 25  # leaves times links looked at together, for memory's sake
+BETWEEN_GROUPS = 3
+FARTHEST = 127
 PAIRS = 1 << 10  # of switches whose paths are found together, for memory's sake
 
 
@@ -32,7 +38,7 @@ class Hops:
     switches: int
     leaf_of: Ints  # [leaves] its switch
     index: Ints  # [switches] which leaf it is; -1: none
-    distance: NDArray[np.int8]  # [leaves, switches] links; -1: no way
+    distance: NDArray[np.int8]  # [leaves, switches] sum of `lengths`; -1: no way
     start: Longs  # [leaves * switches + 1]
     link: Ints  # of the fabric
     to: Ints  # [links of the fabric] switch at the end; meaningless for other kinds
@@ -53,7 +59,7 @@ def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None, cables: Flo
         is_open &= up
     links = np.flatnonzero(is_open)
     links = links[np.argsort(fabric.link_from[links], kind="stable")]
-    ends = fabric.link_from[links] - first, fabric.link_to[links] - first
+    ends, length = (fabric.link_from[links] - first, fabric.link_to[links] - first), lengths(fabric)[links]
     leaf_of = (np.unique(leaves) - first).astype(np.int32)
     index = np.full(count, -1, np.int32)
     index[leaf_of] = np.arange(len(leaf_of))
@@ -63,8 +69,8 @@ def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None, cables: Flo
     for low in range(0, len(leaf_of), step):
         part = distance[low : low + step]
         part[np.arange(len(part)), leaf_of[low : low + step]] = 0
-        _measure(part, *ends)
-        leads = (part[:, ends[0]] > 0) & (part[:, ends[0]] == part[:, ends[1]] + 1) & (part[:, ends[1]] >= 0)
+        _measure(part, *ends, length)
+        leads = (part[:, ends[0]] > 0) & (part[:, ends[0]] == part[:, ends[1]] + length) & (part[:, ends[1]] >= 0)
         leaf, place = np.nonzero(leads)
         counts.append(np.bincount(leaf * count + ends[0][place], minlength=part.size))
         found.append(links[place])
@@ -81,20 +87,33 @@ def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None, cables: Flo
     )
 
 
-def _measure(distance: NDArray[np.int8], link_from: Ints, link_to: Ints) -> None:
-    """Breadth first from each leaf, all at once. `link_from` is sorted."""
+def lengths(fabric: Fabric) -> NDArray[np.int8]:
+    """[links] what a link between switches adds to a path's length."""
+    found = np.ones(fabric.links, np.int8)
+    if fabric.spec.kind == "dragonfly":
+        links = np.flatnonzero(fabric.kind == SWITCH)
+        one, other = (
+            fabric.switch_group[end[links] - fabric.first_switch] for end in (fabric.link_from, fabric.link_to)
+        )
+        found[links[one != other]] = BETWEEN_GROUPS
+    return found
+
+
+def _measure(distance: NDArray[np.int8], link_from: Ints, link_to: Ints, length: NDArray[np.int8]) -> None:
+    """From each leaf to what is a step farther, all leaves at once. `link_from` is sorted."""
     if not len(link_from):
         return
     begins = np.flatnonzero(np.diff(link_from, prepend=-1))
     sources = link_from[begins]
-    for length in range(1, 127):
-        reached = np.logical_or.reduceat(distance[:, link_to] == length - 1, begins, axis=1)
-        new = reached & (distance[:, sources] < 0)
-        if not new.any():
-            return
-        leaf, place = np.nonzero(new)
-        distance[leaf, sources[place]] = length
-    raise AssertionError("paths longer than any fabric has")
+    last = far = 0
+    while far < last + length.max():
+        far += 1
+        assert far < FARTHEST, "paths longer than any fabric has"
+        before = np.where(length > far, FARTHEST, far - length.astype(np.int64)).astype(np.int8)
+        new = np.logical_or.reduceat(distance[:, link_to] == before, begins, axis=1) & (distance[:, sources] < 0)
+        if new.any():
+            leaf, place = np.nonzero(new)
+            distance[leaf, sources[place]] = last = far
 
 
 def hash_of(*columns: NDArray[np.integer] | int) -> NDArray[np.uint64]:
