@@ -1,4 +1,5 @@
-"""All-to-all in the flow simulation: every flow hashed for itself, and at full size folded by symmetry.
+"""All-to-all in the flow simulation: every flow hashed for itself, and at full size folded by symmetry or told from the
+loads of links.
 
 Each case runs in a process of its own, so that its peak of memory is its own; kernels are compiled before (the first
 run on a machine takes some seconds more). The time of an all-to-all of equal flows has a closed form, the busiest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dovetail.network.simulation import Change
     from dovetail.network.topology import Fabric
 
-SIZE = 2e9  # bytes per rank
+SIZE = 2e9  # bytes per rank; of hundreds of thousands more, or posting messages is what takes longest
 GIBIBYTE = 2**30
 
 
@@ -30,10 +31,11 @@ class Case:
     name: str
     fabric: str
     gpus: int
-    policy: str  # ecmp, adaptive, static; folded
+    policy: str  # ecmp, adaptive, static; folded; loads, without flows
     failure: str = ""  # a part, or a share of the cables
     limit_seconds: float
     limit_gib: float = 2.0
+    size: float = SIZE
 
 
 CASES = (
@@ -44,6 +46,9 @@ CASES = (
     Case(name="eight planes, sprayed, folded", fabric="mpft", gpus=16384, policy="folded", limit_seconds=60),
     Case(name="and a plane lost", fabric="mpft", gpus=16384, policy="folded", failure="plane:3", limit_seconds=60),
     Case(name="and 1 % of the cables", fabric="mpft", gpus=16384, policy="folded", failure="1%", limit_seconds=60),
+    Case(name="three layers, from loads", fabric="ft3", gpus=65536, policy="loads", limit_seconds=60),
+    Case(name="slim fly, from loads", fabric="slim-fly", gpus=30616, policy="loads", limit_seconds=60),
+    Case(name="dragonfly, from loads", fabric="dragonfly", gpus=261632, policy="loads", limit_seconds=60, size=64e9),
 )
 
 
@@ -63,6 +68,7 @@ class Measured:
 def measure(case: Case) -> Measured:
     from dovetail.catalog.fabrics import load_fabric
     from dovetail.network.demands import all_to_all
+    from dovetail.network.loads import all_to_all_loads
     from dovetail.network.routing import Adaptive, Ecmp, Static, route
     from dovetail.network.simulation import simulate
     from dovetail.network.symmetry import folded_all_to_all, simulate_folded
@@ -71,25 +77,35 @@ def measure(case: Case) -> Measured:
     small = build(load_fabric(case.fabric, 64))
     flows = all_to_all(range(64), SIZE).steps[0].flows
     simulate(small.capacity, flows, route(small, flows, Adaptive()))  # compiles
+    all_to_all_loads(build(load_fabric("ft2", 64)), 64)
 
     begun, cpu = time.perf_counter(), time.process_time()
     fabric = build(load_fabric(case.fabric, case.gpus))
     built = time.perf_counter()
     if case.policy == "folded":
         changes = changes_of(fabric, case.failure)
-        folded = folded_all_to_all(fabric, SIZE, changes)
+        folded = folded_all_to_all(fabric, case.size, changes)
         routed = time.perf_counter()
         outcome = simulate_folded(fabric, folded, changes)  # routes, too
         done = time.perf_counter()
-        count, carried, latency = folded.counts.sum(), outcome.link_bytes, 0.0
+        seconds, count, carried, latency = outcome.seconds, folded.counts.sum(), outcome.link_bytes, 0.0
         flows = folded.flows
+    elif case.policy == "loads":
+        routed = time.perf_counter()
+        loads = all_to_all_loads(fabric, case.gpus)
+        assert loads is not None
+        done = time.perf_counter()
+        part = case.size / case.gpus
+        seconds, count, flows = loads.seconds(part), case.gpus * (case.gpus - 1.0), ()
+        carried, latency = loads.link_flows * part, loads.path_seconds
     else:
-        flows = all_to_all(range(case.gpus), SIZE).steps[0].flows
+        flows = all_to_all(range(case.gpus), case.size).steps[0].flows
         routes = route(fabric, flows, {"ecmp": Ecmp(), "adaptive": Adaptive(), "static": Static()}[case.policy])
         routed = time.perf_counter()
         outcome = simulate(fabric.capacity, flows, routes)
         done = time.perf_counter()
-        count, carried, latency = len(flows), outcome.link_bytes, float(routes.latency.max())
+        seconds, count, carried = outcome.seconds, len(flows), outcome.link_bytes
+        latency = float(routes.latency.max())
     cpu = time.process_time() - cpu
     bound = (carried / fabric.capacity).max()
     return Measured(
@@ -100,8 +116,8 @@ def measure(case: Case) -> Measured:
         peak_gib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIBIBYTE,
         flows=float(count),
         simulated=len(flows),
-        predicted_s=outcome.seconds,
-        from_bound=float((outcome.seconds - latency) / bound - 1),
+        predicted_s=seconds,
+        from_bound=float((seconds - latency) / bound - 1),
     )
 
 
