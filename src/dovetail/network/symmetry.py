@@ -200,9 +200,10 @@ def simulate_folded(
         else:
             up = now
 
-    # Those of a node of which the fewest take part have the most others to write to.
+    # Those of a node of which the fewest take part have the most others to write to; without NVLink all have as many.
     taking_part = classes.members[classes.members > 0]
-    messages = float(taking_part @ classes.number[classes.members > 0] - taking_part.min())
+    fewest = taking_part.min() if fabric.spec.nvlink is not None else 1
+    messages = float(taking_part @ classes.number[classes.members > 0] - fewest)
     latencies: list[float] = []
 
     def routes(is_up: Bools) -> Routes:
