@@ -28,14 +28,16 @@ class Simulated:
     seconds: AtOnce
 
 
-def traffic_of(plan: TrainingPlan | ServingPlan) -> LayoutTraffic | None:
-    """The network on which exchanges (of outputs, where a plan serves) were simulated; None: closed forms."""
-    return plan.work.traffic if isinstance(plan, TrainingPlan) else plan.decode.work.traffic
+def networks_of(plan: TrainingPlan | ServingPlan) -> list[LayoutTraffic]:
+    """On which exchanges were simulated, where a plan serves that of prompts before that of outputs, and once where
+    they are alike; none: closed forms."""
+    works = [plan.work] if isinstance(plan, TrainingPlan) else [plan.prefill.work, plan.decode.work]
+    return list({str(work.traffic): work.traffic for work in works if work.traffic}.values())
 
 
 def simulated(plan: TrainingPlan | ServingPlan) -> list[Simulated]:
     """Each exchange of a plan once, in the order in which they come; none where closed forms were taken."""
-    if traffic_of(plan) is None:
+    if not networks_of(plan):
         return []
     if isinstance(plan, TrainingPlan):
         return list(dict.fromkeys(_training(plan.work)))

@@ -10,7 +10,7 @@ from dovetail.cost.rank_memory import RankMemory
 from dovetail.planner.chunks import Workload
 from dovetail.planner.figures import Figure, explanation, find_figure, number
 from dovetail.planner.launch import Launch, launches
-from dovetail.planner.on_network import simulated, traffic_of
+from dovetail.planner.on_network import networks_of, simulated
 from dovetail.planner.request import Answer, Choice
 from dovetail.planner.serving import ServingPlan
 from dovetail.planner.training import TrainingPlan, evaluate
@@ -193,8 +193,8 @@ def _about(choice: Choice) -> Iterator[tuple[str, str]]:
         most, has = plan.largest_memory.band[1] + cluster.gpu.runtime_bytes, cluster.gpu.memory_bytes
         if most > has:
             yield "memory", f"fits as expected, not at the upper end: {most / 1e9:.1f} GB of {has / 1e9:.1f}"
-    if traffic := traffic_of(plan):
-        yield "network", f"simulated on {traffic}{_by_closed_forms(plan)}"
+    if networks := networks_of(plan):
+        yield "network", f"simulated on {' and '.join(map(str, networks))}{_by_closed_forms(plan)}"
     for name, lender in _borrowed(choice).items():
         yield "efficiency", f"nobody measured {name}: shares are those of {lender}, in a wider band"
 
@@ -272,8 +272,8 @@ def others_table(choice: Choice, plan: TrainingPlan) -> Table:
 
 def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
     """Each kind of exchange alone and at once, where they were simulated."""
-    traffic = traffic_of(plan)
-    if traffic is None:
+    networks = networks_of(plan)
+    if not networks:
         return
     rows = []
     for each in simulated(plan):
@@ -282,7 +282,9 @@ def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
         slower = f"{found.slowdown:.3f} x"
         rows.append((each.part, each.name, f"{found.groups:,} of {found.ranks}", *times, slower, found.busiest))
     header = ("", "", ">groups", ">one alone", ">all at once", ">", "busiest links")
-    yield Table(title=f"exchanges on {traffic}, from links alone", header=header, rows=tuple(rows))
+    yield Table(
+        title=f"exchanges on {' and '.join(map(str, networks))}, from links alone", header=header, rows=tuple(rows)
+    )
 
 
 def _serving_tables(choice: Choice) -> Iterator[Table]:
