@@ -64,7 +64,7 @@ def test_report_and_json_say_what_was_simulated() -> None:
     found = training(network="simulate", fail=["plane:3"])
     head, *rest = tables(found)
     (about,) = (row[1] for row in head.rows if row[0] == "network")
-    assert about.startswith("simulated on mpft, adaptive, without plane:3; if no group saw another")
+    assert about.startswith("simulated on mpft, adaptive, without plane:3; by closed forms the step would take")
     table = rest[-1]
     assert [row[1] for row in table.rows][:2] == ["dispatch, forward", "combine, forward"]
     network = json.loads(json.dumps(as_json(found)))["plans"][0]["network"]
@@ -77,6 +77,7 @@ def test_serving_keeps_its_speed_with_fewer_requests() -> None:
     plain = {
         "model": "deepseek-v3",
         "clusters": ["h800-2048"],
+        "gpus": 288,
         "goal": "serve",
         "context": "4989",
         "output_speed": "20",
@@ -90,6 +91,23 @@ def test_serving_keeps_its_speed_with_fewer_requests() -> None:
     assert lost.decode.speed.value >= 20 and lost.decode.requests < closed.decode.requests
     assert lost.prefill.step_seconds.value > closed.prefill.step_seconds.value
     assert {each.part for each in simulated(lost)} == {"prompts", "outputs"}
+
+
+def test_clusters_side_by_side_say_on_what_and_what_was_varied() -> None:
+    found = training(
+        clusters=["h800-2048", "gb300-nvl72"],
+        model="deepseek-v2-lite",
+        batch="1536",
+        gpus=64,
+        pp=8,
+        ep=8,
+        vary=["precision=bf16"],
+        network="simulate",
+    )
+    (table,) = tables(found)
+    rows = {name: texts for name, *texts in table.rows}
+    assert rows["simulated on"] == ["mpft, adaptive", "ft2, adaptive"]
+    assert all("bf16" in text for text in rows["layout"])
 
 
 def test_pools_on_two_clusters_are_on_two_networks() -> None:

@@ -35,6 +35,11 @@ def networks_of(plan: TrainingPlan | ServingPlan) -> list[LayoutTraffic]:
     return list({str(work.traffic): work.traffic for work in works if work.traffic}.values())
 
 
+def networks_text(plan: TrainingPlan | ServingPlan) -> str:
+    """Their names, with routing and failures; "": closed forms."""
+    return " and ".join(map(str, networks_of(plan)))
+
+
 def simulated(plan: TrainingPlan | ServingPlan) -> list[Simulated]:
     """Each exchange of a plan once, in the order in which they come; none where closed forms were taken."""
     if not networks_of(plan):
