@@ -83,7 +83,7 @@ class LayoutTraffic:
         if not self.is_sent(sent):
             return transfer
         ratio = self.at_once(sent, mode).slowdown
-        formula = f"{transfer.formula}, x {ratio:.4g} with all groups at once on {self.fabric.name}"
+        formula = f"{transfer.formula}, x {ratio:.4g} with all groups at once on {self}"
         return replace(transfer, seconds=ratio * transfer.seconds, formula=formula)
 
     def is_sent(self, sent: Sent) -> bool:
