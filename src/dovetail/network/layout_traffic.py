@@ -79,7 +79,7 @@ class LayoutTraffic:
         return ", ".join([self.fabric.name, self.routing, *(f"without {each}" for each in self.failures)])
 
     def slowed(self, transfer: Transfer, sent: Sent, mode: Mode = "normal") -> Transfer:
-        """`transfer`, of a closed form, with all groups at once. Raises ValueError where GPUs are cut off."""
+        """`transfer`, of a closed form, with all groups at once. Raises ValueError as `at_once` does."""
         if not self.is_sent(sent):
             return transfer
         ratio = self.at_once(sent, mode).slowdown
@@ -93,7 +93,7 @@ class LayoutTraffic:
         return sent.ranks > 1 and (sent.tokens if isinstance(sent, Exchange) else sent.bytes) > 0
 
     def at_once(self, sent: Sent, mode: Mode = "normal") -> AtOnce:
-        """Of ranks that do send. Raises ValueError where failures cut GPUs off."""
+        """Of ranks that do send. Raises ValueError where failures cut GPUs off, and for more than 4 GiB of memory."""
         key = replace(sent, name="dispatch") if isinstance(sent, Exchange) else sent, mode  # the way back is alike
         if key not in self._known:
             self._known[key] = self._simulated(sent, mode)
