@@ -7,6 +7,7 @@ import pytest
 
 from dovetail.catalog.fabrics import load_fabric
 from dovetail.network.expert_traffic import check_exchange, exchange_demand, recorded_tokens, zipf
+from dovetail.network.jobs import check_task
 from dovetail.network.question import Question
 from dovetail.network.topology import build
 
@@ -85,12 +86,21 @@ def test_the_same_seed_draws_the_same() -> None:
 )
 def test_experts_are_split_evenly(gpus: int, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"gpus = {gpus}: the 256 experts of deepseek-v3 .* {nearest} is nearest"):
-        check_exchange(question(), "dispatch", FABRIC, gpus)
+        check_exchange(question(), "dispatch", FABRIC, gpus, 64)
 
 
 def test_models_without_experts_have_no_dispatch() -> None:
     with pytest.raises(ValueError, match="llama-3.1-405b has no experts"):
-        check_exchange(question(model="llama-3.1-405b"), "dispatch", FABRIC, 16)
+        check_exchange(question(model="llama-3.1-405b"), "dispatch", FABRIC, 16, 64)
+
+
+@pytest.mark.parametrize(("gpus", "most"), [(8, 645277), (256, 26214)])
+def test_no_more_tokens_are_drawn_than_memory_has_room_for(gpus: int, most: int) -> None:
+    check_exchange(question(), "dispatch", FABRIC, gpus, most)
+    with pytest.raises(ValueError, match=f"more than 4: use {most} at most"):
+        check_exchange(question(), "dispatch", FABRIC, gpus, most + 1)
+    with pytest.raises(ValueError, match="tokens = 900000 for each of 8 GPUs"):
+        check_task(question(collective="all-to-all", beside="combine:900000"), "combine", FABRIC, 8)
 
 
 @pytest.mark.parametrize(
@@ -107,8 +117,15 @@ def test_models_without_experts_have_no_dispatch() -> None:
 )
 def test_recordings_that_do_not_fit(tmp_path: Path, values: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        check_exchange(question(recorded=recording(tmp_path, values)), "dispatch", FABRIC, 16)
+        check_exchange(question(recorded=recording(tmp_path, values)), "dispatch", FABRIC, 16, values.shape[1])
     assert "\n" not in str(error.value) and "chosen.npy" in str(error.value)
+
+
+def test_what_runs_beside_a_recording_has_its_tokens(tmp_path: Path) -> None:
+    path = recording(tmp_path, np.tile(np.arange(8), (16, 5, 1)))
+    asked = question(recorded=path, beside="combine:7")
+    with pytest.raises(ValueError, match="holds 5 tokens of 16 GPUs, but 7 of 16 are asked for: use 5 tokens"):
+        check_task(asked, "combine", FABRIC, 16)
 
 
 def test_recordings_that_are_none(tmp_path: Path) -> None:

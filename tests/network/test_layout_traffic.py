@@ -12,6 +12,9 @@ import pytest
 from dovetail.catalog.hardware import load_cluster
 from dovetail.cost.ops import Collective, Exchange, Send
 from dovetail.network.collectives import collective_time, exchange_bytes
+from dovetail.network.distinct import distinct_bins
+from dovetail.network.expert_demands import sample_choices
+from dovetail.network.flows import Flows
 from dovetail.network.layout_traffic import LayoutTraffic, Sent, _all_groups, _first_ranks, build_for, layout_traffic
 from dovetail.network.routing import Ecmp
 
@@ -98,6 +101,51 @@ def test_a_group_of_nodes_that_are_not_whole() -> None:
     across = flows.source // 8 != flows.destination // 8
     got = np.bincount(flows.destination[across], minlength=12)
     assert got.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("first", "ranks"), [(0, 12), (12, 12), (6, 4), (4, 24)])
+def test_copies_of_groups_that_do_not_fill_their_nodes(first: int, ranks: int) -> None:
+    """Token by token: once to each other node of its experts, and once to each rank of them from the GPU there."""
+    sent = replace(exchange(ranks, 2000), experts=48, choices=4, groups=1, kept_groups=1, bytes_per_copy=1.0)
+    chosen = sample_choices(ranks, 2000, 4, 48) // (48 // ranks) + first
+    members = np.arange(first, first + ranks)
+    expected: Counter[tuple[int, int]] = Counter()
+    for sender in members:
+        place = [other for other in members if other // 8 == sender // 8].index(sender)
+        for token in chosen[sender - first]:
+            for node in set(token // 8):
+                there = members[members // 8 == node]
+                holder = sender if node == sender // 8 else there[place % len(there)]
+                expected[sender, holder] += 1
+                for rank in {rank for rank in token if rank // 8 == node}:
+                    expected[holder, rank] += 1
+    flows = _all_groups(sent, "normal", np.array([first]), 8).flows
+    found = {(int(one), int(other)): amount for one, other, amount in flow_list(flows)}
+    assert found.keys() == {pair for pair in expected if pair[0] != pair[1]}
+    for pair, amount in found.items():
+        assert amount == pytest.approx(expected[pair], abs=6 * expected[pair] ** 0.5), pair
+
+
+def flow_list(flows: Flows) -> list[tuple[int, int, float]]:
+    return list(zip(flows.source.tolist(), flows.destination.tolist(), flows.bytes.tolist(), strict=True))
+
+
+def test_a_group_across_two_nodes_waits_for_nics() -> None:
+    """On two racks of 6 the second four GPUs are on both, and half of their experts are over there."""
+    racks = CLUSTER.model_copy(update={"gpus_per_node": 6, "nodes": 2})
+    sent = exchange(4)
+    found = without_latency(layout_traffic(racks, 12, "ft2")).at_once(sent)
+    assert found.alone == pytest.approx(exchange_bytes(sent, 6).scale_up / 160e9, rel=1e-9)
+    assert found.together == pytest.approx(4096 * distinct_bins(sent, 2) / 2 * 7168 / 40e9, rel=1e-9)
+    assert found.slowdown > 1.5
+
+
+def test_the_group_alone_leaves_its_node_where_the_closed_form_does() -> None:
+    """The first of these does not: GPU 0 to 4, and 0, 3 and 6."""
+    traffic = without_latency(layout_traffic(CLUSTER, 64))
+    send = traffic.at_once(Send(bytes=1e8, distance=4, gpus=64))
+    assert (send.alone, send.slowdown) == pytest.approx((1e8 / 40e9, 1.0), rel=1e-9)
+    assert traffic.at_once(collective(3, 3)).alone > 1.5 * traffic.at_once(collective(3)).alone
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,15 @@ def test_failures_whole_and_folded(spec: tuple[str, dict[str, object]], failures
         assert len(flows.flows) < ranks * (ranks - 1)
 
 
+@pytest.mark.parametrize("gpus", [3, 6, 64])
+def test_nodes_without_nvlink_post_all_messages(gpus: int) -> None:
+    fabric = fabric_of("ft2", endpoints=64, radix=16, gpus_per_node=4, nvlink=None)
+    whole = deliver(fabric, all_to_all(range(gpus), 1.0), Adaptive())
+    folded = simulate_folded(fabric, folded_all_to_all(fabric, 1.0, gpus=gpus))
+    assert folded.latency_seconds == pytest.approx(whole.latency_seconds, rel=1e-9)
+    assert folded.latency_seconds > (gpus - 1.01) * 0.25e-6
+
+
 def test_links_that_come_back() -> None:
     fabric = fabric_of("mpft", endpoints=64, radix=8)
     (down,) = failing(fabric, "nic:3@0.001")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dovetail.planner.html import page
-from dovetail.planner.on_network import simulated, traffic_of
+from dovetail.planner.on_network import networks_of, simulated
 from dovetail.planner.plain import as_json
 from dovetail.planner.report import tables
 from dovetail.planner.request import Answer, Request, answer
@@ -35,7 +35,7 @@ def closed() -> TrainingPlan:
 
 def test_planes_with_room_take_what_closed_forms_say(closed: TrainingPlan) -> None:
     plan = plan_of(training(network="simulate"))
-    assert traffic_of(plan) is not None and traffic_of(closed) is None
+    assert [str(each) for each in networks_of(plan)] == ["mpft, adaptive"] and not networks_of(closed)
     # Some send to another leaf, the first does not: 0.9 us more of a send's 738.
     assert plan.step_seconds.value == pytest.approx(closed.step_seconds.value, rel=1e-5)
     assert [each.seconds.slowdown for each in simulated(plan)] == pytest.approx([1.0] * len(simulated(plan)), rel=1e-2)
@@ -64,7 +64,7 @@ def test_report_and_json_say_what_was_simulated() -> None:
     found = training(network="simulate", fail=["plane:3"])
     head, *rest = tables(found)
     (about,) = (row[1] for row in head.rows if row[0] == "network")
-    assert about.startswith("simulated on mpft, adaptive, without plane:3; if no group saw another")
+    assert about.startswith("simulated on mpft, adaptive, without plane:3; by closed forms the step would take")
     table = rest[-1]
     assert [row[1] for row in table.rows][:2] == ["dispatch, forward", "combine, forward"]
     network = json.loads(json.dumps(as_json(found)))["plans"][0]["network"]
@@ -77,6 +77,7 @@ def test_serving_keeps_its_speed_with_fewer_requests() -> None:
     plain = {
         "model": "deepseek-v3",
         "clusters": ["h800-2048"],
+        "gpus": 288,
         "goal": "serve",
         "context": "4989",
         "output_speed": "20",
@@ -90,6 +91,33 @@ def test_serving_keeps_its_speed_with_fewer_requests() -> None:
     assert lost.decode.speed.value >= 20 and lost.decode.requests < closed.decode.requests
     assert lost.prefill.step_seconds.value > closed.prefill.step_seconds.value
     assert {each.part for each in simulated(lost)} == {"prompts", "outputs"}
+
+
+def test_clusters_side_by_side_say_on_what_and_what_was_varied() -> None:
+    found = training(
+        clusters=["h800-2048", "gb300-nvl72"],
+        model="deepseek-v2-lite",
+        batch="1536",
+        gpus=64,
+        pp=8,
+        ep=8,
+        vary=["precision=bf16"],
+        network="simulate",
+    )
+    (table,) = tables(found)
+    rows = {name: texts for name, *texts in table.rows}
+    assert rows["simulated on"] == ["mpft, adaptive", "ft2, adaptive"]
+    assert all("bf16" in text for text in rows["layout"])
+
+
+def test_pools_on_two_clusters_are_on_two_networks() -> None:
+    plain = {"model": "deepseek-v3", "clusters": ["h800-2048"], "goal": "serve", "context": "4989"}
+    pools = {"decode_cluster": "gb200-nvl72", "ep": 64, "prefill_ep": 32}
+    found = answer(Request(**plain, **pools, network="simulate"))  # type: ignore[arg-type]
+    head, *rest = tables(found)
+    assert ("network", "simulated on mpft, adaptive and ft2, adaptive") in head.rows
+    assert rest[-1].title == "exchanges on mpft, adaptive and ft2, adaptive, from links alone"
+    assert as_json(found)["plans"][0]["network"]["fabrics"] == ["mpft", "ft2"]
 
 
 @pytest.mark.parametrize(

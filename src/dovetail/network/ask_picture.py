@@ -38,20 +38,7 @@ def draw(answer: Answer, picture: Path) -> None:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8.0, 4.8), dpi=150, layout="constrained")
         axes = figure.subplots()
-        lines = list(dict.fromkeys(_line(case, swept) for case in answer.cases))
-        fabrics = [each.name for each in answer.fabrics]
-        for index, label in enumerate(lines):
-            cases = [case for case in answer.cases if _line(case, swept) == label]
-            ink = INKS[index % len(INKS)]
-            places = [_place(case, swept) for case in cases]
-            whole = [case.healthy.bus_bandwidth / 1e9 for case in cases]
-            behind = fabrics.index(cases[0].fabric)
-            width = 1.6 + 1.4 * min(len(fabrics) - 1 - behind, 3)  # so that equal lines are seen below each other
-            marker = MARKERS[index // len(INKS) % len(MARKERS)]
-            axes.plot(places, whole, color=ink, linewidth=width, marker=marker, markersize=4 + width, label=label)
-            reduced = [(_place(case, swept), rate / 1e9) for case in cases if (rate := _reduced(case)) is not None]
-            if reduced:
-                axes.plot(*zip(*reduced, strict=True), color=ink, linewidth=width, linestyle="--")
+        lines = _plot(axes, answer)
         places = sorted({_place(case, swept) for case in answer.cases})
         shown = places[:: -(-len(places) // _TICKS)]
         axes.set_xscale("log", base=2)
@@ -72,6 +59,25 @@ def draw(answer: Answer, picture: Path) -> None:
         else:
             axes.legend(frameon=False)
         figure.savefig(picture)
+
+
+def _plot(axes: Any, answer: Answer) -> list[str]:
+    """Names of the lines."""
+    swept, fabrics = answer.question.swept, [each.name for each in answer.fabrics]
+    lines = list(dict.fromkeys(_line(case, swept) for case in answer.cases))
+    for index, label in enumerate(lines):
+        cases = [case for case in answer.cases if _line(case, swept) == label]
+        ink = INKS[index % len(INKS)]
+        places = [_place(case, swept) for case in cases]
+        whole = [case.healthy.bus_bandwidth / 1e9 for case in cases]
+        behind = fabrics.index(cases[0].fabric)
+        width = 1.6 + 1.4 * min(len(fabrics) - 1 - behind, 3)  # so that equal lines are seen below each other
+        marker = MARKERS[index // len(INKS) % len(MARKERS)]
+        axes.plot(places, whole, color=ink, linewidth=width, marker=marker, markersize=4 + width, label=label)
+        reduced = [(_place(case, swept), rate / 1e9) for case in cases if (rate := _reduced(case)) is not None]
+        if reduced:
+            axes.plot(*zip(*reduced, strict=True), color=ink, linewidth=width, linestyle="--")
+    return lines
 
 
 def _line(case: Case, swept: str) -> str:

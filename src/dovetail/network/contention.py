@@ -3,7 +3,8 @@
 A class gets what the classes before it leave (`network.flows`). In one class each flow has as much as any other; only a
 copy from the host is cut into as many flows as meet it on its GPU's lanes, for there it is the NIC and the host that
 take turns, however many flows the NIC has. Steps of rings follow one another as a stream here, so that both demands
-keep sending all the time; what waiting between steps adds to a demand alone is added to each time.
+keep sending all the time; what waiting between steps adds to a demand alone is added to each time. Messages are posted
+while the wires do their part (`network.delivery`), so no time is less than that of empty ones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dovetail.network.delivery import deliver
+from dovetail.network.delivery import Delivery, deliver
 from dovetail.network.demands import Demand
 from dovetail.network.flows import Flows, joined
 from dovetail.network.routing import Policy, route
@@ -52,21 +53,19 @@ def contend(fabric: Fabric, policy: Policy, demand: Demand, other: Demand, amoun
     everything, count = joined(streams), len(streams[0])
     routes = route(fabric, everything, policy)
     windows = [window_of(fabric, policy, each) for each in both]
-    alone = [deliver(fabric, each, policy, window=one).seconds for each, one in zip(both, windows, strict=True)]
-    window = min(max(windows), SHORT * min(alone))
-    waiting = [_waiting(fabric, policy, each, seconds) for each, seconds in zip(both, alone, strict=True)]
+    alone = [deliver(fabric, each, policy, window=one) for each, one in zip(both, windows, strict=True)]
+    window = min(max(windows), SHORT * min(each.seconds for each in alone))
+    waiting = [_waiting(fabric, policy, each) for each in alone]
 
-    def together(first: int, second: int) -> tuple[float, float]:
+    def together(first: int, second: int) -> list[float]:
         classes = np.where(np.arange(len(everything)) < count, first, second).astype(np.int8)
         end = simulate(fabric.capacity, replace(everything, priority=classes), routes, window=window).end
-        return (
-            float(end[:count].max(initial=0.0)) + waiting[0],
-            float(end[count:].max(initial=0.0)) + waiting[1],
-        )
+        last = [float(part.max(initial=0.0)) for part in (end[:count], end[count:])]
+        return [max(last[index] + waiting[index], alone[index].latency_seconds) for index in (0, 1)]
 
     found = [together(0, 0), together(0, 1), together(1, 0)]
     mine, others = (
-        Times(alone=alone[index], shared=found[0][index], first=found[1][index], last=found[2][index])
+        Times(alone=alone[index].seconds, shared=found[0][index], first=found[1][index], last=found[2][index])
         for index in (0, 1)
     )
     return Contention(beside=other.name, amount=amount, times=mine, beside_times=others)
@@ -97,9 +96,10 @@ def _as_turns(fabric: Fabric, policy: Policy, flows: Flows, copies: Flows) -> Fl
     return replace(cut, bytes=cut.bytes / np.repeat(parts, parts))
 
 
-def _waiting(fabric: Fabric, policy: Policy, demand: Demand, seconds: float) -> float:
-    """What waiting for one another adds to the stream of `demand`, of `seconds` alone."""
+def _waiting(fabric: Fabric, policy: Policy, alone: Delivery) -> float:
+    """What waiting for one another adds to the stream of a demand."""
+    demand = alone.demand
     if all(step.times == step.hops == 1 for step in demand.steps):
         return 0.0
     flows = _stream(demand)
-    return seconds - simulate(fabric.capacity, flows, route(fabric, flows, policy)).seconds
+    return alone.seconds - simulate(fabric.capacity, flows, route(fabric, flows, policy)).seconds

@@ -138,13 +138,13 @@ def _tree(count: int) -> NDArray[np.int64]:
     return parents
 
 
-def point_to_point(pairs: Sequence[tuple[int, int]], size: float, priority: int = 0) -> Demand:
-    """`size` bytes for each pair of source and destination: between stages of a pipeline, from prefill to decode."""
+def point_to_point(pairs: Sequence[tuple[int, int]], size: float) -> Demand:
+    """`size` bytes for each pair of source and destination."""
     if not pairs:
         raise ValueError("point-to-point between no pairs: give at least one")
     check_size(size)
     source, destination = np.asarray(pairs, np.int32).T
-    flows = Flows.of(source, destination, size, priority=priority)
+    flows = Flows.of(source, destination, size)
     ranks = len(np.unique([source, destination]))
     return Demand(name="point-to-point", ranks=ranks, size=size, bus_factor=1.0, steps=(Step(flows=flows),))
 

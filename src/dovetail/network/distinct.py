@@ -21,7 +21,7 @@ from dovetail.cost.ops import Exchange
 Partition = tuple[int, ...]  # experts chosen in each group that has one, largest first
 
 
-def distinct_bins(exchange: Exchange, bins: int) -> float:
+def distinct_bins(exchange: Exchange, bins: float) -> float:
     """Mean number of distinct bins that one token's experts lie in, the experts split evenly over `bins` nodes or ranks
     in order of their numbers; where experts or groups do not divide evenly, by fractions of them."""
     if bins <= 1:

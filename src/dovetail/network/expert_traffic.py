@@ -21,12 +21,15 @@ from dovetail.cost.ops import Exchange
 from dovetail.network.demands import Demand
 from dovetail.network.expert_demands import Experts, Mode, combine, counted_copies, dispatch, sample_choices
 from dovetail.network.flows import Floats
+from dovetail.network.memory import MOST_BYTES
 from dovetail.network.question import Question
 from dovetail.network.topology import Fabric
 from dovetail.spec.layout import Layout, divisors
 from dovetail.spec.model import ModelSpec, Moe
 
 MODEL, PRECISION, TOKENS = "deepseek-v3", "deepseek-v3", 4096
+SCORE_BYTES = 26  # while experts of a GPU's tokens are drawn, for each expert; measured with 300,000 tokens
+CHOICE_BYTES = 80  # for each choice of all GPUs; measured with 256 GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,12 +78,19 @@ def exchange_demand(
     )
 
 
-def check_exchange(question: Question, name: str, fabric: Fabric, gpus: int) -> None:
-    """Raises ValueError as `exchange_demand` does, before anything is drawn."""
-    recorded = recorded_tokens(question)
-    exchange = _exchange(question, name, fabric, gpus, recorded or 0)
-    if recorded is not None:
-        _chosen(question, exchange)
+def check_exchange(question: Question, name: str, fabric: Fabric, gpus: int, tokens: int) -> None:
+    """Raises ValueError as `exchange_demand` does, before anything is drawn, and for more `tokens` per GPU than can be
+    drawn in 4 GiB."""
+    exchange = _exchange(question, name, fabric, gpus, tokens)
+    if question.recorded is not None:
+        _fitting(question, exchange)
+        return
+    each = max(SCORE_BYTES * exchange.experts, CHOICE_BYTES * gpus * exchange.choices)
+    if tokens * each > MOST_BYTES:
+        raise ValueError(
+            f"tokens = {tokens} for each of {gpus} GPUs: to draw their experts would need about "
+            f"{tokens * each / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: use {MOST_BYTES // each} at most"
+        )
 
 
 def recorded_tokens(question: Question) -> int | None:
@@ -139,9 +149,10 @@ def _fitting(question: Question, exchange: Exchange) -> NDArray[np.integer]:
     chosen, tokens = _recording(question.recorded), int(exchange.tokens)
     where = f"--recorded {question.recorded}"
     if chosen.shape[:2] != (exchange.ranks, tokens):
+        instead = f"--gpus {chosen.shape[0]}" if chosen.shape[0] != exchange.ranks else f"{chosen.shape[1]} tokens"
         raise ValueError(
             f"{where}: holds {chosen.shape[1]} tokens of {chosen.shape[0]} GPUs, but {tokens} of {exchange.ranks} are "
-            f"asked for: use --gpus {chosen.shape[0]}"
+            f"asked for: use {instead}"
         )
     model = question.model or MODEL
     remedy = "give the --model that it was recorded from"

@@ -84,7 +84,8 @@ def random_links(fabric: Fabric, share: float, seed: int = 0) -> Ints:
 
 def _check(kind: str, number: int, count: int, fabric: Fabric) -> None:
     if not 0 <= number < count:
-        raise NotThereError(f"{kind} {number}", f"{kind}:{number}: {fabric.name} has {kind} 0 to {count - 1}")
+        known = f"{kind} 0 to {count - 1}" if count > 1 else f"{kind} 0 only"
+        raise NotThereError(f"{kind} {number}", f"{kind}:{number}: {fabric.name} has {known}")
 
 
 FAILURES: dict[str, Callable[[Fabric, int], Ints]] = {

@@ -52,7 +52,9 @@ def task_of(question: Question, name: str, fabric: Fabric, gpus: int, amount: fl
 def check_task(question: Question, name: str, fabric: Fabric, gpus: int) -> None:
     """Raises ValueError as `task_of` does, at little cost."""
     if name in EXPERTS:
-        check_exchange(question, name, fabric, gpus)
+        own = amounts_of(question) if name == question.collective else ()
+        other = question.other[1:] if question.other and name == question.other[0] else ()
+        check_exchange(question, name, fabric, gpus, int(max((*own, *other))))
     elif name not in demands.COLLECTIVES:
         task_of(question, name, fabric, gpus, 0.0)
 

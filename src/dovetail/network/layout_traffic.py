@@ -3,10 +3,11 @@
 Closed forms (`network.collectives`) give an exchange the links of its own ranks. Here every group of the layout has
 its exchange at the same time, on GPUs where its ranks are, over paths that a routing picks, and with parts that fail:
 
-    slowdown = seconds of all groups at once / seconds of the first group alone, packets sprayed, nothing failing
+    slowdown = seconds of all groups at once / seconds of one group alone, packets sprayed, nothing failing
 
 It multiplies the closed form, so that what was measured of kernels stays in, and is 1 where the network has room for
-all. Loads are equal: each rank sends the mean.
+all. The one group is the first that stays in its node, or leaves it, as the closed form has it; where groups do not
+divide nodes others may do otherwise. Loads are equal: each rank sends the mean.
 
 Ranks are numbered through stages, and in a stage as `cost.step_ops` has them: experts are shared by neighbours, ranks
 of a collective are `stride` apart, and a pipeline's next stage is gpus / pp ranks further. The first GPUs are used.
@@ -22,9 +23,10 @@ import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
 from dovetail.cost.ops import Collective, Exchange, Send
-from dovetail.network.collectives import LinkBytes, Mode, Transfer, exchange_bytes
+from dovetail.network.collectives import Mode, Transfer
 from dovetail.network.delivery import Delivery, deliver
 from dovetail.network.demands import Demand, Step, in_rings, ring_orders
+from dovetail.network.distinct import distinct_bins
 from dovetail.network.expert_demands import posted
 from dovetail.network.failures import parse_failure
 from dovetail.network.flows import Flows, Longs, joined
@@ -48,7 +50,7 @@ Sent = Exchange | Collective | Send
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtOnce:
-    """One kind of exchange: simulated seconds of its first group alone, and of all of them together."""
+    """One kind of exchange: simulated seconds of one group alone, and of all of them together."""
 
     groups: int
     ranks: int  # of a group
@@ -77,11 +79,11 @@ class LayoutTraffic:
         return ", ".join([self.fabric.name, self.routing, *(f"without {each}" for each in self.failures)])
 
     def slowed(self, transfer: Transfer, sent: Sent, mode: Mode = "normal") -> Transfer:
-        """`transfer`, of a closed form, with all groups at once. Raises ValueError where GPUs are cut off."""
+        """`transfer`, of a closed form, with all groups at once. Raises ValueError as `at_once` does."""
         if not self.is_sent(sent):
             return transfer
         ratio = self.at_once(sent, mode).slowdown
-        formula = f"{transfer.formula}, x {ratio:.4g} with all groups at once on {self.fabric.name}"
+        formula = f"{transfer.formula}, x {ratio:.4g} with all groups at once on {self}"
         return replace(transfer, seconds=ratio * transfer.seconds, formula=formula)
 
     def is_sent(self, sent: Sent) -> bool:
@@ -91,7 +93,7 @@ class LayoutTraffic:
         return sent.ranks > 1 and (sent.tokens if isinstance(sent, Exchange) else sent.bytes) > 0
 
     def at_once(self, sent: Sent, mode: Mode = "normal") -> AtOnce:
-        """Of ranks that do send. Raises ValueError where failures cut GPUs off."""
+        """Of ranks that do send. Raises ValueError where failures cut GPUs off, and for more than 4 GiB of memory."""
         key = replace(sent, name="dispatch") if isinstance(sent, Exchange) else sent, mode  # the way back is alike
         if key not in self._known:
             self._known[key] = self._simulated(sent, mode)
@@ -99,7 +101,8 @@ class LayoutTraffic:
 
     def _simulated(self, sent: Sent, mode: Mode) -> AtOnce:
         first_ranks, each = _first_ranks(sent, self.gpus), self.fabric.gpus_per_node
-        alone = deliver(self.fabric, _demand(_group_step(sent, mode, 0, each)), Adaptive())
+        one = _group_step(sent, mode, _like_closed_form(sent, first_ranks, each), each)
+        alone = deliver(self.fabric, _demand(one), Adaptive())
         everyone = _all_groups(sent, mode, first_ranks, each)
         self._check_memory(len(everyone.flows))
         together = deliver(self.fabric, _demand(everyone), self.policy, changes=self.changes)
@@ -190,14 +193,25 @@ def _first_ranks(sent: Sent, gpus: int) -> Longs:
     return (blocks[:, None] + np.arange(stride)).ravel()
 
 
+def _like_closed_form(sent: Sent, first_ranks: Longs, gpus_per_node: int) -> int:
+    """The first rank of a group that stays in one node where `network.collectives` takes it to, else of one that does
+    not."""
+    if isinstance(sent, Send):
+        span, leaves = sent.distance, sent.gpus > gpus_per_node
+    else:
+        stride = sent.stride if isinstance(sent, Collective) else 1
+        span, leaves = (sent.ranks - 1) * stride, sent.ranks > max(1, gpus_per_node // stride)
+    crosses = first_ranks // gpus_per_node != (first_ranks + span) // gpus_per_node
+    return int(first_ranks[np.argmax(crosses == leaves)])
+
+
 def _group_step(sent: Sent, mode: Mode, first: int, gpus_per_node: int) -> Step:
     """Of the group whose first rank that is."""
     if isinstance(sent, Send):
         return Step(flows=Flows.of([first], [first + sent.distance], sent.bytes))
     if isinstance(sent, Exchange):
         members = first + np.arange(sent.ranks)
-        carried = exchange_bytes(replace(sent, bytes_per_copy=1.0), gpus_per_node, mode)  # copies
-        copies = _straight(members, carried) if mode == "low-latency" else _by_node(members, gpus_per_node, carried)
+        copies = _straight(members, sent) if mode == "low-latency" else _by_node(members, gpus_per_node, sent)
         return posted(copies, sent.bytes_per_copy, mode, sent.experts // sent.ranks)
     members = first + sent.stride * np.arange(sent.ranks)
     channels = max(1, min(sent.ranks, gpus_per_node // sent.stride))
@@ -218,21 +232,29 @@ def _all_groups(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) 
     return replace(step, flows=joined(flows), messages=np.concatenate(messages))
 
 
-def _by_node(members: Longs, gpus_per_node: int, carried: LinkBytes) -> Flows:
-    """To the GPU of the same index (or the next there is) on every other node, and to all others of the own node."""
+def _by_node(members: Longs, gpus_per_node: int, sent: Exchange) -> Flows:
+    """Copies to the GPU of the same index (or the next there is) on every other node, and from there, and from the
+    sender, to all others of the node."""
     node = members // gpus_per_node
     nodes, start, count = np.unique(node, return_index=True, return_counts=True)
     index = np.arange(len(members)) - start[np.searchsorted(nodes, node)]
-    mates = members[start[None, :] + index[:, None] % count[None, :]]
+    mate = start[None, :] + index[:, None] % count[None, :]
+    to_node = np.array([_copies_to(sent, int(ranks)) for ranks in count])
     row, column = np.nonzero(node[:, None] != nodes[None, :])
-    across = Flows.of(members[row], mates[row, column], carried.scale_out / max(1, len(nodes) - 1))
+    across = Flows.of(members[row], members[mate[row, column]], to_node[column])
+    served = np.bincount(mate.ravel(), minlength=len(members)).astype(np.float64)  # ranks whose tokens one hands on
     row, column = np.nonzero((node[:, None] == node[None, :]) & ~np.eye(len(members), dtype=bool))
-    within = Flows.of(members[row], members[column], carried.scale_up / max(1, min(gpus_per_node, len(members)) - 1))
+    within = Flows.of(members[row], members[column], _copies_to(sent, 1) * served[row])
     return joined([across, within])
 
 
-def _straight(members: Longs, carried: LinkBytes) -> Flows:
-    """To every rank, each as much."""
-    each = (carried.scale_up + carried.scale_out) / (len(members) - 1)
+def _copies_to(sent: Exchange, ranks: int) -> float:
+    """Of a rank's tokens, those with an expert on any of `ranks` neighbours."""
+    bins = sent.ranks / ranks
+    return sent.tokens * distinct_bins(sent, bins) / bins
+
+
+def _straight(members: Longs, sent: Exchange) -> Flows:
+    """A copy for each expert, to every rank as many."""
     row, column = np.nonzero(~np.eye(len(members), dtype=bool))
-    return Flows.of(members[row], members[column], each)
+    return Flows.of(members[row], members[column], sent.tokens * sent.choices / sent.ranks)

@@ -23,6 +23,7 @@ EXPERTS = ("dispatch", "combine")
 SIZED = (*COLLECTIVES, "pipeline", "kv-transfer")
 KNOWN = (*SIZED, *EXPERTS)
 BESIDE = (*KNOWN, "host-copy", "node-all-gather")
+MOST_SEED = 2**63 - 1  # hashes are of 64 bits
 MOST_SKEW = 10  # beyond it all tokens choose the same experts
 _ONLY_FOR = {  # options that not all collectives have
     "sizes": SIZED,
@@ -103,8 +104,8 @@ class Question:
             raise ValueError(f"channels = {self.channels}: use 1 or more")
         if self.trials < 1 or (self.trials > 1 and not self.random_failures):
             raise ValueError(f"trials = {self.trials}: use 1, or 2 and more with --fail-random")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}: use 0 or more")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ValueError(f"seed = {self.seed}: use 0 to {MOST_SEED}")
         if not 0 <= self.reroute_seconds < np.inf:
             raise ValueError(f"reroute_seconds = {self.reroute_seconds}: must be finite and not negative")
         policy_of(self.routing, self.queue_pairs, self.seed)

@@ -185,7 +185,7 @@ class _Run:
             wanted = anew[(self.flows.priority[anew] == each) & ~self.routes.is_cut_off[anew]]
             self.sharing.fill(left, wanted, self.rates, least if each == first_class else 0.0)
             left[left < NOTHING_LEFT * self.capacity] = 0.0
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # flows that stand still, some of them without bytes
             self.finish[anew] = np.where(self.rates[anew] > 0, now + self.left[anew] / self.rates[anew], np.inf)
 
     def _run(self, now: float, until: float) -> None:

@@ -189,20 +189,8 @@ def simulate_folded(
     # One of parallel cables between switches stands for all.
     cables = np.zeros(fabric.links)
     cables[classes.example] = classes.link_count
-    up, later = np.ones(len(classes.example), bool), []
-    for seconds, is_up in _states(fabric, changes):
-        now = is_up[classes.example]
-        if (is_up != now[classes.link_class]).any():
-            raise ValueError(f"at {seconds} s some links change of those folded into one: fold for these changes")
-        if seconds > 0:
-            states = (now, True), (~now, False)
-            later += [Change(seconds=seconds, links=_indices(of), is_up=state) for of, state in states]
-        else:
-            up = now
-
-    # Those of a node of which the fewest take part have the most others to write to.
-    taking_part = classes.members[classes.members > 0]
-    messages = float(taking_part @ classes.number[classes.members > 0] - taking_part.min())
+    up, later = _changes_of(classes, fabric, changes)
+    messages = _most_messages(classes, fabric)
     latencies: list[float] = []
 
     def routes(is_up: Bools) -> Routes:
@@ -220,6 +208,30 @@ def simulate_folded(
         window=window,
     )
     return FoldedOutcome(folded=folded, outcome=outcome, latency_seconds=latencies[0])
+
+
+def _changes_of(classes: Classes, fabric: Fabric, changes: Sequence[Change]) -> tuple[Bools, list[Change]]:
+    """Which classes of links are up at first, and what changes of them later. Raises ValueError for other changes than
+    those that the classes are of."""
+    up, later = np.ones(len(classes.example), bool), []
+    for seconds, is_up in _states(fabric, changes):
+        now = is_up[classes.example]
+        if (is_up != now[classes.link_class]).any():
+            raise ValueError(f"at {seconds} s some links change of those folded into one: fold for these changes")
+        if seconds > 0:
+            states = (now, True), (~now, False)
+            later += [Change(seconds=seconds, links=_indices(of), is_up=state) for of, state in states]
+        else:
+            up = now
+    return up, later
+
+
+def _most_messages(classes: Classes, fabric: Fabric) -> float:
+    """Of those of a node of which the fewest take part, for these have the most others to write to; without NVLink all
+    have as many."""
+    takes_part = classes.members > 0
+    members, number = classes.members[takes_part], classes.number[takes_part]
+    return float(members @ number - (members.min() if fabric.spec.nvlink is not None else 1))
 
 
 def _indices(chosen: Bools) -> Ints:

@@ -28,15 +28,22 @@ class Simulated:
     seconds: AtOnce
 
 
-def traffic_of(plan: TrainingPlan | ServingPlan) -> LayoutTraffic | None:
-    """The network on which exchanges (of outputs, where a plan serves) were simulated; None: closed forms."""
-    return plan.work.traffic if isinstance(plan, TrainingPlan) else plan.decode.work.traffic
+def networks_of(plan: TrainingPlan | ServingPlan) -> list[LayoutTraffic]:
+    """On which exchanges were simulated, where a plan serves that of prompts before that of outputs, and once where
+    they are alike; none: closed forms."""
+    works = [plan.work] if isinstance(plan, TrainingPlan) else [plan.prefill.work, plan.decode.work]
+    return list({str(work.traffic): work.traffic for work in works if work.traffic}.values())
+
+
+def networks_text(plan: TrainingPlan | ServingPlan) -> str:
+    """Their names, with routing and failures; "": closed forms."""
+    return " and ".join(map(str, networks_of(plan)))
 
 
 def simulated(plan: TrainingPlan | ServingPlan) -> list[Simulated]:
     """Each kind of exchange of a plan, in the order in which they come, the longest of those between the same groups;
     none where closed forms were taken."""
-    if traffic_of(plan) is None:
+    if not networks_of(plan):
         return []
     longest: dict[tuple[object, ...], Simulated] = {}
     for each in _all(plan):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dovetail.planner.figures import Figure, find_figure
 from dovetail.planner.launch import launches
-from dovetail.planner.on_network import simulated, traffic_of
+from dovetail.planner.on_network import networks_of, simulated
 from dovetail.planner.request import Answer, Choice
 from dovetail.planner.training import TrainingPlan
 
@@ -41,13 +41,17 @@ def _choice_json(answer: Answer, choice: Choice) -> dict[str, Any]:
     else:
         record |= {"prefill": plan.prefill.layout.model_dump(), "decode": plan.decode.layout.model_dump()}
         record["goal"] = plan.goal.model_dump()
-    if traffic := traffic_of(plan):
+    if networks := networks_of(plan):
         exchanges = [
             {"part": each.part, "name": each.name, **asdict(each.seconds), "slowdown": each.seconds.slowdown}
             for each in simulated(plan)
         ]
-        record["network"] = {"fabric": traffic.fabric.name, "routing": traffic.routing, "exchanges": exchanges}
-        record["network"]["failures"] = list(traffic.failures)
+        record["network"] = {
+            "fabrics": [each.fabric.name for each in networks],
+            "routing": networks[0].routing,
+            "failures": list(networks[0].failures),
+            "exchanges": exchanges,
+        }
     record["figures"] = {each.key: _figure_json(each) for each in choice.figures()}
     record["launch"] = [asdict(launch) for launch in launches(answer.request, choice)]
     return record

@@ -122,7 +122,7 @@ def evaluate_prefill(
     """Raises ValueError for a layout that cannot be, and for a model that does not fit."""
     check_layout(layout, spec, cluster.gpus)
     check_pool(layout, spec)
-    sequences = goal.prefill_tokens / goal.computed_per_prompt
+    sequences, dense = goal.prefill_tokens / goal.computed_per_prompt, spec.num_hidden_layers - spec.num_moe_layers
     work = Work(
         spec=spec,
         cluster=cluster,
@@ -136,9 +136,7 @@ def evaluate_prefill(
         imbalance=goal.expert_imbalance,
         traffic=traffic,
     )
-    pieces = layer_pieces(work)
-    dense = spec.num_hidden_layers - spec.num_moe_layers
-    has_mtp = goal.mtp_acceptance is not None
+    pieces, has_mtp = layer_pieces(work), goal.mtp_acceptance is not None
     mtp = overlap(mtp_pieces(work), "prefill", spec.num_nextn_predict_layers, goal.microbatches)
     plan = PrefillPlan(
         work=work,

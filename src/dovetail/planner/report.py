@@ -10,7 +10,7 @@ from dovetail.cost.rank_memory import RankMemory
 from dovetail.planner.chunks import Workload
 from dovetail.planner.figures import Figure, explanation, find_figure, number
 from dovetail.planner.launch import Launch, launches
-from dovetail.planner.on_network import simulated, traffic_of
+from dovetail.planner.on_network import networks_text, simulated
 from dovetail.planner.request import Answer, Choice
 from dovetail.planner.serving import ServingPlan
 from dovetail.planner.training import TrainingPlan, evaluate
@@ -63,9 +63,11 @@ def comparison(answer: Answer) -> Table:
     keys = [figure.key for figure in summary(answer.choices[0])]
     keys += [each.key for choice in answer.choices[1:] for each in summary(choice) if each.key not in keys]
     rows = [("layout", *(_layouts_text(choice) for choice in answer.choices))]
-    lenders = [" and ".join(_borrowed(choice).values()) for choice in answer.choices]
-    if any(lenders):
-        rows.append(("efficiency borrowed from", *lenders))
+    about = {
+        "simulated on": [networks_text(choice.plan) for choice in answer.choices],
+        "efficiency borrowed from": [" and ".join(_borrowed(choice).values()) for choice in answer.choices],
+    }
+    rows += [(name, *texts) for name, texts in about.items() if any(texts)]
     for key in keys:
         title = next(full_title(each[key]) for each in of if key in each)
         rows.append((title, *(_cell(each[key]) if key in each else "" for each in of)))
@@ -166,7 +168,7 @@ def _cell(figure: Figure) -> str:
 
 def _layouts_text(choice: Choice) -> str:
     if isinstance(choice.plan, TrainingPlan):
-        return f"{choice.plan.gpus:,} GPUs: {training_layout_text(choice.plan.work.layout)}"
+        return f"{choice.plan.gpus:,} GPUs: {candidate_text(choice.plan.work)}"
     prefill, decode = choice.plan.prefill.layout, choice.plan.decode.layout
     return f"prefill ep {prefill.ep}, decode ep {decode.ep}"
 
@@ -193,8 +195,8 @@ def _about(choice: Choice) -> Iterator[tuple[str, str]]:
         most, has = plan.largest_memory.band[1] + cluster.gpu.runtime_bytes, cluster.gpu.memory_bytes
         if most > has:
             yield "memory", f"fits as expected, not at the upper end: {most / 1e9:.1f} GB of {has / 1e9:.1f}"
-    if traffic := traffic_of(plan):
-        yield "network", f"simulated on {traffic}{_by_closed_forms(plan)}"
+    if networks := networks_text(plan):
+        yield "network", f"simulated on {networks}{_by_closed_forms(plan)}"
     for name, lender in _borrowed(choice).items():
         yield "efficiency", f"nobody measured {name}: shares are those of {lender}, in a wider band"
 
@@ -203,7 +205,7 @@ def _by_closed_forms(plan: TrainingPlan | ServingPlan) -> str:
     if not isinstance(plan, TrainingPlan):
         return ""
     alone = evaluate(replace(plan.work, traffic=None), plan.goal).step_seconds
-    return f"; if no group saw another, the step would take {shown(alone, 's')[0]}"
+    return f"; by closed forms the step would take {shown(alone, 's')[0]}"
 
 
 def _borrowed(choice: Choice) -> dict[str, str]:
@@ -272,9 +274,6 @@ def others_table(choice: Choice, plan: TrainingPlan) -> Table:
 
 def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
     """Each kind of exchange alone and at once, where they were simulated."""
-    traffic = traffic_of(plan)
-    if traffic is None:
-        return
     rows = []
     for each in simulated(plan):
         found = each.seconds
@@ -282,7 +281,8 @@ def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
         slower = f"{found.slowdown:.3f} x"
         rows.append((each.part, each.name, f"{found.groups:,} of {found.ranks}", *times, slower, found.busiest))
     header = ("", "", ">groups", ">one alone", ">all at once", ">", "busiest links")
-    yield Table(title=f"exchanges on {traffic}, from links alone", header=header, rows=tuple(rows))
+    if networks := networks_text(plan):
+        yield Table(title=f"exchanges on {networks}, from links alone", header=header, rows=tuple(rows))
 
 
 def _serving_tables(choice: Choice) -> Iterator[Table]:
