@@ -31,7 +31,10 @@ def show(
 
     wired = build(load_fabric(fabric, endpoints))
     if svg is not None:
-        svg.write_text(showing.draw_svg(wired), encoding="utf-8")
+        try:
+            svg.write_text(showing.draw_svg(wired), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--svg {svg}: cannot be written: {error.strerror}; give another path") from None
         print(f"wrote {svg}", file=sys.stderr)
     if as_json:
         print_json(showing.as_json(wired))

@@ -88,6 +88,13 @@ def test_experts_are_split_evenly(gpus: int, nearest: str) -> None:
         check_exchange(question(), "dispatch", FABRIC, gpus)
 
 
+def test_tokens_whose_choices_do_not_fit_are_refused_with_how_many_do() -> None:
+    for asked in (question(tokens=(128, 10**8)), question(tokens=(128,), beside="combine:100000000")):
+        with pytest.raises(ValueError, match=r"^100,000,000 tokens on each of 16 GPUs .*: 262144 tokens can be"):
+            check_exchange(asked, "dispatch", FABRIC, 16)
+    check_exchange(question(tokens=(262144,)), "dispatch", FABRIC, 16)
+
+
 def test_models_without_experts_have_no_dispatch() -> None:
     with pytest.raises(ValueError, match="llama-3.1-405b has no experts"):
         check_exchange(question(model="llama-3.1-405b"), "dispatch", FABRIC, 16)

@@ -21,12 +21,14 @@ from dovetail.cost.ops import Exchange
 from dovetail.network.demands import Demand
 from dovetail.network.expert_demands import Experts, Mode, combine, counted_copies, dispatch, sample_choices
 from dovetail.network.flows import Floats
-from dovetail.network.question import Question
+from dovetail.network.memory import MOST_BYTES
+from dovetail.network.question import EXPERTS, Question
 from dovetail.network.topology import Fabric
 from dovetail.spec.layout import Layout, divisors
 from dovetail.spec.model import ModelSpec, Moe
 
 MODEL, PRECISION, TOKENS = "deepseek-v3", "deepseek-v3", 4096
+CHOICE_BYTES, SCORE_BYTES = 80, 24  # while tokens are drawn and counted; measured with 2 to 256 GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +78,21 @@ def exchange_demand(
 
 
 def check_exchange(question: Question, name: str, fabric: Fabric, gpus: int) -> None:
-    """Raises ValueError as `exchange_demand` does, before anything is drawn."""
+    """Raises ValueError as `exchange_demand` does, before anything is drawn, and for tokens whose choices would need
+    more than 4 GiB."""
     recorded = recorded_tokens(question)
     exchange = _exchange(question, name, fabric, gpus, recorded or 0)
     if recorded is not None:
         _chosen(question, exchange)
+        return
+    drawn = [*question.tokens, *([int(question.other[1])] if question.other and question.other[0] in EXPERTS else [])]
+    each = gpus * exchange.choices * CHOICE_BYTES + exchange.experts * SCORE_BYTES
+    most = 2 ** int(np.log2(MOST_BYTES / each))
+    if max(drawn, default=0) * each > MOST_BYTES:
+        raise ValueError(
+            f"{max(drawn):,} tokens on each of {gpus} GPUs would need about {max(drawn) * each / 2**30:,.1f} GiB to "
+            f"draw, more than {MOST_BYTES / 2**30:.0f}: {most} tokens can be simulated, and take as long in proportion"
+        )
 
 
 def recorded_tokens(question: Question) -> int | None:
