@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 import dovetail
+from dovetail.catalog.fabrics import fabric_names
+from dovetail.network_cli import CATALOG
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dovetail.__file__).parents[1]), "COLUMNS": "100"}
 SIMULATE = ("simulate", "--fabric", "mpft", "--gpus", "64")
@@ -40,6 +42,10 @@ def test_options_are_these() -> None:
         "Output": ["--sweep", "--picture", "--json"],
         "Options": ["--help"],
     }
+
+
+def test_help_names_the_catalog() -> None:
+    assert CATALOG.split(", ") == fabric_names()
 
 
 def test_simulating_never_loads_torch() -> None:
