@@ -10,6 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 import dovetail
+from dovetail.catalog.fabrics import fabric_names
+from dovetail.network_cli import CATALOG
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dovetail.__file__).parents[1]), "COLUMNS": "100"}
 SIMULATE = ("simulate", "--fabric", "mpft", "--gpus", "64")
@@ -40,6 +42,10 @@ def test_options_are_these() -> None:
         "Output": ["--sweep", "--picture", "--json"],
         "Options": ["--help"],
     }
+
+
+def test_help_names_the_catalog() -> None:
+    assert CATALOG.split(", ") == fabric_names()
 
 
 def test_simulating_never_loads_torch() -> None:
@@ -109,9 +115,13 @@ def test_experts_beside_copies_from_the_host() -> None:
     [
         (("show", "mpff"), "dovetail: no fabric 'mpff'"),
         (("show", "mpft", "--endpoints", "1001"), "use 1000 or 1008"),
-        (("show", "mpft", "--svg", "nowhere/at/all.svg"), "nowhere/at/all.svg"),
+        (("show", "mpft", "--svg", "nowhere/at/all.svg"), "--svg nowhere/at/all.svg: cannot be written"),
+        (("show", "mpft", "--endpoints", "100000"), "use layers = 3, radix = 160, or fewer endpoints"),
+        ((*SIMULATE, "--collective", "pipeline", "--stages", "0"), "a pipeline has 2 or more"),
+        ((*SIMULATE, "--sweep", ""), "--sweep '' is empty"),
+        ((*SIMULATE, "--sweep", "1MiB,2MiB", "--picture", "/dev/full/x.png"), "there is no folder"),
         ((*SIMULATE, "--size", "1024"), "has no unit: write 1024B"),
-        ((*SIMULATE, "--size=-1GiB"), "not negative"),
+        ((*SIMULATE, "--size=-1GiB"), "use 0B, or 1B"),
         ((*SIMULATE, "--collective", "alltoall"), "did you mean all-to-all"),
         ((*SIMULATE, "--routing", "adptive"), "did you mean adaptive"),
         ((*SIMULATE, "--fail", "plan:3"), "did you mean plane"),

@@ -14,11 +14,12 @@ app = typer.Typer(no_args_is_help=True, help="Show a network, and simulate colle
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 WHAT, EXPERTS, ROUTES = "The collective", "Experts, of dispatch and combine", "Routing"
 FAILURES, OUTPUT = "Failures", "Output"
+CATALOG = "dragonfly, ft2, ft3, h800-2048, mpft, mpft-roce, mrft, mrft3, slim-fly"
 
 
 @app.command()
 def show(
-    fabric: Annotated[str, typer.Argument(help="Of the catalog, such as mpft, or a .toml file.")],
+    fabric: Annotated[str, typer.Argument(help=f"Of the catalog ({CATALOG}), or a .toml file.")],
     endpoints: Annotated[int | None, typer.Option(help="GPUs to build it for [default: as the file has it].")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
     as_json: Json = False,
@@ -31,7 +32,10 @@ def show(
 
     wired = build(load_fabric(fabric, endpoints))
     if svg is not None:
-        svg.write_text(showing.draw_svg(wired), encoding="utf-8")
+        try:
+            svg.write_text(showing.draw_svg(wired), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"--svg {svg}: cannot be written: {error.strerror}; give another path") from None
         print(f"wrote {svg}", file=sys.stderr)
     if as_json:
         print_json(showing.as_json(wired))
@@ -43,7 +47,9 @@ def show(
 def simulate(
     fabrics: Annotated[
         list[str],
-        typer.Option("--fabric", help="Of the catalog, or a .toml file; several side by side.", rich_help_panel=WHAT),
+        typer.Option(
+            "--fabric", help=f"Of the catalog ({CATALOG}), or a .toml file; several side by side.", rich_help_panel=WHAT
+        ),
     ],
     collective: Annotated[
         str,

@@ -29,14 +29,25 @@ def print_json(record: Any) -> None:
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table on stdout; a column whose header opens with ">" is aligned right."""
+    """A table on stdout; a column whose header opens with ">" is aligned right, and never broken: where a terminal is
+    too narrow for these, rows run on instead."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=any(name.strip(">") for name in header))
-    for name in header:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
-    for row in rows:
+    body = list(rows)
+    for place, name in enumerate(header):
+        is_number = name.startswith(">")
+        table.add_column(
+            name.removeprefix(">"),
+            justify="right" if is_number else "left",
+            min_width=max(map(len, [name[1:], *(row[place] for row in body)])) if is_number else None,
+        )
+    for row in body:
         table.add_row(*row)
     print(title)
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    least, most = Console(width=10_000).measure(table)
+    if console.width < least:
+        console.width = most
+    console.print(table)

@@ -89,6 +89,18 @@ def test_experts_are_split_evenly(gpus: int, nearest: str) -> None:
         check_exchange(question(), "dispatch", FABRIC, gpus, 64)
 
 
+def test_more_tokens_than_can_be_drawn_are_refused_with_how_many_can() -> None:
+    asked = question(tokens=(128,))
+    with pytest.raises(
+        ValueError, match=r"tokens = 100000000 for each of 16 GPUs: .* more than 4: use (\d+) at most"
+    ) as error:
+        check_exchange(asked, "dispatch", FABRIC, 16, 10**8)
+    most = int(str(error.value).split("use ")[1].split()[0])
+    check_exchange(asked, "dispatch", FABRIC, 16, most)
+    with pytest.raises(ValueError, match="at most"):
+        check_exchange(asked, "dispatch", FABRIC, 16, most + 1)
+
+
 def test_models_without_experts_have_no_dispatch() -> None:
     with pytest.raises(ValueError, match="llama-3.1-405b has no experts"):
         check_exchange(question(model="llama-3.1-405b"), "dispatch", FABRIC, 16, 64)

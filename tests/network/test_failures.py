@@ -51,7 +51,9 @@ def test_random_cables_fail_both_ways_and_nvlink_never(fabric: Fabric) -> None:
         ("plane:8", "plane:8: mpft has plane 0 to 7"),
         ("nic:64", "nic:64: mpft has nic 0 to 63"),
         ("link:-1", "link:-1: mpft has link 0"),
-        ("plane:0@-1", "links change at -1.0 s"),
+        ("plane:0@-1", "--fail plane:0@-1: fails at -1 s"),
+        ("plane:0@nan", "--fail plane:0@nan: fails at nan s"),
+        ("plane:0@inf", "--fail plane:0@inf: fails at inf s"),
         ("plane:0@soon", "expected plane:NUMBER"),
     ],
 )

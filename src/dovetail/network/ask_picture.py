@@ -22,6 +22,8 @@ def check_picture(question: Question, picture: Path) -> None:
     nothing to draw a line through."""
     if picture.suffix not in (".png", ".svg"):
         raise ValueError(f"--picture {picture}: expected a name that ends in .png or .svg")
+    if picture.is_dir():
+        raise ValueError(f"--picture {picture}: is a folder; give the name of a file")
     if not picture.absolute().parent.is_dir():
         raise ValueError(f"--picture {picture}: there is no folder {picture.parent}")
     if not question.swept:
@@ -58,7 +60,10 @@ def draw(answer: Answer, picture: Path) -> None:
             figure.legend(frameon=False, loc="outside right upper")
         else:
             axes.legend(frameon=False)
-        figure.savefig(picture)
+        try:
+            figure.savefig(picture)
+        except OSError as error:
+            raise ValueError(f"--picture {picture}: cannot be written: {error.strerror}; give another path") from None
 
 
 def _plot(axes: Any, answer: Answer) -> list[str]:

@@ -40,12 +40,15 @@ def notes(answer: Answer) -> list[str]:
             number = f", seed {answer.question.seed + trial}" if len(case.failed) > 1 else ""
             lines.append(f"{_where(case)}{number}: {_cut_off_text(cut)}")
     counting = "counts a token's vector once" if answer.question.is_of_experts else "as nccl-tests has it"
-    lines.append(f"bus bandwidth {counting}, GB/s of 10^9 bytes per GPU; use: share of what a link could carry")
+    shares = "share: of the time, the latency's" if len(answer.cases) > 1 else "use: share of what a link could carry"
+    lines.append(f"bus bandwidth {counting}, GB/s of 10^9 bytes per GPU; {shares}")
     if answer.question.is_of_experts:
         lines.append(
             "DeepEP counts it once for each node of its experts, the own one too; on a single node for each GPU, "
             "low-latency for each expert"
         )
+        if len(answer.cases) > 1:
+            lines.append("to nodes, NVLink: copies of a token; busiest: rows of the busiest GPU over the mean")
     if answer.question.beside:
         lines.append("first, last: in the class before the other, and in the one after, which gets what is left")
     lines.extend(dict.fromkeys(f"prices: {each.price_basis}" for each in answer.fabrics))

@@ -37,6 +37,8 @@ def parse_failure(text: str, fabric: Fabric) -> Change:
         index, seconds = int(number), float(time) if at else 0.0
     except ValueError:
         raise ValueError(f"--fail {text}: expected {kind}:NUMBER or {kind}:NUMBER@SECONDS") from None
+    if not 0 <= seconds < np.inf:
+        raise ValueError(f"--fail {text}: fails at {seconds:g} s; give a time from 0 on, or leave it out")
     return Change(seconds=seconds, links=FAILURES[kind](fabric, index))
 
 
@@ -84,8 +86,8 @@ def random_links(fabric: Fabric, share: float, seed: int = 0) -> Ints:
 
 def _check(kind: str, number: int, count: int, fabric: Fabric) -> None:
     if not 0 <= number < count:
-        known = f"{kind} 0 to {count - 1}" if count > 1 else f"{kind} 0 only"
-        raise NotThereError(f"{kind} {number}", f"{kind}:{number}: {fabric.name} has {known}")
+        numbers = f"0 to {count - 1}" if count > 1 else "0 alone"
+        raise NotThereError(f"{kind} {number}", f"--fail {kind}:{number}: {fabric.name} has {kind} {numbers}")
 
 
 FAILURES: dict[str, Callable[[Fabric, int], Ints]] = {

@@ -41,7 +41,7 @@ def _remedy(endpoints: int, radix: int, layers: int, most: int) -> str:
     deeper = "layers = 3, " if layers == 2 and endpoints <= radix**3 // 4 else ""
     return (
         f"{'two' if layers == 2 else 'three'} layers of {radix}-port switches hold at most {most}; "
-        f"use {deeper}radix = {wider} or {-(-endpoints // most)} planes"
+        f"use {deeper}radix = {wider}, or fewer endpoints"
     )
 
 

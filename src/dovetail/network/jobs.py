@@ -42,7 +42,8 @@ def task_of(question: Question, name: str, fabric: Fabric, gpus: int, amount: fl
     if name == "node-all-gather":
         return Task(demand=transfers.node_all_gather(fabric, ranks, amount))
     if name == "pipeline":
-        return Task(demand=transfers.pipeline(ranks, amount, question.stages or 2, question.both_ways))
+        assert question.stages is not None  # as `Question` has checked
+        return Task(demand=transfers.pipeline(ranks, amount, question.stages, question.both_ways))
     if name == "kv-transfer":
         senders = gpus // 2 if question.prefill_gpus is None else question.prefill_gpus
         return Task(demand=transfers.kv_transfer(ranks, amount, senders, node))

@@ -103,11 +103,13 @@ class Question:
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels = {self.channels}: use 1 or more")
         if self.trials < 1 or (self.trials > 1 and not self.random_failures):
-            raise ValueError(f"trials = {self.trials}: use 1, or 2 and more with --fail-random")
+            raise ValueError(f"trials = {self.trials}: use 1, or more with --fail-random, such as --fail-random 1%")
         if not 0 <= self.seed <= MOST_SEED:
             raise ValueError(f"seed = {self.seed}: use 0 to {MOST_SEED}")
         if not 0 <= self.reroute_seconds < np.inf:
             raise ValueError(f"reroute_seconds = {self.reroute_seconds}: must be finite and not negative")
+        if self.reroute_seconds and not self.has_failures:
+            raise ValueError("--reroute-seconds is for what fails: add --fail or --fail-random, or leave it out")
         policy_of(self.routing, self.queue_pairs, self.seed)
         if any(tokens < 0 for tokens in self.tokens):
             raise ValueError(f"tokens = {min(self.tokens)}: use 0 or more")
@@ -203,7 +205,7 @@ def build_fabrics(question: Question) -> list[Fabric]:
     fabrics = [build(load_fabric(name, question.endpoints)) for name in question.fabrics]
     for index, fabric in enumerate(fabrics):
         if fabric.name in [other.name for other in fabrics[:index]]:
-            raise ValueError(f"two fabrics are named {fabric.name}: give each once")
+            raise ValueError(f"two fabrics are named {fabric.name}: give each once, or a file its own name")
         for gpus in question.gpu_counts:
             check_gpus(fabric, gpus)
     return fabrics

@@ -8,12 +8,13 @@ from collections.abc import Callable
 import numpy as np
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+MOST_SIZE = 2.0**60  # bytes; far from where times and shares overflow
 MOST_CASES = 64  # of one sweep, or of two crossed
 _SIZE = re.compile(r"\s*([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str) -> float:
-    """Bytes. Raises ValueError for a size without a unit, with another, or below 0."""
+    """Bytes. Raises ValueError for a size without a unit, with another, and for one but 0 and 1 to 2^60 bytes."""
     match = _SIZE.fullmatch(text)
     if not match:
         raise ValueError(f"size {text!r}: expected a number and a unit, such as 64MiB")
@@ -28,8 +29,8 @@ def parse_size(text: str) -> float:
         size = float(number) * UNITS[unit]
     except ValueError:
         raise ValueError(f"size {text!r}: {number!r} is no number") from None
-    if not 0 <= size < np.inf:
-        raise ValueError(f"size {text!r}: must be finite and not negative")
+    if size and not 1 <= size <= MOST_SIZE:
+        raise ValueError(f"size {text!r}: use 0B, or 1B to {MOST_SIZE / 2**30:.0f}GiB")
     return size
 
 
@@ -53,6 +54,8 @@ def parse_values(sweep: str, text: str, read: Callable[[str], float]) -> list[fl
             raise ValueError(f"--sweep {sweep}: expected a range from above 0 upwards, such as 1MiB..1GiB")
         count = int(np.log2(last / first) + 1e-9) + 1
         values = [first * 2**step for step in range(min(count, MOST_CASES + 1))]
-    if not 1 <= len(values) <= MOST_CASES:
+    if not values:
+        raise ValueError(f"--sweep {sweep!r} is empty: give values, such as 1MiB,64MiB, or a range, such as 1MiB..1GiB")
+    if len(values) > MOST_CASES:
         raise ValueError(f"--sweep {sweep}: {len(values)} cases or more; give 1 to {MOST_CASES}")
     return values
