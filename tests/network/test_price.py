@@ -87,3 +87,14 @@ def test_own_prices() -> None:
 
 def test_basis_says_where_it_comes_from() -> None:
     assert "unverified" in TABLE_3.source and "[ISCA Table 3]" in TABLE_3.source
+
+
+def test_switches_of_other_ports_cost_in_proportion() -> None:
+    """Else a fabric of larger switches would look half as expensive."""
+    parts = bill(build(load_fabric("mpft-roce", 16384))).parts
+    switches = [part for part in parts if "128 ports" in part.name]
+    assert switches and all(
+        part.dollars == 2 * TABLE_3.switch_dollars and "unverified" in part.note for part in switches
+    )
+    flat = TABLE_3.model_copy(update={"switch_ports": None})
+    assert bill(build(load_fabric("mpft-roce", 16384)), flat).parts[0].dollars == TABLE_3.switch_dollars

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from dovetail.config import Record
 from dovetail.network.topology import NIC, SWITCH, Fabric
@@ -23,6 +23,7 @@ class PriceBasis(Record):
     name: str = Field(min_length=1)
     source: str = Field(min_length=1)
     switch_dollars: NonNegativeFloat
+    switch_ports: PositiveInt | None = None  # of a switch at that price, others in proportion; None: all cost that
     cable_dollars: NonNegativeFloat  # between switches, with what it plugs in
     group_cable_dollars: NonNegativeFloat | None = None  # between switches of one group; None: as any other
     nic_cable_dollars: NonNegativeFloat | None = None  # from a NIC to its switch
@@ -35,6 +36,7 @@ TABLE_3 = PriceBasis(
     source="solved from the costs of [ISCA Table 3], which prints no unit prices: they are of about the year 2024 and "
     "unverified; switches and cables between switches only",
     switch_dollars=83_400,
+    switch_ports=64,
     cable_dollars=485,
     group_cable_dollars=375,
 )
@@ -80,7 +82,8 @@ def bill(fabric: Fabric, basis: PriceBasis = TABLE_3) -> Bill:
 
 
 def dollars(switches: int, cables: int, group_cables: int, basis: PriceBasis = TABLE_3) -> float:
-    """Of a network known by its numbers alone; `group_cables` of the `cables` stay within a group."""
+    """Of a network known by its numbers alone, of switches at the basis's price; `group_cables` of the `cables` stay
+    within a group."""
     short = basis.cable_dollars if basis.group_cable_dollars is None else basis.group_cable_dollars
     return switches * basis.switch_dollars + (cables - group_cables) * basis.cable_dollars + group_cables * short
 
@@ -90,11 +93,11 @@ def _parts(fabric: Fabric, basis: PriceBasis) -> list[Part]:
     storage = fabric.switch_plane == fabric.planes
     for layer, name in enumerate(_layers(fabric)):
         count = int(np.count_nonzero((fabric.switch_layer == layer) & ~storage))
-        parts.append(Part(name=f"{name}, {fabric.spec.radix} ports", quantity=count, dollars=basis.switch_dollars))
+        parts.append(_switches(f"{name}, {fabric.spec.radix} ports", count, fabric.spec.radix, basis))
     if fabric.spec.storage:
         count = int(np.count_nonzero(storage))
         name = f"storage switch, {fabric.spec.storage.radix} ports"
-        parts.append(Part(name=name, quantity=count, dollars=basis.switch_dollars))
+        parts.append(_switches(name, count, fabric.spec.storage.radix, basis))
     short, long = cables_by_length(fabric)
     group_dollars = basis.cable_dollars if basis.group_cable_dollars is None else basis.group_cable_dollars
     if short:
@@ -107,6 +110,13 @@ def _parts(fabric: Fabric, basis: PriceBasis) -> list[Part]:
     note = "both ends of optical cables; which ones are is unverified"
     parts.append(Part(name="transceiver", quantity=2 * long, dollars=basis.transceiver_dollars, note=note))
     return [part for part in parts if part.quantity]
+
+
+def _switches(name: str, count: int, radix: int, basis: PriceBasis) -> Part:
+    if basis.switch_ports in (None, radix):
+        return Part(name=name, quantity=count, dollars=basis.switch_dollars)
+    note = f"in proportion to one of {basis.switch_ports} ports, unverified"
+    return Part(name=name, quantity=count, dollars=basis.switch_dollars * radix / basis.switch_ports, note=note)
 
 
 def cables_by_length(fabric: Fabric) -> tuple[int, int]:
