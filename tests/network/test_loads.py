@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dovetail.catalog.fabrics import load_fabric, resized
+from dovetail.catalog.fabrics import fabric_names, load_fabric, resized
 from dovetail.network.balanced import all_to_all_seconds
 from dovetail.network.delivery import deliver
 from dovetail.network.demands import all_to_all
@@ -20,11 +20,14 @@ SMALL: dict[str, dict[str, object]] = {
     "ft3": {"endpoints": 96, "radix": 8, "gpus_per_node": 4},
     "slim-fly": {"endpoints": 100, "q": 5, "radix": 12, "gpus_per_node": 2},
     "dragonfly": {"endpoints": 72, "radix": 7, "gpus_per_node": 2},
+    "no NVLink": {"endpoints": 96, "radix": 8, "gpus_per_node": 4},
+    "nodes of one": {"endpoints": 96, "radix": 8, "gpus_per_node": 1},
 }
 
 
 def small(name: str) -> Fabric:
-    return build(resized(load_fabric(name), **SMALL[name]))
+    spec = resized(load_fabric(name if name in fabric_names() else "ft3"), **SMALL[name])
+    return build(spec.model_copy(update={"nvlink": None}) if name == "no NVLink" else spec)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.6])

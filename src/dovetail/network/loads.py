@@ -130,7 +130,8 @@ def _latencies(fabric: Fabric, gpus: int, longest: int) -> tuple[float, float]:
     outside = 2 * float(fabric.latency[fabric.kind == NIC].max()) + longest * hop
     within = 2 * float(fabric.latency[fabric.nvlink_link[0]]) if fabric.nvlink_link[0] >= 0 else 0.0
     last_node = (gpus - 1) % fabric.gpus_per_node + 1
-    messages, posting = gpus - last_node, fabric.spec.posting
+    messages = gpus - (last_node if fabric.spec.nvlink is not None else 1)
+    posting = fabric.spec.posting
     posted = outside + (messages - 1) * posting.seconds("host") if posting else outside
     return max(outside, within), max(posted, within)
 
