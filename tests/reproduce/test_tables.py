@@ -112,7 +112,7 @@ def test_bubbles_in_expected_are_those_of_the_published_formulas() -> None:
 
 
 def test_what_is_printed_of_a_table() -> None:
-    report = reproduce("table2")
+    report = reproduce(["table2"])
     lines = list(printed_rows(report))
     assert {len(line) for line in lines} == {len(HEADER)} and len(lines) == 8
     assert lines[0][:2] == ("deepseek-v2", "parameters, B") and lines[1][0] == ""
@@ -122,7 +122,7 @@ def test_what_is_printed_of_a_table() -> None:
 
 
 def test_json_has_the_verdicts() -> None:
-    record = json.loads(json.dumps(as_json(reproduce("table2"))))
+    record = json.loads(json.dumps(as_json(reproduce(["table2"]))))
     (table,) = record["tables"]
     assert record["is_reproduced"] is table["is_reproduced"] is True
     assert [row["verdict"] for row in table["rows"]] == ["exact"] * 6 + ["paper inconsistent"] * 2
@@ -170,12 +170,20 @@ def test_help_names_every_table_and_experiment() -> None:
 
 def test_an_unknown_table_and_a_picture() -> None:
     with pytest.raises(ValueError, match="no table 'table6' to reproduce; did you mean"):
-        reproduce("table6")
+        reproduce(["table6"])
     with pytest.raises(ValueError, match="cost: no picture to write to x.png; --out is for fp8_accumulation"):
-        reproduce("cost", Path("x.png"))
+        reproduce(["cost"], Path("x.png"))
     with pytest.raises(ValueError, match="all tables together: no picture"):
-        reproduce(None, Path("x.png"))
+        reproduce([], Path("x.png"))
 
 
 def test_a_report_of_nothing_missed_is_reproduced() -> None:
     assert Report(title="", source="", tables=(make_table("cost"), make_table("table1"))).is_reproduced
+
+
+def test_several_tables_by_name() -> None:
+    report = reproduce(["table1", "table2"])
+    assert [table.name for table in report.tables] == ["table1", "table2"]
+    assert "run by name" not in "\n".join(printed_notes(report))
+    with pytest.raises(ValueError, match="fp8_accumulation is an experiment, which is run by itself"):
+        reproduce(["table1", "fp8_accumulation"])

@@ -7,7 +7,7 @@ what counts or plans. A row that the paper's own numbers contradict says so.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ _EXPECTED = Path(__file__).with_name("expected.toml")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """One table, or all of them."""
+    """Tables side by side."""
 
     title: str
     source: str
@@ -74,24 +74,24 @@ class Report:
         return all(table.is_reproduced for table in self.tables)
 
 
-def reproduce(name: str | None = None, picture: Path | None = None) -> Report:
-    """One table, or all: some 20 s, most of them `search`.
+def reproduce(names: Sequence[str] = (), picture: Path | None = None) -> Report:
+    """The tables called `names`, or all: some 20 s, most of them `search`.
 
-    Raises ValueError for a name that is not known, and for a picture, which no table has.
+    Raises ValueError for a name that is not known, for an experiment among them, and for a picture, which no table has.
     """
-    if name is not None and name not in FINDERS:
-        raise ValueError(f"no table {name!r} to reproduce; {near_matches(name, [*FINDERS, *EXPERIMENTS])}")
+    for name in names:
+        if name in EXPERIMENTS:
+            raise ValueError(f"{name} is an experiment, which is run by itself: dovetail reproduce {name}")
+        if name not in FINDERS:
+            raise ValueError(f"no table {name!r} to reproduce; {near_matches(name, [*FINDERS, *EXPERIMENTS])}")
     if picture is not None:
-        raise ValueError(
-            f"{name or 'all tables together'}: no picture to write to {picture}; --out is for {', '.join(EXPERIMENTS)}"
-        )
-    if name is not None:
-        table = make_table(name)
-        return Report(title=table.title, source=table.source, tables=(table,))
+        what = ", ".join(names) or "all tables together"
+        raise ValueError(f"{what}: no picture to write to {picture}; --out is for {', '.join(EXPERIMENTS)}")
+    tables = tuple(make_table(name) for name in names or FINDERS)
+    if len(tables) == 1:
+        return Report(title=tables[0].title, source=tables[0].source, tables=tables)
     return Report(
-        title="What DeepSeek published, and what comes out here",
-        source="[V3, ISCA, day 6, DualPipe]",
-        tables=tuple(make_table(each) for each in FINDERS),
+        title="What DeepSeek published, and what comes out here", source="[V3, ISCA, day 6, DualPipe]", tables=tables
     )
 
 
@@ -145,7 +145,7 @@ def printed_notes(report: Report) -> Iterator[str]:
         if row.verdict in ("MISSED", "NO"):
             cause = f"; likely cause: {row.cause}" if row.cause else ""
             yield f"{row.verdict}: {_name(row)}: {_difference(row)}{cause}"
-    if len(report.tables) > 1:
+    if len(report.tables) == len(FINDERS):
         yield "run by name: " + ", ".join(f"{name} ({time})" for name, time in EXPERIMENTS.items())
     yield from _summary(report)
 
