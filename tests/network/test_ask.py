@@ -218,7 +218,7 @@ def test_what_is_too_large_is_refused_at_once(fabric: str, changes: dict[str, ob
     with pytest.raises(ValueError, match=message) as error:
         answer_to(fabric, gpus=None, **changes)
     assert "\n" not in str(error.value)
-    assert ("all with adaptive routing" in str(error.value)) == (changes.get("routing") == "ecmp")
+    assert ("all with --routing adaptive" in str(error.value)) == (changes.get("routing") == "ecmp")
     (number,) = re.findall(r"--gpus (\d+) can", str(error.value))
     question = Question(fabrics=(fabric,), sizes=(GIB,), **changes)  # type: ignore[arg-type]
     built = build(load_fabric(fabric))

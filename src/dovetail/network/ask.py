@@ -89,15 +89,21 @@ def _summary(fabric: Fabric) -> FabricSummary:
 def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Change, ...]] | str) -> Job:
     """Raises ValueError for more memory than is allowed."""
     lacks, trials = (failing, []) if isinstance(failing, str) else ("", failing)
-    loads = tuple(_loads(question, fabric, gpus, changes) for changes in ((), *trials))
-    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, loads=loads)
-    _check_memory(job)
+    states = ((), *trials)
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, loads=(None,) * len(states))
+    told = [_is_told(job, changes) for changes in states]
+    _check_memory(job, told)
+    pairs = zip(states, told, strict=True)
+    loads = tuple(all_to_all_loads(fabric, gpus, changes) if is_told else None for changes, is_told in pairs)
+    job = replace(job, loads=loads)
+    _check_memory(job, [each is not None for each in loads])  # where some are cut off, flows are needed after all
     return job
 
 
-def _loads(question: Question, fabric: Fabric, gpus: int, changes: tuple[Change, ...]) -> Loads | None:
-    is_even = question.collective == "all-to-all" and question.routing == "adaptive"
-    return all_to_all_loads(fabric, gpus, changes) if is_even and has_loads(fabric, gpus, changes) else None
+def _is_told(job: Job, changes: tuple[Change, ...]) -> bool:
+    """Whether loads of links may tell the time."""
+    is_even = job.question.collective == "all-to-all" and job.question.routing == "adaptive"
+    return is_even and has_loads(job.fabric, job.gpus, changes)
 
 
 def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
@@ -108,29 +114,32 @@ def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
     return classes if classes.num_flows < gpus * (gpus - 1) else None
 
 
-def _check_memory(job: Job) -> None:
-    flows, needed = _needs(job, job.gpus)
+def _check_memory(job: Job, told: list[bool]) -> None:
+    """`told`: states in which no flows are simulated."""
+    flows, needed = _needs(job, job.gpus, told)
     if needed <= MOST_BYTES:
         return
     fitting = job.gpus // 2
-    while fitting > 2 and _needs(job, fitting)[1] > MOST_BYTES:
+    while fitting > 2 and _needs(job, fitting, told)[1] > MOST_BYTES:
         fitting //= 2
-    question, folds = job.question, ""
+    question, instead = job.question, ""
     if question.collective == "all-to-all" and question.routing != "adaptive":
         sprayed = replace(job, question=replace(question, routing="adaptive", queue_pairs=1))
-        folds = ", or all with adaptive routing, which is folded" if _needs(sprayed, job.gpus)[1] <= MOST_BYTES else ""
+        may_be_told = [_is_told(sprayed, changes) for changes in ((), *job.trials)]
+        if _needs(sprayed, job.gpus, may_be_told)[1] <= MOST_BYTES:
+            instead = ", or all with --routing adaptive"
     raise ValueError(
         f"{question.collective} among {job.gpus} GPUs of {job.fabric.name} is {flows:,} flows and would need about "
-        f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: --gpus {fitting} can be simulated{folds}"
+        f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: --gpus {fitting} can be simulated{instead}"
     )
 
 
-def _needs(job: Job, gpus: int) -> tuple[int, float]:
+def _needs(job: Job, gpus: int, told: list[bool]) -> tuple[int, float]:
     """Most flows that are simulated at once, and the bytes for them."""
     question, fabric, needs = job.question, job.fabric, []
     each = [num_flows(question, name, fabric, gpus) for name in _names(question)]
-    for changes, loads in zip(((), *job.trials), job.loads, strict=True):
-        if loads is not None:
+    for changes, is_told in zip(((), *job.trials), told, strict=True):
+        if is_told:
             continue
         classes = _folds(job, gpus, changes)
         flows = classes.num_flows if classes else each[0]
