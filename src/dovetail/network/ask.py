@@ -102,13 +102,12 @@ def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Chan
 
 def _is_told(job: Job, changes: tuple[Change, ...]) -> bool:
     """Whether loads of links may tell the time."""
-    is_even = job.question.collective == "all-to-all" and job.question.routing == "adaptive"
-    return is_even and has_loads(job.fabric, job.gpus, changes)
+    return job.question.is_sprayed_to_all and has_loads(job.fabric, job.gpus, changes)
 
 
 def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
     """What the first `gpus` are folded by; None where that makes no flow less."""
-    if job.question.collective != "all-to-all" or job.question.routing != "adaptive":
+    if not job.question.is_sprayed_to_all:
         return None
     classes = classes_of(job.fabric, changes, gpus)
     return classes if classes.num_flows < gpus * (gpus - 1) else None

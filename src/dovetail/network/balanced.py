@@ -27,7 +27,7 @@ def all_to_all_seconds(fabric: Fabric, ranks: int, size: float) -> float:
     outside, forwarded = ranks - each, _forwards(fabric)
     over_nic = 0.0
     if outside:
-        over_nic = max(outside * part / _nic_rate(fabric), _posting(fabric, outside)) + _latency(
+        over_nic = max(outside * part / _nic_rate(fabric), fabric.spec.posting_seconds(outside)) + _latency(
             fabric, ranks, forwarded
         )
     if each == 1:
@@ -48,16 +48,11 @@ def ring_seconds(fabric: Fabric, demand: Demand, channels: int = 1) -> float:
     step = part * (1 - leaves_node) / _nvlink_rate(fabric) + _nvlink_latency(fabric) if each > 1 else 0.0
     if ranks > each:
         posted = -(-channels // each)
-        busiest = max(posted * part / channels / _nic_rate(fabric), _posting(fabric, posted))
+        busiest = max(posted * part / channels / _nic_rate(fabric), fabric.spec.posting_seconds(posted))
         if forwarded:
             busiest = max(busiest, part / _nvlink_rate(fabric))
         step = max(step, busiest + _latency(fabric, ranks, forwarded))
     return times * step
-
-
-def _posting(fabric: Fabric, messages: int) -> float:
-    """Seconds until a NIC has the last of its messages."""
-    return (messages - 1) * fabric.spec.posting.seconds("host") if fabric.spec.posting is not None else 0.0
 
 
 def _check(fabric: Fabric, ranks: int) -> None:

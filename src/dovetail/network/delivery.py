@@ -97,17 +97,20 @@ def most_messages(fabric: Fabric, step: Step) -> float:
     return float(np.bincount(step.flows.source[posted], counts).max(initial=0.0))
 
 
+def most_messages_to_all(fabric: Fabric, gpus: int) -> int:
+    """The same of an all-to-all among the first `gpus`: those of the last node, of which the fewest take part, have the
+    most others to write to; without NVLink all have as many."""
+    return gpus - ((gpus - 1) % fabric.gpus_per_node + 1 if fabric.spec.nvlink is not None else 1)
+
+
 def empty_seconds(
     fabric: Fabric, flows: Flows, latency: Floats, messages: float, posted_by: Poster = "host"
 ) -> tuple[float, float]:
     """What flows would take without bytes, of paths that take `latency` [flows]: the longest of them, and all with
     `messages` posted in a row by one GPU."""
     longest = float(latency.max(initial=0.0))
-    posting = fabric.spec.posting
-    if posting is None or messages <= 1:
-        return longest, longest
     outside = float(latency[is_posted(fabric, flows)].max(initial=0.0))
-    return longest, max(longest, outside + (messages - 1) * posting.seconds(posted_by))
+    return longest, max(longest, outside + fabric.spec.posting_seconds(messages, posted_by))
 
 
 class _Run:

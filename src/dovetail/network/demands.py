@@ -13,8 +13,8 @@ what goes from one part of the GPUs to another `network.transfers`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from dovetail.config import near_matches
 from dovetail.network.flows import Floats, Flows, joined
 from dovetail.spec.fabric import Poster
 
-RINGS = ("all-gather", "reduce-scatter", "all-reduce")
+Ring = Literal["all-gather", "reduce-scatter", "all-reduce"]
+RINGS = get_args(Ring)
 COLLECTIVES = ("all-to-all", *RINGS, "tree-all-reduce", "point-to-point")
 
 
@@ -66,12 +67,7 @@ def collective(name: str, gpus: Sequence[int], size: float, gpus_per_node: int =
         return tree_all_reduce(gpus, size)
     if name == "point-to-point":
         return point_to_point([(int(gpus[0]), int(gpus[-1]))], size)
-    kinds: dict[str, Literal["all-gather", "reduce-scatter", "all-reduce"]] = {
-        "all-gather": "all-gather",
-        "reduce-scatter": "reduce-scatter",
-        "all-reduce": "all-reduce",
-    }
-    return in_rings(kinds[name], ring, size)
+    return in_rings(cast(Ring, name), ring, size)
 
 
 def all_to_all(gpus: Sequence[int], size: float) -> Demand:
@@ -95,9 +91,7 @@ def ring_orders(gpus: Sequence[int], gpus_per_node: int = 1, channels: int = 1) 
     return [np.concatenate([np.roll(each, -channel) for each in nodes]) for channel in range(channels)]
 
 
-def in_rings(
-    name: Literal["all-gather", "reduce-scatter", "all-reduce"], rings: Sequence[NDArray[np.int32]], size: float
-) -> Demand:
+def in_rings(name: Ring, rings: Sequence[NDArray[np.int32]], size: float) -> Demand:
     """Bytes cut evenly over the rings, and in each over its ranks."""
     count = len(checked_ranks(rings[0], size))
     part = size / count / len(rings)
@@ -121,7 +115,7 @@ def tree_all_reduce(gpus: Sequence[int], size: float) -> Demand:
     parts = []
     for order in (ranks, np.roll(ranks[::-1], 1 if count % 2 else 0)):  # mirrored, so that leaves become inner ranks
         up = Flows.of(order[child], order[parents[child]], size / 2)
-        parts += [up, replace(up, source=up.destination, destination=up.source)]
+        parts += [up, up.reversed()]
     levels = 2 * max(1, int(np.ceil(np.log2(count))))
     step = Step(flows=joined(parts), hops=levels)
     return Demand(name="tree-all-reduce", ranks=count, size=size, bus_factor=2 * (count - 1) / count, steps=(step,))

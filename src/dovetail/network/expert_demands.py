@@ -15,17 +15,17 @@ in closed form.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.config import near_matches
+from dovetail.network.collectives import Mode
 from dovetail.network.demands import Demand, Step, check_size, checked_ranks
 from dovetail.network.flows import Flows, joined
 
-Mode = Literal["normal", "low-latency"]
-MODES = ("normal", "low-latency")
+MODES = get_args(Mode)
 CHUNK = 8  # tokens of a message: DeepEP's choice for 24 to 64 GPUs; on others more tokens, and so fewer messages
 
 
@@ -79,8 +79,7 @@ def combine(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> D
     """The way back of `dispatch`: the same copies, the other way round."""
     there = dispatch(experts, bytes_per_copy, mode)
     step = there.steps[0]
-    back = replace(step.flows, source=step.flows.destination, destination=step.flows.source)
-    return replace(there, name="combine", steps=(replace(step, flows=back),))
+    return replace(there, name="combine", steps=(replace(step, flows=step.flows.reversed()),))
 
 
 def _one_by_one(experts: Experts) -> Flows:

@@ -18,8 +18,9 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.cost.ffn_ops import FfnWork, experts_forward
 from dovetail.cost.inspect import inspect
 from dovetail.cost.ops import Exchange
+from dovetail.network.collectives import Mode
 from dovetail.network.demands import Demand
-from dovetail.network.expert_demands import Experts, Mode, combine, counted_copies, dispatch, sample_choices
+from dovetail.network.expert_demands import Experts, combine, counted_copies, dispatch, sample_choices
 from dovetail.network.flows import Floats
 from dovetail.network.memory import MOST_BYTES
 from dovetail.network.question import Question

@@ -81,6 +81,10 @@ class Flows:
     def take(self, chosen: Longs | Bools) -> Flows:
         return replace(self, **{each.name: getattr(self, each.name)[chosen] for each in fields(self)})
 
+    def reversed(self) -> Flows:
+        """The same bytes the way back."""
+        return replace(self, source=self.destination, destination=self.source)
+
     def split(self, queue_pairs: int) -> Flows:
         """Each flow as `queue_pairs` equal ones, one after another, that need not keep pace with each other."""
         many = self.take(np.repeat(np.arange(len(self)), queue_pairs))

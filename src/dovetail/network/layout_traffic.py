@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import cast
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from dovetail.catalog.fabrics import load_fabric, resized
 from dovetail.cost.ops import Collective, Exchange, Send
 from dovetail.network.collectives import Mode, Transfer
 from dovetail.network.delivery import Delivery, deliver
-from dovetail.network.demands import Demand, Step, in_rings, ring_orders
+from dovetail.network.demands import Demand, Ring, Step, in_rings, ring_orders
 from dovetail.network.distinct import distinct_bins
 from dovetail.network.expert_demands import posted
 from dovetail.network.failures import parse_failure
@@ -37,13 +37,7 @@ from dovetail.network.simulation import Change
 from dovetail.network.topology import Fabric, build
 from dovetail.spec.hardware import Cluster
 
-RINGS: dict[str, Literal["all-gather", "reduce-scatter", "all-reduce"]] = {
-    "all_gather": "all-gather",
-    "reduce_scatter": "reduce-scatter",
-    "all_reduce": "all-reduce",
-}
 LONE_NODE = "ft2"  # what a single node is put on, which uses none of it
-
 
 Sent = Exchange | Collective | Send
 
@@ -216,7 +210,7 @@ def _group_step(sent: Sent, mode: Mode, first: int, gpus_per_node: int) -> Step:
     members = first + sent.stride * np.arange(sent.ranks)
     channels = max(1, min(sent.ranks, gpus_per_node // sent.stride))
     rings = ring_orders(members.tolist(), gpus_per_node, channels)
-    return in_rings(RINGS[sent.name], rings, sent.bytes).steps[0]
+    return in_rings(cast(Ring, sent.name.replace("_", "-")), rings, sent.bytes).steps[0]
 
 
 def _all_groups(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) -> Step:

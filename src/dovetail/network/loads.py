@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dovetail.network.delivery import most_messages_to_all
 from dovetail.network.flows import Bools, Floats, Longs
 from dovetail.network.paths import lengths
 from dovetail.network.simulation import Change
@@ -129,10 +130,7 @@ def _latencies(fabric: Fabric, gpus: int, longest: int) -> tuple[float, float]:
     hop = float(fabric.latency[fabric.kind == SWITCH].max(initial=0.0))
     outside = 2 * float(fabric.latency[fabric.kind == NIC].max()) + longest * hop
     within = 2 * float(fabric.latency[fabric.nvlink_link[0]]) if fabric.nvlink_link[0] >= 0 else 0.0
-    last_node = (gpus - 1) % fabric.gpus_per_node + 1
-    messages = gpus - (last_node if fabric.spec.nvlink is not None else 1)
-    posting = fabric.spec.posting
-    posted = outside + (messages - 1) * posting.seconds("host") if posting else outside
+    posted = outside + fabric.spec.posting_seconds(most_messages_to_all(fabric, gpus))
     return max(outside, within), max(posted, within)
 
 

@@ -147,6 +147,11 @@ class Question:
         return bool(self.failures or self.random_failures)
 
     @property
+    def is_sprayed_to_all(self) -> bool:
+        """All-to-all over all paths, in which flows are alike."""
+        return self.collective == "all-to-all" and self.routing == "adaptive"
+
+    @property
     def is_of_experts(self) -> bool:
         """Asked for tokens instead of bytes."""
         return self.collective in EXPERTS

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dovetail.network.delivery import empty_seconds
+from dovetail.network.delivery import empty_seconds, most_messages_to_all
 from dovetail.network.flows import Bools, Floats, Flows, Ints, Longs, Routes
 from dovetail.network.ports import Forwarding
 from dovetail.network.routing import Adaptive, route
@@ -190,7 +190,7 @@ def simulate_folded(
     cables = np.zeros(fabric.links)
     cables[classes.example] = classes.link_count
     up, later = _changes_of(classes, fabric, changes)
-    messages = _most_messages(classes, fabric)
+    messages = most_messages_to_all(fabric, int(classes.members @ classes.number))
     latencies: list[float] = []
 
     def routes(is_up: Bools) -> Routes:
@@ -224,14 +224,6 @@ def _changes_of(classes: Classes, fabric: Fabric, changes: Sequence[Change]) -> 
         else:
             up = now
     return up, later
-
-
-def _most_messages(classes: Classes, fabric: Fabric) -> float:
-    """Of those of a node of which the fewest take part, for these have the most others to write to; without NVLink all
-    have as many."""
-    takes_part = classes.members > 0
-    members, number = classes.members[takes_part], classes.number[takes_part]
-    return float(members @ number - (members.min() if fabric.spec.nvlink is not None else 1))
 
 
 def _indices(chosen: Bools) -> Ints:

@@ -36,7 +36,7 @@ def pipeline(gpus: Sequence[int], size: float, stages: int, both_ways: bool = Fa
     each = count // stages
     flows = Flows.of(ranks[:-each], ranks[each:], size)
     if both_ways:
-        flows = joined([flows, replace(flows, source=flows.destination, destination=flows.source)])
+        flows = joined([flows, flows.reversed()])
     return Demand(name="pipeline", ranks=count, size=size, bus_factor=1.0, steps=(Step(flows=flows),))
 
 

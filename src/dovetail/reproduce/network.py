@@ -19,10 +19,11 @@ import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
 from dovetail.cost.ops import Exchange
+from dovetail.network.collectives import Mode
 from dovetail.network.delivery import deliver
 from dovetail.network.demands import Demand, all_to_all, point_to_point
 from dovetail.network.distinct import distinct_bins
-from dovetail.network.expert_demands import Experts, Mode, dispatch, sample_choices
+from dovetail.network.expert_demands import Experts, dispatch, sample_choices
 from dovetail.network.ports import Forwarding
 from dovetail.network.routing import Adaptive, Ecmp
 from dovetail.network.topology import Fabric, build

@@ -113,3 +113,7 @@ class FabricSpec(Record):
     @property
     def nodes(self) -> int:
         return self.endpoints // self.gpus_per_node
+
+    def posting_seconds(self, messages: float, poster: Poster = "host") -> float:
+        """Until the last of `messages` in a row is posted; the first is in its latency."""
+        return (messages - 1) * self.posting.seconds(poster) if self.posting and messages > 1 else 0.0
