@@ -65,7 +65,7 @@ def test_folded_and_not_are_one(name: str, gpus: int, endpoints: int, size: floa
     (case,) = answer_to(name, gpus=gpus, endpoints=endpoints, failures=failures, size=size).cases
     folded, fabric = (*case.failed, case.healthy)[0], build(load_fabric(name, endpoints))
     question = Question(fabrics=(name,), sizes=(size,), failures=failures)
-    job = asking.Job(question=question, fabric=fabric, gpus=gpus, trials=[], lacks="", loads=(None,))
+    job = asking.Job(question=question, fabric=fabric, gpus=gpus, trials=[], lacks="", ways=(None,))
     task = task_of(question, "all-to-all", fabric, gpus, size)
     whole = asking._simulated(job, task, changes_of(question, fabric))
     assert folded.is_folded and folded.flows < (gpus**2 - gpus) / 3

@@ -38,7 +38,13 @@ class Job:
     gpus: int
     trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
     lacks: str  # the part that is to fail and that this fabric has not; "": none
-    loads: tuple[Loads | None, ...]  # with nothing failing, and in each trial; None where flows have to be simulated
+    # With nothing failing, and in each trial: what tells the time, what flows are folded by; None: flow by flow.
+    ways: tuple[Loads | Classes | None, ...]
+
+    @property
+    def states(self) -> list[tuple[Change, ...]]:
+        """What fails: nothing, and then in each trial."""
+        return [(), *self.trials]
 
 
 def ask(question: Question) -> Answer:
@@ -89,15 +95,14 @@ def _summary(fabric: Fabric) -> FabricSummary:
 def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Change, ...]] | str) -> Job:
     """Raises ValueError for more memory than is allowed."""
     lacks, trials = (failing, []) if isinstance(failing, str) else ("", failing)
-    states = ((), *trials)
-    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, loads=(None,) * len(states))
-    told = [_is_told(job, changes) for changes in states]
+    job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, ways=())
+    told = [_is_told(job, changes) for changes in job.states]
     _check_memory(job, told)
-    pairs = zip(states, told, strict=True)
-    loads = tuple(all_to_all_loads(fabric, gpus, changes) if is_told else None for changes, is_told in pairs)
-    job = replace(job, loads=loads)
+    pairs = list(zip(job.states, told, strict=True))
+    loads = [all_to_all_loads(fabric, gpus, changes) if is_told else None for changes, is_told in pairs]
     _check_memory(job, [each is not None for each in loads])  # where some are cut off, flows are needed after all
-    return job
+    ways = (each or _folds(job, gpus, changes) for each, changes in zip(loads, job.states, strict=True))
+    return replace(job, ways=tuple(ways))
 
 
 def _is_told(job: Job, changes: tuple[Change, ...]) -> bool:
@@ -124,7 +129,7 @@ def _check_memory(job: Job, told: list[bool]) -> None:
     question, instead = job.question, ""
     if question.collective == "all-to-all" and question.routing != "adaptive":
         sprayed = replace(job, question=replace(question, routing="adaptive", queue_pairs=1))
-        may_be_told = [_is_told(sprayed, changes) for changes in ((), *job.trials)]
+        may_be_told = [_is_told(sprayed, changes) for changes in job.states]
         if _needs(sprayed, job.gpus, may_be_told)[1] <= MOST_BYTES:
             instead = ", or all with --routing adaptive"
     raise ValueError(
@@ -137,7 +142,7 @@ def _needs(job: Job, gpus: int, told: list[bool]) -> tuple[int, float]:
     """Most flows that are simulated at once, and the bytes for them."""
     question, fabric, needs = job.question, job.fabric, []
     each = [num_flows(question, name, fabric, gpus) for name in _names(question)]
-    for changes, is_told in zip(((), *job.trials), told, strict=True):
+    for changes, is_told in zip(job.states, told, strict=True):
         if is_told:
             continue
         classes = _folds(job, gpus, changes)
@@ -155,12 +160,11 @@ def _names(question: Question) -> list[str]:
 
 def _case(job: Job, amount: float) -> Case:
     question, fabric = job.question, job.fabric
-    states = list(zip(((), *job.trials), job.loads, strict=True))
     task = None
-    if question.other or not all(loads or _folds(job, job.gpus, changes) for changes, loads in states):
+    if question.other or None in job.ways:
         task = task_of(question, question.collective, fabric, job.gpus, amount)
     healthy, *failed = (
-        _by_loads(job, amount, loads) if loads else _run(job, task, amount, changes) for changes, loads in states
+        _run(job, task, amount, changes, way) for changes, way in zip(job.states, job.ways, strict=True)
     )
     first = job.trials[0] if job.trials else ()
     lost = np.unique(np.concatenate([np.zeros(0, np.int32), *(change.links for change in first)]) // 2)
@@ -184,8 +188,10 @@ def _case(job: Job, amount: float) -> Case:
     )
 
 
-def _run(job: Job, task: Task | None, amount: float, changes: tuple[Change, ...]) -> Run:
-    if _folds(job, job.gpus, changes):
+def _run(job: Job, task: Task | None, amount: float, changes: tuple[Change, ...], way: Loads | Classes | None) -> Run:
+    if isinstance(way, Loads):
+        return _by_loads(job, amount, way)
+    if way is not None:
         return _folded(job, amount, changes)
     assert task is not None
     return _simulated(job, task, changes)
