@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dovetail.network.flows import Floats, Flows, Routes
+from dovetail.network.flows.flows import Floats, Flows, Routes
 
 PYTHON = "/usr/bin/python3"  # what Debian's python3-simgrid is for
 RUNNER = Path(__file__).with_name("_simgrid.py")

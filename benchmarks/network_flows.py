@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dovetail.network.simulation import Change
-    from dovetail.network.topology import Fabric
+    from dovetail.network.fabric.topology import Fabric
+    from dovetail.network.flows.simulation import Change
 
 SIZE = 2e9  # bytes per rank; of hundreds of thousands more, or posting messages is what takes longest
 GIBIBYTE = 2**30
@@ -67,12 +67,12 @@ class Measured:
 
 def measure(case: Case) -> Measured:
     from dovetail.catalog.fabrics import load_fabric
-    from dovetail.network.demands import all_to_all
-    from dovetail.network.loads import all_to_all_loads
-    from dovetail.network.routing import Adaptive, Ecmp, Static, route
-    from dovetail.network.simulation import simulate
-    from dovetail.network.symmetry import folded_all_to_all, simulate_folded
-    from dovetail.network.topology import build
+    from dovetail.network.delivery.loads import all_to_all_loads
+    from dovetail.network.delivery.symmetry import folded_all_to_all, simulate_folded
+    from dovetail.network.demands.collectives import all_to_all
+    from dovetail.network.fabric.topology import build
+    from dovetail.network.flows.simulation import simulate
+    from dovetail.network.routing.route import Adaptive, Ecmp, Static, route
 
     small = build(load_fabric(case.fabric, 64))
     flows = all_to_all(range(64), SIZE).steps[0].flows
@@ -122,8 +122,8 @@ def measure(case: Case) -> Measured:
 
 
 def changes_of(fabric: Fabric, failure: str) -> list[Change]:
-    from dovetail.network.failures import parse_failure, random_links
-    from dovetail.network.simulation import Change
+    from dovetail.network.flows.failures import parse_failure, random_links
+    from dovetail.network.flows.simulation import Change
 
     if failure.endswith("%"):
         return [Change(seconds=0.0, links=random_links(fabric, float(failure[:-1]) / 100))]

@@ -62,9 +62,9 @@ def measure(case: Case, repeats: int) -> tuple[list[Ours], np.ndarray, dict[str,
     from _ask_simgrid import on_routes, without_latency
 
     from dovetail.catalog.fabrics import load_fabric
-    from dovetail.network.routing import Ecmp, Static, route
-    from dovetail.network.simulation import simulate
-    from dovetail.network.topology import build
+    from dovetail.network.fabric.topology import build
+    from dovetail.network.flows.simulation import simulate
+    from dovetail.network.routing.route import Ecmp, Static, route
 
     fabric = build(load_fabric(FABRIC, case.hosts))
     flows = flows_of(case)
@@ -81,8 +81,8 @@ def measure(case: Case, repeats: int) -> tuple[list[Ours], np.ndarray, dict[str,
 
 
 def flows_of(case: Case) -> Any:
-    from dovetail.network.demands import all_to_all
-    from dovetail.network.flows import Flows
+    from dovetail.network.demands.collectives import all_to_all
+    from dovetail.network.flows.flows import Flows
 
     if case.others is None:
         return all_to_all(range(case.hosts), case.hosts * SIZE).steps[0].flows

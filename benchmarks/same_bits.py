@@ -54,7 +54,8 @@ COMMANDS: dict[str, list[str]] = {
                                                          "llama-3.1-405b", "qwen2.5-72b")},
     "plan train": TRAIN_V3,
     "plan train on a network": [*TRAIN_V3, *FIXED, "--network", "simulate", "--fail", "plane:3"],
-    "plan train elsewhere": ["plan", "deepseek-v2-lite", "--cluster", "h100-node", "--goal", "train", "--batch", "1024"],
+    "plan train elsewhere": [
+        "plan", "deepseek-v2-lite", "--cluster", "h100-node", "--goal", "train", "--batch", "1024"],
     "plan train varied": ["plan", "deepseek-v3", *H800, "--goal", "train", "--batch", "15360", *FIXED,
                           "--vary", "topk_group=2,4"],
     "plan serve": ["plan", "deepseek-v3", *H800, "--goal", "serve", "--context", "4989", "--output-speed", "20"],

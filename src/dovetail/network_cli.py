@@ -26,8 +26,8 @@ def show(
 ) -> None:
     """Print a network: layers, a node, parts and prices, ports, diameter and bisection."""
     from dovetail.catalog.fabrics import load_fabric
-    from dovetail.network import show as showing
-    from dovetail.network.topology import build
+    from dovetail.network.fabric import show as showing
+    from dovetail.network.fabric.topology import build
     from dovetail.printing import print_json
 
     wired = build(load_fabric(fabric, endpoints))
@@ -151,22 +151,22 @@ def simulate(
     dovetail network simulate --fabric h800-2048 --gpus 64 --collective dispatch --beside host-copy:1GiB
     """
     options = locals()
-    from dovetail.network import ask_picture, ask_report
-    from dovetail.network.ask import ask
-    from dovetail.network.question import Question
+    from dovetail.network.ask import pictures, report
+    from dovetail.network.ask.ask import ask
+    from dovetail.network.ask.question import Question
     from dovetail.printing import print_json, print_table
 
     question = Question.of(options, sweep or ())
     if picture is not None:
-        ask_picture.check_picture(question, picture)
+        pictures.check_picture(question, picture)
     answer = ask(question)
     if picture is not None:
-        ask_picture.draw(answer, picture)
+        pictures.draw(answer, picture)
         print(f"wrote {picture}", file=sys.stderr)
     if as_json:
-        print_json(ask_report.as_json(answer))
+        print_json(report.as_json(answer))
         return
-    for title, header, rows in ask_report.tables(answer):
+    for title, header, rows in report.tables(answer):
         print_table(title, header, rows)
         print()
-    print(*ask_report.notes(answer), sep="\n")
+    print(*report.notes(answer), sep="\n")

@@ -14,12 +14,12 @@ import pytest
 from _ask_simgrid import MISSING, ask_simgrid, is_installed, on_own_network, on_routes, without_latency
 
 from dovetail.catalog.fabrics import load_fabric, resized
-from dovetail.network import paths
-from dovetail.network.demands import all_to_all
-from dovetail.network.flows import Flows, Routes, share_matrix
-from dovetail.network.routing import Ecmp, Policy, Static, route
-from dovetail.network.simulation import simulate
-from dovetail.network.topology import SWITCH, Fabric, build
+from dovetail.network.demands.collectives import all_to_all
+from dovetail.network.fabric.topology import SWITCH, Fabric, build
+from dovetail.network.flows.flows import Flows, Routes, share_matrix
+from dovetail.network.flows.simulation import simulate
+from dovetail.network.routing import paths
+from dovetail.network.routing.route import Ecmp, Policy, Static, route
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason=MISSING)
 

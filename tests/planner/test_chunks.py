@@ -15,7 +15,7 @@ from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Collective, Exchange, Op
 from dovetail.cost.roofline import op_time
 from dovetail.cost.stages import stages
-from dovetail.network.collectives import collective_time, exchange_time
+from dovetail.network.demands.closed_forms import collective_time, exchange_time
 from dovetail.planner.chunks import NOTHING, Costs, LayerSeconds, StageSeconds, Workload, operations, pair_seconds
 from dovetail.planner.training_figures import layer_figures
 from dovetail.spec.band import Band, sum_bands

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from balanced_collectives import all_to_all_seconds
 
 from dovetail.catalog.fabrics import load_fabric
 from dovetail.config import read_toml
-from dovetail.network.balanced import all_to_all_seconds
-from dovetail.network.flows import max_min_rates, routes_of
-from dovetail.network.topology import build
+from dovetail.network.fabric.topology import build
+from dovetail.network.flows.flows import max_min_rates, routes_of
 from dovetail.reproduce import expert_exchange, network, ring_routing, tables
 from dovetail.reproduce.rows import Found
 from dovetail.reproduce.tables import make_table

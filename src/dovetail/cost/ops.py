@@ -1,8 +1,8 @@
 """The records of what one rank runs: products, attention, memory-bound work, and exchanges between ranks.
 
 Lists of them are made by `cost.layer_ops`; `cost.roofline` says how long each takes on a GPU and
-`network.collectives` how long an exchange takes on a cluster. A record holds dims and formats only; FLOP and bytes
-are derived. All numbers are of one rank and one micro-batch (or one step of serving).
+`network.demands.closed_forms` how long an exchange takes on a cluster. A record holds dims and formats only; FLOP and
+bytes are derived. All numbers are of one rank and one micro-batch (or one step of serving).
 
     pass_   "forward"; "dgrad": the gradient of inputs, with what is recomputed for it (`recomputed`); "wgrad": the
             gradient of weights. V3's 1F, 1B and 1W [ISCA Table 4].
@@ -124,7 +124,7 @@ class Elementwise:
 class Exchange:
     """Expert-parallel all-to-all: each of `tokens` on this rank to the ranks (dispatch) or back from the ranks
     (combine) of its `choices` experts among `experts`, in `groups` groups of which `kept_groups` are used. How many
-    distinct nodes and ranks that makes depends on the cluster: `network.collectives`."""
+    distinct nodes and ranks that makes depends on the cluster: `network.demands.closed_forms`."""
 
     name: Literal["dispatch", "combine"]
     pass_: Pass

@@ -41,7 +41,7 @@ from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 COMMUNICATION_MULTIPROCESSORS = 20  # of an H800's 132 [V3 §3.2.2]
 NOTHING = Band.exact(0.0)

@@ -34,7 +34,7 @@ from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

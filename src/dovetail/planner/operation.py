@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from dovetail.cost.ops import Collective, Exchange, Op, Send
 from dovetail.cost.roofline import Timed, op_time
-from dovetail.network.collectives import Mode, Transfer, collective_time, exchange_time, send_time
+from dovetail.network.demands.closed_forms import Mode, Transfer, collective_time, exchange_time, send_time
 from dovetail.spec.hardware import Cluster
 
 if TYPE_CHECKING:  # it loads NumPy, which plans by closed forms do without
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 
 def operation_time(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dovetail.cost.inference_memory import InferenceMemory, inference_memory
-from dovetail.network.collectives import send_time
+from dovetail.network.demands.closed_forms import send_time
 from dovetail.planner.microbatches import NOTHING, Overlapped, Pieces, overlap
 from dovetail.planner.serving_goal import ServingGoal
 from dovetail.planner.serving_pieces import Work, dense_layer_seconds, ends_seconds, layer_pieces, mtp_pieces
@@ -27,7 +27,7 @@ from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.precision import Recipe
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ from dovetail.spec.layout import Layout, check_layout, nearest_divisor
 from dovetail.spec.model import ModelSpec
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 GOALS = ("train", "serve")
 UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -241,7 +241,7 @@ def _traffic(request: Request, cluster: Cluster, gpus: int) -> LayoutTraffic | N
     """All exchanges of the first `gpus`, where they are to be simulated."""
     if request.network == "closed-forms":
         return None
-    from dovetail.network.layout_traffic import layout_traffic
+    from dovetail.network.delivery.layout_traffic import layout_traffic
 
     return layout_traffic(cluster, gpus, request.fabric, request.routing or "adaptive", request.fail)
 

@@ -34,7 +34,7 @@ from dovetail.spec.layout import Layout, ScheduleName, check_layout, divisors
 from dovetail.spec.model import ModelSpec
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 FINALISTS = 12  # that are evaluated whole
 ESTIMATE_ERROR = 1 / 8  # of `bubbles.estimate_seconds`, by its own account

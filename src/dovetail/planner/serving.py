@@ -25,7 +25,7 @@ from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 EXPERTS_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried
 REDUNDANT_SHARE = 1 / 8  # of the experts, tried beside none: DeepSeek's 32 of 256 [V3 §3.4]

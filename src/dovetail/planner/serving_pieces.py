@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops import Attention, Collective, Exchange, Op
-from dovetail.network.collectives import Mode
+from dovetail.network.demands.closed_forms import Mode
 from dovetail.planner.microbatches import NOTHING, Pieces
 from dovetail.planner.operation import operation_time
 from dovetail.spec.band import Band, sum_bands
@@ -24,7 +24,7 @@ from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 Phase = Literal["prefill", "decode"]
 

@@ -32,7 +32,7 @@ from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
 
 if TYPE_CHECKING:
-    from dovetail.network.layout_traffic import LayoutTraffic
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

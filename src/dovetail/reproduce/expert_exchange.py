@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 
 from dovetail.catalog.fabrics import load_fabric
 from dovetail.cost.ops import Exchange
-from dovetail.network.collectives import exchange_bytes
-from dovetail.network.delivery import deliver
-from dovetail.network.distinct import distinct_bins
-from dovetail.network.expert_demands import Experts, combine, counted_copies, dispatch, sample_choices
-from dovetail.network.routing import Adaptive
-from dovetail.network.topology import Fabric
+from dovetail.network.delivery.deliver import deliver
+from dovetail.network.demands.closed_forms import exchange_bytes
+from dovetail.network.demands.distinct import distinct_bins
+from dovetail.network.demands.experts import Experts, combine, counted_copies, dispatch, sample_choices
+from dovetail.network.fabric.topology import Fabric
+from dovetail.network.routing.route import Adaptive
 from dovetail.reproduce.network import Values, with_ends
 from dovetail.reproduce.rows import Found
 from dovetail.spec.band import Band

@@ -19,14 +19,14 @@ import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
 from dovetail.cost.ops import Exchange
-from dovetail.network.collectives import Mode
-from dovetail.network.delivery import deliver
-from dovetail.network.demands import Demand, all_to_all, point_to_point
-from dovetail.network.distinct import distinct_bins
-from dovetail.network.expert_demands import Experts, dispatch, sample_choices
-from dovetail.network.ports import Forwarding
-from dovetail.network.routing import Adaptive, Ecmp
-from dovetail.network.topology import Fabric, build
+from dovetail.network.delivery.deliver import deliver
+from dovetail.network.demands.closed_forms import Mode
+from dovetail.network.demands.collectives import Demand, all_to_all, point_to_point
+from dovetail.network.demands.distinct import distinct_bins
+from dovetail.network.demands.experts import Experts, dispatch, sample_choices
+from dovetail.network.fabric.topology import Fabric, build
+from dovetail.network.routing.ports import Forwarding
+from dovetail.network.routing.route import Adaptive, Ecmp
 from dovetail.reproduce.rows import Found
 from dovetail.spec.band import Band
 from dovetail.spec.fabric import FabricSpec

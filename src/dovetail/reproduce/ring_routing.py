@@ -21,10 +21,10 @@ from dataclasses import replace
 import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
-from dovetail.network.demands import ring_orders
-from dovetail.network.flows import Floats, Flows, Longs, Routes, joined, max_min_rates
-from dovetail.network.routing import Adaptive, Ecmp, Policy, Static, route
-from dovetail.network.topology import Fabric, build
+from dovetail.network.demands.collectives import ring_orders
+from dovetail.network.fabric.topology import Fabric, build
+from dovetail.network.flows.flows import Floats, Flows, Longs, Routes, joined, max_min_rates
+from dovetail.network.routing.route import Adaptive, Ecmp, Policy, Static, route
 from dovetail.reproduce.network import Values, spread_of
 from dovetail.reproduce.rows import Found
 from dovetail.spec.band import Band

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
-from dovetail.network.checks import GraphReport, check_graph
-from dovetail.network.low_diameter import slim_fly_degree, slim_fly_endpoints
-from dovetail.network.price import TABLE_3, cables_by_length, dollars
-from dovetail.network.topology import SWITCH, Fabric, build
+from dovetail.network.fabric.checks import GraphReport, check_graph
+from dovetail.network.fabric.low_diameter import slim_fly_degree, slim_fly_endpoints
+from dovetail.network.fabric.price import TABLE_3, cables_by_length, dollars
+from dovetail.network.fabric.topology import SWITCH, Fabric, build
 from dovetail.reproduce.rows import Found
 from dovetail.spec.band import Band
 from dovetail.spec.fabric import FabricSpec

@@ -1,4 +1,4 @@
-"""A network as a user describes it: kind, size, and what its wires carry. `network.topology.build` wires it.
+"""A network as a user describes it: kind, size, and what its wires carry. `network.fabric.topology.build` wires it.
 
     fat-tree   two or three layers of switches; several planes are several separate networks, GPU i of a node on plane
                i mod planes [ISCA §5.1]; by_rail puts GPU i of every node on the switches of rail i, which share spines

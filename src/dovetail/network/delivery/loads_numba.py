@@ -1,0 +1,67 @@
+"""Loads of links towards one leaf after another, compiled; `network.delivery.loads` says what they are."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+CUT_OFF = -1
+
+
+@njit(cache=True)
+def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # type: ignore[no-untyped-def]
+    """Add to `load` [links] what `amounts` [leaves, switches] of flows to each of `leaves` put on links, sprayed over
+    all shortest paths. `into` and `out` are links by the switch that they lead to and leave, as CSR; `ends` the
+    switches that each link is from and to, `lengths` as `paths.lengths` has them. Returns links on the path of most, or
+    CUT_OFF."""
+    switches, most = len(into[0]) - 1, 0
+    distance, order, links = np.empty(switches, np.int32), np.empty(switches, np.int32), np.empty(switches, np.int32)
+    width, left = np.empty(switches), np.empty(switches)
+    for index in range(len(leaves)):
+        reached = _search(into, ends, lengths, leaves[index], distance, order)
+        for u in range(switches):
+            if amounts[index, u] > 0 and distance[u] < 0:
+                return CUT_OFF
+        width[:], left[:], links[:] = 0.0, amounts[index], 0
+        width[leaves[index]] = np.inf
+        for place in range(1, reached):  # from near to far: what each switch can carry
+            u = order[place]
+            for q in range(out[0][u], out[0][u + 1]):
+                link = out[1][q]
+                v = ends[1][link]
+                if distance[v] >= 0 and distance[v] == distance[u] - lengths[link]:
+                    width[u] += min(capacity[link], width[v])
+                    links[u] = max(links[u], links[v] + 1)
+            if left[u] > 0:
+                most = max(most, links[u])
+        for place in range(reached - 1, 0, -1):  # from far to near: what each passes on
+            u = order[place]
+            if left[u] > 0:
+                for q in range(out[0][u], out[0][u + 1]):
+                    link = out[1][q]
+                    v = ends[1][link]
+                    if distance[v] >= 0 and distance[v] == distance[u] - lengths[link]:
+                        part = left[u] * min(capacity[link], width[v]) / width[u]
+                        load[link] += part
+                        left[v] += part
+    return most
+
+
+@njit(cache=True)
+def _search(into, ends, lengths, leaf, distance, order):  # type: ignore[no-untyped-def]
+    """Lengths of shortest paths to `leaf` (-1: no way) in `distance`, switches by that in `order`, and how many."""
+    distance[:] = -1
+    distance[leaf] = 0
+    reached, far, farthest = 0, 0, 0
+    while far <= farthest:
+        for v in range(len(distance)):
+            if distance[v] == far:
+                order[reached] = v
+                reached += 1
+                for q in range(into[0][v], into[0][v + 1]):
+                    u, length = ends[0][into[1][q]], far + lengths[into[1][q]]
+                    if distance[u] < 0 or distance[u] > length:
+                        distance[u] = length
+                        farthest = max(farthest, length)
+        far += 1
+    return reached
