@@ -29,8 +29,8 @@ from dovetail.cost.memory import training_memory
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.allocator import keep_freed_memory
-from dovetail.planner.chunks import Workload
-from dovetail.planner.training import TrainingGoal, TrainingPlan, evaluate
+from dovetail.planner.training.chunks import Workload
+from dovetail.planner.training.plan import TrainingGoal, TrainingPlan, evaluate
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec

@@ -21,9 +21,9 @@ from _sides import append_rows, print_table, progress
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.planner.chunks import Workload
-from dovetail.planner.search import Found, search
-from dovetail.planner.training import TrainingGoal, TrainingPlan, evaluate
+from dovetail.planner.training.chunks import Workload
+from dovetail.planner.training.plan import TrainingGoal, TrainingPlan, evaluate
+from dovetail.planner.training.search import Found, search
 from dovetail.spec.layout import Layout
 
 MODEL, CLUSTER, GOAL = "deepseek-v3", "h800-2048", TrainingGoal(batch=15360)

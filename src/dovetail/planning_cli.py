@@ -59,8 +59,8 @@ def plan(
     dovetail plan deepseek-v3 --cluster h800-2048 --goal serve --context 4989 --output-speed 20
     """
     options = locals()
-    from dovetail.planner import html as pages
-    from dovetail.planner import plain, report
+    from dovetail.planner.report import html as pages
+    from dovetail.planner.report import plain, tables
     from dovetail.planner.request import Request
     from dovetail.planner.request import answer as plans
 
@@ -72,17 +72,17 @@ def plan(
     if explain is not None and as_json:
         print_json(plain.explained_json(answer, explain))
     elif explain is not None:
-        print(*report.explained(answer, explain), sep="\n")
+        print(*tables.explained(answer, explain), sep="\n")
     elif as_json:
         print_json(plain.as_json(answer))
     elif markdown:
-        print(report.markdown(answer))
+        print(tables.markdown(answer))
     else:
-        for table in report.tables(answer):
+        for table in tables.tables(answer):
             print_table(table.title, table.header, table.rows)
             print()
-        for launch in report.answer_launches(answer):
-            print(*report.printed_launch(launch), sep="\n")
+        for launch in tables.answer_launches(answer):
+            print(*tables.printed_launch(launch), sep="\n")
 
 
 @app.command()
@@ -96,7 +96,7 @@ def calibrate(
     Under torchrun all ranks measure, and the exchange between them is measured too.
     """
     from dovetail.calibrate import machine as measuring
-    from dovetail.planner import measured
+    from dovetail.planner.report import measured
 
     cluster = measuring.calibrate(out, seconds)
     if int(os.environ.get("RANK", "0")) > 0:  # of a torchrun launch

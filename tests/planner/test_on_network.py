@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from dovetail.planner.html import page
 from dovetail.planner.on_network import networks_of, simulated
-from dovetail.planner.plain import as_json
-from dovetail.planner.report import tables
+from dovetail.planner.report.html import page
+from dovetail.planner.report.plain import as_json
+from dovetail.planner.report.tables import tables
 from dovetail.planner.request import Answer, Request, answer
-from dovetail.planner.serving import ServingPlan
-from dovetail.planner.training import TrainingPlan
+from dovetail.planner.serving.plan import ServingPlan
+from dovetail.planner.training.plan import TrainingPlan
 
 FIXED = {"pp": 16, "ep": 64, "tp": 1, "schedule": "dualpipe", "microbatch_size": 1}
 

@@ -9,10 +9,10 @@ from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.config import read_toml
-from dovetail.planner import production
-from dovetail.planner.decode import evaluate_decode
-from dovetail.planner.search import Found as Searched
-from dovetail.planner.training import StepParts, TrainingPlan, evaluate
+from dovetail.planner.serving import production
+from dovetail.planner.serving.decode import evaluate_decode
+from dovetail.planner.training.plan import StepParts, TrainingPlan, evaluate
+from dovetail.planner.training.search import Found as Searched
 from dovetail.reproduce import best_layout, serving, tables, training_step
 from dovetail.reproduce.rows import Found, Table
 from dovetail.reproduce.training_step import GOAL, LAYOUT, PRINTED_MFU, PRINTED_PARTS, PRINTED_STEP, PRINTED_TFLOPS

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dovetail import cli
 from dovetail.config import read_toml
-from dovetail.planner.bubbles import published_bubble
+from dovetail.planner.training.bubbles import published_bubble
 from dovetail.reproduce import pipelines, tables
 from dovetail.reproduce.rows import Found
 from dovetail.reproduce.tables import (

@@ -1,6 +1,6 @@
 """Schedules that enter at one end: 1F1B, its interleaved form, and zero-bubble ZB1P; and `make_schedule` for all.
 
-What they idle is in `planner.bubbles`.
+What they idle is in `planner.training.bubbles`.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from dovetail.cost.ops import Collective, Exchange, Op, Send
 from dovetail.network.demands.closed_forms import Mode
-from dovetail.planner.chunks import Workload, operations
-from dovetail.planner.serving import ServingPlan
-from dovetail.planner.serving_pieces import Work, layer_ops_of
-from dovetail.planner.training import TrainingPlan, slowest_update, stage_send
+from dovetail.planner.serving.pieces import Work, layer_ops_of
+from dovetail.planner.serving.plan import ServingPlan
+from dovetail.planner.training.chunks import Workload, operations
+from dovetail.planner.training.plan import TrainingPlan, slowest_update, stage_send
 
 if TYPE_CHECKING:  # it loads NumPy, which plans by closed forms do without
     from dovetail.network.delivery.layout_traffic import AtOnce, LayoutTraffic

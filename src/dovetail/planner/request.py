@@ -1,7 +1,7 @@
 """What a user asks of the planner, as `dovetail plan` takes it, and the plans that answer it.
 
 Text becomes numbers here ("14.8T" is 1.48e13), and what does not belong together is refused; the plans themselves are
-made by `planner.search`, `planner.training` and `planner.serving`.
+made by `planner.training.search`, `planner.training.plan` and `planner.serving.plan`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.config import apply_override, near_matches, validate
 from dovetail.cost.inspect import inspect
-from dovetail.planner import serving, serving_figures, training_figures
-from dovetail.planner.chunks import Workload
-from dovetail.planner.figures import Figure
-from dovetail.planner.fitting import why_none_fits
-from dovetail.planner.search import Candidate, search_all
-from dovetail.planner.serving import ServingPlan
-from dovetail.planner.serving_goal import ServingGoal
-from dovetail.planner.training import TrainingGoal, TrainingPlan
-from dovetail.planner.vary import Choices, vary
+from dovetail.planner.figure import Figure
+from dovetail.planner.serving.figures import serving_figures
+from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.plan import ServingPlan, best_pools, on_network
+from dovetail.planner.training.chunks import Workload
+from dovetail.planner.training.figures import training_figures
+from dovetail.planner.training.fitting import why_none_fits
+from dovetail.planner.training.plan import TrainingGoal, TrainingPlan
+from dovetail.planner.training.search import Candidate, search_all
+from dovetail.planner.training.vary import Choices, vary
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout, check_layout, nearest_divisor
 from dovetail.spec.model import ModelSpec
@@ -95,8 +96,8 @@ class Choice:
     def figures(self) -> tuple[Figure, ...]:
         """Every number of the plan; what `--explain` knows."""
         if isinstance(self.plan, TrainingPlan):
-            return training_figures.figures(self.plan)
-        return serving_figures.figures(self.plan)
+            return training_figures(self.plan)
+        return serving_figures(self.plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +223,7 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
     own = _of(cluster, request.gpus)
     decoders = load_cluster(request.decode_cluster) if request.decode_cluster else own
     tp = request.tp or 1
-    plan = serving.best(
+    plan = best_pools(
         spec,
         own,
         load_recipe(request.precision),
@@ -233,7 +234,7 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
     )
     if request.network == "simulate":
         pools = [_pools_traffic(request, each.work.cluster, each.layout) for each in (plan.prefill, plan.decode)]
-        plan = serving.on_network(plan, *pools)
+        plan = on_network(plan, *pools)
     return Choice(cluster=cluster, plan=plan)
 
 

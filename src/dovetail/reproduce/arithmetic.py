@@ -8,8 +8,8 @@ from __future__ import annotations
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token
-from dovetail.planner import production
 from dovetail.planner.limits import DAY, nodes_for, rent
+from dovetail.planner.serving import production
 from dovetail.reproduce.rows import Found, rounded
 from dovetail.spec.band import Band
 from dovetail.spec.layout import Layout

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from dovetail.planner.search import compared, search
-from dovetail.planner.training import StepParts, TrainingPlan
+from dovetail.planner.training.plan import StepParts, TrainingPlan
+from dovetail.planner.training.search import compared, search
 from dovetail.reproduce.rows import Found
 from dovetail.reproduce.training_step import GOAL, workload
 from dovetail.spec.band import Band

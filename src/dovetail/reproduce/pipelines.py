@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dovetail.parallel.pipelines import make_schedule
 from dovetail.parallel.schedule import counts
-from dovetail.planner.timeline import Durations, replay
+from dovetail.planner.training.timeline import Durations, replay
 from dovetail.reproduce.rows import Found
 from dovetail.reproduce.training_step import LAYOUT
 from dovetail.spec.band import Band

@@ -1,4 +1,5 @@
-"""DeepSeek's serving figures beside predictions: see `planner.production`, which says what each can be held against.
+"""DeepSeek's serving figures beside predictions: see `planner.serving.production`, which says what each can be held
+against.
 
 In decoding one assumption decides: that DeepEP's kernels, which issue messages and take them in, occupy the
 multiprocessors for as long as its users measured, and for no less with fewer tokens than multiprocessors. It was looked
@@ -14,10 +15,10 @@ from dataclasses import replace
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.planner import production
-from dovetail.planner.decode import DecodePlan, evaluate_decode
-from dovetail.planner.microbatches import NOTHING, overlap
-from dovetail.planner.serving_goal import ServingGoal
+from dovetail.planner.serving import production
+from dovetail.planner.serving.decode import DecodePlan, evaluate_decode
+from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.microbatches import NOTHING, overlap
 from dovetail.reproduce.rows import Found
 from dovetail.spec.model import ModelSpec
 

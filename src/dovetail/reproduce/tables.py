@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.config import near_matches, read_toml
-from dovetail.planner.figures import number
+from dovetail.planner.figure import number
 from dovetail.reproduce import (
     arithmetic,
     best_layout,

@@ -1,6 +1,6 @@
 """Table 4 of the ISCA paper: DeepSeek-V3's training step on 2,048 H800, predicted, and the table held against itself.
 
-The prediction is `planner.training.evaluate` as anybody calls it, from operations alone (products, attention,
+The prediction is `planner.training.plan.evaluate` as anybody calls it, from operations alone (products, attention,
 exchanges, memory); nothing in it knows the table. What single assumptions would move is worked out beside it, by
 changing one figure of the GPU, and never replaces it.
 """
@@ -15,9 +15,9 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.parallel.pipelines import make_schedule
 from dovetail.parallel.schedule import counts
-from dovetail.planner.bubbles import published_bubble
-from dovetail.planner.chunks import Workload
-from dovetail.planner.training import TrainingGoal, TrainingPlan, evaluate
+from dovetail.planner.training.bubbles import published_bubble
+from dovetail.planner.training.chunks import Workload
+from dovetail.planner.training.plan import TrainingGoal, TrainingPlan, evaluate
 from dovetail.reproduce.rows import Found, rounded
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster

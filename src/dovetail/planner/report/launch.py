@@ -1,0 +1,219 @@
+"""What carries a plan out: a run file for `dovetail train`, or the lines that start an engine.
+
+`dovetail train` splits data only; a layout with pipelines, tensor or expert parallelism it cannot run, and that is said
+instead of a command. Engines are vLLM and SGLang, flags as their documentation has them in 2025 ("Expert Parallel
+Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert Parallelism"); none of the lines was run here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dovetail.catalog.presets import load_model, model_names
+from dovetail.cost.rank_memory import pipeline_memory
+from dovetail.planner.request import Choice, Request
+from dovetail.planner.serving.decode import DecodePlan
+from dovetail.planner.serving.plan import ServingPlan
+from dovetail.planner.serving.prefill import PrefillPlan
+from dovetail.planner.training.plan import TrainingPlan
+from dovetail.spec.kernel_shapes import accepted_by
+from dovetail.spec.layout import Layout
+from dovetail.spec.model import ModelSpec
+
+PUBLISHED = {
+    "deepseek-v2": "deepseek-ai/DeepSeek-V2",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+}
+STEPS = 1000  # where the goal has no tokens
+UNTRIED = "Not run here. Flags are those of the engine's documentation of 2025; --help of your version decides."
+TRANSFER = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, separators=(",", ":"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """A file or commands."""
+
+    kind: Literal["toml", "sh"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    title: str
+    blocks: tuple[Block, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def launches(request: Request, choice: Choice) -> list[Launch]:
+    """Of the plan on one cluster."""
+    if isinstance(choice.plan, TrainingPlan):
+        return [training_launch(choice.plan, request.model)]
+    return serving_launches(choice.plan, request.model)
+
+
+def training_launch(plan: TrainingPlan, model: str) -> Launch:
+    """The run file and its command, or why there is none."""
+    layout = plan.work.layout
+    split = [f"{name} = {value}" for name, value in _split(layout) if value > 1]
+    if split:
+        return Launch(title="to carry it out", notes=(_cannot(plan, split),))
+    name = Path(model).name.removesuffix(".json") or "model"
+    file = f"{name}.toml"
+    notes = [f"Save the first as {file}; [data] is Python's own library until you name your text."]
+    held, own, gpu = _unsharded(plan), plan.largest_memory.total, plan.work.cluster.gpu
+    if layout.dp > 1 and held > own:
+        notes.append(
+            "dovetail train keeps optimizer states whole on every rank: "
+            f"{(held + gpu.runtime_bytes) / 1e9:.1f} GB in all, "
+            f"where the plan, which shares them out, has {(own + gpu.runtime_bytes) / 1e9:.1f}"
+            + ("" if held <= gpu.usable_bytes else "; that does not fit")
+            + "."
+        )
+    blocks = (Block(kind="toml", text=run_file(plan, model, name)), Block(kind="sh", text=_command(plan, file)))
+    return Launch(title="to carry it out", blocks=blocks, notes=tuple(notes))
+
+
+def run_file(plan: TrainingPlan, model: str, name: str) -> str:
+    """TOML that `dovetail train` reads: this plan's batch, steps, micro-batches and precision."""
+    work, layout = plan.work, plan.work.layout
+    steps = math.ceil(plan.goal.tokens / plan.tokens_per_step) if plan.goal.tokens else STEPS
+    path = Path(model)
+    source = f"preset = {json.dumps(model)}"
+    if model not in model_names():
+        source = f"config = {json.dumps(str(path / 'config.json' if path.is_dir() else path))}"
+    lines = [f'out = "runs/{name}"', "", "[model]", source]
+    if changes := _changes(work.spec, model):
+        lines.append(f"change = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in changes.items())} }}")
+    lines += ["", "[data]", 'kind = "stdlib"', "", "[train]", f"steps = {steps}", f"batch_size = {layout.batch}"]
+    lines += [f"microbatch_size = {layout.microbatch_size}", f"sequence_length = {work.sequence_length}"]
+    lines += [f"precision = {json.dumps(work.recipe.name)}", f"recompute = {json.dumps(work.recompute)}"]
+    return "\n".join(lines) + "\n"
+
+
+def serving_launches(plan: ServingPlan, model: str) -> list[Launch]:
+    """vLLM's lines and SGLang's, for both pools."""
+    target = PUBLISHED.get(model, model)
+    notes = [UNTRIED]
+    if target == model and not Path(model).is_dir():
+        notes.append(f"{model} has no published weights: export a run of yours and name its directory.")
+    spec = plan.decode.work.spec
+    reasons = [f"{kernel}: {reason}" for kernel, reason in accepted_by(spec).items() if reason]
+    if reasons:
+        notes.append(f"Not every fast kernel takes this shape ({'; '.join(reasons)}).")
+    pools: tuple[PrefillPlan | DecodePlan, ...] = (plan.prefill, plan.decode)
+    found = []
+    for engine, line in (("vLLM", _vllm), ("SGLang", _sglang)):
+        blocks = tuple(Block(kind="sh", text=line(pool, target, index)) for index, pool in enumerate(pools))
+        found.append(Launch(title=f"with {engine}", blocks=blocks, notes=tuple(notes)))
+    return found
+
+
+def _split(layout: Layout) -> tuple[tuple[str, int], ...]:
+    return ("pp", layout.pp), ("ep", layout.ep), ("tp", layout.tp)
+
+
+def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
+    if model not in model_names():
+        return {}
+    mine, preset = spec.to_hf(), load_model(model).to_hf()
+    return {key: value for key, value in mine.items() if value != preset.get(key) and value is not None}
+
+
+def _unsharded(plan: TrainingPlan) -> int:
+    """Bytes with the optimizer's states of one rank whole, as `train.optim` keeps them."""
+    lone = plan.work.layout.model_copy(update={"dp": 1})
+    (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length, plan.work.recompute)
+    return rank.total
+
+
+def _cannot(plan: TrainingPlan, split: list[str]) -> str:
+    work = plan.work
+    whole = work.layout.model_copy(update={"pp": 1, "ep": 1, "tp": 1, "dp": 1, "schedule": "1f1b"})
+    (rank,) = pipeline_memory(work.spec, whole, work.recipe, work.sequence_length, work.recompute)
+    needed, has = (rank.total + work.cluster.gpu.runtime_bytes) / 1e9, work.cluster.gpu.memory_bytes / 1e9
+    way = "ask for --pp 1 --ep 1 --tp 1" if needed <= has else "this model is too large for it"
+    return (
+        f"dovetail train cannot run this layout: it splits data over processes and nothing else so far, and this has "
+        f"{', '.join(split)}. With data parallelism alone a GPU needs {needed:,.1f} GB and has {has:.1f}: {way}."
+    )
+
+
+def _command(plan: TrainingPlan, file: str) -> str:
+    cluster, gpus = plan.work.cluster, plan.gpus
+    if gpus == 1:
+        return f"dovetail train {file}\n"
+    each = min(gpus, cluster.gpus_per_node)
+    if gpus <= cluster.gpus_per_node:
+        return f"torchrun --nproc-per-node {gpus} -m dovetail train {file}\n"
+    nodes = math.ceil(gpus / each)
+    return (
+        f"torchrun --nnodes {nodes} --nproc-per-node {each} --rdzv-backend c10d --rdzv-endpoint $HEAD:29400 \\\n"
+        f"    -m dovetail train {file}  # on each of the {nodes} nodes; $HEAD is the first\n"
+    )
+
+
+def _vllm(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
+    """One command for each node; all but the first have two flags more."""
+    layout, cluster = pool.layout, pool.work.cluster
+    local = min(layout.dp, cluster.gpus_per_node // layout.tp)
+    flags = [f"vllm serve {target} --port {8000 + index}", f"--tensor-parallel-size {layout.tp}"]
+    if layout.dp > 1:
+        flags.append(f"--data-parallel-size {layout.dp}")
+    if layout.dp > local:
+        flags.append(f"--data-parallel-size-local {local} --data-parallel-address $HEAD --data-parallel-rpc-port 13345")
+    if layout.ep > 1:
+        backend = "deepep_high_throughput" if isinstance(pool, PrefillPlan) else "deepep_low_latency"
+        flags.append(f"--enable-expert-parallel --all2all-backend {backend}")
+        flags += ["--enable-dbo"] if pool.goal.microbatches == 2 else []
+    if layout.redundant_experts:
+        table = json.dumps({"num_redundant_experts": layout.redundant_experts}, separators=(",", ":"))
+        flags.append(f"--enable-eplb --eplb-config '{table}'")
+    if isinstance(pool, PrefillPlan):
+        flags.append(f"--max-num-batched-tokens {pool.tokens_per_step}")
+    else:
+        flags.append(f"--max-num-seqs {pool.requests * layout.tp}")
+    if pool.goal.mtp_acceptance is not None:
+        flags.append("""--speculative-config '{"method":"mtp","num_speculative_tokens":1}'""")
+    flags.append(f"--kv-transfer-config '{TRANSFER}'")
+    text = _comment(pool) + " \\\n    ".join(flags)
+    if layout.dp > local:
+        text += f"\n# that is node 0; on node n of 1 to {math.ceil(layout.dp / local) - 1}, the same with"
+        text += f" --headless --data-parallel-start-rank $(({local} * n))"
+    return text + "\n"
+
+
+def _sglang(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
+    """--tp counts all GPUs of the pool, --dp the groups that split attention's requests."""
+    layout, cluster = pool.layout, pool.work.cluster
+    is_prefill, gpus = isinstance(pool, PrefillPlan), layout.dp * layout.tp
+    flags = [f"python -m sglang.launch_server --model-path {target} --port {30000 + index}", f"--tp {gpus}"]
+    if layout.dp > 1:
+        flags.append(f"--dp {layout.dp} --enable-dp-attention --enable-dp-lm-head --moe-dense-tp-size 1")
+    if layout.ep > 1:
+        mode = "normal" if is_prefill else "low_latency"
+        flags.append(f"--ep-size {layout.ep} --moe-a2a-backend deepep --deepep-mode {mode}")
+        flags += ["--enable-two-batch-overlap"] if pool.goal.microbatches == 2 else []
+    if layout.redundant_experts:
+        flags.append(f"--enable-eplb --ep-num-redundant-experts {layout.redundant_experts}")
+    if isinstance(pool, PrefillPlan):
+        flags.append(f"--chunked-prefill-size {pool.tokens_per_step * layout.dp}")
+    else:
+        flags.append(f"--max-running-requests {pool.requests * gpus}")
+    if pool.goal.mtp_acceptance is not None:
+        flags.append("--speculative-algorithm NEXTN --speculative-num-steps 1 --speculative-eagle-topk 1")
+        flags.append("--speculative-num-draft-tokens 2")
+    flags.append(f"--disaggregation-mode {'prefill' if is_prefill else 'decode'}")
+    nodes = math.ceil(gpus / cluster.gpus_per_node)
+    if nodes > 1:
+        flags.append(f"--nnodes {nodes} --node-rank $RANK --dist-init-addr $HEAD:5757")
+    return _comment(pool) + " \\\n    ".join(flags) + "\n"
+
+
+def _comment(pool: PrefillPlan | DecodePlan) -> str:
+    name = "prompts" if isinstance(pool, PrefillPlan) else "outputs"
+    return f"# {name}: {pool.layout.gpus} {pool.work.cluster.gpu.name}\n"

@@ -1,0 +1,277 @@
+"""A pool of GPUs that write outputs: how long a step takes, how many requests share it, and what fits.
+
+    step    = embedding + dense layers + layers with experts, two micro-batches overlapped + head
+    TPOT    = step / tokens of one request in it: 1, with MTP 1 + acceptance; MTP's step runs two tokens per request
+              through the model and then its module [V3 §5.4.3]
+    tokens  = requests / TPOT per GPU
+
+All ranks run in step, so the slowest sets the time; loads are equal but for the goal's `expert_imbalance`. Left out:
+sampling parameters, the CPU's time between steps, arrivals and departures (a batch that is not always full).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dovetail.cost.inference_memory import InferenceMemory, inference_memory, low_latency_buffer
+from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.microbatches import NOTHING, Overlapped, Pieces, overlap
+from dovetail.planner.serving.pieces import (
+    Work,
+    dense_layer_seconds,
+    ends_seconds,
+    layer_pieces,
+    mtp_pieces,
+    timed_layer,
+)
+from dovetail.planner.serving.prefill import check_pool
+from dovetail.spec.band import Band, sum_bands
+from dovetail.spec.hardware import Cluster
+from dovetail.spec.layout import Layout, check_layout
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlan:
+    """Times in seconds; requests are those of one GPU."""
+
+    work: Work  # of one micro-batch
+    goal: ServingGoal
+    requests: int
+    pieces: Pieces
+    layers: Overlapped
+    dense_seconds: Band
+    ends_seconds: Band
+    mtp_seconds: Band
+    memory: InferenceMemory
+    requests_that_fit: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.work.layout
+
+    @property
+    def step_seconds(self) -> Band:
+        return self.layers.seconds + self.dense_seconds + self.ends_seconds + self.mtp_seconds
+
+    @property
+    def tpot(self) -> Band:
+        """Seconds per output token of one user."""
+        return self.step_seconds / self.goal.tokens_per_step
+
+    @property
+    def speed(self) -> Band:
+        """Output tokens per second of one user."""
+        return self.tpot.inverse()
+
+    @property
+    def tokens_per_second(self) -> Band:
+        """Of one GPU."""
+        return self.requests / self.tpot
+
+    @property
+    def per_node(self) -> Band:
+        return self.work.cluster.gpus_per_node * self.tokens_per_second
+
+    @property
+    def cache_bytes(self) -> float:
+        """Latents of all requests at their mean length."""
+        return self.requests * self.goal.mean_context * self.memory.cache_per_token
+
+    @property
+    def communication_seconds(self) -> Band:
+        """The floor: all exchanges of a step one after the other, were all computation free."""
+        layer = sum_bands(op.seconds for op in timed_layer(self.work) if op.piece in ("dispatch", "combine"))
+        return self.work.spec.num_moe_layers * self.goal.microbatches * layer
+
+    @property
+    def seconds_by_use(self) -> dict[str, Band]:
+        """Where a step goes; sums to it."""
+        count, pieces = self.work.spec.num_moe_layers * self.goal.microbatches, self.pieces
+        kernels = (pieces.issue_dispatch, pieces.take_dispatch, pieces.issue_combine, pieces.take_combine)
+        parts = {
+            "attention projections": count * pieces.before,
+            "attention core, o_proj, gate": count * pieces.core,
+            "experts": count * pieces.experts,
+            "shared experts": count * pieces.shared,
+            "kernels of exchanges": count * sum(kernels, NOTHING),
+            "waiting for exchanges": self.layers.exposed,
+        }
+        parts |= {"dense layers": self.dense_seconds, "embedding and head": self.ends_seconds}
+        return parts | {"MTP": self.mtp_seconds}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """GPUs that decode, before it is known how many requests each has."""
+
+    spec: ModelSpec
+    cluster: Cluster
+    layout: Layout
+    recipe: Recipe
+    goal: ServingGoal
+    held: InferenceMemory  # without buffers
+    traffic: LayoutTraffic | None = None  # exchanges of all such pools at once; None: closed forms
+
+    @property
+    def exchanges(self) -> bool:
+        return self.spec.moe is not None and self.layout.ep > 1
+
+    @property
+    def tokens_per_request(self) -> int:
+        """That a step runs through the model: with MTP the last one and its guess."""
+        return 1 if self.goal.mtp_acceptance is None else 2
+
+    def memory(self, requests: int) -> InferenceMemory:
+        """With buffers for `requests` in a step."""
+        if self.spec.moe is None or not self.exchanges or self.goal.exchange == "normal":
+            return self.held
+        slots = self.spec.moe.n_routed_experts + self.layout.redundant_experts
+        tokens = -(-requests * self.tokens_per_request // self.goal.microbatches)
+        return replace(self.held, buffers=low_latency_buffer(self.spec.hidden_size, tokens, slots))
+
+    def fit(self, requests: int) -> int:
+        """Requests whose latents, at their mean length, fit beside weights and buffers for `requests`."""
+        tokens = self.memory(requests).tokens_that_fit(self.cluster.gpu.usable_bytes)
+        return min(self.goal.max_requests_per_gpu, int(tokens / (self.goal.mean_context * self.layout.tp)))
+
+    def most_that_fit(self) -> int:
+        """Buffers grow with requests, so by bisection."""
+        low, high = 0, self.goal.max_requests_per_gpu
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fit(middle) >= middle else (low, middle - 1)
+        return low
+
+
+def decode_pool(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recipe, goal: ServingGoal) -> Pool:
+    """Raises ValueError for a layout that no pool of serving can have, and MTP without a module."""
+    check_pool(layout, spec)
+    if goal.mtp_acceptance is not None and not spec.num_nextn_predict_layers:
+        raise ValueError("mtp_acceptance is given, but the model has no MTP module: leave it out")
+    held = inference_memory(spec, layout, fp8=bool(recipe.sites), mtp=goal.mtp_acceptance is not None)
+    return Pool(spec=spec, cluster=cluster, layout=layout, recipe=recipe, goal=goal, held=held)
+
+
+def evaluate_decode(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recipe, goal: ServingGoal) -> DecodePlan:
+    """With `requests_per_gpu`, what these reach; without, as many as memory holds and `output_speed` allows.
+
+    Raises ValueError for a layout that cannot be, a model or requests that do not fit, and a speed that one request
+    per micro-batch does not reach either.
+    """
+    check_layout(layout, spec, cluster.gpus)
+    return fullest(decode_pool(spec, cluster, layout, recipe, goal))
+
+
+def fullest(pool: Pool) -> DecodePlan:
+    """The pool with the requests asked for, or as many as memory and speed allow. Raises ValueError for either."""
+    goal, ep = pool.goal, pool.layout.ep
+    if goal.requests_per_gpu is not None:
+        return step_of(pool, goal.requests_per_gpu)
+    most = pool.most_that_fit()
+    least = step_of(pool, min(goal.microbatches, max(most, 1)))
+    allowed = goal.step_seconds_allowed
+    if allowed is None:
+        return step_of(pool, most)
+    if least.step_seconds.value > allowed:
+        raise ValueError(
+            f"output_speed = {goal.output_speed:g} tokens/s: with ep = {ep} on {pool.cluster.name} a request gets "
+            f"{least.speed.value:.3g} tokens/s at best ({least.requests} per GPU, context {goal.mean_context:g}); ask "
+            "for less"
+        )
+    return _most_requests(pool, least, step_of(pool, most), allowed)
+
+
+def _most_requests(pool: Pool, low: DecodePlan, high: DecodePlan, allowed: float) -> DecodePlan:
+    """The plan with most requests whose step takes at most `allowed` seconds, as `low`'s does."""
+    if high.step_seconds.value <= allowed:
+        return high
+    while high.requests - low.requests > 1:
+        # A step is nearly a straight line in requests: the secant's place, and the one after it, enclose the answer.
+        slope = (high.step_seconds.value - low.step_seconds.value) / (high.requests - low.requests)
+        guess = low.requests + int((allowed - low.step_seconds.value) / slope) if slope > 0 else 0
+        for requests in (guess, guess + 1):
+            if low.requests < requests < high.requests:
+                plan = step_of(pool, requests)
+                low, high = (plan, high) if plan.step_seconds.value <= allowed else (low, plan)
+        if high.requests - low.requests > 1:
+            plan = step_of(pool, (low.requests + high.requests) // 2)
+            low, high = (plan, high) if plan.step_seconds.value <= allowed else (low, plan)
+    return low
+
+
+def step_of(pool: Pool, requests: int) -> DecodePlan:
+    """A step of `requests` per GPU. Raises ValueError where these do not fit."""
+    fit = pool.fit(requests)
+    if fit < requests:
+        raise ValueError(_no_fit(pool, requests))
+    spec, goal = pool.spec, pool.goal
+    microbatches = min(goal.microbatches, requests) if pool.exchanges else 1
+    work = Work(
+        spec=spec,
+        cluster=pool.cluster,
+        layout=pool.layout,
+        recipe=pool.recipe,
+        phase="decode",
+        tokens=pool.tokens_per_request * requests / microbatches,
+        context=goal.mean_context,
+        sequences=requests / microbatches,
+        low_latency=goal.exchange == "low-latency",
+        imbalance=goal.expert_imbalance,
+        traffic=pool.traffic,
+    )
+    pieces, dense = layer_pieces(work), spec.num_hidden_layers - spec.num_moe_layers
+    all_tokens = replace(work, tokens=pool.tokens_per_request * requests, sequences=requests)
+    mtp = NOTHING
+    if goal.mtp_acceptance is not None:
+        mtp = overlap(mtp_pieces(work), "decode", spec.num_nextn_predict_layers, microbatches).seconds
+    return DecodePlan(
+        work=work,
+        goal=goal.model_copy(update={"microbatches": microbatches}),
+        requests=requests,
+        pieces=pieces,
+        layers=overlap(pieces, "decode", spec.num_moe_layers, microbatches),
+        dense_seconds=dense * microbatches * dense_layer_seconds(work) if dense else NOTHING,
+        ends_seconds=ends_seconds(all_tokens, all_tokens.tokens),
+        mtp_seconds=mtp,
+        memory=pool.memory(requests),
+        requests_that_fit=fit,
+    )
+
+
+def fitting_gpus(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, requests: int = 1) -> int | None:
+    """The smallest ep, a whole number of nodes beyond one, that holds the model and `requests` per GPU, whatever the
+    cluster's size; None if no number does."""
+    experts = spec.moe.n_routed_experts if spec.moe else 1
+    for ep in _sizes(cluster.gpus_per_node, experts):
+        layout = Layout(ep=ep, dp=ep, redundant_experts=-experts % ep if spec.moe else 0)
+        if decode_pool(spec, cluster, layout, recipe, goal).fit(requests) >= requests:
+            return ep
+    return None
+
+
+def _sizes(gpus_per_node: int, most: int) -> Iterator[int]:
+    yield from (ep for ep in (1, 2, 4) if ep < gpus_per_node and ep <= most)
+    yield from range(gpus_per_node, most + 1, gpus_per_node)
+
+
+def _no_fit(pool: Pool, requests: int) -> str:
+    memory, gpu = pool.memory(requests), pool.cluster.gpu
+    cache = requests * pool.goal.mean_context * memory.cache_per_token
+    needed = memory.weights + memory.buffers + gpu.runtime_bytes + cache
+    text = (
+        f"a decoding GPU with {requests} requests of context {pool.goal.mean_context:g} needs {needed / 1e9:.1f} GB "
+        f"(weights {memory.weights / 1e9:.1f}, cache {cache / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}, runtime "
+        f"{gpu.runtime_bytes / 1e9:g}) and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}: "
+    )
+    most = pool.most_that_fit()
+    if most:
+        return f"{text}at most {most} fit"
+    gpus = fitting_gpus(pool.spec, pool.cluster, pool.recipe, pool.goal, requests)
+    return text + (f"{gpus} GPUs (ep = {gpus}) would hold it" if gpus else "no number of these GPUs would hold it")

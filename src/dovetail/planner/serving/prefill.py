@@ -1,0 +1,196 @@
+"""A pool of GPUs that read prompts: how long a step takes, how many tokens it reads, and when a first token comes.
+
+    step    = embedding + dense layers + layers with experts, two micro-batches overlapped + head of a token per prompt
+    tokens  = computed tokens / step; input tokens count those found in the cache too: computed / (1 - hits)
+    TTFT    = the wait for the step that runs (half of one, in the mean), a prompt's own steps, and its latents' way to
+              the pool that decodes
+
+Left out: queues of more prompts than a step takes, and reading stored latents, which 3FS does at up to 40 GB/s per
+client beside the computation [3FS].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dovetail.cost.inference_memory import InferenceMemory, inference_memory
+from dovetail.network.demands.closed_forms import send_time
+from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.microbatches import NOTHING, Overlapped, Pieces, overlap
+from dovetail.planner.serving.pieces import Work, dense_layer_seconds, ends_seconds, layer_pieces, mtp_pieces
+from dovetail.spec.band import Band
+from dovetail.spec.hardware import Cluster
+from dovetail.spec.layout import Layout, check_layout
+from dovetail.spec.model import Mla, ModelSpec
+from dovetail.spec.precision import Recipe
+
+if TYPE_CHECKING:
+    from dovetail.network.delivery.layout_traffic import LayoutTraffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPlan:
+    """Times in seconds; tokens are those of one GPU."""
+
+    work: Work  # of one micro-batch
+    goal: ServingGoal
+    pieces: Pieces  # of one layer with experts and one micro-batch
+    layers: Overlapped  # all layers with experts
+    dense_seconds: Band  # all layers without
+    ends_seconds: Band
+    mtp_seconds: Band
+    memory: InferenceMemory
+    activation_bytes: float
+
+    @property
+    def layout(self) -> Layout:
+        return self.work.layout
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Computed, by one GPU."""
+        return self.goal.prefill_tokens
+
+    @property
+    def step_seconds(self) -> Band:
+        return self.layers.seconds + self.dense_seconds + self.ends_seconds + self.mtp_seconds
+
+    @property
+    def computed_per_second(self) -> Band:
+        """Of one GPU."""
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def input_per_second(self) -> Band:
+        """Of one GPU, tokens found in the cache included."""
+        return self.computed_per_second / (1 - self.goal.cache_hit)
+
+    @property
+    def computed_per_node(self) -> Band:
+        return self.work.cluster.gpus_per_node * self.computed_per_second
+
+    @property
+    def input_per_node(self) -> Band:
+        return self.work.cluster.gpus_per_node * self.input_per_second
+
+    @property
+    def steps_per_prompt(self) -> int:
+        return math.ceil(self.goal.computed_per_prompt / self.tokens_per_step)
+
+    @property
+    def sampled(self) -> float:
+        """Prompts whose last token the head sees in a step."""
+        return max(1.0, self.tokens_per_step / self.goal.computed_per_prompt)
+
+    @property
+    def transfer_seconds(self) -> Band:
+        """A prompt's latents to the pool that decodes, over one GPU's link."""
+        return send_time(self.goal.prompt * self.memory.cache_per_token, self.work.cluster).seconds
+
+    @property
+    def ttft(self) -> Band:
+        """From no wait at all to a whole step's."""
+        step, own = self.step_seconds, self.steps_per_prompt
+        waited = Band((own + 0.5) * step.value, own * step.low, (own + 1) * step.high)
+        return waited + self.transfer_seconds
+
+    @property
+    def seconds_by_use(self) -> dict[str, Band]:
+        """Where a step goes; sums to it."""
+        count, pieces = self.work.spec.num_moe_layers * self.goal.microbatches, self.pieces
+        return {
+            "attention and gate": count * (pieces.before + pieces.core),
+            "experts": count * pieces.experts,
+            "shared experts": count * pieces.shared,
+            "waiting for exchanges": self.layers.exposed,
+            "dense layers": self.dense_seconds,
+            "embedding and head": self.ends_seconds,
+            "MTP": self.mtp_seconds,
+        }
+
+
+def evaluate_prefill(
+    spec: ModelSpec,
+    cluster: Cluster,
+    layout: Layout,
+    recipe: Recipe,
+    goal: ServingGoal,
+    traffic: LayoutTraffic | None = None,
+) -> PrefillPlan:
+    """Raises ValueError for a layout that cannot be, and for a model that does not fit."""
+    check_layout(layout, spec, cluster.gpus)
+    check_pool(layout, spec)
+    sequences, dense = goal.prefill_tokens / goal.computed_per_prompt, spec.num_hidden_layers - spec.num_moe_layers
+    work = Work(
+        spec=spec,
+        cluster=cluster,
+        layout=layout,
+        recipe=recipe,
+        phase="prefill",
+        tokens=goal.prefill_tokens / goal.microbatches,
+        context=goal.prompt,
+        sequences=sequences / goal.microbatches,
+        low_latency=False,
+        imbalance=goal.expert_imbalance,
+        traffic=traffic,
+    )
+    pieces, has_mtp = layer_pieces(work), goal.mtp_acceptance is not None
+    mtp = overlap(mtp_pieces(work), "prefill", spec.num_nextn_predict_layers, goal.microbatches)
+    plan = PrefillPlan(
+        work=work,
+        goal=goal,
+        pieces=pieces,
+        layers=overlap(pieces, "prefill", spec.num_moe_layers, goal.microbatches),
+        dense_seconds=dense * goal.microbatches * dense_layer_seconds(work) if dense else NOTHING,
+        ends_seconds=ends_seconds(replace(work, tokens=goal.prefill_tokens), max(1.0, sequences)),
+        mtp_seconds=mtp.seconds if has_mtp else NOTHING,
+        memory=inference_memory(spec, layout, absorbed=False, fp8=bool(recipe.sites), mtp=has_mtp),
+        activation_bytes=activation_bytes(spec, layout, work.tokens, work.sequences * goal.prompt),
+    )
+    _check_fit(plan)
+    return plan
+
+
+def activation_bytes(spec: ModelSpec, layout: Layout, tokens: float, keys: float) -> float:
+    """Of one micro-batch at its largest: attention's queries, keys and values, or the experts' rows (FP8 in, both
+    SwiGLU inputs, its output, BF16 out), whichever is more, and the residuals of both micro-batches."""
+    mla = spec.attention
+    assert isinstance(mla, Mla)
+    core = 2 * mla.num_attention_heads / layout.tp * (tokens + keys) * (mla.qk_head_dim + mla.v_head_dim)
+    rows = 0.0
+    if spec.moe is not None:
+        width = spec.moe.moe_intermediate_size
+        rows = tokens / layout.tp * spec.moe.num_experts_per_tok * (3 * spec.hidden_size + 5 * width)
+    return max(core, rows) + 2 * 4 * tokens / layout.tp * spec.hidden_size
+
+
+def check_pool(layout: Layout, spec: ModelSpec) -> None:
+    """Raises ValueError for what pools of serving have not: pipelines, and attention that is not latent."""
+    if not isinstance(spec.attention, Mla):
+        raise ValueError("grouped-query attention is described for counting; plans are made for latent attention")
+    if layout.pp > 1:
+        raise ValueError(f"pp = {layout.pp}: pools of serving have whole models, without pipelines; use pp = 1")
+
+
+def _check_fit(plan: PrefillPlan) -> None:
+    gpu, goal = plan.work.cluster.gpu, plan.goal
+    cache = plan.work.sequences * goal.microbatches * goal.prompt * plan.memory.cache_per_token
+    needed = plan.memory.weights + plan.activation_bytes + cache + gpu.runtime_bytes
+    if needed > gpu.memory_bytes:
+        raise ValueError(
+            f"a prefill GPU needs {needed / 1e9:.1f} GB (weights {plan.memory.weights / 1e9:.1f}, activations "
+            f"{plan.activation_bytes / 1e9:.1f}, cache {cache / 1e9:.1f}, runtime {gpu.runtime_bytes / 1e9:g}) and "
+            f"{gpu.name} has {gpu.memory_bytes / 1e9:.1f}: {_remedy(plan, needed)}"
+        )
+
+
+def _remedy(plan: PrefillPlan, needed: float) -> str:
+    work, tokens = plan.work, plan.goal.prefill_tokens
+    experts = work.spec.moe.n_routed_experts if work.spec.moe else 1
+    for ep in (each for each in range(work.layout.ep + 1, experts + 1) if experts % each == 0):
+        held = inference_memory(work.spec, Layout(ep=ep, dp=ep), absorbed=False, fp8=bool(work.recipe.sites))
+        if needed - plan.memory.weights + held.weights <= work.cluster.gpu.memory_bytes:
+            return f"{ep} GPUs (ep = {ep}) would hold it"
+    return f"use fewer than {tokens} prefill_tokens, or GPUs with more memory"

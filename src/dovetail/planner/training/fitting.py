@@ -1,0 +1,67 @@
+"""Why nothing fits, and what would: said with numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dovetail.cost.rank_memory import pipeline_memory
+from dovetail.planner.training.chunks import Workload
+from dovetail.planner.training.search import Candidate
+from dovetail.spec.layout import Layout, check_layout
+
+LARGEST = 1 << 16  # GPUs that are tried
+MOST_MEMORY = 288e9  # of a GPU that can be had: GB300's
+
+
+def why_none_fits(smallest: Candidate, batch: int) -> str:
+    """One line: the layout that needs least, how much that is too much, and how many GPUs, or which, would do."""
+    work, gpu = smallest.work, smallest.work.cluster.gpu
+    layout, needed = work.layout, smallest.memory + gpu.runtime_bytes
+    text = (
+        f"no layout of the {layout.gpus} GPUs of {work.cluster.name} fits in memory: pp = {layout.pp}, "
+        f"ep = {layout.ep}, tp = {layout.tp}, {layout.schedule} needs least, {needed / 1e9:.1f} GB on its fullest "
+        f"rank, and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
+    )
+    larger = fitting_layout(work, batch)
+    remedies = []
+    if larger is not None:
+        remedies.append(f"{larger.gpus} GPUs (pp = {larger.pp}, ep = {larger.ep}, tp = {larger.tp})")
+    if needed <= MOST_MEMORY:
+        remedies.append(f"GPUs with {needed / 1e9:.0f} GB")
+    state = max(
+        rank.state for rank in pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
+    )
+    if state < gpu.usable_bytes:  # the rest grows with the tokens of a micro-batch
+        remedies.append(f"a --sequence-length below {work.sequence_length}")
+    return text + ("what would do: " + " or ".join(remedies) if remedies else "no number of these GPUs would do")
+
+
+def fitting_layout(work: Workload, batch: int) -> Layout | None:
+    """The layout on fewest GPUs, from those of `work` on doubling, that fits in memory; None if none is found."""
+    gpus = 2 * work.layout.gpus
+    while gpus <= LARGEST:
+        for layout in _layouts(work, gpus, batch):
+            memory = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
+            if max(rank.total for rank in memory) <= work.cluster.gpu.usable_bytes:
+                return layout
+        gpus *= 2
+    return None
+
+
+def _layouts(work: Workload, gpus: int, batch: int) -> Iterator[Layout]:
+    """1F1B in powers of two, as few tensor-parallel ranks as can be; one sequence at a time."""
+    for tp in _powers(work.cluster.gpus_per_node):
+        for pp in reversed(_powers(min(gpus // tp, work.spec.num_hidden_layers))):
+            dp = gpus // (pp * tp)
+            for ep in reversed(_powers(dp * tp if work.spec.moe else 1)):
+                layout = Layout(pp=pp, ep=ep, tp=tp, dp=dp, microbatches=max(1, batch // dp))
+                try:
+                    check_layout(layout, work.spec)
+                except ValueError:
+                    continue
+                if layout.gpus == gpus and batch % dp == 0:
+                    yield layout
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << power for power in range(most.bit_length()) if 1 << power <= most]
