@@ -25,7 +25,7 @@ from training_step import tokens_of
 from dovetail.calibrate.machine import measure
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost.memory import training_memory
+from dovetail.cost.memory.process import training_memory
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.allocator import keep_freed_memory

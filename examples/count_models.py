@@ -2,7 +2,7 @@
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, parameters, training_flop_per_token
-from dovetail.cost.memory import generation_memory
+from dovetail.cost.memory.process import generation_memory
 from dovetail.spec.family import Dial, dovetail_spec
 
 CONTEXT = 4096  # tokens

@@ -36,7 +36,7 @@ def test_help_loads_nothing_heavy(verb: tuple[str, ...]) -> None:
 
 
 def test_nothing_here_loads_torch() -> None:
-    modules = "dovetail.cli, dovetail.reproduce.tables, dovetail.cost.inspect, dovetail.cost.memory"
+    modules = "dovetail.cli, dovetail.reproduce.tables, dovetail.cost.inspect, dovetail.cost.memory.process"
     code = f"import sys, dovetail, {modules}"
     done = subprocess.run(
         [

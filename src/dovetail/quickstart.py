@@ -16,7 +16,7 @@ from pathlib import Path
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, parameters, training_flop_per_token
-from dovetail.cost.memory import TrainingMemory, training_memory
+from dovetail.cost.memory.process import TrainingMemory, training_memory
 from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams

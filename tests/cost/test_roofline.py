@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 
 from dovetail.catalog.hardware import gpu_names, load_gpu
-from dovetail.cost.ops import Attention, Elementwise, Gemm
+from dovetail.cost.ops.ops import Attention, Elementwise, Gemm
 from dovetail.cost.roofline import op_time
 from dovetail.cost.shares import gemm_share
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dovetail.cost.activations import microbatch_bytes
 from dovetail.cost.count import training_flop_per_token
+from dovetail.cost.memory.activations import microbatch_bytes
 from dovetail.model.moe import LocalDispatcher
 from dovetail.model.transformer import Block, Transformer, initialize
 from dovetail.numerics import gemm_numba

@@ -1,6 +1,6 @@
 """Measures the machine this runs on, operation by operation, and describes it as a cluster file.
 
-    products    every product that training the smallest presets lists (`cost.layer_ops`), in BF16, FP32 and, by a
+    products    every product that training the smallest presets lists (`cost.ops.layer`), in BF16, FP32 and, by a
                 recipe, in FP8, with the functions the model itself calls; and a few large ones
     attention   its core, forward and backward, and absorbed against a cache
     memory      a copy larger than any cache is the bandwidth; norms, sums and losses at a preset's size are the
@@ -28,7 +28,7 @@ from dovetail import config
 from dovetail.calibrate.memory_work import memory_work
 from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in_rounds
 from dovetail.calibrate.work import Work, attention_work, launch_work, product_work
-from dovetail.cost.ops import Gemm
+from dovetail.cost.ops.ops import Gemm
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint

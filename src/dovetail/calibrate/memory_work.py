@@ -17,9 +17,9 @@ from torch import Tensor
 from dovetail.calibrate.work import CPU_SHAPES, GPU_SHAPES, SEQUENCE, Operation, Work, in_turn, random_rows
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost.layer_ops import head_ops, layer_ops
-from dovetail.cost.ops import BF16, Elementwise, Op
-from dovetail.cost.step_ops import adam_bytes
+from dovetail.cost.ops.layer import head_ops, layer_ops
+from dovetail.cost.ops.ops import BF16, Elementwise, Op
+from dovetail.cost.ops.step import adam_bytes
 from dovetail.model.gate import Routing, route
 from dovetail.model.heads import split_heads
 from dovetail.model.moe import LocalDispatcher

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost.layer_ops import head_ops, layer_ops
-from dovetail.cost.ops import Attention, Elementwise, Gemm, Op
+from dovetail.cost.ops.layer import head_ops, layer_ops
+from dovetail.cost.ops.ops import Attention, Elementwise, Gemm, Op
 from dovetail.model.attention import causal_attention, masked_attention
 from dovetail.model.mla import Context
 from dovetail.model.moe import LocalDispatcher

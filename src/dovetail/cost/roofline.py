@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from dovetail.cost.ops import Attention, Elementwise, Gemm
+from dovetail.cost.ops.ops import Attention, Elementwise, Gemm
 from dovetail.cost.shares import attention_share, gemm_share
 from dovetail.spec.band import Band
 from dovetail.spec.hardware import Gpu

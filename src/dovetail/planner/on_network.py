@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dovetail.cost.ops import Collective, Exchange, Op, Send
+from dovetail.cost.ops.ops import Collective, Exchange, Op, Send
 from dovetail.network.demands.closed_forms import Mode
 from dovetail.planner.serving.pieces import Work, layer_ops_of
 from dovetail.planner.serving.plan import ServingPlan

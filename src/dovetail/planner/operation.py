@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dovetail.cost.ops import Collective, Exchange, Op, Send
+from dovetail.cost.ops.ops import Collective, Exchange, Op, Send
 from dovetail.cost.roofline import Timed, op_time
 from dovetail.network.demands.closed_forms import Mode, Transfer, collective_time, exchange_time, send_time
 from dovetail.spec.hardware import Cluster

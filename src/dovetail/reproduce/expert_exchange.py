@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.catalog.fabrics import load_fabric
-from dovetail.cost.ops import Exchange
+from dovetail.cost.ops.ops import Exchange
 from dovetail.network.delivery.deliver import deliver
 from dovetail.network.demands.closed_forms import exchange_bytes
 from dovetail.network.demands.distinct import distinct_bins

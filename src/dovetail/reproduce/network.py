@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
-from dovetail.cost.ops import Exchange
+from dovetail.cost.ops.ops import Exchange
 from dovetail.network.delivery.deliver import deliver
 from dovetail.network.demands.closed_forms import Mode
 from dovetail.network.demands.collectives import Demand, all_to_all, point_to_point

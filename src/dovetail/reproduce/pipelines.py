@@ -6,8 +6,8 @@ are exact only for equal stages, I = F and W <= I, and for DualPipe on the middl
 
 from __future__ import annotations
 
-from dovetail.parallel.pipelines import make_schedule
-from dovetail.parallel.schedule import counts
+from dovetail.parallel.schedules.pipelines import make_schedule
+from dovetail.parallel.schedules.schedule import counts
 from dovetail.planner.training.timeline import Durations, replay
 from dovetail.reproduce.rows import Found
 from dovetail.reproduce.training_step import LAYOUT

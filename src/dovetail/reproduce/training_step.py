@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.parallel.pipelines import make_schedule
-from dovetail.parallel.schedule import counts
+from dovetail.parallel.schedules.pipelines import make_schedule
+from dovetail.parallel.schedules.schedule import counts
 from dovetail.planner.training.bubbles import published_bubble
 from dovetail.planner.training.chunks import Workload
 from dovetail.planner.training.plan import TrainingGoal, TrainingPlan, evaluate

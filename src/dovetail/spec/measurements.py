@@ -122,7 +122,8 @@ class GemmSweep(Record):
 
 
 class AttentionSweep(Record):
-    """Attention cores that differ in the length of their sequences only. FLOP as `cost.ops.Attention` counts them."""
+    """Attention cores that differ in the length of their sequences only. FLOP as `cost.ops.ops.Attention` counts
+    them."""
 
     kind: AttentionKind
     batch: PositiveInt  # sequences

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dovetail.catalog.hardware import load_cluster
-from dovetail.cost.ops import Collective, Exchange, Send
+from dovetail.cost.ops.ops import Collective, Exchange, Send
 from dovetail.network.delivery.layout_traffic import (
     LayoutTraffic,
     Sent,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dovetail.catalog.presets import load_model
-from dovetail.cost.ops import Exchange
+from dovetail.cost.ops.ops import Exchange
 from dovetail.model.gate import select
 from dovetail.network.demands.distinct import _walk, distinct_bins
 from dovetail.spec.model import Moe

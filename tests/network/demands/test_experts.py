@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dovetail.catalog.fabrics import load_fabric
-from dovetail.cost.ops import Exchange
+from dovetail.cost.ops.ops import Exchange
 from dovetail.network.delivery.deliver import most_messages
 from dovetail.network.demands.closed_forms import exchange_bytes
 from dovetail.network.demands.experts import Experts, combine, counted_copies, dispatch, sample_choices

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dovetail.parallel.dualpipe import dualpipe
-from dovetail.parallel.pipelines import SCHEDULES, interleaved, make_schedule, one_f_one_b
+from dovetail.parallel.schedules.dualpipe import dualpipe
+from dovetail.parallel.schedules.pipelines import SCHEDULES, interleaved, make_schedule, one_f_one_b
 from dovetail.planner.report.drawing import chrome_trace, draw_svg, draw_text, seconds_text
 from dovetail.planner.training.timeline import Durations, Timeline, replay
 

@@ -7,8 +7,8 @@ import pytest
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost.layer_ops import layer_ops
-from dovetail.cost.ops import Attention, Elementwise, Exchange, Gemm
+from dovetail.cost.ops.layer import layer_ops
+from dovetail.cost.ops.ops import Attention, Elementwise, Exchange, Gemm
 from dovetail.planner.figure import explanation, find_figure
 from dovetail.planner.limits import PAPER_HIDDEN, nodes_for, rent, speed_limit
 from dovetail.planner.serving import production

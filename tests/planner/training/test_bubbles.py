@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dovetail.parallel.pipelines import SCHEDULES, make_schedule, zero_bubble
+from dovetail.parallel.schedules.pipelines import SCHEDULES, make_schedule, zero_bubble
 from dovetail.planner.training.bubbles import estimate_seconds, published_bubble
 from dovetail.planner.training.timeline import Durations, replay
 

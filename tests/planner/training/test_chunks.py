@@ -11,10 +11,10 @@ import pytest
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
-from dovetail.cost.ops import Collective, Exchange, Op
+from dovetail.cost.memory.stages import stages
+from dovetail.cost.ops.layer import embedding_ops, head_ops, layer_ops, mtp_ops
+from dovetail.cost.ops.ops import Collective, Exchange, Op
 from dovetail.cost.roofline import op_time
-from dovetail.cost.stages import stages
 from dovetail.network.demands.closed_forms import collective_time, exchange_time
 from dovetail.planner.training.chunks import (
     NOTHING,

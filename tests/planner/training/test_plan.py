@@ -11,10 +11,10 @@ from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import training_flop_per_token
-from dovetail.cost.rank_memory import kept_by_stage, pipeline_memory
-from dovetail.cost.stages import stages
-from dovetail.parallel.pipelines import make_schedule
-from dovetail.parallel.schedule import activation_peaks
+from dovetail.cost.memory.rank import kept_by_stage, pipeline_memory
+from dovetail.cost.memory.stages import stages
+from dovetail.parallel.schedules.pipelines import make_schedule
+from dovetail.parallel.schedules.schedule import activation_peaks
 from dovetail.planner.training.chunks import Costs, Workload
 from dovetail.planner.training.plan import (
     StepParts,

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dovetail.parallel.dualpipe import dualpipe
-from dovetail.parallel.pipelines import make_schedule, one_f_one_b, zero_bubble
-from dovetail.parallel.schedule import Pair, Schedule, Step
+from dovetail.parallel.schedules.dualpipe import dualpipe
+from dovetail.parallel.schedules.pipelines import make_schedule, one_f_one_b, zero_bubble
+from dovetail.parallel.schedules.schedule import Pair, Schedule, Step
 from dovetail.planner.training.timeline import Durations, Timeline, replay
 
 SIZES = [("1f1b", 4, 10), ("interleaved", 4, 8), ("zb1p", 4, 10), ("dualpipe", 8, 20), ("dualpipev", 4, 12)]

@@ -1,7 +1,7 @@
 """What a question's dispatch and combine carry: sizes from a model and its precision recipe, tokens from scores or from
 a recording.
 
-Bytes of a copy are those of `cost.ffn_ops`: of prompts and training in normal mode, of decoding in low-latency mode.
+Bytes of a copy are those of `cost.ops.ffn`: of prompts and training in normal mode, of decoding in low-latency mode.
 With skew S the expert of place k in a shuffled order is as popular as 1 / k^S (Zipf); places are drawn from the seed.
 """
 
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.cost.ffn_ops import FfnWork, experts_forward
 from dovetail.cost.inspect import inspect
-from dovetail.cost.ops import Exchange
+from dovetail.cost.ops.ffn import FfnWork, experts_forward
+from dovetail.cost.ops.ops import Exchange
 from dovetail.network.ask.question import Question
 from dovetail.network.delivery.memory import MOST_BYTES
 from dovetail.network.demands.closed_forms import Mode

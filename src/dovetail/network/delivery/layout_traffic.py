@@ -10,7 +10,7 @@ It multiplies the closed form, so that what was measured of kernels stays in, an
 all. The one group is the first that stays in its node, or leaves it, as the closed form has it; where groups do not
 divide nodes others may do otherwise. Loads are equal: each rank sends the mean.
 
-Ranks are numbered through stages, and in a stage as `cost.step_ops` has them: experts are shared by neighbours, ranks
+Ranks are numbered through stages, and in a stage as `cost.ops.step` has them: experts are shared by neighbours, ranks
 of a collective are `stride` apart, and a pipeline's next stage is gpus / pp ranks further. The first GPUs are used.
 """
 
@@ -23,7 +23,7 @@ from typing import cast
 import numpy as np
 
 from dovetail.catalog.fabrics import load_fabric, resized
-from dovetail.cost.ops import Collective, Exchange, Send
+from dovetail.cost.ops.ops import Collective, Exchange, Send
 from dovetail.network.delivery.deliver import Delivery, deliver
 from dovetail.network.delivery.memory import MOST_BYTES, needed_bytes
 from dovetail.network.demands.closed_forms import Mode, Transfer

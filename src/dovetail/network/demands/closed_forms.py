@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from dovetail.cost.ops import Collective, Exchange
+from dovetail.cost.ops.ops import Collective, Exchange
 from dovetail.network.demands.distinct import distinct_bins
 from dovetail.spec.band import Band, largest
 from dovetail.spec.hardware import Cluster, Link

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from dovetail.cost.ops import Exchange
+from dovetail.cost.ops.ops import Exchange
 
 Partition = tuple[int, ...]  # experts chosen in each group that has one, largest first
 

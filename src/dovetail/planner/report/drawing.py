@@ -9,7 +9,7 @@ from collections import defaultdict
 from html import escape
 from typing import Any
 
-from dovetail.parallel.schedule import Action, Step
+from dovetail.parallel.schedules.schedule import Action, Step
 from dovetail.planner.training.timeline import Timeline
 
 INK, MUTED, GRID, IDLE = "#22272e", "#6b7280", "#d1d5db", "#f1f3f5"

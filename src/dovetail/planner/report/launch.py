@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dovetail.catalog.presets import load_model, model_names
-from dovetail.cost.rank_memory import pipeline_memory
+from dovetail.cost.memory.rank import pipeline_memory
 from dovetail.planner.request import Choice, Request
 from dovetail.planner.serving.decode import DecodePlan
 from dovetail.planner.serving.plan import ServingPlan

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from dovetail.cost.rank_memory import RankMemory
+from dovetail.cost.memory.rank import RankMemory
 from dovetail.planner.figure import number
 from dovetail.spec.band import Band
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from dovetail.cost.rank_memory import RankMemory
+from dovetail.cost.memory.rank import RankMemory
 from dovetail.planner.figure import Figure, explanation, find_figure, number
 from dovetail.planner.on_network import networks_text, simulated
 from dovetail.planner.report.launch import Launch, launches

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dovetail.cost.inference_memory import InferenceMemory, inference_memory, low_latency_buffer
+from dovetail.cost.memory.inference import InferenceMemory, inference_memory, low_latency_buffer
 from dovetail.planner.serving.goal import ServingGoal
 from dovetail.planner.serving.microbatches import NOTHING, Overlapped, Pieces, overlap
 from dovetail.planner.serving.pieces import (

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
-from dovetail.cost.ops import Attention, Collective, Exchange, Op
+from dovetail.cost.ops.layer import embedding_ops, head_ops, layer_ops, mtp_ops
+from dovetail.cost.ops.ops import Attention, Collective, Exchange, Op
 from dovetail.network.demands.closed_forms import Mode
 from dovetail.planner.operation import operation_time
 from dovetail.planner.serving.microbatches import NOTHING, Pieces

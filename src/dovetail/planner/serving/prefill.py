@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dovetail.cost.inference_memory import InferenceMemory, inference_memory
+from dovetail.cost.memory.inference import InferenceMemory, inference_memory
 from dovetail.network.demands.closed_forms import send_time
 from dovetail.planner.serving.goal import ServingGoal
 from dovetail.planner.serving.microbatches import NOTHING, Overlapped, Pieces, overlap

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.parallel.pipelines import SCHEDULES
+from dovetail.parallel.schedules.pipelines import SCHEDULES
 from dovetail.planner.training.timeline import Durations, step_seconds
 
 

@@ -30,9 +30,9 @@ from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
-from dovetail.cost.ops import Collective, Elementwise, Exchange, Gemm, Op
-from dovetail.cost.stages import stages
+from dovetail.cost.memory.stages import stages
+from dovetail.cost.ops.layer import embedding_ops, head_ops, layer_ops, mtp_ops
+from dovetail.cost.ops.ops import Collective, Elementwise, Exchange, Gemm, Op
 from dovetail.planner.operation import operation_time
 from dovetail.spec.band import Band, sum_bands
 from dovetail.spec.hardware import Cluster

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from dovetail.cost.count import training_flop_per_token
-from dovetail.cost.ops import Exchange, Op
+from dovetail.cost.ops.ops import Exchange, Op
 from dovetail.planner.figure import Figure, Input, number
 from dovetail.planner.operation import operation_time
 from dovetail.planner.training.chunks import Workload, operations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dovetail.cost.rank_memory import pipeline_memory
+from dovetail.cost.memory.rank import pipeline_memory
 from dovetail.planner.training.chunks import Workload
 from dovetail.planner.training.search import Candidate
 from dovetail.spec.layout import Layout, check_layout

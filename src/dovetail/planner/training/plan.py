@@ -15,12 +15,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from dovetail.cost.count import training_flop_per_token
-from dovetail.cost.memory import moment_bytes
-from dovetail.cost.ops import BF16, Op, Send
-from dovetail.cost.rank_memory import RankMemory, pipeline_memory
-from dovetail.cost.stages import stages
-from dovetail.cost.step_ops import step_ops
-from dovetail.parallel.pipelines import make_schedule
+from dovetail.cost.memory.process import moment_bytes
+from dovetail.cost.memory.rank import RankMemory, pipeline_memory
+from dovetail.cost.memory.stages import stages
+from dovetail.cost.ops.ops import BF16, Op, Send
+from dovetail.cost.ops.step import step_ops
+from dovetail.parallel.schedules.pipelines import make_schedule
 from dovetail.planner.limits import DAY
 from dovetail.planner.operation import operation_time
 from dovetail.planner.training.bubbles import estimate_seconds

@@ -1,7 +1,7 @@
 """All layouts of a training job on a cluster, and which of them are worth having.
 
     every legal layout                    `layouts`
-    -> those that fit in memory           `cost.rank_memory`
+    -> those that fit in memory           `cost.memory.rank`
     -> estimated, without a schedule      `training.estimate`, up to an eighth off
     -> replayed, if they may be on the front or among the fastest
     -> the fastest evaluated whole        `training.evaluate`, their exchanges simulated where that is asked for
@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NoReturn
 
-from dovetail.cost.rank_memory import pipeline_memory
+from dovetail.cost.memory.rank import pipeline_memory
 from dovetail.planner.training.chunks import Costs, Workload
 from dovetail.planner.training.plan import (
     StepUses,

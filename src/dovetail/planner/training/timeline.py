@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-from dovetail.parallel.schedule import NO_INPUT, Schedule, activation_peaks
+from dovetail.parallel.schedules.schedule import NO_INPUT, Schedule, activation_peaks
 
 PerStage = float | Sequence[float]
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost.activations import microbatch_bytes, saved_by_layer, saved_by_part
+from dovetail.cost.memory.activations import microbatch_bytes, saved_by_layer, saved_by_part
 from dovetail.model import attention
 from dovetail.model.moe import LocalDispatcher
 from dovetail.model.precision import apply_recipe

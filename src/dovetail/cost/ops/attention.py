@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.cost.ops import BF16, FP32, Attention, Collective, Elementwise, Gemm, Op, Pass
-from dovetail.cost.product_ops import Linear, coded_bytes, site_precision
+from dovetail.cost.ops.ops import BF16, FP32, Attention, Collective, Elementwise, Gemm, Op, Pass
+from dovetail.cost.ops.product import Linear, coded_bytes, site_precision
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla, ModelSpec

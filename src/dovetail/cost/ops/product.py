@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dovetail.cost.activations import TILE, code_bytes
-from dovetail.cost.ops import BF16, FP32, Elementwise, Gemm, GemmFormat, GemmLayout, Pass
+from dovetail.cost.memory.activations import TILE, code_bytes
+from dovetail.cost.ops.ops import BF16, FP32, Elementwise, Gemm, GemmFormat, GemmLayout, Pass
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe, Site
 
@@ -66,7 +66,7 @@ class Linear:
     def cast_weight(self, pass_: Pass, orders: int = 1) -> list[Elementwise]:
         """BF16 to codes for `orders` products, which take operands along k only [DeepGEMM], so that dgrad's differ from
         fprop's. In training each use makes them: kept from micro-batch to micro-batch they would take two bytes per
-        parameter that DeepSeek-V3's ranks do not have (`cost.rank_memory`). Serving has them from the start."""
+        parameter that DeepSeek-V3's ranks do not have (`cost.memory.rank`). Serving has them from the start."""
         if self.precision is None:
             return []
         bytes_ = self.groups * self.n_in * self.n_out * (BF16 + orders * (1.0 + FP32 / TILE**2))

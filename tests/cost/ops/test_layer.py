@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost import count
-from dovetail.cost.layer_ops import embedding_ops, head_ops, layer_ops, mtp_ops
-from dovetail.cost.ops import Attention, Collective, Elementwise, Exchange, Gemm, Op
+from dovetail.cost.ops.layer import embedding_ops, head_ops, layer_ops, mtp_ops
+from dovetail.cost.ops.ops import Attention, Collective, Elementwise, Exchange, Gemm, Op
 from dovetail.model.moe import LocalDispatcher
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.layout import Layout

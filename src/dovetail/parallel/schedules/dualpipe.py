@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from dovetail.parallel.schedule import Action, Kind, Pair, Schedule, Step
+from dovetail.parallel.schedules.schedule import Action, Kind, Pair, Schedule, Step
 
 NEAR, FAR = 0, 1
 

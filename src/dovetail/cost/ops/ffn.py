@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from dovetail.cost.ops import BF16, FP32, Elementwise, Exchange, Op, Pass
-from dovetail.cost.product_ops import Linear, coded_bytes, site_precision
+from dovetail.cost.ops.ops import BF16, FP32, Elementwise, Exchange, Op, Pass
+from dovetail.cost.ops.product import Linear, coded_bytes, site_precision
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec, Moe

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from dovetail.parallel.dualpipe import dualpipe, dualpipev
-from dovetail.parallel.schedule import Action, Schedule
+from dovetail.parallel.schedules.dualpipe import dualpipe, dualpipev
+from dovetail.parallel.schedules.schedule import Action, Schedule
 
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
 

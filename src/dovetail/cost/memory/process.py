@@ -1,7 +1,7 @@
 """Bytes that one process needs, without any parallelism: training, and generation.
 
 State (weights, master weights, gradients, moments, moving average) is exact: it is counted tensor by tensor
-from the checkpoint's own list. Activations are what `cost.activations` lists, to the byte for one sequence whose
+from the checkpoint's own list. Activations are what `cost.memory.activations` lists, to the byte for one sequence whose
 expert rows fill no tiles, and the logits of one chunk. The band around them covers what is not listed: expert rows
 padded to whole tiles, gradients and work buffers of the layer at hand, the allocator's holes. The runtime itself
 (Python, torch and its libraries) is not counted.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dovetail.cost.activations import PLAIN, microbatch_bytes
 from dovetail.cost.count import cache_bytes_per_token
-from dovetail.cost.ops import BF16, FP32
+from dovetail.cost.memory.activations import PLAIN, microbatch_bytes
+from dovetail.cost.ops.ops import BF16, FP32
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 from dovetail.spec.tensors import stored_tensors

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.distributed.pipelining import schedules as torch_schedules
 
-from dovetail.cost.rank_memory import in_flight
-from dovetail.parallel.dualpipe import dualpipe, dualpipev
-from dovetail.parallel.pipelines import SCHEDULES, interleaved, make_schedule, one_f_one_b, zero_bubble
-from dovetail.parallel.schedule import Action, Pair, Schedule, Step, activation_peaks, check, counts
+from dovetail.cost.memory.rank import in_flight
+from dovetail.parallel.schedules.dualpipe import dualpipe, dualpipev
+from dovetail.parallel.schedules.pipelines import SCHEDULES, interleaved, make_schedule, one_f_one_b, zero_bubble
+from dovetail.parallel.schedules.schedule import Action, Pair, Schedule, Step, activation_peaks, check, counts
 from dovetail.spec.layout import Layout
 
 SIZES = {
@@ -189,7 +189,7 @@ def test_activations_in_flight() -> None:
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), ALL)
 def test_memory_counts_the_activations_that_the_schedule_holds(name: str, ranks: int, microbatches: int) -> None:
-    """What `cost.rank_memory` says without a schedule."""
+    """What `cost.memory.rank` says without a schedule."""
     schedule = make_schedule(name, ranks, microbatches)
     layout = Layout(pp=ranks, microbatches=microbatches, schedule=name)
     for rank in range(ranks):

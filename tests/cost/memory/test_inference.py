@@ -6,8 +6,8 @@ import pytest
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token
-from dovetail.cost.inference_memory import inference_memory, low_latency_buffer
-from dovetail.cost.memory import weight_bytes
+from dovetail.cost.memory.inference import inference_memory, low_latency_buffer
+from dovetail.cost.memory.process import weight_bytes
 from dovetail.spec.layout import Layout
 from dovetail.spec.tensors import published_tensors, stored_tensors
 

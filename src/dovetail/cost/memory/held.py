@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dovetail.cost.stages import Stage, stages
+from dovetail.cost.memory.stages import Stage, stages
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import Mla, ModelSpec, Moe
 from dovetail.spec.precision import Site

@@ -5,8 +5,8 @@ import torch
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost import memory
-from dovetail.cost.activations import microbatch_bytes
+from dovetail.cost.memory import process
+from dovetail.cost.memory.activations import microbatch_bytes
 from dovetail.model.transformer import Transformer
 
 QUICKSTART = load_model("quickstart")
@@ -15,7 +15,7 @@ QUICKSTART = load_model("quickstart")
 def test_weight_bytes_are_those_of_the_model() -> None:
     with torch.device("meta"):
         model = Transformer(QUICKSTART)
-    assert memory.weight_bytes(QUICKSTART) == sum(each.nbytes for each in [*model.parameters(), *model.buffers()])
+    assert process.weight_bytes(QUICKSTART) == sum(each.nbytes for each in [*model.parameters(), *model.buffers()])
 
 
 def test_training_state_per_parameter() -> None:
@@ -23,27 +23,27 @@ def test_training_state_per_parameter() -> None:
         model = Transformer(QUICKSTART)
     trained = sum(each.numel() for each in model.parameters())
     narrow = sum(each.numel() for each in model.parameters() if each.dtype == torch.bfloat16)
-    held = memory.training_memory(QUICKSTART, tokens=2048)
+    held = process.training_memory(QUICKSTART, tokens=2048)
     assert held.master_weights == 4 * narrow
     assert held.gradients == held.moments == held.moving_average == 4 * trained
     assert held.state == held.weights + 4 * narrow + 12 * trained
-    assert memory.training_memory(QUICKSTART, 2048, recipe=load_recipe("bf16-fp32-moments")).moments == 8 * trained
-    lean = memory.training_memory(QUICKSTART, tokens=2048, moving_average=False, gradient_bytes=2)
+    assert process.training_memory(QUICKSTART, 2048, recipe=load_recipe("bf16-fp32-moments")).moments == 8 * trained
+    lean = process.training_memory(QUICKSTART, tokens=2048, moving_average=False, gradient_bytes=2)
     assert (lean.moving_average, lean.gradients) == (0, 2 * trained)
 
 
 def test_activations_are_those_of_the_recipe_and_one_chunk_of_logits() -> None:
     for recipe in (load_recipe("bf16"), load_recipe("deepseek-v3")):
-        held = memory.training_memory(QUICKSTART, tokens=2048, recipe=recipe)
+        held = process.training_memory(QUICKSTART, tokens=2048, recipe=recipe)
         saved = sum(microbatch_bytes(QUICKSTART, 1, 2048, recipe).values())
         assert held.activations == saved + 2 * 2048 * QUICKSTART.vocab_size
-        chunked = memory.training_memory(QUICKSTART, tokens=2048, recipe=recipe, loss_chunk=1000)
+        chunked = process.training_memory(QUICKSTART, tokens=2048, recipe=recipe, loss_chunk=1000)
         assert chunked.activations == saved + 2 * 1000
 
 
 def test_recompute_leaves_out_norms_and_up_projections_and_the_band_holds_the_estimate() -> None:
-    full = memory.training_memory(QUICKSTART, tokens=2048)
-    lean = memory.training_memory(QUICKSTART, tokens=2048, recompute=True)
+    full = process.training_memory(QUICKSTART, tokens=2048)
+    lean = process.training_memory(QUICKSTART, tokens=2048, recompute=True)
     per_layer = 2 * 192 + 96 + 64 + 3 * (96 + 96 + 64)  # results of two norms of H, two of the ranks; q, k, v
     per_layer -= 32  # the rotated key, which makes k again
     assert lean.state == full.state
@@ -54,12 +54,12 @@ def test_recompute_leaves_out_norms_and_up_projections_and_the_band_holds_the_es
 
 
 def test_generation_is_weights_and_cache() -> None:
-    held = memory.generation_memory(QUICKSTART, batch=8, context=1024)
+    held = process.generation_memory(QUICKSTART, batch=8, context=1024)
     assert held.cache == 8 * 1024 * 4 * 96 * 2
-    assert memory.generation_memory(QUICKSTART, 8, 1024, mtp=True).cache == 8 * 1024 * 5 * 96 * 2
-    assert held.total == held.cache + memory.weight_bytes(QUICKSTART)
+    assert process.generation_memory(QUICKSTART, 8, 1024, mtp=True).cache == 8 * 1024 * 5 * 96 * 2
+    assert held.total == held.cache + process.weight_bytes(QUICKSTART)
 
 
 def test_grouped_query_models_are_only_counted() -> None:
     with pytest.raises(ValueError, match="grouped-query attention"):
-        memory.training_memory(load_model("qwen2.5-72b"), tokens=1)
+        process.training_memory(load_model("qwen2.5-72b"), tokens=1)

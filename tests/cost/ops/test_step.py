@@ -2,8 +2,8 @@
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost import count
-from dovetail.cost.ops import Collective, Elementwise
-from dovetail.cost.step_ops import step_ops
+from dovetail.cost.ops.ops import Collective, Elementwise
+from dovetail.cost.ops.step import step_ops
 from dovetail.spec.layout import Layout
 
 V3 = load_model("deepseek-v3")

@@ -5,7 +5,7 @@ from itertools import combinations
 import pytest
 
 from dovetail.catalog.presets import load_model
-from dovetail.cost.stages import _balanced, stages
+from dovetail.cost.memory.stages import _balanced, stages
 from dovetail.spec.layout import Layout
 
 V3 = load_model("deepseek-v3")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dovetail.cost.ops import Attention, Gemm
+from dovetail.cost.ops.ops import Attention, Gemm
 
 
 def test_a_product_reads_operands_and_writes_its_result() -> None:

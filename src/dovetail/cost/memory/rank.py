@@ -6,7 +6,7 @@ to add they are in BF16. Master weights (FP32) and the two moments (the recipe's
 out over all ranks that hold the same weight (ZeRO-1): data-parallel ranks, the replicas of routed experts, both copies
 of a stage where DualPipe has two. The moving average is in the host's memory [V3 §3.2.3].
 
-Activations are those of `cost.activations` with its recomputation, times the micro-batches in flight:
+Activations are those of `cost.memory.activations` with its recomputation, times the micro-batches in flight:
 
     1f1b, zb1p     pp - rank, and pp, of the rank's stage [V3 Table 2]
     interleaved    (chunks - 1) pp + 2 (pp - rank) - 1 of its chunks, in the mix that takes most [arXiv 2104.04473]
@@ -24,11 +24,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dovetail.cost.activations import SavedTensor, saved_by_layer, saved_by_part
-from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
-from dovetail.cost.memory import moment_bytes
-from dovetail.cost.ops import BF16, FP32
-from dovetail.cost.stages import Stage, stages
+from dovetail.cost.memory.activations import SavedTensor, saved_by_layer, saved_by_part
+from dovetail.cost.memory.held import Held, held_by_ends, held_by_layer, held_by_mtp
+from dovetail.cost.memory.process import moment_bytes
+from dovetail.cost.memory.stages import Stage, stages
+from dovetail.cost.ops.ops import BF16, FP32
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.precision import Recipe

@@ -17,8 +17,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Literal
 
-from dovetail.cost.held import held_by_rank
-from dovetail.cost.ops import BF16, FP32, Collective, Elementwise, Op
+from dovetail.cost.memory.held import held_by_rank
+from dovetail.cost.ops.ops import BF16, FP32, Collective, Elementwise, Op
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec

@@ -1,6 +1,6 @@
 """The records of what one rank runs: products, attention, memory-bound work, and exchanges between ranks.
 
-Lists of them are made by `cost.layer_ops`; `cost.roofline` says how long each takes on a GPU and
+Lists of them are made by `cost.ops.layer`; `cost.roofline` says how long each takes on a GPU and
 `network.demands.closed_forms` how long an exchange takes on a cluster. A record holds dims and formats only; FLOP and
 bytes are derived. All numbers are of one rank and one micro-batch (or one step of serving).
 

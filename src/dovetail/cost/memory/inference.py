@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dovetail.cost.count import cache_bytes_per_token
-from dovetail.cost.held import Held, held_by_ends, held_by_layer, held_by_mtp
-from dovetail.cost.ops import BF16, FP32
-from dovetail.cost.stages import stages
+from dovetail.cost.memory.held import Held, held_by_ends, held_by_layer, held_by_mtp
+from dovetail.cost.memory.stages import stages
+from dovetail.cost.ops.ops import BF16, FP32
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 

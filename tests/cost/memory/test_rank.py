@@ -7,11 +7,12 @@ import pytest
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.cost import count, memory
-from dovetail.cost.activations import microbatch_bytes
-from dovetail.cost.held import held_by_rank
-from dovetail.cost.rank_memory import in_flight, kept_by_stage, pipeline_memory, rank_memory
-from dovetail.cost.stages import stages
+from dovetail.cost import count
+from dovetail.cost.memory import process
+from dovetail.cost.memory.activations import microbatch_bytes
+from dovetail.cost.memory.held import held_by_rank
+from dovetail.cost.memory.rank import in_flight, kept_by_stage, pipeline_memory, rank_memory
+from dovetail.cost.memory.stages import stages
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 
@@ -53,7 +54,7 @@ def test_a_pipeline_that_parts_embedding_and_mtp_has_the_embedding_twice() -> No
 def test_one_rank_alone_is_the_state_that_is_counted_tensor_by_tensor(name: str) -> None:
     spec = load_model(name)
     alone = rank_memory(spec, Layout(microbatches=2), BF16, 64)
-    whole = memory.training_memory(spec, 64)
+    whole = process.training_memory(spec, 64)
     assert (alone.weights, alone.gradients, alone.master_weights, alone.moments, alone.host_average) == (
         whole.weights,
         whole.gradients,

@@ -9,8 +9,8 @@ Left out: dropped or padded rows (experts are balanced), masks, random numbers, 
 
 from __future__ import annotations
 
-from dovetail.cost.attention_ops import absorbed_forward, attention_work, expanded_backward, expanded_forward
-from dovetail.cost.ffn_ops import (
+from dovetail.cost.ops.attention import absorbed_forward, attention_work, expanded_backward, expanded_forward
+from dovetail.cost.ops.ffn import (
     FfnWork,
     Phase,
     dense_backward,
@@ -18,8 +18,8 @@ from dovetail.cost.ffn_ops import (
     experts_backward,
     experts_forward,
 )
-from dovetail.cost.ops import BF16, FP32, Elementwise, Op, Pass
-from dovetail.cost.product_ops import Linear, site_precision
+from dovetail.cost.ops.ops import BF16, FP32, Elementwise, Op, Pass
+from dovetail.cost.ops.product import Linear, site_precision
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import ModelSpec

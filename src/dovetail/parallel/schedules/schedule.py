@@ -1,7 +1,7 @@
 """A pipeline schedule as data: what every rank does, in which order, and whether that can be done.
 
 One object has several readers: a runtime executes it, `planner.training.timeline` times it, `planner.report.drawing`
-draws it. The constructors are in `parallel.pipelines` and `parallel.dualpipe`.
+draws it. The constructors are in `parallel.schedules.pipelines` and `parallel.schedules.dualpipe`.
 
 The model is cut into stages 0 .. S-1. A micro-batch runs forward through them in order and backward in reverse:
 
