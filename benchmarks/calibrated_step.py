@@ -35,10 +35,10 @@ from dovetail.spec.hardware import Cluster
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
-from dovetail.train.footprint import measure_step
-from dovetail.train.optim import AdamW, AdamWConfig
-from dovetail.train.schedule import Values
-from dovetail.train.step import Objective, train_step
+from dovetail.train.run.footprint import measure_step
+from dovetail.train.step.optim import AdamW, AdamWConfig
+from dovetail.train.step.schedule import Values
+from dovetail.train.step.step import Objective, train_step
 
 Times = tuple[float, float]  # seconds of the clock, of the processor
 

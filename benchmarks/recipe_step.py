@@ -24,9 +24,9 @@ from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.text.corpus import Batch
-from dovetail.train.optim import AdamW, AdamWConfig
-from dovetail.train.schedule import Values
-from dovetail.train.step import Objective, train_step
+from dovetail.train.step.optim import AdamW, AdamWConfig
+from dovetail.train.step.schedule import Values
+from dovetail.train.step.step import Objective, train_step
 
 BASE = "bf16"
 STEPS = 3  # per turn

@@ -28,10 +28,10 @@ from dovetail.cost.count import parameters, training_flop_per_token
 from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
-from dovetail.train.loss import token_loss
-from dovetail.train.optim import AdamW, AdamWConfig
-from dovetail.train.schedule import Values
-from dovetail.train.step import Objective, train_step
+from dovetail.train.step.loss import token_loss
+from dovetail.train.step.optim import AdamW, AdamWConfig
+from dovetail.train.step.schedule import Values
+from dovetail.train.step.step import Objective, train_step
 
 VALUES = Values(learning_rate=1e-4, batch_size=8, gamma=1e-3, mtp_weight=0.3)
 # Per parameter: gradient read twice (norm, update), master and both moments read and written, copy written.

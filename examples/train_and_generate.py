@@ -6,9 +6,9 @@ from dovetail.config import validate
 from dovetail.convert import ExportOptions, export
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
-from dovetail.train.loop import train
-from dovetail.train.metrics import StepMetrics, read_metrics
-from dovetail.train.run import RunConfig
+from dovetail.train.report.metrics import StepMetrics, read_metrics
+from dovetail.train.run.loop import train
+from dovetail.train.run.run_file import RunConfig
 
 Path("text").mkdir(exist_ok=True)
 for number in range(4):

@@ -1,6 +1,6 @@
 """The documentation is true: names exist, links lead somewhere, code runs, tables are those of the classes.
 
-A backticked dotted name that opens with a subpackage or module of dovetail, such as `train.loop.train`, is code.
+A backticked dotted name that opens with a subpackage or module of dovetail, such as `train.run.loop.train`, is code.
 Logs of the past (the changelog, docs/log.md) may name what is gone.
 """
 
@@ -22,9 +22,9 @@ from dovetail.model.weights import export_hf
 from dovetail.spec.family import Dial, dovetail_spec
 from dovetail.text.documents import DataConfig
 from dovetail.text.tokenizer import Tokenizer
-from dovetail.train.optim import AdamWConfig
-from dovetail.train.run import ModelConfig, RunConfig, TokenizerConfig, TrainConfig, resolve_model
-from dovetail.train.schedule import TrainingSchedule
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TokenizerConfig, TrainConfig, resolve_model
+from dovetail.train.step.optim import AdamWConfig
+from dovetail.train.step.schedule import TrainingSchedule
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "dovetail"
@@ -72,12 +72,12 @@ def names(text: str) -> list[str]:
 
 
 def test_a_name_is_found_and_a_wrong_one_is_not() -> None:
-    assert names("`train.loop.train`, `config.json`, `torch.save`, `spec.model.ModelSpec.to_hf`") == [
-        "train.loop.train",
+    assert names("`train.run.loop.train`, `config.json`, `torch.save`, `spec.model.ModelSpec.to_hf`") == [
+        "train.run.loop.train",
         "spec.model.ModelSpec.to_hf",
     ]
     assert resolve("spec.model.ModelSpec").__name__ == "ModelSpec"
-    for wrong in ("train.loop.trian", "train.lop.train", "spec.model.ModelSpec.from_hff"):
+    for wrong in ("train.run.loop.trian", "train.run.lop.train", "spec.model.ModelSpec.from_hff"):
         with pytest.raises((AttributeError, ModuleNotFoundError)):
             resolve(wrong)
 
@@ -91,7 +91,7 @@ def test_names_exist(page: Path) -> None:
 def test_the_tour_names_something_of_every_walk() -> None:
     found = set(names(prose(ROOT / "docs" / "tour.md")))
     assert found >= {
-        "train.step.train_step",
+        "train.step.step.train_step",
         "engine.speculative.step",
         "model.weights.export_hf",
         "cost.inspect.inspect",

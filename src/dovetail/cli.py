@@ -98,8 +98,8 @@ def train(
 ) -> None:
     """Train from a run file, or go on where the run was stopped."""
     from dovetail.config import load
-    from dovetail.train.loop import train as run_training
-    from dovetail.train.run import RunConfig
+    from dovetail.train.run.loop import train as run_training
+    from dovetail.train.run.run_file import RunConfig
 
     state = run_training(load(run, RunConfig, change or ()))
     print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
@@ -120,9 +120,9 @@ def compare(
 ) -> None:
     """Train with two precision recipes on the same batches, and measure the gap in loss over several seeds."""
     from dovetail.config import load
-    from dovetail.train import compare as comparing
-    from dovetail.train import gap
-    from dovetail.train.run import RunConfig
+    from dovetail.train.compare import compare as comparing
+    from dovetail.train.compare import gap
+    from dovetail.train.run.run_file import RunConfig
 
     settings = comparing.comparison(load(run, RunConfig, change or ()), recipe, base, steps, out)
     result = comparing.measure(settings, seeds, settings.run.out / "compare.png")

@@ -14,7 +14,7 @@ from dovetail.model.transformer import Transformer
 from dovetail.model.weights import export_hf, import_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import ModelSpec
-from dovetail.train.run import is_run, load_weights
+from dovetail.train.run.run_file import is_run, load_weights
 
 
 @dataclass(frozen=True, slots=True)

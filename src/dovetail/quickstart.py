@@ -25,13 +25,13 @@ from dovetail.model.transformer import Transformer
 from dovetail.model.weights import export_hf
 from dovetail.text.documents import Document, read_documents
 from dovetail.text.yardstick import compressed_sizes
-from dovetail.train.display import Display
-from dovetail.train.evaluate import held_out
-from dovetail.train.footprint import measure_step, state_bytes
-from dovetail.train.loop import Run, train
-from dovetail.train.metrics import HeldOutMetrics, read_metrics
-from dovetail.train.picture import draw_run
-from dovetail.train.run import ModelConfig, RunConfig, TrainConfig
+from dovetail.train.report.display import Display
+from dovetail.train.report.metrics import HeldOutMetrics, read_metrics
+from dovetail.train.report.picture import draw_run
+from dovetail.train.run.evaluate import held_out
+from dovetail.train.run.footprint import measure_step, state_bytes
+from dovetail.train.run.loop import Run, train
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
 PRESET = "quickstart"
 OVERHEAD_MINUTES = 1.0  # tokenizer, compiling kernels, evaluation, generation

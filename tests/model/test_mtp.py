@@ -13,8 +13,8 @@ from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
-from dovetail.train.loss import token_loss
-from dovetail.train.step import compute_losses
+from dovetail.train.step.loss import token_loss
+from dovetail.train.step.step import compute_losses
 
 SpecFactory = Callable[..., ModelSpec]
 ModelFactory = Callable[..., Transformer]

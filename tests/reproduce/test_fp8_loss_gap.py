@@ -14,8 +14,8 @@ from dovetail import cli
 from dovetail.reproduce import fp8_loss_gap
 from dovetail.reproduce.fp8_loss_gap import HEADER, Result, as_json, printed_notes, printed_rows, reproduce, run_config
 from dovetail.text.documents import DataConfig
-from dovetail.train.gap import PAPER
-from dovetail.train.run import ModelConfig, RunConfig
+from dovetail.train.compare.gap import PAPER
+from dovetail.train.run.run_file import ModelConfig, RunConfig
 
 TINY = {
     "vocab_size": 300,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.text.documents import DataConfig
-from dovetail.train.run import ModelConfig, RunConfig, TrainConfig
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
 TINY = {
     "vocab_size": 300,

@@ -33,7 +33,7 @@ from dovetail.numerics.allocator import keep_freed_memory
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import write_bytes
-from dovetail.train.ranks import local_device, process_group, rank_and_world
+from dovetail.train.run.ranks import local_device, process_group, rank_and_world
 
 SMALLEST_SHARE = 0.2  # of an operation's time that is work, however long a launch is taken to be
 

@@ -32,8 +32,8 @@ from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla, ModelSpec, Moe
 from dovetail.spec.precision import BLOCK, COLUMN, ROW
-from dovetail.train.loss_numba import losses_and_gradient
-from dovetail.train.optim import AdamW, AdamWConfig
+from dovetail.train.step.loss_numba import losses_and_gradient
+from dovetail.train.step.optim import AdamW, AdamWConfig
 
 COPIED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 QUANTISED = "deepseek-v3"  # whose roundings are measured

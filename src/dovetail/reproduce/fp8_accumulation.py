@@ -30,7 +30,7 @@ from torch import Tensor
 from dovetail.numerics.accumulate import HopperAccumulator, matmul
 from dovetail.numerics.quantize import grid_values, quantize
 from dovetail.text.atomic import write_bytes
-from dovetail.train.picture import INK, STYLE
+from dovetail.train.report.picture import INK, STYLE
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # K
 INTERVALS = (None, 512, 256, 128, 64)  # N_C

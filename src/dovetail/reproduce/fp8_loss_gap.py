@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.train import gap
-from dovetail.train.compare import comparison, measure
-from dovetail.train.gap import PAPER, Gap, percent
-from dovetail.train.run import ModelConfig, RunConfig, TrainConfig
+from dovetail.train.compare import gap
+from dovetail.train.compare.compare import comparison, measure
+from dovetail.train.compare.gap import PAPER, Gap, percent
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
 SEEDS, STEPS = 5, 600  # about 15 minutes on two cores
 HEADER = (*gap.HEADER, ">paper")

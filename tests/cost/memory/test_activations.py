@@ -18,8 +18,8 @@ from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
-from dovetail.train.footprint import counting_saved, random_batch
-from dovetail.train.step import compute_losses
+from dovetail.train.run.footprint import counting_saved, random_batch
+from dovetail.train.step.step import compute_losses
 
 SpecFactory = Callable[..., ModelSpec]
 SEQUENCES, LENGTH = 2, 12

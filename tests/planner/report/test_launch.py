@@ -9,7 +9,7 @@ import pytest
 from dovetail.config import load, read_toml
 from dovetail.planner.report.launch import launches
 from dovetail.planner.request import Request, answer
-from dovetail.train.run import RunConfig, resolve_model, resolve_schedule
+from dovetail.train.run.run_file import RunConfig, resolve_model, resolve_schedule
 
 SMALL = {"model": "20m", "clusters": ["h200-node"], "goal": "train", "batch": "64", "sequence_length": "1024"}
 SERVE = {"model": "deepseek-v3", "clusters": ["h800-2048"], "goal": "serve", "context": "4989", "output_speed": "20"}
@@ -77,7 +77,7 @@ def test_a_layout_that_cannot_be_run_has_no_command():
 
 
 def test_whole_optimizer_states_are_said():
-    """Planned: shared out over the ranks. `train.optim` keeps them whole."""
+    """Planned: shared out over the ranks. `train.step.optim` keeps them whole."""
     _, (launch,) = launched(**{**SMALL, "model": "1b"}, gpus=8, pp=1, ep=1, tp=1)
     assert any("whole on every rank" in note for note in launch.notes)
 

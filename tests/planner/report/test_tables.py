@@ -12,6 +12,7 @@ from dovetail.catalog.hardware import load_cluster
 from dovetail.planner.figure import explanation, find_figure
 from dovetail.planner.report import html, measured, plain, tables
 from dovetail.planner.request import Answer, Request, amount, answer, whole
+from dovetail.planner.training.figures import training_figures
 from dovetail.spec.band import Band
 
 V3 = {"model": "deepseek-v3", "clusters": ["h800-2048"]}

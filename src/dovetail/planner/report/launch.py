@@ -125,7 +125,7 @@ def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
 
 
 def _unsharded(plan: TrainingPlan) -> int:
-    """Bytes with the optimizer's states of one rank whole, as `train.optim` keeps them."""
+    """Bytes with the optimizer's states of one rank whole, as `train.step.optim` keeps them."""
     lone = plan.work.layout.model_copy(update={"dp": 1})
     (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length, plan.work.recompute)
     return rank.total

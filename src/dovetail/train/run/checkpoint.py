@@ -1,0 +1,281 @@
+"""Checkpoints of a run: `torch.distributed.checkpoint` made asynchronous, atomic and checked.
+
+    root/step-00000120/  __0_0.distcp ...  tensors, one file per rank, as torch.distributed.checkpoint writes them
+                         .metadata         which tensor is where (its own index)
+                         extra.json        counters, schedules' positions, anything else that is JSON
+                         manifest.json     bytes and SHA-256 of every other file; written last
+
+A save copies the tensors into host buffers that are kept between saves (the only part a step waits for), and a
+thread does the rest: write into `root/.writing-*`, flush every file and the directory to the disk, rename, flush
+`root`. So a directory of the final name is whole or, after damage, does not match its manifest; `latest` then
+names it and falls back to the one before. All ranks of a process group call together; without one, the same code
+runs alone. The state must be dictionaries of tensors: nothing of it is pickled, and all of it loads in place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from dovetail.text.atomic import sync_directory, write_bytes
+from dovetail.train.run import manifest
+from dovetail.train.run.manifest import Fingerprint
+
+Result = TypeVar("Result")
+State = Mapping[str, Any]  # of tensors, or of more such mappings
+
+_FINAL = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".writing-"
+_RETIRED = ".retired-"  # an older directory of the same step, on its way out
+_SINGLE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # a warning that says all is well
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or what is on the disk is damaged."""
+
+
+class Save:
+    """One save under way: `path` exists once `wait` has returned."""
+
+    def __init__(self, path: Path, work: Future[None]) -> None:
+        self.path = path
+        self.is_reported = False  # whether a failure has reached the caller
+        self._work = work
+
+    def done(self) -> bool:
+        return self._work.done()
+
+    def wait(self) -> Path:
+        """Block until the checkpoint is on the disk. Raises CheckpointError if it could not be written."""
+        error = self._work.exception()
+        self.is_reported = True
+        if error is not None:
+            raise CheckpointError(
+                f"{self.path}: checkpoint not written: {_cause(error)}; earlier checkpoints in {self.path.parent} "
+                "are untouched"
+            ) from error
+        return self.path
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run into `root` and keeps the newest `keep`.
+
+    Everything left behind by a killed run (`.writing-*`) is removed at the start; so only one run may use `root`.
+    """
+
+    def __init__(self, root: Path, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep = {keep}: at least the newest checkpoint must be kept")
+        self.root, self.keep = Path(root), keep
+        # The writing thread needs a group of its own: its collectives would interleave with those of the step.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        has_gpu = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(has_gpu, False, False, has_gpu))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._last: Save | None = None
+        warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
+        if _rank(self._group) == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for leftover in self.root.iterdir():
+                if leftover.name.startswith((_TEMPORARY, _RETIRED)):
+                    shutil.rmtree(leftover)
+
+    def save(self, step: int, state: State, extra: Mapping[str, Any] | None = None) -> Save:
+        """Copy `state` and write it as the checkpoint of `step` beside the caller's work.
+
+        Returns once the tensors are copied, so they may change right after. First waits for the save before, if
+        it is still being written, and raises its CheckpointError if it failed. `extra` must be JSON.
+        """
+        self.wait()
+        text = json.dumps(dict(extra or {}), indent=1, allow_nan=False)
+        staged = self._stager.stage(_flatten(state))
+        assert isinstance(staged, dict)
+        path = self.root / f"step-{step:08d}"
+        work = self._thread.submit(_write, path, staged, text, self.keep, self._group)
+        self._last = Save(path, work)
+        return self._last
+
+    def wait(self) -> None:
+        """Block until nothing is being written; raises CheckpointError once if the last save failed."""
+        last, self._last = self._last, None
+        if last is not None and not last.is_reported:
+            last.wait()
+
+    def close(self) -> None:
+        """Wait, and free the buffers. Raises CheckpointError if the last save failed."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._stager.close()
+
+
+def latest(root: Path) -> Path | None:
+    """The newest whole checkpoint in `root`, or None; a damaged one is named in a warning and passed over."""
+    for _, path in sorted(_checkpoints(root), reverse=True):
+        problem = manifest.damage(path)
+        if problem is None:
+            return path
+        warnings.warn(f"{path}: damaged checkpoint passed over ({problem})", stacklevel=2)
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The step that the checkpoint directory `path` was written after."""
+    match = _FINAL.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path}: not the name of a checkpoint directory (step-00000000)")
+    return int(match[1])
+
+
+def load(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
+    """Fill the tensors of `state` in place, bit for bit, and return `extra`.
+
+    With `partial` the checkpoint may hold more than `state` asks for.
+    Raises CheckpointError if a file is missing or does not match its checksum, and ValueError if names, shapes
+    or dtypes of `state` are not those of the checkpoint; in both cases no tensor has been touched.
+    """
+    group = dist.group.WORLD if dist.is_initialized() else None
+    for problem in _together(lambda: manifest.damage(path, _rank(group), _num_ranks(group)), group):
+        if problem is not None:
+            raise CheckpointError(f"{path}: damaged checkpoint ({problem})")
+    flat = _flatten(state)
+    reader = FileSystemReader(path)
+    _check_fits(path, flat, reader.read_metadata().state_dict_metadata, partial)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
+        state_dict_loader.load(flat, storage_reader=reader, no_dist=group is None)
+    extra: dict[str, Any] = json.loads((path / "extra.json").read_text(encoding="utf-8"))
+    return extra
+
+
+def _write(path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
+    """Runs in the writing thread, on every rank."""
+    temporary = path.with_name(_TEMPORARY + path.name)
+    rank = _rank(group)
+    try:
+        writer = FileSystemWriter(temporary, sync_files=True)
+        state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+        # Each rank hashes what it wrote, while it is still in the page cache.
+        own = f"__{rank}_*"
+        shares = _together(lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group)
+        files = {name: found for share in shares for name, found in share.items()}
+        _together(lambda: _publish(temporary, path, extra, files, keep) if rank == 0 else None, group)
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _publish(temporary: Path, path: Path, extra: str, files: dict[str, Fingerprint], keep: int) -> None:
+    """Add the manifest, give the directory its final name, and remove the checkpoints that are now too old."""
+    write_bytes(temporary / "extra.json", extra.encode())
+    for name in ("extra.json", ".metadata"):
+        files[name] = manifest.fingerprint(temporary / name)
+    manifest.write(temporary, files, {"step": step_of(path), "torch": torch.__version__})
+    if path.exists():  # the run came back to this step, from an older checkpoint or with other settings
+        _remove(path)
+    temporary.rename(path)
+    sync_directory(path.parent)
+    # Later steps than this one belong to a run that was rewound: not ours to count, and not ours to remove.
+    older = sorted(found for found in _checkpoints(path.parent) if found[0] <= step_of(path))
+    for _, each in older[:-keep]:
+        _remove(each)
+
+
+def _remove(path: Path) -> None:
+    """Take the final name away at once, so that a kill in between leaves no half-removed checkpoint."""
+    retired = path.with_name(_RETIRED + path.name)
+    shutil.rmtree(retired, ignore_errors=True)
+    path.rename(retired)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _checkpoints(root: Path) -> list[tuple[int, Path]]:
+    if not root.is_dir():
+        return []
+    return [(int(match[1]), path) for path in root.iterdir() if (match := _FINAL.fullmatch(path.name))]
+
+
+def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for key, leaf in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(leaf, Tensor):
+            found = {name: leaf.detach()}
+        elif isinstance(leaf, Mapping):
+            found = _flatten(leaf, f"{name}.")
+        else:
+            kind = type(leaf).__name__
+            raise ValueError(f"state {name!r} is a {kind}, not a tensor; plain values belong in `extra`")
+        clash = sorted(found.keys() & flat.keys())
+        if clash:
+            raise ValueError(f"state {clash[0]!r} is there twice, once as a key with a dot; rename one")
+        flat |= found
+    return flat
+
+
+def _check_fits(path: Path, flat: Mapping[str, Tensor], stored: Mapping[str, Any], partial: bool) -> None:
+    surplus = set() if partial else stored.keys() - flat.keys()
+    for names, where in ((flat.keys() - stored.keys(), "the checkpoint"), (surplus, "the state")):
+        if names:
+            some = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?")
+    for name, tensor in flat.items():
+        there = stored[name]
+        assert isinstance(there, TensorStorageMetadata)
+        if (tensor.shape, tensor.dtype) != (there.size, there.properties.dtype):
+            raise ValueError(
+                f"{path}: {name} is {list(there.size)} {there.properties.dtype} in the checkpoint and "
+                f"{list(tensor.shape)} {tensor.dtype} in the state"
+            )
+
+
+def _rank(group: dist.ProcessGroup | None) -> int:
+    return 0 if group is None else dist.get_rank(group)
+
+
+def _num_ranks(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def _together(work: Callable[[], Result], group: dist.ProcessGroup | None) -> list[Result]:
+    """Results of all ranks; an exception on one of them is raised on all, so that none waits for ever."""
+    if group is None:
+        return [work()]
+    mine: Result | CheckpointError
+    try:
+        mine = work()
+    except Exception as error:
+        mine = CheckpointError(f"rank {_rank(group)}: {type(error).__name__}: {error}")
+    everyone: list[Any] = [None] * _num_ranks(group)
+    dist.all_gather_object(everyone, mine, group)
+    for each in everyone:
+        if isinstance(each, CheckpointError):
+            raise each
+    return everyone
+
+
+def _cause(error: BaseException) -> str:
+    """The failure underneath, without the traceback text that torch.distributed.checkpoint packs around it."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {_cause(each)}" for rank, (each, _) in error.failures.items())
+    under = error.__cause__ or error.__context__
+    if under is not None and not isinstance(error, OSError):
+        return _cause(under)
+    return f"{type(error).__name__}: {error}"

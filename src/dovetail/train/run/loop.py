@@ -1,0 +1,291 @@
+"""A training run from its run file: `train(config)` starts it, or goes on where it was.
+
+Everything that decides a step is in the checkpoint or is a function of the step's number, so a run that was
+stopped, or killed, and started again has bit for bit the weights of one that was not (on the same machine with
+the same number of threads).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from torch import Tensor
+
+from dovetail.catalog.precision import load_recipe
+from dovetail.cost.count import training_flop_per_token
+from dovetail.model.precision import apply_recipe
+from dovetail.model.transformer import Transformer, initialize
+from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.spec.model import ModelSpec
+from dovetail.text.corpus import read_batch
+from dovetail.text.shards import TokenStore
+from dovetail.text.tokenizer import Tokenizer
+from dovetail.train.report.display import Display
+from dovetail.train.report.health import Watched, watch
+from dovetail.train.report.metrics import HealthMetrics, HeldOutMetrics, MetricsLog, StepMetrics
+from dovetail.train.run import checkpoint, run_file
+from dovetail.train.run.budget import steps_in_time
+from dovetail.train.run.evaluate import held_out
+from dovetail.train.run.peak import measure_peak
+from dovetail.train.run.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
+from dovetail.train.run.run_file import RunConfig
+from dovetail.train.step.ema import Ema
+from dovetail.train.step.optim import AdamW
+from dovetail.train.step.schedule import Progress, TrainingSchedule, Values, values
+from dovetail.train.step.step import Objective, StepResult, microbatches, train_step
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C or SIGTERM; the run is saved and can go on."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Where the run is; the JSON half of a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """All that stays the same from step to step."""
+
+    config: RunConfig
+    spec: ModelSpec
+    schedule: TrainingSchedule
+    tokenizer: Tokenizer
+    train_store: TokenStore
+    held_out_store: TokenStore | None
+    model: Transformer
+    optimizer: AdamW
+    ema: Ema | None
+    num_steps: int
+    peak: float  # FLOP/s, measured
+
+
+def train(config: RunConfig, display: Display | None = None) -> Run:
+    """Train to the end of the budget, resuming from the newest whole checkpoint in `config.out`.
+
+    Raises ValueError for settings that cannot work, Interrupted on Ctrl-C (the run is saved), Diverged, and
+    CheckpointError if the disk gives out.
+    """
+    keep_freed_memory()
+    with process_group():
+        if display is None or rank_and_world()[0] > 0:
+            display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
+        try:
+            state = prepare(config, display)
+            display.num_steps = state.num_steps
+            _loop(state, display)
+        finally:
+            display.close()
+    return state
+
+
+def prepare(config: RunConfig, display: Display) -> Run:
+    """Text, tokens, model and budget: everything up to the first step. Rank 0 writes files, the others read them."""
+    device = local_device()
+    spec = run_file.resolve_model(config.model)
+    schedule = run_file.resolve_schedule(config)
+    with first_rank_first():
+        run_file.claim(config)
+        tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
+        train_store, held_out_store = run_file.prepare_stores(config, tokenizer, display.message)
+    dtype = run_file.resolve_dtype(config.train.dtype, device)
+    with device:
+        model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
+    recipe = load_recipe(config.train.precision)
+    apply_recipe(model, recipe)
+    num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
+    initialize(model, config.train.seed)
+    optimizer = AdamW(model.named_parameters(), config.optimizer, recipe.moments)
+    masters = {name: slot.master for name, slot in optimizer.slots.items()}
+    decay = config.train.ema_decay
+    # Beside the step on a GPU; a CPU has no cores to spare, so there it is a part of the step.
+    ema = None if decay is None else Ema(masters, decay, in_background=device.type == "cuda")
+    return Run(
+        config=config,
+        spec=spec,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        train_store=train_store,
+        held_out_store=held_out_store,
+        model=model,
+        optimizer=optimizer,
+        ema=ema,
+        num_steps=num_steps,
+        peak=measure_peak(dtype, device),
+    )
+
+
+def state_of(state: Run) -> dict[str, dict[str, Tensor] | dict[str, dict[str, Tensor]]]:
+    """The tensors of a checkpoint."""
+    tensors = {"optimizer": state.optimizer.state(), "buffers": dict(state.model.named_buffers())}
+    return tensors if state.ema is None else {**tensors, "ema": state.ema.state()}
+
+
+def resume(state: Run, root: Path) -> Counters:
+    """Fill the state from the newest whole checkpoint, if there is one."""
+    newest = checkpoint.latest(root)
+    if newest is None:
+        return Counters()
+    extra = checkpoint.load(newest, state_of(state))
+    state.optimizer.updates = extra["updates"]
+    state.optimizer.refresh_parameters()
+    return Counters(**extra["counters"])
+
+
+def _loop(state: Run, display: Display) -> None:
+    config, root = state.config, state.config.out / "checkpoints"
+    is_first = rank_and_world()[0] == 0
+    checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
+    counters = resume(state, root)
+    if counters.step:
+        display.message(f"going on after step {counters.step} of {state.num_steps}")
+    log = MetricsLog(config.out / "metrics.jsonl", counters.step) if is_first else None
+    try:
+        with _stop_signals() as received:
+            while counters.step < state.num_steps:
+                metrics, health = _one_step(state, counters)
+                if log is not None:
+                    log.write(metrics)
+                    display.update(metrics)
+                    for each in health:
+                        log.write(each)
+                if counters.bad_in_a_row >= config.train.max_bad_steps:
+                    checkpointer.wait()
+                    raise Diverged(_diverged(counters, root))
+                is_last = counters.step == state.num_steps
+                if log is not None and (is_last or _is_due(config.train.evaluate_every, counters.step)):
+                    _evaluate(state, counters, log, display)  # before the save, so that a saved step has its figure
+                is_good = counters.bad_in_a_row == 0  # amid bad steps, the checkpoint before them is kept
+                is_stopped = any_rank(bool(received))
+                if is_last or is_stopped or (is_good and _is_due(config.train.checkpoint_every, counters.step)):
+                    _save(state, counters, checkpointer, log)
+                if is_stopped and not is_last:
+                    checkpointer.wait()
+                    raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
+        checkpointer.wait()
+    finally:
+        checkpointer.close()
+        if log is not None:
+            log.close()
+
+
+def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics]]:
+    start = time.perf_counter()
+    train = state.config.train
+    rank, world = rank_and_world()
+    at = Progress(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
+    now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
+    batch = read_batch(
+        state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world
+    )
+    objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
+    is_watched = _is_due(train.health_every, counters.step + 1)
+    with watch(state.model) if is_watched else nullcontext(dict[str, Watched]()) as layers:
+        result = train_step(
+            state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
+        )
+    num_tokens = now.batch_size * train.sequence_length
+    counters.step += 1
+    counters.tokens += num_tokens
+    counters.samples += now.batch_size
+    counters.skipped += not result.is_finite
+    counters.bad_in_a_row = 0 if result.is_finite else counters.bad_in_a_row + 1
+    seconds = time.perf_counter() - start
+    flop = training_flop_per_token(state.spec, train.sequence_length, mtp=True)
+    mfu = flop * num_tokens / seconds / (state.peak * world)
+    health = [
+        HealthMetrics(step=counters.step, layer=layer, operand=operand, **dataclasses.asdict(each))
+        for layer, watched in layers.items()
+        for operand, each in watched.health.items()
+    ]
+    return _metrics(counters, result, now, num_tokens / seconds, mfu, seconds), health
+
+
+def _metrics(
+    counters: Counters, result: StepResult, now: Values, rate: float, mfu: float, seconds: float
+) -> StepMetrics:
+    return StepMetrics(
+        step=counters.step,
+        tokens=counters.tokens,
+        loss=result.loss,
+        mtp_loss=result.mtp_loss,
+        balance_loss=result.balance_loss,
+        grad_norm=result.grad_norm,
+        learning_rate=now.learning_rate,
+        batch_size=now.batch_size,
+        gamma=now.gamma,
+        mtp_weight=now.mtp_weight,
+        tokens_per_second=rate,
+        mfu=mfu,
+        max_vio=result.max_vio,
+        skipped=counters.skipped,
+        seconds=seconds,
+    )
+
+
+def _save(state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, log: MetricsLog | None) -> None:
+    if log is not None:
+        log.sync()
+    fields = {name: getattr(counters, name) for name in Counters.__slots__}
+    extra = {"counters": fields, "updates": state.optimizer.updates}
+    checkpointer.save(counters.step, state_of(state), extra)
+
+
+def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display) -> None:
+    if state.held_out_store is None:
+        return
+    train = state.config.train
+    windows = None if counters.step == state.num_steps else train.evaluate_windows  # all of them at the end
+    loss, bits = held_out(state.model, state.held_out_store, train.sequence_length, train.microbatch_size, windows)
+    metrics = HeldOutMetrics(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits)
+    log.write(metrics)
+    display.update(metrics)
+
+
+def _diverged(counters: Counters, root: Path) -> str:
+    return (
+        f"{counters.bad_in_a_row} steps in a row, up to step {counters.step}, had a loss or gradient that is not "
+        f"finite; the last good checkpoint is {checkpoint.latest(root) or 'none'}. Lower train.learning_rate, or look "
+        f"at the data before sample {counters.samples}"
+    )
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, so that a step is never cut in two; the second one stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,228 @@
+"""A run file and the directory of a run.
+
+out/run.toml      the settings, as resolved; a run goes on only under the same ones
+out/tokenizer/    tokenizer.json (trained here or copied)
+out/tokens/       token stores of the training and the held-out text
+out/checkpoints/  see `checkpoint`
+out/metrics.jsonl see `metrics`
+out/budget.json   the number of steps, fixed at the start where `train.minutes` asks for a time
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from dovetail.catalog.precision import load_recipe
+from dovetail.catalog.presets import load_model
+from dovetail.config import Record, dump, load, near_matches, read_toml
+from dovetail.model.transformer import Transformer
+from dovetail.spec.model import ModelSpec
+from dovetail.text.atomic import write_bytes
+from dovetail.text.documents import DataConfig, read_documents
+from dovetail.text.prepare import prepare_store
+from dovetail.text.shards import TokenStore
+from dovetail.text.tokenizer import Tokenizer
+from dovetail.train.run import checkpoint
+from dovetail.train.step.optim import AdamWConfig
+from dovetail.train.step.schedule import TrainingSchedule, as_fractions, load_schedule, with_peak
+
+WARMUP = 0.02  # share of the budget, where a published number of steps would be next to none of a short run
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class ModelConfig(Record):
+    """[model]: a preset or a config.json, and keys of either to change."""
+
+    preset: str | None = None
+    config: Path | None = None
+    change: dict[str, Any] = {}  # flat config.json keys, such as num_hidden_layers
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if (self.preset is None) == (self.config is None):
+            raise ValueError("give exactly one of model.preset (see dovetail inspect) and model.config (a config.json)")
+        return self
+
+
+class TokenizerConfig(Record):
+    """[tokenizer]: a published tokenizer.json, or none: one of the model's vocabulary is trained on the text."""
+
+    path: Path | None = None
+
+
+class TrainConfig(Record):
+    """[train]."""
+
+    steps: int | None = Field(default=None, gt=0)
+    minutes: float | None = Field(default=None, gt=0)  # instead of steps: as many as fit, measured at the start
+    sequence_length: int = Field(default=256, gt=1)  # tokens
+    microbatch_size: int = Field(default=8, gt=0)  # sequences per forward pass and rank
+    learning_rate: float | None = Field(default=None, gt=0)  # peak, in place of the schedule's own
+    batch_size: int | None = Field(default=None, gt=0)  # sequences per step at the peak, likewise
+    fit_schedule: bool = False  # stretch a schedule in steps or tokens over this run's budget
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: BF16 where the hardware multiplies it
+    precision: str = "bf16"  # a recipe of the catalog: deepseek-v3 quantises the layers' products to FP8
+    health_every: int | None = Field(default=None, gt=0)  # steps; what the recipe's rounding does, layer by layer
+    balance_alpha: float = Field(default=1e-4, ge=0)  # [V3 §4.2]
+    separate_documents: bool = False  # pre-training packs without borders [V3 §4.1]
+    recompute: bool = False  # RMSNorm outputs and MLA up-projections again in the backward pass [V3 §3.2.3]
+    ema_decay: float | None = Field(default=None, ge=0, lt=1)
+    max_bad_steps: int = Field(default=5, gt=0)  # non-finite steps in a row before the run stops
+    checkpoint_every: int = Field(default=100, gt=0)  # steps
+    keep_checkpoints: int = Field(default=3, gt=0)
+    evaluate_every: int | None = Field(default=None, gt=0)  # steps; the end of the run is always evaluated, on all
+    evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text for an evaluation on the way
+
+    @field_validator("precision")
+    @classmethod
+    def _is_a_recipe(cls, name: str) -> str:
+        return load_recipe(name).name
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainConfig:
+        if (self.steps is None) == (self.minutes is None):
+            raise ValueError("give exactly one of train.steps and train.minutes")
+        return self
+
+
+class RunConfig(Record):
+    """A whole run file."""
+
+    out: Path
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    optimizer: AdamWConfig = AdamWConfig()
+    schedule: str | TrainingSchedule = "short"  # a name of the catalog, or a whole schedule
+
+
+def resolve_model(config: ModelConfig) -> ModelSpec:
+    if config.preset is not None:
+        spec = load_model(config.preset)
+    else:
+        assert config.config is not None
+        try:
+            spec = ModelSpec.from_hf(json.loads(config.config.read_text("utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{config.config}: not JSON ({error})") from None
+    if not config.change:
+        return spec
+    table = spec.to_hf()
+    for key in config.change:
+        if key not in table:
+            raise ValueError(f"model.change.{key}: the model has no such key; {near_matches(key, table)}")
+    return ModelSpec.from_hf({**table, **config.change})
+
+
+def resolve_schedule(config: RunConfig) -> TrainingSchedule:
+    schedule = load_schedule(config.schedule) if isinstance(config.schedule, str) else config.schedule
+    if config.train.fit_schedule:
+        schedule = as_fractions(schedule, warmup=WARMUP)
+    peaks = {"learning_rate": config.train.learning_rate, "batch_size": config.train.batch_size}
+    changes = {name: with_peak(getattr(schedule, name), peak) for name, peak in peaks.items() if peak is not None}
+    return schedule.model_copy(update=changes)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # type: ignore[no-untyped-call]
+
+
+def claim(config: RunConfig) -> None:
+    """Create the run's directory, or check that the one there was made with the same settings."""
+    path = config.out / "run.toml"
+    text = dump(config)
+    if not path.exists():
+        config.out.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, text.encode())
+        return
+    if path.read_text("utf-8") == text:
+        return
+    there, here = _flat(read_toml(path)), _flat(json.loads(config.model_dump_json(exclude_none=True)))
+    names = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    changes = "; ".join(f"{key} was {there.get(key)!r} and is now {here.get(key)!r}" for key in names[:4])
+    raise ValueError(
+        f"{config.out} holds a run with other settings ({changes}); set out to a new directory, or delete this one"
+    )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in table.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows
+
+
+def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> Tokenizer:
+    """The run's tokenizer: there already, copied, or trained on the training text."""
+    directory = config.out / "tokenizer"
+    if (directory / "tokenizer_config.json").exists():
+        return Tokenizer.load(directory)
+    if config.tokenizer.path is not None:
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+    else:
+        report(f"training a byte-level BPE of {spec.vocab_size} tokens")
+        tokenizer = Tokenizer.train(_texts(config.data), spec.vocab_size)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {spec.vocab_size}; "
+            f"set model.change.vocab_size = {tokenizer.vocab_size}"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def _texts(config: DataConfig) -> Iterator[str]:
+    for document in read_documents(config, "train"):
+        yield document.text
+
+
+def prepare_stores(
+    config: RunConfig, tokenizer: Tokenizer, report: Callable[[str], None]
+) -> tuple[TokenStore, TokenStore | None]:
+    """Training and held-out tokens; no held-out store where none of the text is held out."""
+    stores = []
+    for split in ("train", "held_out"):
+        if split == "held_out" and config.data.held_out_share == 0:
+            return stores[0], None
+        store = prepare_store(config.data, tokenizer, config.out / "tokens", split)
+        report(f"{split.replace('_', '-')} text: {store.num_bytes / 1e6:.1f} MB, {store.num_tokens:,} tokens")
+        stores.append(store)
+    return stores[0], stores[1]
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `directory` is that of a training run."""
+    return (directory / "run.toml").is_file()
+
+
+def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], ModelSpec, int]:
+    """State dict, spec and step of a run's newest whole checkpoint; BF16 unless the run was set to FP32.
+
+    `ema` takes the moving average instead. Raises ValueError where there is no checkpoint or no average.
+    """
+    config = load(directory / "run.toml", RunConfig)
+    newest = checkpoint.latest(directory / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{directory}: no checkpoint yet; run dovetail train for more than checkpoint_every steps")
+    if ema and config.train.ema_decay is None:
+        raise ValueError(f"{directory}: the run keeps no moving average; set train.ema_decay")
+    spec = resolve_model(config.model)
+    model = Transformer(spec, dtype=DTYPES.get(config.train.dtype, torch.bfloat16))
+    masters = {name: torch.empty(each.shape) for name, each in model.named_parameters()}
+    wanted = {"ema": {"average": masters}} if ema else {"optimizer": {"master": masters}}
+    checkpoint.load(newest, {**wanted, "buffers": dict(model.named_buffers())}, partial=True)
+    model.load_state_dict({**masters, **dict(model.named_buffers())})
+    return model.state_dict(), spec, checkpoint.step_of(newest)

@@ -1,0 +1,138 @@
+"""AdamW as V3 trains with it: FP32 master weights, BF16 moments, BF16 compute copies [V3 §3.3.3, §4.2].
+A precision recipe may have FP32 moments.
+
+    m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
+    w = w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
+
+m and v are updated in FP32 and stored rounded; the update uses the unrounded ones. Parameters that are FP32
+already (norms, gates) are their own master. Weight decay applies to matrices, not to norm weights (the paper
+does not say; this is the field's habit).
+
+torch.optim.AdamW takes BF16 moments beside FP32 parameters only on CUDA with fused=True, so this is written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dovetail.config import Record
+from dovetail.numerics.cpu_numba import takes
+from dovetail.train.step import optim_numba
+
+
+class AdamWConfig(Record):
+    """Keys of a run file's [optimizer] table; defaults are V3's [V3 §4.2]."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """What one parameter needs; `master` is the parameter itself where that is FP32."""
+
+    parameter: Tensor
+    master: Tensor
+    moment1: Tensor
+    moment2: Tensor
+    weight_decay: float
+
+
+class AdamW:
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, Tensor]],
+        config: AdamWConfig,
+        moments: Literal["bfloat16", "float32"] = "bfloat16",
+    ) -> None:
+        self.config, dtype = config, getattr(torch, moments)
+        self.updates = 0
+        self.slots: dict[str, Slot] = {}
+        for name, parameter in parameters:
+            data = parameter.detach()
+            self.slots[name] = Slot(
+                parameter=parameter,
+                master=data if data.dtype == torch.float32 else data.float(),
+                moment1=torch.zeros_like(data, dtype=dtype),
+                moment2=torch.zeros_like(data, dtype=dtype),
+                weight_decay=config.weight_decay if data.ndim > 1 else 0.0,
+            )
+
+    def grad_norm(self, gradients: Mapping[str, Tensor]) -> float:
+        """Euclidean norm over all gradients; inf or nan if any element is."""
+        squares = [_sum_of_squares(gradients[name]) for name in self.slots]
+        return float(torch.stack(squares).sum().sqrt())
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: float, grad_scale: float) -> None:
+        """One update with gradients (BF16 or FP32) times grad_scale, which is where clipping comes in."""
+        self.updates += 1
+        config = self.config
+        correction1 = 1.0 - config.beta1**self.updates
+        correction2 = 1.0 - config.beta2**self.updates
+        for name, slot in self.slots.items():
+            coefficients = Coefficients(
+                learning_rate=learning_rate / correction1,
+                decay=learning_rate * slot.weight_decay,
+                inverse_correction2=1.0 / correction2,
+                grad_scale=grad_scale,
+            )
+            update(slot, gradients[name], config, coefficients)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors that make up the state, to be saved or loaded in place; `updates` is apart."""
+        return {
+            part: {name: getattr(slot, part) for name, slot in self.slots.items()}
+            for part in ("master", "moment1", "moment2")
+        }
+
+    @torch.no_grad()
+    def refresh_parameters(self) -> None:
+        """Round the masters into the compute copies, after masters were loaded."""
+        for slot in self.slots.values():
+            if slot.master is not slot.parameter:
+                slot.parameter.copy_(slot.master)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coefficients:
+    learning_rate: float  # divided by 1 - b1^t
+    decay: float  # learning rate * weight decay
+    inverse_correction2: float
+    grad_scale: float
+
+
+def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
+    written = (slot.parameter, slot.master, slot.moment1, slot.moment2)
+    is_plain = slot.master.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in written)
+    if is_plain and takes(gradient, *written):
+        optim_numba.update(slot, gradient, config, coefficients)
+    else:
+        update_reference(slot, gradient, config, coefficients)
+
+
+def update_reference(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
+    g = gradient.float() * coefficients.grad_scale
+    moment1 = config.beta1 * slot.moment1.float() + (1 - config.beta1) * g
+    moment2 = config.beta2 * slot.moment2.float() + (1 - config.beta2) * g * g
+    denominator = (moment2 * coefficients.inverse_correction2).sqrt() + config.eps
+    master = slot.master - slot.master * coefficients.decay - coefficients.learning_rate * moment1 / denominator
+    slot.master.copy_(master)
+    slot.parameter.copy_(master)
+    slot.moment1.copy_(moment1)
+    slot.moment2.copy_(moment2)
+
+
+def _sum_of_squares(gradient: Tensor) -> Tensor:
+    if takes(gradient):
+        return optim_numba.sum_of_squares(gradient)
+    return gradient.double().square().sum()

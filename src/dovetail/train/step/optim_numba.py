@@ -1,0 +1,81 @@
+"""CPU kernels of `optim`: the whole AdamW update of a parameter in one pass, and the sum of squares."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from dovetail.numerics.cpu_numba import array, kernel, load, store
+
+if TYPE_CHECKING:
+    from dovetail.train.step.optim import AdamWConfig, Coefficients, Slot
+
+BLOCK = 4096  # elements per piece of work; fixed, so that sums do not depend on the thread count
+
+
+@kernel
+def _update(parameter, master, moment1, moment2, grad, scalars):  # type: ignore[no-untyped-def]
+    lr, decay, inverse2, scale = scalars[0], scalars[1], scalars[2], scalars[3]
+    beta1, beta2, eps, rest1, rest2 = scalars[4], scalars[5], scalars[6], scalars[7], scalars[8]
+    n = master.shape[0]
+    for block in prange((n + BLOCK - 1) // BLOCK):
+        start = block * BLOCK
+        stop = min(start + BLOCK, n)
+        p, w, m, v, g = (
+            parameter[start:stop],
+            master[start:stop],
+            moment1[start:stop],
+            moment2[start:stop],
+            grad[start:stop],
+        )
+        for i in range(stop - start):
+            x = load(g, i) * scale
+            a = beta1 * load(m, i) + rest1 * x
+            b = beta2 * load(v, i) + rest2 * x * x
+            value = w[i] - w[i] * decay - lr * a / (np.sqrt(b * inverse2) + eps)
+            store(m, i, a)
+            store(v, i, b)
+            w[i] = value
+            store(p, i, value)
+
+
+@kernel
+def _sum_of_squares(values, partial):  # type: ignore[no-untyped-def]
+    n = values.shape[0]
+    for block in prange(partial.shape[0]):
+        total = np.float32(0.0)
+        for i in range(block * BLOCK, min((block + 1) * BLOCK, n)):
+            x = load(values, i)
+            total += x * x
+        partial[block] = total
+
+
+def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
+    scalars = np.array(
+        [
+            coefficients.learning_rate,
+            coefficients.decay,
+            coefficients.inverse_correction2,
+            coefficients.grad_scale,
+            config.beta1,
+            config.beta2,
+            config.eps,
+            1.0 - config.beta1,  # in FP64: in FP32, 1 - 0.999 is wrong by 5e-5 of itself
+            1.0 - config.beta2,
+        ],
+        dtype=np.float32,
+    )
+    tensors = (slot.parameter, slot.master, slot.moment1, slot.moment2, gradient.contiguous())
+    _update(*(array(x.detach().view(-1)) for x in tensors), scalars)
+
+
+def sum_of_squares(gradient: Tensor) -> Tensor:
+    """FP32 within a block, FP64 across."""
+    flat = gradient.detach().contiguous().view(-1)
+    partial = torch.empty((flat.numel() + BLOCK - 1) // BLOCK, dtype=torch.float32)
+    _sum_of_squares(array(flat), array(partial))
+    return partial.double().sum()

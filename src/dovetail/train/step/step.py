@@ -1,0 +1,180 @@
+"""One optimizer step: microbatches forward and backward, clip, update, rebalance.
+
+    loss = token loss + lambda / D sum_k MTP loss_k + alpha sum over MoE layers of the balance loss
+
+[V3 eqs 17-25]. Gradients of several microbatches, and of several ranks, add up in FP32. A loss or gradient that
+is not finite leaves weights, moments and biases as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dovetail.model.gate import Gate, balance_loss, bias_update, max_violation
+from dovetail.model.transformer import Transformer
+from dovetail.text.corpus import Batch
+from dovetail.train.step.ema import Ema
+from dovetail.train.step.loss import IGNORED, token_loss
+from dovetail.train.step.optim import AdamW
+from dovetail.train.step.schedule import Values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    loss: float
+    mtp_loss: float  # mean over depths; NaN without MTP
+    balance_loss: float  # with its coefficient
+    grad_norm: float  # before clipping
+    max_vio: list[float]  # per MoE layer, MTP modules last
+    is_finite: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Of one microbatch."""
+
+    token: Tensor
+    mtp: list[Tensor]  # one per depth
+    balance: Tensor  # summed over layers, without coefficient
+    counts: list[Tensor]  # per MoE layer
+
+
+def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -> Losses:
+    """Main and MTP losses of one microbatch, batch.tokens [B, T + 1], moved to where the model is.
+
+    With `separate_documents` nothing crosses a border: attention stops there, and a target in another document
+    than the position that predicts it does not count.
+    """
+    device = model.norm.weight.device
+    tokens = batch.tokens.to(device)
+    batch_size, length = tokens.shape[0], tokens.shape[1] - 1
+    ids = batch.document_ids.to(device) if separate_documents else None
+    inputs = tokens[:, :-1].contiguous()
+    output = model(inputs, document_ids=None if ids is None else ids[:, :-1])
+    routings = list(output.routings)
+    token = token_loss(output.hidden, model.head_weight, _targets(tokens, ids, 1))
+    hidden, mtp = output.hidden, []
+    for depth in range(len(model.mtp)):
+        # Position i has seen tokens up to i + depth + 1 and predicts token i + depth + 2.
+        positions = length - depth - 1
+        nearer = tokens[:, depth + 1 : depth + 1 + positions].contiguous()
+        # A position belongs to the document of its hidden state: so the one that joins the end of a document to
+        # the next one's first token comes last in the former, and none of the latter sees it.
+        kept = None if ids is None else ids[:, :positions]
+        output = model.mtp_forward(depth, hidden[:, :positions].contiguous(), nearer, document_ids=kept)
+        hidden = output.hidden
+        routings += output.routings
+        mtp.append(token_loss(hidden, model.head_weight, _targets(tokens, ids, depth + 2)))
+    moe = model.spec.moe
+    balance = token.new_zeros(())
+    if moe is not None and routings:
+        balance = torch.stack([balance_loss(routing, batch_size, moe) for routing in routings]).sum()
+    return Losses(token=token, mtp=mtp, balance=balance, counts=[routing.counts for routing in routings])
+
+
+def _targets(tokens: Tensor, ids: Tensor | None, ahead: int) -> Tensor:
+    """The token `ahead` positions on, IGNORED where that is in another document; [B, T + 1 - ahead]."""
+    targets = tokens[:, ahead:]
+    return targets if ids is None else targets.masked_fill(ids[:, ahead:] != ids[:, :-ahead], IGNORED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """Coefficients that stay the same through a run."""
+
+    balance_alpha: float = 1e-4  # [V3 §4.2]; published config.json files do not carry it
+    separate_documents: bool = False
+
+
+def train_step(
+    model: Transformer,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    values: Values,
+    objective: Objective,
+    ema: Ema | None = None,
+) -> StepResult:
+    """Train on `batches`, the equal microbatches of this rank; every rank of a process group calls it."""
+    parameters = dict(model.named_parameters())
+    gradients: dict[str, Tensor] = {}
+    sums = torch.zeros(3, dtype=torch.float64, device=model.norm.weight.device)
+    counts: list[Tensor] = []
+    for batch in batches:
+        losses = compute_losses(model, batch, objective.separate_documents)
+        mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.token.new_zeros(())
+        balance = objective.balance_alpha * losses.balance
+        ((losses.token + values.mtp_weight * mtp + balance) / len(batches)).backward()
+        _collect(parameters, gradients, in_fp32=len(batches) > 1 or dist.is_initialized())
+        sums += torch.stack([losses.token, mtp, balance]).detach().double() / len(batches)
+        counts = [a + b for a, b in zip(counts, losses.counts, strict=True)] if counts else losses.counts
+    if dist.is_initialized():
+        _average_over_ranks(gradients, sums, counts)
+    norm = optimizer.grad_norm(gradients)
+    loss, mtp_loss, balance_value = sums.tolist()
+    is_finite = math.isfinite(norm) and all(map(math.isfinite, (loss, mtp_loss, balance_value)))
+    if is_finite:
+        _update(model, optimizer, gradients, values, norm, counts, ema)
+    return StepResult(
+        loss=loss,
+        mtp_loss=mtp_loss if model.mtp else math.nan,
+        balance_loss=balance_value,
+        grad_norm=norm,
+        max_vio=[max_violation(each) for each in counts],
+        is_finite=is_finite,
+    )
+
+
+def microbatches(batch: Batch, size: int) -> list[Batch]:
+    parts = zip(batch.tokens.split(size), batch.document_ids.split(size), strict=True)
+    return [Batch(tokens=tokens, document_ids=ids) for tokens, ids in parts]
+
+
+def _update(
+    model: Transformer,
+    optimizer: AdamW,
+    gradients: dict[str, Tensor],
+    values: Values,
+    norm: float,
+    counts: list[Tensor],
+    ema: Ema | None,
+) -> None:
+    if ema is not None:
+        ema.finish_reading()
+    scale = min(1.0, optimizer.config.max_grad_norm / (norm + 1e-6))
+    optimizer.step(gradients, values.learning_rate, scale)
+    if ema is not None:
+        ema.update()
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    for gate, load in zip(gates, counts, strict=True):
+        if gate.e_score_correction_bias is not None and values.gamma:
+            bias_update(gate.e_score_correction_bias, load, values.gamma)
+
+
+def _collect(parameters: dict[str, Tensor], gradients: dict[str, Tensor], in_fp32: bool) -> None:
+    """Move .grad into `gradients`, adding in FP32 where more will come; no gradient counts as zero."""
+    for name, parameter in parameters.items():
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            gradient = torch.zeros_like(parameter)
+        if name in gradients:
+            gradients[name] += gradient
+        else:
+            gradients[name] = gradient.float() if in_fp32 else gradient
+
+
+def _average_over_ranks(gradients: dict[str, Tensor], sums: Tensor, counts: list[Tensor]) -> None:
+    """Mean of gradients and losses, sum of counts, over all ranks; each holds an equal share of the batch."""
+    world = dist.get_world_size()
+    for gradient in gradients.values():
+        dist.all_reduce(gradient)
+        gradient /= world
+    for load in counts:
+        dist.all_reduce(load)
+    dist.all_reduce(sums)
+    sums /= world
