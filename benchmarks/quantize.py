@@ -1,6 +1,6 @@
 """Quantisation kernels on one GPU, at the operands of the products that DeepGEMM publishes: ours and torch eager.
 
-Every result is compared with the reference first: bit for bit, SwiGLU within its rounding. Floor: bytes read and
+Every result is compared with the reference first, bit for bit. Floor: bytes read and
 written at the measured memory rate. What is checked for NaN waits for the GPU, so kernels run with `check` off.
 """
 
@@ -17,7 +17,6 @@ from _gpu import ROWS, WEIGHTS, Times, describe_gpu, measure_ceilings, require_g
 from _sides import append_rows, print_table, progress
 from torch import Tensor
 
-from dovetail.model.swiglu_quantized import swiglu_quantized_backward_reference, swiglu_quantized_reference
 from dovetail.numerics import logfmt
 from dovetail.numerics import quantize as reference
 from dovetail.numerics.logfmt import LogFmt
@@ -25,9 +24,7 @@ from dovetail.numerics.quantize import Quantized, dequantize, grid_values
 
 OURS, EAGER = "dovetail", "torch eager"
 CAPABILITY = (8, 9)  # the first that casts to FP8
-SWIGLU_ROWS, LOGFMT_BITS = 4096, 10
-# SwiGLU: codes may differ where the exponential's last bit moves a value over a border, by one step of E4M3
-DIFFERENT_CODES = 1e-2
+LOGFMT_ROWS, LOGFMT_BITS = 4096, 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +50,7 @@ def cases(device: torch.device) -> list[Case]:
     found += [_quantize(ROWS[-1], width, (1, 128), True, device) for width in widths]
     found += [_quantize(ROWS[-1], width, (128, 1), False, device) for width in widths]
     found += [_quantize(n, k, (128, 128), False, device) for n, k, _ in WEIGHTS.values()]
-    down = WEIGHTS["down"]
-    found += _swiglu(SWIGLU_ROWS, down[1], device)
-    return found + _logfmt(SWIGLU_ROWS, down[0], device)
+    return found + _logfmt(LOGFMT_ROWS, WEIGHTS["down"][0], device)
 
 
 def _quantize(rows: int, columns: int, tile: tuple[int, int], power_of_two: bool, device: torch.device) -> Case:
@@ -72,38 +67,6 @@ def _quantize(rows: int, columns: int, tile: tuple[int, int], power_of_two: bool
         eager=lambda: reference.quantize_reference(x, tile, power_of_two=power_of_two, check=False),
         allowed=0.0,
     )
-
-
-def _swiglu(rows: int, width: int, device: torch.device) -> list[Case]:
-    from dovetail.model import swiglu_triton
-
-    gate_up, grad = _values(rows, 2 * width, device), _values(rows, width, device)
-    kept = reference.quantize_reference(gate_up, (1, 128))
-    shape = {"rows": rows, "columns": width, "allowed": DIFFERENT_CODES}
-    size, scale = rows * width, 1 + 4 / 128  # bytes of a quantised value
-    return [
-        Case(
-            name="swiglu, quantise 1x128",
-            num_bytes=size * (4 + scale),
-            ours=lambda: swiglu_triton.swiglu_quantized(gate_up, check=False),
-            eager=lambda: swiglu_quantized_reference(gate_up, check=False),
-            **shape,
-        ),
-        Case(
-            name="swiglu backward, quantise 1x128",
-            num_bytes=size * (6 + 3 * scale),
-            ours=lambda: swiglu_triton.swiglu_quantized_backward(grad, gate_up, check=False),
-            eager=lambda: swiglu_quantized_backward_reference(grad, gate_up, check=False),
-            **shape,
-        ),
-        Case(
-            name="swiglu backward of input kept in FP8",
-            num_bytes=size * (2 + 5 * scale),
-            ours=lambda: swiglu_triton.swiglu_quantized_backward(grad, kept, check=False),
-            eager=lambda: swiglu_quantized_backward_reference(grad, kept, check=False),
-            **shape,
-        ),
-    ]
 
 
 def _logfmt(rows: int, columns: int, device: torch.device) -> list[Case]:

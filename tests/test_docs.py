@@ -17,8 +17,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dovetail.config import load, validate
+from dovetail.model.checkpoint.weights import export_hf
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.model.weights import export_hf
 from dovetail.spec.family import Dial, dovetail_spec
 from dovetail.text.documents import DataConfig
 from dovetail.text.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ def test_the_tour_names_something_of_every_walk() -> None:
     assert found >= {
         "train.step.step.train_step",
         "engine.speculative.step",
-        "model.weights.export_hf",
+        "model.checkpoint.weights.export_hf",
         "cost.inspect.inspect",
     }
     assert len(found) > 80

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dovetail.cost.count import parameters
+from dovetail.model.checkpoint.weights import export_hf, import_hf
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import export_hf, import_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import ModelSpec
 from dovetail.train.run.run_file import is_run, load_weights

@@ -21,8 +21,8 @@ from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion
+from dovetail.model.checkpoint.weights import export_hf
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import export_hf
 from dovetail.text.documents import Document, read_documents
 from dovetail.text.yardstick import compressed_sizes
 from dovetail.train.report.display import Display

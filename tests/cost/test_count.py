@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost import count
-from dovetail.model.moe import LocalDispatcher
+from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.model import Gqa, Mla, ModelSpec
 from dovetail.spec.tensors import stored_tensors

@@ -13,7 +13,7 @@ from transformers.generation.candidate_generator import MTPCandidateGenerator
 from dovetail.engine import speculative
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
-from dovetail.model.weights import export_hf
+from dovetail.model.checkpoint.weights import export_hf
 
 
 def theirs(model, directory):

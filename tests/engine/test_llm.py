@@ -3,7 +3,7 @@ import torch
 
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
-from dovetail.model.weights import export_hf
+from dovetail.model.checkpoint.weights import export_hf
 from dovetail.text.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3], [4] * 11, [5, 6], [7, 8, 9, 10, 11], [12]]

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dovetail.model import mla, rope
+from dovetail.model.attention import mla, rope
+from dovetail.model.checkpoint.weights import to_published
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import to_published
 from dovetail.numerics.compare import network_terms, normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model.attention import document_starts
+from dovetail.model.attention.causal import document_starts
 from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec

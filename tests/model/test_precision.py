@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.model.mlp import DenseMlp
-from dovetail.model.moe import Experts
+from dovetail.model.experts.mlp import DenseMlp
+from dovetail.model.experts.moe import Experts
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.accumulate import HopperAccumulator

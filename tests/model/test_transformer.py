@@ -11,8 +11,8 @@ from torch import Tensor
 from dovetail.catalog.presets import load_model
 from dovetail.cost import count
 from dovetail.engine.cache import ContiguousCache
-from dovetail.model.gate import Routing
-from dovetail.model.moe import Dispatched, LocalDispatcher
+from dovetail.model.experts.gate import Routing
+from dovetail.model.experts.moe import Dispatched, LocalDispatcher
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import Mla, ModelSpec

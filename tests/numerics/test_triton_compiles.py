@@ -35,7 +35,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
         has_product = name.startswith(("multiply", "sum_outer"))
         assert (count[PRODUCT] > 0) == has_product, name
         assert (count[FP8_PRODUCT] > 0) == (has_product and "widened" not in name), name
-        is_e4m3 = name.startswith(("_quantize", "_swiglu")) and "e5" not in name
+        is_e4m3 = name.startswith("_quantize") and "e5" not in name
         assert (count[CAST] > 0) == is_e4m3, name
 
 
@@ -77,7 +77,6 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 def launches() -> dict[str, Callable[[], object]]:
     """Every wrapper, as for a GPU that casts to FP8. Matrices stay empty: nothing runs."""
-    from dovetail.model import swiglu_triton as swiglu
     from dovetail.numerics import gemm_triton as gemm
     from dovetail.numerics import gpu, rounding_triton
     from dovetail.numerics import logfmt_triton as logfmt
@@ -93,8 +92,8 @@ def launches() -> dict[str, Callable[[], object]]:
         casts = form.name in gpu.FP8
         return replace(plain(form, power_of_two, device), fused=True, casts=casts)
 
-    quantisation.rounding = swiglu.rounding = as_on_a_gpu  # type: ignore[attr-defined]
-    x, grad = torch.zeros(256, 1024, dtype=torch.bfloat16), torch.zeros(256, 512, dtype=torch.bfloat16)
+    quantisation.rounding = as_on_a_gpu  # type: ignore[attr-defined]
+    x = torch.zeros(256, 1024, dtype=torch.bfloat16)
     row, block, column = (
         quantisation.empty_quantized((256, 1024), tile, "e4m3", x.device) for tile in ((1, 128), (128, 128), (128, 1))
     )
@@ -125,7 +124,6 @@ def launches() -> dict[str, Callable[[], object]]:
         "strided": lambda: quantisation.quantize(x[:, ::2], (1, 128), check=False),
         "e5m6": lambda: quantisation.quantize(x, (1, 128), "e5m6", check=False),
         "e5m2": lambda: quantisation.quantize(x, (1, 128), "e5m2", check=False),
-        "kept": lambda: swiglu.swiglu_quantized_backward(grad, row, check=False),
         "ragged K": lambda: gemm.scaled_matmul(ragged, ragged),
         "rows by rows": lambda: gemm.scaled_matmul(row, row, dtype=torch.float32),
         "promoted every 32": lambda: gemm.scaled_matmul(row, block, HopperAccumulator(32)),
@@ -142,8 +140,6 @@ def launches() -> dict[str, Callable[[], object]]:
     for tile in ((1, 128), (128, 128), (128, 1)):
         for rule in (False, True):
             found[f"{tile}, power of two {rule}"] = lambda t=tile, p=rule: quantisation.quantize(x, t, "e4m3", p, False)
-        found[f"{tile}"] = lambda t=tile: swiglu.swiglu_quantized(x, t, check=False)
-        found[f"{tile}, backward"] = lambda t=tile: swiglu.swiglu_quantized_backward(grad, x, t, check=False)
     for each in gemm.BLOCKINGS:
         found[f"{each}"] = lambda b=each: gemm.scaled_matmul(row, block, blocking=b)
     return found

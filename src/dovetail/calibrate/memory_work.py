@@ -20,11 +20,11 @@ from dovetail.catalog.presets import load_model
 from dovetail.cost.ops.layer import head_ops, layer_ops
 from dovetail.cost.ops.ops import BF16, Elementwise, Op
 from dovetail.cost.ops.step import adam_bytes
-from dovetail.model.gate import Routing, route
-from dovetail.model.heads import split_heads
-from dovetail.model.moe import LocalDispatcher
+from dovetail.model.attention.heads import split_heads
+from dovetail.model.experts.gate import Routing, route
+from dovetail.model.experts.moe import LocalDispatcher
+from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.model.norm import RmsNorm
-from dovetail.model.swiglu import swiglu, swiglu_backward
 from dovetail.model.transformer import Block
 from dovetail.numerics.cpu_numba import takes
 from dovetail.numerics.operands import block_operand, column_operand, keep_rows, retiled_operand, token_tiles

@@ -17,11 +17,11 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.ops.layer import head_ops, layer_ops
 from dovetail.cost.ops.ops import Attention, Elementwise, Gemm, Op
-from dovetail.model.attention import causal_attention, masked_attention
-from dovetail.model.mla import Context
-from dovetail.model.moe import LocalDispatcher
+from dovetail.model.attention.causal import causal_attention, masked_attention
+from dovetail.model.attention.mla import Context
+from dovetail.model.attention.rope import tables
+from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.norm import RmsNorm
-from dovetail.model.rope import tables
 from dovetail.model.transformer import Block
 from dovetail.numerics.gemm import grouped_linear, grouped_outer
 from dovetail.numerics.operands import block_operand, column_operand, row_operand, token_tiles

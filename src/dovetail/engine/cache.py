@@ -53,7 +53,7 @@ class ContiguousCache:
         return num_keys
 
     def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """See `model.mla.LatentCache`; row b of the arguments belongs to slot b."""
+        """See `model.attention.mla.LatentCache`; row b of the arguments belongs to slot b."""
         return self.select(range(self.batch)).update(layer, positions, latent, rope_key)
 
     def select(self, slots: Sequence[int]) -> SelectedSlots:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from dovetail.engine import rows_numba
 from dovetail.engine.cache import ContiguousCache
-from dovetail.model.mla import MultiHeadLatentAttention
-from dovetail.model.moe import MoeMlp
+from dovetail.model.attention.mla import MultiHeadLatentAttention
+from dovetail.model.attention.rope import tables
+from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.norm import RmsNorm
-from dovetail.model.rope import tables
 from dovetail.model.transformer import Block, Mtp, Transformer
 from dovetail.numerics.cpu_numba import array
 from dovetail.spec.model import Moe

@@ -16,8 +16,8 @@ from dovetail.engine.completion_text import CompletionText
 from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Completion, Sequence
+from dovetail.model.checkpoint.weights import import_hf
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import import_hf
 from dovetail.spec.model import ModelSpec
 from dovetail.text.tokenizer import Tokenizer
 

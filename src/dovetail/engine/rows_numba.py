@@ -1,7 +1,7 @@
 """CPU kernels for a few rows at a time: decoding and the verification of drafts.
 
 One call does a whole half of a block, on x [R, dim] FP32 in place. Weights are read once for all rows, straight
-from the model's tensors; activations stay FP32. Attention is the absorbed form of `model.mla`.
+from the model's tensors; activations stay FP32. Attention is the absorbed form of `model.attention.mla`.
 
 What a row computes does not depend on which rows are beside it: `dots` and `mix` promise it for one output, and
 sums over experts go by the experts' numbers. So a token verified together with others has bit for bit the logits
@@ -16,7 +16,7 @@ import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
-from dovetail.model.gate_numba import select_row
+from dovetail.model.experts.gate_numba import select_row
 from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, load, ordered, serial_kernel, sigmoid, store
 from dovetail.numerics.dots_numba import dots, mix
 

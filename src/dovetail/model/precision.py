@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dovetail.model.mlp import DenseMlp
-from dovetail.model.moe import Experts, MoeMlp
-from dovetail.model.quantized_mlp import MlpPrecision
+from dovetail.model.experts.mlp import DenseMlp
+from dovetail.model.experts.moe import Experts, MoeMlp
+from dovetail.model.experts.quantized_mlp import MlpPrecision
 from dovetail.numerics.linear import Linear
 from dovetail.numerics.sending import check_sent_format
 from dovetail.spec.precision import Recipe, Site

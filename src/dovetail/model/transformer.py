@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dovetail.model.attention import document_starts
-from dovetail.model.gate import Routing
-from dovetail.model.mla import Context, LatentCache, MultiHeadLatentAttention
-from dovetail.model.mlp import DenseMlp
-from dovetail.model.moe import Dispatcher, LocalDispatcher, MoeMlp
+from dovetail.model.attention.causal import document_starts
+from dovetail.model.attention.mla import Context, LatentCache, MultiHeadLatentAttention
+from dovetail.model.attention.rope import tables
+from dovetail.model.experts.gate import Routing
+from dovetail.model.experts.mlp import DenseMlp
+from dovetail.model.experts.moe import Dispatcher, LocalDispatcher, MoeMlp
 from dovetail.model.norm import RmsNorm
 from dovetail.model.recompute import Recompute
-from dovetail.model.rope import tables
 from dovetail.numerics.linear import Linear
 from dovetail.spec.model import Mla, ModelSpec
 

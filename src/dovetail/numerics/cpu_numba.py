@@ -61,7 +61,7 @@ def kernel_directory() -> Path:
     numba looks at a kernel's own file only, and would go on using one compiled with an older `load` or `exp`.
     """
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].glob("*/*_numba.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*_numba.py")):
         digest.update(path.read_bytes())
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     directory = caches / "dovetail" / f"kernels-{digest.hexdigest()[:16]}"

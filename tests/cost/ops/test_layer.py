@@ -12,7 +12,7 @@ from dovetail.catalog.presets import load_model
 from dovetail.cost import count
 from dovetail.cost.ops.layer import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops.ops import Attention, Collective, Elementwise, Exchange, Gemm, Op
-from dovetail.model.moe import LocalDispatcher
+from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import Mla, ModelSpec

@@ -9,7 +9,7 @@ import torch
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.presets import load_model
 from dovetail.cost.ops.ops import Collective, Exchange
-from dovetail.model.gate import select
+from dovetail.model.experts.gate import select
 from dovetail.network.demands.closed_forms import (
     NOTHING,
     Mode,

@@ -8,7 +8,7 @@ import torch
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.ops.ops import Exchange
-from dovetail.model.gate import select
+from dovetail.model.experts.gate import select
 from dovetail.network.demands.distinct import _walk, distinct_bins
 from dovetail.spec.model import Moe
 

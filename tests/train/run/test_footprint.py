@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dovetail.cost.count import training_flop_per_token
 from dovetail.cost.memory.activations import microbatch_bytes
-from dovetail.model.moe import LocalDispatcher
+from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.transformer import Block, Transformer, initialize
 from dovetail.numerics import gemm_numba
 from dovetail.spec.model import ModelSpec

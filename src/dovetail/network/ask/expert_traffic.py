@@ -139,7 +139,7 @@ def _chosen(question: Question, exchange: Exchange) -> NDArray[np.integer]:
             (exchange.choices, exchange.experts, exchange.groups, exchange.kept_groups),
             question.skew or 0.0,
             question.seed,
-            2 if _moe(question)[1].topk_method == "noaux_tc" else 1,  # as `model.gate.select` has it
+            2 if _moe(question)[1].topk_method == "noaux_tc" else 1,  # as `model.experts.gate.select` has it
         )
     return _fitting(question, exchange)
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dovetail.model.mlp import DenseMlp
-from dovetail.model.moe import Experts
+from dovetail.model.experts.mlp import DenseMlp
+from dovetail.model.experts.moe import Experts
 from dovetail.numerics.health import Health, measure_health
 from dovetail.numerics.linear import Linear
 from dovetail.numerics.operands import Operand, block_operand, row_operand, spread

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.model.moe import LocalDispatcher
+from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Block, Transformer
 from dovetail.text.corpus import Batch

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.model.gate import Gate, balance_loss, bias_update, max_violation
+from dovetail.model.experts.gate import Gate, balance_loss, bias_update, max_violation
 from dovetail.model.transformer import Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model.attention import document_starts
-from dovetail.model.mla import Context, MultiHeadLatentAttention
+from dovetail.model.attention.causal import document_starts
+from dovetail.model.attention.mla import Context, MultiHeadLatentAttention
+from dovetail.model.attention.rope import attention_scale, tables
 from dovetail.model.norm import rms_norm_reference
-from dovetail.model.rope import attention_scale, tables
 from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dovetail.model import gate_numba
+from dovetail.model.experts import gate_numba
 from dovetail.numerics.cpu_numba import takes
 from dovetail.numerics.linear import wide_linear
 from dovetail.spec.model import Moe

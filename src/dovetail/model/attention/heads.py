@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.model import heads_numba
-from dovetail.model.rope import rotate
+from dovetail.model.attention import heads_numba
+from dovetail.model.attention.rope import rotate
 from dovetail.numerics.cpu_numba import takes
 
 Heads = tuple[Tensor, Tensor, Tensor]

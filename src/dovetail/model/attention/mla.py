@@ -19,11 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dovetail.model.attention import causal_attention, masked_attention
-from dovetail.model.heads import Heads, split_heads
+from dovetail.model.attention.causal import causal_attention, masked_attention
+from dovetail.model.attention.heads import Heads, split_heads
+from dovetail.model.attention.rope import attention_scale, rotate
 from dovetail.model.norm import RmsNorm
 from dovetail.model.recompute import Recompute
-from dovetail.model.rope import attention_scale, rotate
 from dovetail.numerics.linear import Input, Linear, quantize_for
 from dovetail.spec.model import Mla, ModelSpec
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.model import attention, attention_numba
-from dovetail.model.attention import (
+from dovetail.model.attention import causal, causal_numba
+from dovetail.model.attention.causal import (
     QUERY_BLOCK,
     attention_reference,
     causal_attention,
@@ -98,17 +98,17 @@ def test_stale_columns_past_the_first_step_are_seen(length: int, draw: Draw, mon
     """A bug this kernel had: beyond one step of keys the backward pass left what it should have cleared."""
     tensors = inputs(1, 2, length, torch.float32, draw)
     truth = truth_of(tensors)
-    right = attention_numba.softmax_backward
+    right = causal_numba.softmax_backward
 
     def wrong(scores: Tensor, grad: Tensor, start: int, *rest: object) -> None:
         before = grad.clone()
         right(scores, grad, start, *rest)
-        step = attention_numba.STEP
+        step = causal_numba.STEP
         queries = torch.arange(start, start + scores.shape[1])[:, None]
         is_stale = torch.arange(scores.shape[2]) >= (queries // step + 1) * step
         grad.copy_(torch.where(is_stale, before, grad))
 
-    monkeypatch.setattr(attention_numba, "softmax_backward", wrong)
+    monkeypatch.setattr(causal_numba, "softmax_backward", wrong)
     ours = run(causal_attention, tensors)
     assert normwise_error(ours[1], truth[1]) > 100 * bound(tensors, torch.float32)
 
@@ -117,7 +117,7 @@ def test_the_block_size_does_not_matter(dtype: torch.dtype, draw: Draw, monkeypa
     tensors = inputs(1, 2, 150, dtype, draw)
     whole = run(causal_attention, tensors)
     for block in (37, 64, 149):
-        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+        monkeypatch.setattr(causal, "QUERY_BLOCK", block)
         for mine, right in zip(run(causal_attention, tensors), whole, strict=True):
             assert normwise_error(mine, right) < 2 * bound(tensors, dtype)
 

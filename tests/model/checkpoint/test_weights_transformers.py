@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.modeling_layers import MtpModel
 
+from dovetail.model.checkpoint.weights import export_hf, import_hf, to_published
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import export_hf, import_hf, to_published
 from dovetail.spec.model import ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dovetail.model.directory import new_directory
-from dovetail.model.inventory import (
+from dovetail.model.checkpoint.directory import new_directory
+from dovetail.model.checkpoint.inventory import (
     CONFIG,
     INDEX,
     SINGLE,

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dovetail.model.inventory import INDEX
+from dovetail.model.checkpoint.inventory import INDEX
+from dovetail.model.checkpoint.weights import export_hf, import_hf, load_into
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import export_hf, import_hf, load_into
 from dovetail.spec.model import ModelSpec
 
 Change = Callable[[dict[str, Tensor]], object]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model.gate import Routing
-from dovetail.model.moe import (
+from dovetail.model.experts.gate import Routing
+from dovetail.model.experts.moe import (
     Experts,
     LocalDispatcher,
     MoeMlp,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.model.quantized_mlp import MlpPrecision, quantized_mlp
+from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
 from dovetail.numerics import scaled_gemm
 from dovetail.numerics.compare import rowwise_error, tolerance
 from dovetail.numerics.operands import Operand

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model import swiglu_numba
+from dovetail.model.experts import swiglu_numba
 from dovetail.numerics.cpu_numba import takes
 
 

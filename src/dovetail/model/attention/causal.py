@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model import attention_bf16_numba, attention_numba
+from dovetail.model.attention import causal_bf16_numba, causal_numba
 from dovetail.numerics.cpu_numba import array, takes
 from dovetail.numerics.gemm import has_kernel
 
@@ -72,7 +72,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, visible: Ten
 
 
 class _HeadAttention(torch.autograd.Function):
-    """The kernels of `attention_bf16_numba`."""
+    """The kernels of `causal_bf16_numba`."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class _HeadAttention(torch.autograd.Function):
         log_sum = torch.empty(batch * heads, length)
         shape, splits = (*q.shape, v_dim), -(-numba.get_num_threads() // max(batch * heads, 1))
         flat = (array(x.view(-1)) for x in (q, k, v))
-        attention_bf16_numba.forward(
+        causal_bf16_numba.forward(
             *flat, np.float32(scale), array(first), array(output.view(-1)), array(log_sum), shape, splits
         )
         ctx.save_for_backward(q, k, v, log_sum, first)
@@ -95,9 +95,7 @@ class _HeadAttention(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         flat = (array(x.contiguous().view(-1)) for x in (grad, q, k, v))
         flat_grads = (array(x.view(-1)) for x in grads)
-        attention_bf16_numba.backward(
-            *flat, np.float32(ctx.scale), array(first), array(log_sum), *flat_grads, ctx.shape
-        )
+        causal_bf16_numba.backward(*flat, np.float32(ctx.scale), array(first), array(log_sum), *flat_grads, ctx.shape)
         return grads[0], grads[1], grads[2], None, None
 
 
@@ -111,7 +109,7 @@ class _BlockAttention(torch.autograd.Function):
         first = first.contiguous()
         for start, stop in _blocks(shape[1]):
             scores = torch.bmm(flat_q[:, start:stop], flat_k[:, :stop].transpose(1, 2))
-            attention_numba.softmax(scores, start, scale, first, log_sum)
+            causal_numba.softmax(scores, start, scale, first, log_sum)
             block = torch.bmm(scores, flat_v[:, :stop])
             if stop - start == shape[1]:
                 output = block
@@ -149,7 +147,7 @@ def block_attention_backward(
         q_block, grad_block = q[:, start:stop], grad[:, start:stop]
         probabilities = torch.bmm(q_block, k[:, :stop].transpose(1, 2))
         grad_scores = torch.bmm(grad_block, v[:, :stop].transpose(1, 2))
-        attention_numba.softmax_backward(probabilities, grad_scores, start, scale, first, log_sum)
+        causal_numba.softmax_backward(probabilities, grad_scores, start, scale, first, log_sum)
         block_k = torch.bmm(grad_scores.transpose(1, 2), q_block)
         block_v = torch.bmm(probabilities.transpose(1, 2), grad_block)
         if stop - start == length:

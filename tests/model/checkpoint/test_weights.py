@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dovetail.model import weights
+from dovetail.model.checkpoint import weights
+from dovetail.model.checkpoint.weights import export_hf, import_hf, load_into, stored_view, to_published
 from dovetail.model.transformer import Transformer
-from dovetail.model.weights import export_hf, import_hf, load_into, stored_view, to_published
 from dovetail.numerics.quantize import dequantize, quantize_weight
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import published_tensors, stored_tensors

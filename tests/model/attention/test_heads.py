@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.model.heads import split_heads, split_heads_reference
+from dovetail.model.attention.heads import split_heads, split_heads_reference
 from dovetail.numerics.compare import normwise_error, tolerance
 
 Draw = Callable[..., Tensor]

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.model.mlp import DenseMlp
-from dovetail.model.swiglu import (
+from dovetail.model.experts.mlp import DenseMlp
+from dovetail.model.experts.swiglu import (
     swiglu,
     swiglu_backward,
     swiglu_backward_reference,

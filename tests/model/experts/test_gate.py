@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dovetail.catalog.presets import load_model
-from dovetail.model import gate_numba
-from dovetail.model.gate import Gate, Routing, balance_loss, bias_update, max_violation, route, select
+from dovetail.model.experts import gate_numba
+from dovetail.model.experts.gate import Gate, Routing, balance_loss, bias_update, max_violation, route, select
 from dovetail.numerics.compare import normwise_error, tolerance
 from dovetail.spec.model import Moe
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dovetail.model.quantized_mlp import MlpPrecision, quantized_mlp
-from dovetail.model.swiglu import swiglu, swiglu_backward
+from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
+from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 
 
 class DenseMlp(nn.Module):

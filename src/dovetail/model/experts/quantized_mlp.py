@@ -1,7 +1,7 @@
 """Up, SwiGLU and down in a recipe's precision, for dense layers and for all experts at once.
 
-SwiGLU and quantisation are two steps on a GPU too: `swiglu_quantized` is one, but rounds the exponential otherwise than
-torch, and has no column tiles that begin anew with every group, which the backward pass takes.
+SwiGLU and quantisation are two steps on a GPU too. One kernel for both would round the exponential otherwise than torch
+does, and the backward pass needs column tiles that begin anew with every group of rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.model.swiglu import swiglu, swiglu_backward
+from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.numerics.linear import input_gradient, operand_and_kept, output_of, save, saved, weight_gradient
 from dovetail.numerics.operands import keep, row_operand
 from dovetail.spec.precision import GemmPrecision, Quantization

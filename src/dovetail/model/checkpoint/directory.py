@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dovetail.model.inventory import CONFIG, INDEX, SINGLE
+from dovetail.model.checkpoint.inventory import CONFIG, INDEX, SINGLE
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dovetail.model import moe_numba
-from dovetail.model.gate import Gate, Routing
-from dovetail.model.mlp import DenseMlp
-from dovetail.model.quantized_mlp import MlpPrecision, quantized_mlp
-from dovetail.model.swiglu import swiglu, swiglu_backward
+from dovetail.model.experts import moe_numba
+from dovetail.model.experts.gate import Gate, Routing
+from dovetail.model.experts.mlp import DenseMlp
+from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
+from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.numerics.cpu_numba import takes
 from dovetail.numerics.gemm import grouped_linear, grouped_outer, row_multiple
 from dovetail.numerics.sending import sent
