@@ -13,8 +13,8 @@ from _gpu import ROWS, WEIGHTS
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from dovetail.numerics.fp8_gemm import transposed
-from dovetail.numerics.quantize import Quantized
+from dovetail.numerics.formats.quantize import Quantized
+from dovetail.numerics.products.scaled_reference import transposed
 
 BF16, LIBRARY = "torch BF16", "torch scaled_mm"
 
@@ -84,7 +84,8 @@ def prepare(case: Case, device: torch.device) -> Sides:
 
 
 def _prepare_rows(case: Case, device: torch.device) -> Sides:
-    from dovetail.numerics import gemm_triton, quantize_triton
+    from dovetail.numerics.formats import quantize_triton
+    from dovetail.numerics.products import scaled_kernels_triton
 
     x = torch.randn(case.groups * case.rows, case.k, device=device, dtype=torch.bfloat16)
     w = torch.randn(case.groups, case.n, case.k, device=device, dtype=torch.bfloat16)
@@ -96,10 +97,10 @@ def _prepare_rows(case: Case, device: torch.device) -> Sides:
 
     def ours(blocking: Any) -> Tensor:
         if case.layout == "dense":
-            return gemm_triton.scaled_matmul(a, b[0], blocking=blocking)
+            return scaled_kernels_triton.scaled_matmul(a, b[0], blocking=blocking)
         if case.layout == "contiguous":
-            return gemm_triton.grouped_scaled_matmul(a, b, offsets, blocking=blocking)
-        return gemm_triton.masked_scaled_matmul(a, b, counts, blocking=blocking)
+            return scaled_kernels_triton.grouped_scaled_matmul(a, b, offsets, blocking=blocking)
+        return scaled_kernels_triton.masked_scaled_matmul(a, b, counts, blocking=blocking)
 
     ends = torch.tensor(offsets[1:], dtype=torch.int32, device=device)
     bf16: dict[str, Callable[[], Tensor]] = {
@@ -118,7 +119,8 @@ def _prepare_rows(case: Case, device: torch.device) -> Sides:
 
 
 def _prepare_wgrad(case: Case, device: torch.device) -> Sides:
-    from dovetail.numerics import gemm_triton, quantize_triton
+    from dovetail.numerics.formats import quantize_triton
+    from dovetail.numerics.products import scaled_kernels_triton
 
     tokens = case.groups * case.rows
     grad, x = (torch.randn(tokens, size, device=device, dtype=torch.bfloat16) for size in (case.n, case.k))
@@ -131,7 +133,7 @@ def _prepare_wgrad(case: Case, device: torch.device) -> Sides:
     ]
     library = [_library_product(*pair, ScalingType.BlockWise1x128) for pair in pairs]
     return Sides(
-        ours=lambda blocking: gemm_triton.grouped_scaled_outer(left, right, offsets, blocking=blocking),
+        ours=lambda blocking: scaled_kernels_triton.grouped_scaled_outer(left, right, offsets, blocking=blocking),
         rivals={
             BF16: lambda: F.grouped_mm(grad.t(), x, offs=ends),
             LIBRARY: lambda: torch.stack([product() for product in library]),

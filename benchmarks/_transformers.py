@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, DeepseekV3ForCausalLM
 
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
 SEED = 0

@@ -28,7 +28,7 @@ from dovetail.catalog.presets import load_model
 from dovetail.cost.memory.process import training_memory
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.planner.training.chunks import Workload
 from dovetail.planner.training.plan import TrainingGoal, TrainingPlan, evaluate
 from dovetail.spec.hardware import Cluster

@@ -30,7 +30,7 @@ from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, layer_parameters, parameters
 from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.runner import Runner
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
 OURS = "dovetail"

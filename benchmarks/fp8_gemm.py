@@ -1,7 +1,7 @@
 """Block-scaled FP8 products on one GPU, at the shapes that DeepGEMM publishes: ours, torch's own, and BF16.
 
 Each product is checked before it is timed: all of it against the FP32 product of the dequantised operands, and a
-corner of it against `numerics.fp8_gemm`, the reference, with its model of Hopper's accumulator.
+corner of it against `numerics.products.scaled_reference`, the reference, with its model of Hopper's accumulator.
 Floor: the slower of FLOP at the measured FP8 rate and bytes at the measured memory rate.
 """
 
@@ -18,10 +18,10 @@ from _products import BF16, LIBRARY, Case, Sides, cases, prepare
 from _sides import append_rows, print_table, progress
 from torch import Tensor
 
-from dovetail.numerics import fp8_gemm as reference
-from dovetail.numerics.accumulate import HopperAccumulator
-from dovetail.numerics.compare import normwise_error, tolerance
-from dovetail.numerics.quantize import Quantized, dequantize
+from dovetail.numerics.formats.errors import normwise_error, tolerance
+from dovetail.numerics.formats.quantize import Quantized, dequantize
+from dovetail.numerics.products import scaled_reference as reference
+from dovetail.numerics.products.accumulate import HopperAccumulator
 
 OURS = "dovetail"
 HOPPER = (9, 0)
@@ -66,7 +66,7 @@ def _corner(quantized: Quantized) -> Quantized:
 
 def measure(case: Case, device: torch.device, repeats: int, tune: bool) -> tuple[dict[str, Times], dict[str, str], Any]:
     """Times by side, reasons by side that did not run, and (error, share of equal bits)."""
-    from dovetail.numerics.gemm_triton import BLOCKINGS
+    from dovetail.numerics.products.scaled_kernels_triton import BLOCKINGS
 
     sides, times, refused = prepare(case, device), {}, {}
     checked = check(case, sides, sides.ours(None))

@@ -17,10 +17,10 @@ from _gpu import ROWS, WEIGHTS, Times, describe_gpu, measure_ceilings, require_g
 from _sides import append_rows, print_table, progress
 from torch import Tensor
 
-from dovetail.numerics import logfmt
-from dovetail.numerics import quantize as reference
-from dovetail.numerics.logfmt import LogFmt
-from dovetail.numerics.quantize import Quantized, dequantize, grid_values
+from dovetail.numerics.formats import logfmt
+from dovetail.numerics.formats import quantize as reference
+from dovetail.numerics.formats.logfmt import LogFmt
+from dovetail.numerics.formats.quantize import Quantized, dequantize, grid_values
 
 OURS, EAGER = "dovetail", "torch eager"
 CAPABILITY = (8, 9)  # the first that casts to FP8
@@ -54,7 +54,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def _quantize(rows: int, columns: int, tile: tuple[int, int], power_of_two: bool, device: torch.device) -> Case:
-    from dovetail.numerics import quantize_triton
+    from dovetail.numerics.formats import quantize_triton
 
     x = _values(rows, columns, device)
     scales = -(-rows // tile[0]) * -(-columns // tile[1])
@@ -70,7 +70,7 @@ def _quantize(rows: int, columns: int, tile: tuple[int, int], power_of_two: bool
 
 
 def _logfmt(rows: int, columns: int, device: torch.device) -> list[Case]:
-    from dovetail.numerics import logfmt_triton
+    from dovetail.numerics.formats import logfmt_triton
 
     x = _values(rows, columns, device)
     encoded = logfmt.encode_reference(x, LOGFMT_BITS)

@@ -22,7 +22,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.text.corpus import Batch
 from dovetail.train.step.optim import AdamW, AdamWConfig
 from dovetail.train.step.schedule import Values

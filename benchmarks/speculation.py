@@ -24,7 +24,7 @@ from _sides import append_rows, print_table, progress
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.text.documents import DataConfig, read_documents
 
 

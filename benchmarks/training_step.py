@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import parameters, training_flop_per_token
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.loss import token_loss

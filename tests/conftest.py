@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics import gpu
+from dovetail.numerics import capability
 from dovetail.spec.model import ModelSpec
 
 if not torch.cuda.is_available():
@@ -92,8 +92,8 @@ def with_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
     def pretend() -> Iterator[torch.device]:
         with monkeypatch.context() as patch:
             if not torch.cuda.is_available():
-                for name in ("takes", "multiplies_fp8"):
-                    patch.setattr(gpu, name, lambda *tensors: True)
+                for name in ("on_gpu", "on_fp8_gpu"):
+                    patch.setattr(capability, name, lambda *tensors: True)
             yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     return pretend

@@ -3,14 +3,14 @@ import torch
 
 from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.runner import Runner
-from dovetail.numerics import compare
+from dovetail.numerics.formats import errors
 
 
 def assert_close(spec, actual, expected):
     """Within the rounding of GEMMs that follow one another: 8 in a layer, the widest over 2 * hidden_size terms."""
     gemms = 8 * (spec.num_hidden_layers + spec.num_nextn_predict_layers)
-    limit = gemms * compare.tolerance(torch.float32, terms=2 * spec.hidden_size)
-    assert compare.normwise_error(actual, expected) <= limit
+    limit = gemms * errors.tolerance(torch.float32, terms=2 * spec.hidden_size)
+    assert errors.normwise_error(actual, expected) <= limit
 
 
 def tokens_of(spec, *shape):

@@ -10,7 +10,7 @@ from transformers.generation.logits_process import (
 )
 
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
-from dovetail.numerics import compare
+from dovetail.numerics.formats import errors
 
 
 def warped(logits, params):
@@ -35,7 +35,7 @@ def test_filters_equal_those_of_transformers(temperature, top_k, top_p, min_p):
     ours, theirs = probabilities(logits, params), warped(logits, params)
     assert torch.equal(ours > 0, theirs > 0)
     # An exponential of 2 units, sums of 100 terms, and on our side up to three divisions more.
-    assert compare.elementwise_error(ours, theirs) <= compare.tolerance(torch.float32, roundings=12, terms=100)
+    assert errors.elementwise_error(ours, theirs) <= errors.tolerance(torch.float32, roundings=12, terms=100)
 
 
 def test_min_p_before_top_p_would_differ():

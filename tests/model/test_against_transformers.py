@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dovetail.model.attention import mla, rope
 from dovetail.model.checkpoint.weights import to_published
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.compare import network_terms, normwise_error, tolerance
+from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]

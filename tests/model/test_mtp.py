@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dovetail.model.attention.causal import document_starts
 from dovetail.model.transformer import Mtp, Transformer
-from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
+from dovetail.numerics.formats.errors import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.loss import token_loss

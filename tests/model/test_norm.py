@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dovetail.model.norm import rms_norm, rms_norm_reference
-from dovetail.numerics.compare import normwise_error, tolerance
+from dovetail.numerics.formats.errors import normwise_error, tolerance
 
 Draw = Callable[..., Tensor]
 EPS = 1e-6

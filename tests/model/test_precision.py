@@ -11,11 +11,11 @@ from dovetail.model.experts.mlp import DenseMlp
 from dovetail.model.experts.moe import Experts
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.accumulate import HopperAccumulator
-from dovetail.numerics.compare import normwise_error, unit_roundoff
-from dovetail.numerics.fp8_gemm import scaled_matmul, scaled_outer, transposed
+from dovetail.numerics.formats.errors import normwise_error, unit_roundoff
+from dovetail.numerics.formats.quantize import dequantize, quantize
 from dovetail.numerics.linear import Linear, quantized_linear
-from dovetail.numerics.quantize import dequantize, quantize
+from dovetail.numerics.products.accumulate import HopperAccumulator
+from dovetail.numerics.products.scaled_reference import scaled_matmul, scaled_outer, transposed
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
 

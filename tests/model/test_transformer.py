@@ -14,7 +14,7 @@ from dovetail.engine.cache import ContiguousCache
 from dovetail.model.experts.gate import Routing
 from dovetail.model.experts.moe import Dispatched, LocalDispatcher
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
+from dovetail.numerics.formats.errors import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import Mla, ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]

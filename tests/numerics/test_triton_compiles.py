@@ -77,19 +77,20 @@ def compile_all() -> dict[str, dict[str, int]]:
 
 def launches() -> dict[str, Callable[[], object]]:
     """Every wrapper, as for a GPU that casts to FP8. Matrices stay empty: nothing runs."""
-    from dovetail.numerics import gemm_triton as gemm
-    from dovetail.numerics import gpu, rounding_triton
-    from dovetail.numerics import logfmt_triton as logfmt
-    from dovetail.numerics import quantize_triton as quantisation
-    from dovetail.numerics import scaled_gemm_triton as products
-    from dovetail.numerics.accumulate import Fp32Accumulator, HopperAccumulator
-    from dovetail.numerics.logfmt import LogFmt
-    from dovetail.numerics.operands import Operand
+    from dovetail.numerics import capability
+    from dovetail.numerics.formats import logfmt_triton as logfmt
+    from dovetail.numerics.formats import quantize_triton as quantisation
+    from dovetail.numerics.formats import rounding_triton
+    from dovetail.numerics.formats.logfmt import LogFmt
+    from dovetail.numerics.operands.operands import Operand
+    from dovetail.numerics.products import scaled_kernels_triton as gemm
+    from dovetail.numerics.products import scaled_triton as products
+    from dovetail.numerics.products.accumulate import Fp32Accumulator, HopperAccumulator
 
     plain = rounding_triton.rounding
 
     def as_on_a_gpu(form: Any, power_of_two: bool, device: torch.device) -> Any:
-        casts = form.name in gpu.FP8
+        casts = form.name in capability.FP8
         return replace(plain(form, power_of_two, device), fused=True, casts=casts)
 
     quantisation.rounding = as_on_a_gpu  # type: ignore[attr-defined]

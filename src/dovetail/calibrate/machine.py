@@ -29,7 +29,7 @@ from dovetail.calibrate.memory_work import memory_work
 from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in_rounds
 from dovetail.calibrate.work import Work, attention_work, launch_work, product_work
 from dovetail.cost.ops.ops import Gemm
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import write_bytes

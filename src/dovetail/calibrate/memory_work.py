@@ -26,8 +26,8 @@ from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Block
-from dovetail.numerics.cpu_numba import takes
-from dovetail.numerics.operands import block_operand, column_operand, keep_rows, retiled_operand, token_tiles
+from dovetail.numerics import capability
+from dovetail.numerics.operands.operands import block_operand, column_operand, keep_rows, retiled_operand, token_tiles
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla, ModelSpec, Moe
@@ -235,7 +235,7 @@ def _loss(spec: ModelSpec, tokens: int, device: torch.device) -> Callable[[], Op
     def loss() -> Operation:
         logits = random_rows((tokens, spec.vocab_size), torch.bfloat16, device)
         targets = torch.zeros(tokens, dtype=torch.int64, device=device)
-        if takes(logits):
+        if capability.on_cpu(logits):
             return lambda: losses_and_gradient(logits, targets, 0.0)
         return lambda: F.cross_entropy(logits, targets, reduction="none")
 

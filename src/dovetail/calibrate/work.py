@@ -23,9 +23,9 @@ from dovetail.model.attention.rope import tables
 from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Block
-from dovetail.numerics.gemm import grouped_linear, grouped_outer
-from dovetail.numerics.operands import block_operand, column_operand, row_operand, token_tiles
-from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
+from dovetail.numerics.operands.operands import block_operand, column_operand, row_operand, token_tiles
+from dovetail.numerics.products.grouped import grouped_linear, grouped_outer
+from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla

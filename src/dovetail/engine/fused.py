@@ -19,7 +19,7 @@ from dovetail.model.attention.rope import tables
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Block, Mtp, Transformer
-from dovetail.numerics.cpu_numba import array
+from dovetail.numerics.cpu.kernels import array
 from dovetail.spec.model import Moe
 
 Arrays = tuple[np.ndarray, ...]

@@ -17,8 +17,9 @@ from numba import prange
 from numba.extending import register_jitable
 
 from dovetail.model.experts.gate_numba import select_row
-from dovetail.numerics.cpu_numba import exp, from_ordered, kernel, load, ordered, serial_kernel, sigmoid, store
-from dovetail.numerics.dots_numba import dots, mix
+from dovetail.numerics.cpu.dots_numba import dots, mix
+from dovetail.numerics.cpu.kernels import kernel, serial_kernel
+from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, sigmoid, store
 
 HEADS = 4  # heads of a row that attend together
 OUTPUTS = 64  # most outputs per piece of work where experts are summed: long runs of each expert's weights

@@ -16,7 +16,7 @@ from torch import Tensor
 from dovetail.engine.cache import ContiguousCache, SelectedSlots
 from dovetail.engine.fused import FusedSteps
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 
 
 class Runner:
@@ -26,7 +26,7 @@ class Runner:
         """`fused`: use the CPU kernels where they take the model."""
         self.model = model
         self.cache = cache
-        takes_it = fused and takes(model.embed_tokens.weight, cache.data)
+        takes_it = fused and capability.on_cpu(model.embed_tokens.weight, cache.data)
         self.fused = FusedSteps(model, cache) if takes_it else None
 
     @property

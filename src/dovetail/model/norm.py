@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.model import norm_numba
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 
 
 class RmsNorm(nn.Module):
@@ -27,7 +27,7 @@ class RmsNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if takes(x) and weight.dtype == torch.float32:
+    if capability.on_cpu(x) and weight.dtype == torch.float32:
         return _RmsNorm.apply(x, weight, eps)
     return rms_norm_reference(x, weight, eps)
 

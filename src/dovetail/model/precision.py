@@ -11,7 +11,7 @@ from dovetail.model.experts.mlp import DenseMlp
 from dovetail.model.experts.moe import Experts, MoeMlp
 from dovetail.model.experts.quantized_mlp import MlpPrecision
 from dovetail.numerics.linear import Linear
-from dovetail.numerics.sending import check_sent_format
+from dovetail.numerics.operands.sending import check_sent_format
 from dovetail.spec.precision import Recipe, Site
 
 LINEAR_SITES: dict[str, Site] = {

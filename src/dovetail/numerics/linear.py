@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dovetail.numerics.accumulate import HopperAccumulator, TensorCore
-from dovetail.numerics.operands import (
+from dovetail.numerics.operands.operands import (
     Kept,
     Operand,
     block_operand,
@@ -26,7 +25,8 @@ from dovetail.numerics.operands import (
     row_operand,
     token_tiles,
 )
-from dovetail.numerics.scaled_gemm import dgrad, fprop, wgrad
+from dovetail.numerics.products.accumulate import HopperAccumulator, TensorCore
+from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
 from dovetail.spec.precision import GemmPrecision, Quantization
 
 Input = tuple[Operand, Kept]  # as fprop takes it, and as it is kept

@@ -10,7 +10,7 @@ FP64 (the error of quantisation is not in it):
     max of RMS     max |error| / root mean square of exact
     RMS            root mean square of error / root mean square of exact
 
-The Tensor Core is the model of `numerics.accumulate`; no device is used.
+The Tensor Core is the model of `numerics.products.accumulate`; no device is used.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dovetail.numerics.accumulate import HopperAccumulator, matmul
-from dovetail.numerics.quantize import grid_values, quantize
+from dovetail.numerics.formats.quantize import grid_values, quantize
+from dovetail.numerics.products.accumulate import HopperAccumulator, matmul
 from dovetail.text.atomic import write_bytes
 from dovetail.train.report.picture import INK, STYLE
 

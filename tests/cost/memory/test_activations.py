@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.memory.activations import microbatch_bytes, saved_by_layer, saved_by_part
-from dovetail.model.attention import causal
 from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
+from dovetail.numerics import capability
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
 from dovetail.train.run.footprint import counting_saved, random_batch
@@ -122,7 +122,7 @@ def test_recompute_leaves_what_is_predicted_to_the_byte(
 
 
 def test_the_other_attention_kernel_keeps_the_same(monkeypatch: pytest.MonkeyPatch, tiny_spec: SpecFactory) -> None:
-    monkeypatch.setattr(causal, "has_kernel", lambda *tensors: False)
+    monkeypatch.setattr(capability, "on_bf16_cpu", lambda *tensors: False)
     recipe = load_recipe("deepseek-v3")
     assert counted(build(tiny_spec(), recipe)) == microbatch_bytes(tiny_spec(), SEQUENCES, LENGTH, recipe)
 

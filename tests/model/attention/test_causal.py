@@ -15,8 +15,8 @@ from dovetail.model.attention.causal import (
     document_starts,
     masked_attention,
 )
-from dovetail.numerics import gemm_numba
-from dovetail.numerics.compare import normwise_error, rowwise_error, tolerance
+from dovetail.numerics import capability
+from dovetail.numerics.formats.errors import normwise_error, rowwise_error, tolerance
 
 Draw = Callable[..., Tensor]
 LENGTHS = [1, 40, 64, 65, 255, 256, 257, 300, 600]
@@ -27,7 +27,7 @@ QK, V, SCALE = 24, 20, 24**-0.5
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """BF16 head by head where the machine has the instruction, and as on one that has not."""
     if request.param == "bf16 by blocks":
-        monkeypatch.setattr(gemm_numba, "is_available", lambda: False)
+        monkeypatch.setattr(capability, "has_bf16_instructions", lambda: False)
     return torch.float32 if request.param == "fp32" else torch.bfloat16
 
 

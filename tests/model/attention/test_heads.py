@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dovetail.model.attention.heads import split_heads, split_heads_reference
-from dovetail.numerics.compare import normwise_error, tolerance
+from dovetail.numerics.formats.errors import normwise_error, tolerance
 
 Draw = Callable[..., Tensor]
 # batch, length, heads, nope, rope, v

@@ -12,7 +12,7 @@ from dovetail.model.attention.causal import document_starts
 from dovetail.model.attention.mla import Context, MultiHeadLatentAttention
 from dovetail.model.attention.rope import attention_scale, tables
 from dovetail.model.norm import rms_norm_reference
-from dovetail.numerics.compare import network_terms, normwise_error, rowwise_error, tolerance
+from dovetail.numerics.formats.errors import network_terms, normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 
 Draw = Callable[..., Tensor]

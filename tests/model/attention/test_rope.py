@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dovetail.catalog.presets import load_model
 from dovetail.model.attention.rope import attention_scale, frequencies, rotate, tables, yarn_mscale, yarn_range
-from dovetail.numerics.compare import elementwise_error, normwise_error, tolerance
+from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 
 Draw = Callable[..., Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dovetail.model.checkpoint import weights
 from dovetail.model.checkpoint.weights import export_hf, import_hf, load_into, stored_view, to_published
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.quantize import dequantize, quantize_weight
+from dovetail.numerics.formats.quantize import dequantize, quantize_weight
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import published_tensors, stored_tensors
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.catalog.presets import load_model
 from dovetail.model.experts import gate_numba
 from dovetail.model.experts.gate import Gate, Routing, balance_loss, bias_update, max_violation, route, select
-from dovetail.numerics.compare import normwise_error, tolerance
+from dovetail.numerics.formats.errors import normwise_error, tolerance
 from dovetail.spec.model import Moe
 
 Draw = Callable[..., Tensor]

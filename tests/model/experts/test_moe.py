@@ -17,7 +17,7 @@ from dovetail.model.experts.moe import (
     gather_reference,
     plan_rows,
 )
-from dovetail.numerics.compare import normwise_error, rowwise_error, tolerance
+from dovetail.numerics.formats.errors import normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 
 Draw = Callable[..., Tensor]

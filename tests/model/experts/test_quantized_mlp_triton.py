@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
-from dovetail.numerics import scaled_gemm
-from dovetail.numerics.compare import rowwise_error, tolerance
-from dovetail.numerics.operands import Operand
+from dovetail.numerics.formats.errors import rowwise_error, tolerance
+from dovetail.numerics.operands.operands import Operand
+from dovetail.numerics.products import scaled
 from dovetail.spec.precision import GemmPrecision, Quantization
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 
-from dovetail.numerics import scaled_gemm_triton  # noqa: E402
+from dovetail.numerics.products import scaled_triton  # noqa: E402
 
 Draw = Callable[..., Tensor]
 DIM, WIDTH = 136, 72
@@ -74,10 +74,10 @@ def test_forward_and_backward(
 
         return call
 
-    by_rows = checked(scaled_gemm_triton.by_rows, scaled_gemm._by_rows, max(DIM, 2 * WIDTH))
-    monkeypatch.setattr(scaled_gemm_triton, "by_rows", by_rows)
-    wgrad = checked(scaled_gemm_triton.wgrad, scaled_gemm.wgrad, 131)
-    monkeypatch.setattr(scaled_gemm_triton, "wgrad", wgrad)
+    by_rows = checked(scaled_triton.by_rows, scaled._by_rows, max(DIM, 2 * WIDTH))
+    monkeypatch.setattr(scaled_triton, "by_rows", by_rows)
+    wgrad = checked(scaled_triton.wgrad, scaled.wgrad, 131)
+    monkeypatch.setattr(scaled_triton, "wgrad", wgrad)
     with with_triton():
         ours = run(parts, precision)
     assert len(compared) == 6

@@ -14,7 +14,7 @@ from dovetail.model.experts.swiglu import (
     swiglu_backward_reference,
     swiglu_reference,
 )
-from dovetail.numerics.compare import elementwise_error, normwise_error, tolerance
+from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance
 
 Draw = Callable[..., Tensor]
 SHAPES = [(0, 32), (1, 2), (1, 32), (3, 5, 14), (37, 200), (70, 2 * 67)]

@@ -10,8 +10,8 @@ from torch import Tensor
 from dovetail.catalog.precision import load_recipe
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.health import Health, measure_health
-from dovetail.numerics.operands import row_operand
+from dovetail.numerics.operands.health import Health, measure_health
+from dovetail.numerics.operands.operands import row_operand
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Quantization
 from dovetail.train.report.health import watch

@@ -10,7 +10,7 @@ from dovetail.cost.count import training_flop_per_token
 from dovetail.cost.memory.activations import microbatch_bytes
 from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.transformer import Block, Transformer, initialize
-from dovetail.numerics import gemm_numba
+from dovetail.numerics import capability
 from dovetail.spec.model import ModelSpec
 from dovetail.train.run.footprint import counting_saved, measure_step
 
@@ -70,7 +70,7 @@ def test_all_products_are_counted_whatever_runs_them(
     assert all(each.grad is None for each in model.parameters())
 
 
-@pytest.mark.skipif(not gemm_numba.is_available(), reason="needs AVX-512 BF16")
+@pytest.mark.skipif(not capability.has_bf16_instructions(), reason="needs AVX-512 BF16")
 def test_torch_does_not_see_our_kernels(
     tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]
 ) -> None:

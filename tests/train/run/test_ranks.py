@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dovetail.config import dump
-from dovetail.numerics.compare import network_terms, tolerance
+from dovetail.numerics.formats.errors import network_terms, tolerance
 from dovetail.train.report.metrics import StepMetrics, read_metrics
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import RunConfig

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.numerics.compare import elementwise_error, normwise_error, tolerance
+from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance
 from dovetail.train.step import loss
 from dovetail.train.step.loss import IGNORED, token_loss, token_loss_reference, token_losses
 

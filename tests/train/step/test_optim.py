@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.numerics.compare import elementwise_error, normwise_error, tolerance, unit_roundoff
+from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance, unit_roundoff
 from dovetail.train.run import checkpoint
 from dovetail.train.step.optim import AdamW, AdamWConfig, Coefficients, Slot, update, update_reference
 

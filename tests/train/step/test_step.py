@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dovetail.catalog.precision import load_recipe
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Block, Transformer
-from dovetail.numerics.compare import network_terms, normwise_error, tolerance
+from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.model.attention import causal_bf16_numba, causal_numba
-from dovetail.numerics.cpu_numba import array, takes
-from dovetail.numerics.gemm import has_kernel
+from dovetail.numerics import capability
+from dovetail.numerics.cpu.kernels import array
 
 QUERY_BLOCK = 256  # queries per block on a CPU: scores of 256 x 256 stay in its caches
 
@@ -37,10 +37,10 @@ def document_starts(document_ids: Tensor) -> Tensor:
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor | None = None) -> Tensor:
     """q, k [B, H, T, qk_head_dim], v [B, H, T, v_head_dim], first [B, T] or None -> [B, H, T, v_head_dim]."""
-    if takes(q, k, v):
+    if capability.on_cpu(q, k, v):
         if first is None:
             first = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32)
-        if has_kernel(q, k, v):
+        if capability.on_bf16_cpu(q, k, v):
             return _HeadAttention.apply(q, k, v, scale, first)
         return _BlockAttention.apply(q, k, v, scale, first)
     if q.is_cuda:

@@ -13,10 +13,11 @@ import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
-from dovetail.numerics.cpu_numba import kernel, store
-from dovetail.numerics.gemm_numba import LANES, LINE, PANEL, float_product, pack, packed_size, product
-from dovetail.numerics.softmax_numba import softmax_backward_row, softmax_row
-from dovetail.numerics.tiles_numba import prefetch
+from dovetail.numerics.cpu.kernels import kernel
+from dovetail.numerics.cpu.scalars_numba import store
+from dovetail.numerics.cpu.softmax_numba import softmax_backward_row, softmax_row
+from dovetail.numerics.cpu.tiles_numba import prefetch
+from dovetail.numerics.products.grouped_numba import LANES, LINE, PANEL, float_product, pack, packed_size, product
 
 STEP = 64  # queries at a time
 

@@ -9,7 +9,8 @@ import numpy as np
 from numba import prange
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, exp, from_ordered, kernel, load, ordered, store
+from dovetail.numerics.cpu.kernels import array, kernel
+from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, store
 
 STEP = 64  # keys are visited in whole steps of this many, so that the vector code has no ragged end
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dovetail.model.attention import heads_numba
 from dovetail.model.attention.rope import rotate
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
@@ -20,7 +20,7 @@ Heads = tuple[Tensor, Tensor, Tensor]
 def split_heads(q: Tensor, kv: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor) -> Heads:
     """q [B, T, H, nope + rope] unrotated, kv [B, T, H, nope + v], rope_key [B, T, rope] rotated, cos and sin
     [B, T, rope/2] -> q, k [B, H, T, nope + rope] and v [B, H, T, v]."""
-    if takes(q, kv, rope_key):
+    if capability.on_cpu(q, kv, rope_key):
         return _SplitHeads.apply(q, kv, rope_key, cos, sin)
     return split_heads_reference(q, kv, rope_key, cos, sin)
 

@@ -33,7 +33,7 @@ from dovetail.model.checkpoint.inventory import (
     weight_tile,
 )
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.quantize import Quantized, dequantize, quantize_weight, refuse_non_finite
+from dovetail.numerics.formats.quantize import Quantized, dequantize, quantize_weight, refuse_non_finite
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import (
     SCALE_SUFFIX,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.model.experts import gate_numba
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 from dovetail.numerics.linear import wide_linear
 from dovetail.spec.model import Moe
 
@@ -54,7 +54,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
     scores = logits.sigmoid() if moe.scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
         biased = scores if bias is None else scores + bias
-        if takes(biased) and biased.dtype == torch.float32:
+        if capability.on_cpu(biased) and biased.dtype == torch.float32:
             expert_ids = gate_numba.select(biased, moe)
         else:
             expert_ids = select(biased, moe)

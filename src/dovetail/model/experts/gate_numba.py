@@ -8,7 +8,7 @@ from numba import prange
 from numba.extending import register_jitable
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, kernel
+from dovetail.numerics.cpu.kernels import array, kernel
 from dovetail.spec.model import Moe
 
 CHUNK = 64  # tokens that share one working space

@@ -18,9 +18,9 @@ from dovetail.model.experts.gate import Gate, Routing
 from dovetail.model.experts.mlp import DenseMlp
 from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
 from dovetail.model.experts.swiglu import swiglu, swiglu_backward
-from dovetail.numerics.cpu_numba import takes
-from dovetail.numerics.gemm import grouped_linear, grouped_outer, row_multiple
-from dovetail.numerics.sending import sent
+from dovetail.numerics import capability
+from dovetail.numerics.operands.sending import sent
+from dovetail.numerics.products.grouped import grouped_linear, grouped_outer, row_multiple
 from dovetail.spec.model import ModelSpec
 
 
@@ -52,11 +52,11 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         offsets, row_ids, token_ids = plan_rows(routing, self.row_multiple or row_multiple(x))
-        rows = _Gather.apply(x, row_ids, token_ids) if takes(x) else gather_reference(x, token_ids)
+        rows = _Gather.apply(x, row_ids, token_ids) if capability.on_cpu(x) else gather_reference(x, token_ids)
         return Dispatched(rows=rows, offsets=offsets, row_ids=row_ids, token_ids=token_ids)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        if takes(rows):
+        if capability.on_cpu(rows):
             return _Combine.apply(rows, routing.weights, dispatched.row_ids, dispatched.token_ids)
         return combine_reference(rows, routing.weights, dispatched.row_ids)
 
@@ -158,7 +158,7 @@ class MoeMlp(nn.Module):
         self.experts = Experts(moe.n_routed_experts, spec.hidden_size, moe.moe_intermediate_size, dtype)
         shared_width = moe.n_shared_experts * moe.moe_intermediate_size
         self.shared_experts = DenseMlp(spec.hidden_size, shared_width, dtype) if shared_width else None
-        self.expert_output: str | None = None  # a format of `numerics.sending`, where a recipe has one
+        self.expert_output: str | None = None  # a format of `numerics.operands.sending`, where a recipe has one
 
     def forward(self, x: Tensor, dispatcher: Dispatcher) -> tuple[Tensor, Routing]:
         """x [..., dim] -> the same shape, and where its tokens went."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.numerics.linear import input_gradient, operand_and_kept, output_of, save, saved, weight_gradient
-from dovetail.numerics.operands import keep, row_operand
+from dovetail.numerics.operands.operands import keep, row_operand
 from dovetail.spec.precision import GemmPrecision, Quantization
 
 

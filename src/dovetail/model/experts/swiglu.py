@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.model.experts import swiglu_numba
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Called inside autograd functions, whose backward pass is `swiglu_backward`: on a CPU it records no graph.
     """
-    if takes(gate_up):
+    if capability.on_cpu(gate_up):
         return swiglu_numba.forward(gate_up.contiguous())
     return swiglu_reference(gate_up)
 
@@ -32,7 +32,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of gate_up, and the recomputed output."""
-    if takes(grad, gate_up):
+    if capability.on_cpu(grad, gate_up):
         return swiglu_numba.backward(grad.contiguous(), gate_up.contiguous())
     return swiglu_backward_reference(grad, gate_up)
 

@@ -10,7 +10,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, kernel, load, sigmoid, store
+from dovetail.numerics.cpu.kernels import array, kernel
+from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
 
 
 @kernel

@@ -25,7 +25,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.config import Record, dump
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 from dovetail.text.atomic import write_bytes
 from dovetail.text.corpus import Batch, read_batch

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dovetail.model.experts.mlp import DenseMlp
 from dovetail.model.experts.moe import Experts
-from dovetail.numerics.health import Health, measure_health
 from dovetail.numerics.linear import Linear
-from dovetail.numerics.operands import Operand, block_operand, row_operand, spread
+from dovetail.numerics.operands.health import Health, measure_health
+from dovetail.numerics.operands.operands import Operand, block_operand, row_operand, spread
 from dovetail.spec.precision import Quantization
 
 

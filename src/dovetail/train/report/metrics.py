@@ -50,7 +50,8 @@ class HeldOutMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthMetrics:
-    """What a precision recipe did to one operand of one layer in step `step`; `numerics.health.Health` says how."""
+    """What a precision recipe did to one operand of one layer in step `step`; `numerics.operands.health.Health` says
+    how."""
 
     step: int
     layer: str

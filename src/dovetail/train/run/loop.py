@@ -23,7 +23,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.cost.count import training_flop_per_token
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.allocator import keep_freed_memory
+from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import read_batch
 from dovetail.text.shards import TokenStore

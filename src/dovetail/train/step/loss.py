@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 from dovetail.train.step import loss_numba
 
 LOGITS_PER_CHUNK = 1 << 24  # elements; 32 MB in BF16
@@ -83,7 +83,7 @@ class _TokenLoss(torch.autograd.Function):
 
 def _losses_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """The loss of each row; logits become scale * (softmax - one_hot), zero rows where IGNORED."""
-    if takes(logits):
+    if capability.on_cpu(logits):
         return loss_numba.losses_and_gradient(logits, targets, scale)
     wide = logits.float()
     losses = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")

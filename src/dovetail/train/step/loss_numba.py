@@ -8,7 +8,8 @@ from numba import prange
 from numba.extending import register_jitable
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, exp, from_ordered, kernel, load, ordered, store
+from dovetail.numerics.cpu.kernels import array, kernel
+from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, store
 
 
 @register_jitable

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dovetail.config import Record
-from dovetail.numerics.cpu_numba import takes
+from dovetail.numerics import capability
 from dovetail.train.step import optim_numba
 
 
@@ -114,7 +114,7 @@ class Coefficients:
 def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
     written = (slot.parameter, slot.master, slot.moment1, slot.moment2)
     is_plain = slot.master.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in written)
-    if is_plain and takes(gradient, *written):
+    if is_plain and capability.on_cpu(gradient, *written):
         optim_numba.update(slot, gradient, config, coefficients)
     else:
         update_reference(slot, gradient, config, coefficients)
@@ -133,6 +133,6 @@ def update_reference(slot: Slot, gradient: Tensor, config: AdamWConfig, coeffici
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
-    if takes(gradient):
+    if capability.on_cpu(gradient):
         return optim_numba.sum_of_squares(gradient)
     return gradient.double().square().sum()

@@ -9,7 +9,8 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from dovetail.numerics.cpu_numba import array, kernel, load, store
+from dovetail.numerics.cpu.kernels import array, kernel
+from dovetail.numerics.cpu.scalars_numba import load, store
 
 if TYPE_CHECKING:
     from dovetail.train.step.optim import AdamWConfig, Coefficients, Slot

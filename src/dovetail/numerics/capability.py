@@ -1,0 +1,51 @@
+"""Which kernels take which tensors: the one place that asks what this machine has.
+
+An operation has a plain reference and up to four faster paths. Its module lists them and picks by these answers:
+
+    on_cpu        numba kernels: FP32 or BF16 in CPU memory
+    on_bf16_cpu   numba kernels made of AVX-512 BF16 instructions: BF16 in CPU memory
+    on_gpu        Triton kernels: memory of an NVIDIA GPU
+    on_fp8_gpu    Triton kernels that multiply FP8: the same, of compute capability 8.9 or more
+
+Where none of them says yes, the reference runs. Modules of Triton kernels are imported behind `on_gpu` or `on_fp8_gpu`
+and nowhere else, since Triton comes with torch's CUDA builds only.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import llvmlite.binding
+import torch
+from torch import Tensor
+
+FP8_CAPABILITY = (8, 9)  # the first that casts to E4M3 and multiplies it [PTX ISA]
+FP8 = ("e4m3", "e5m2")  # formats of its products
+
+
+def on_cpu(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cpu" and t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
+
+
+def on_bf16_cpu(*tensors: Tensor) -> bool:
+    return has_bf16_instructions() and all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
+
+
+def on_gpu(*tensors: Tensor) -> bool:
+    return all(t.device.type == "cuda" for t in tensors) and _has_triton()
+
+
+def on_fp8_gpu(*tensors: Tensor) -> bool:
+    return on_gpu(*tensors) and all(torch.cuda.get_device_capability(t.device) >= FP8_CAPABILITY for t in tensors)
+
+
+@functools.cache
+def has_bf16_instructions() -> bool:
+    """Whether this machine's CPU has VDPBF16PS, the instruction that the kernels of `on_bf16_cpu` are made of."""
+    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None

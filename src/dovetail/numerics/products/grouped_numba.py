@@ -1,0 +1,199 @@
+"""Grouped BF16 matrix products on CPUs with AVX-512 BF16: many small products in one call.
+
+    c[g] = op(a[g]) op(b[g]),  c[g] [m, n] BF16, sums in FP32
+
+Each product's operands are packed into panels as they are needed, pairs of k side by side as the instruction
+VDPBF16PS takes them, and no product pays for setting up a shape it has not met before. Threads take
+blocks of c as they get free, so experts with uneven loads keep all cores busy. Each element of c is summed in the
+order of k, whatever the number of threads.
+
+A panel of b (all k, 32 columns) stays in the first-level cache while blocks of 8 rows of a pass by it from the
+second level: 8 x 32 sums in 16 registers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from numba.extending import register_jitable
+
+from dovetail.numerics.cpu.kernels import kernel
+from dovetail.numerics.cpu.tiles_numba import (
+    LANES,
+    PANEL,
+    TILE_ROWS,
+    adding_tile,
+    bf16_tile1,
+    bf16_tile2,
+    float_tile,
+    pack_interleaved,
+    pack_transposed,
+    prefetch,
+    take_next,
+)
+
+BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
+BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
+LINE = 32  # BF16 values in a cache line
+
+
+@register_jitable
+def pack(x, at, stride, k_is_inner, k, count, out, width):  # type: ignore[no-untyped-def]
+    """Pairs along k of `count` rows (k_is_inner) or columns of x, in panels of `width`: out[panel, pair, width].
+
+    x: flat BF16 bits, from `at` on, rows `stride` apart. Sixteen pairs and 16 rows are written at a time, past the
+    last ones too: `packed_size` says how much room that takes.
+    """
+    pairs = (k + 1) // 2
+    for first in range(0, count, LANES):
+        base = first // width * width * pairs + first % width
+        if k_is_inner:
+            for p in range(0, pairs, LANES):
+                start, left = at + first * stride + 2 * p, k - 2 * p
+                pack_transposed(x, start, stride, count - first, left, out, base + p * width, width)
+        else:
+            for p in range(pairs):
+                start = at + 2 * p * stride + first
+                pack_interleaved(x, start, stride, 2 * p + 1 < k, count - first, out, base + p * width)
+
+
+@register_jitable
+def packed_size(k, count):  # type: ignore[no-untyped-def]
+    """Elements (uint32) that `pack` may write."""
+    return (count + PANEL - 1) // PANEL * PANEL * ((k + 1) // 2) + LANES * PANEL
+
+
+@register_jitable(forceinline=True)
+def _bf16_tile(a, a_at, b, b_at, pairs, c, at, ldc, m, n):  # type: ignore[no-untyped-def]
+    if n > LANES:
+        bf16_tile2(a, a_at, b, b_at, pairs, c, at, ldc, m, n)
+    else:
+        bf16_tile1(a, a_at, b, b_at, pairs, c, at, ldc, m, n)
+
+
+@register_jitable
+def product(a, pairs, b, b_at, b_stride, m, n, c, at, ldc):  # type: ignore[no-untyped-def]
+    """c[m, n] in BF16, at c.flat[at], rows ldc apart, of a packed in panels of LANES and b in panels of PANEL.
+
+    Panels of b begin at b.flat[b_at], b_stride apart; `pairs` of k are summed.
+    """
+    for column in range(0, n, PANEL):
+        panel = b_at + column // PANEL * b_stride
+        for row in range(0, m, TILE_ROWS):
+            start, place = row // LANES * LANES * pairs + row % LANES, at + row * ldc + column
+            _bf16_tile(a, start, b, panel, pairs, c, place, ldc, m - row, n - column)
+
+
+@register_jitable
+def float_product(a, pairs, b, b_stride, m, n, c, adds):  # type: ignore[no-untyped-def]
+    """c[:m, :n] in FP32, likewise, or c[:m, :n] += it; c has multiples of TILE_ROWS rows and PANEL columns, and
+    anything may be written past m and n."""
+    ldc = c.shape[1]
+    for column in range(0, n, PANEL):
+        panel = column // PANEL * b_stride
+        for row in range(0, m, TILE_ROWS):
+            start = row // LANES * LANES * pairs + row % LANES
+            if adds:
+                adding_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
+            else:
+                float_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
+
+
+@register_jitable(forceinline=True)
+def _fetch(x, window, at, lines):  # type: ignore[no-untyped-def]
+    """The next so many cache lines of a window (start, stride, rows, columns) of x, from row and column `at` on;
+    returns where to go on."""
+    start, stride, rows, columns = window
+    row, column = at
+    for _ in range(lines):
+        if row >= rows:
+            break
+        prefetch(x, start + row * stride + column)
+        column += LINE
+        if column >= columns:
+            row, column = row + 1, 0
+    return row, column
+
+
+@register_jitable(forceinline=True)
+def _lines(window, parts):  # type: ignore[no-untyped-def]
+    """Cache lines of a window to fetch in each of so many parts."""
+    return (window[2] * ((window[3] + LINE - 1) // LINE) + parts - 1) // parts
+
+
+@register_jitable(forceinline=True)
+def _window(start, first, count, k, stride, k_is_inner):  # type: ignore[no-untyped-def]
+    """Where `count` rows (k_is_inner) or columns from `first` on, and all k, lie in memory."""
+    if k_is_inner:
+        return start + first * stride, stride, count, k
+    return start + first, stride, k, count
+
+
+@register_jitable
+def list_tasks(sizes):  # type: ignore[no-untyped-def]
+    """(group, first row, first and last column) of blocks of c, BLOCK_ROWS x BLOCK_COLUMNS each."""
+    tasks = []
+    for g in range(len(sizes)):
+        for row in range(0, sizes[g, 0], BLOCK_ROWS):
+            for column in range(0, sizes[g, 1], BLOCK_COLUMNS):
+                end = min(column + BLOCK_COLUMNS, sizes[g, 1])
+                tasks.append((np.int64(g), np.int64(row), np.int64(column), np.int64(end)))
+    return tasks
+
+
+@kernel
+def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  # type: ignore[no-untyped-def]
+    """c[g] = op(a[g]) op(b[g]) for every group g.
+
+    a, b, c: flat BF16 bits; starts [G, 3]: where each group's operands begin; sizes [G, 3]: m, n, k of each;
+    strides: elements between rows of a, b, c. a is [m, k] (a_inner) or [k, m]; b is [n, k] (b_inner) or [k, n].
+
+    Threads take the next block of c when they are done with one. While a panel is multiplied, what will be packed
+    next is fetched: operands come from memory as often as not.
+    """
+    tasks = list_tasks(sizes)
+    most_m, most_k = sizes[:, 0].max(), sizes[:, 2].max()
+    counter = np.zeros(1, np.int64)
+    for _ in prange(threads):
+        packed_a = np.empty(packed_size(most_k, min(most_m, BLOCK_ROWS)), np.uint32)
+        packed_b = np.empty(packed_size(most_k, PANEL), np.uint32)
+        held = (-1, -1)
+        while True:
+            task = take_next(counter)
+            if task >= len(tasks):
+                break
+            g, first, begin, end = tasks[task]
+            m, n, k = sizes[g]
+            rows, pairs = min(BLOCK_ROWS, m - first), (k + 1) // 2
+            if held != (g, first):
+                window = _window(starts[g, 0], first, rows, k, strides[0], a_inner)
+                pack(a, window[0], strides[0], a_inner, k, rows, packed_a, LANES)
+                held = (g, first)
+            next_g, next_first, next_begin, next_end = tasks[min(task + threads, len(tasks) - 1)]
+            next_m, next_n, next_k = sizes[next_g]
+            next_a = _window(
+                starts[next_g, 0], next_first, min(BLOCK_ROWS, next_m - next_first), next_k, strides[0], a_inner
+            )
+            tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
+            a_at, a_lines = (0, 0), _lines(next_a, tiles * ((end - begin + PANEL - 1) // PANEL))
+            for column in range(begin, end, PANEL):
+                columns = min(PANEL, n - column)
+                window = _window(starts[g, 1], column, columns, k, strides[1], b_inner)
+                pack(b, window[0], strides[1], b_inner, k, columns, packed_b, PANEL)
+                if column + PANEL < end:
+                    next_b = _window(
+                        starts[g, 1], column + PANEL, min(PANEL, n - column - PANEL), k, strides[1], b_inner
+                    )
+                else:
+                    next_b = _window(
+                        starts[next_g, 1], next_begin, min(PANEL, next_n - next_begin), next_k, strides[1], b_inner
+                    )
+                b_at, b_lines = (0, 0), _lines(next_b, tiles)
+                at = starts[g, 2] + first * strides[2] + column
+                for tile in range(tiles):
+                    row = tile * TILE_ROWS
+                    start = row // LANES * LANES * pairs + row % LANES
+                    _bf16_tile(
+                        packed_a, start, packed_b, 0, pairs, c, at + row * strides[2], strides[2], rows - row, columns
+                    )
+                    b_at, a_at = _fetch(b, next_b, b_at, b_lines), _fetch(a, next_a, a_at, a_lines)

@@ -1,0 +1,126 @@
+"""Grouped products against a loop over experts in FP64: ragged shapes, views, neighbours that must not be touched."""
+
+from collections.abc import Callable
+
+import numba
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.numerics import capability
+from dovetail.numerics.formats.errors import normwise_error, tolerance
+from dovetail.numerics.products.grouped import (
+    grouped_linear,
+    grouped_linear_reference,
+    grouped_outer,
+    grouped_outer_reference,
+)
+
+Draw = Callable[..., Tensor]
+EMPTY, EVEN, UNEVEN = [0, 0, 0, 0], [0, 32, 32, 64], [0, 1, 10, 27]
+# Widths of rows and results: whole tiles, ragged ones, one below and one above every border of the kernel's blocks.
+WIDTHS = [(24, 16), (13, 7), (1, 1), (2, 33), (31, 15), (64, 257), (300, 20)]
+
+needs_kernel = pytest.mark.skipif(not capability.has_bf16_instructions(), reason="needs AVX-512 BF16")
+
+
+@pytest.fixture(params=["fp32", "bf16", "bf16 by torch"])
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """BF16 with our kernel where the machine has the instruction, and as on one that has not."""
+    if request.param == "bf16 by torch":
+        monkeypatch.setattr(capability, "has_bf16_instructions", lambda: False)
+    return torch.float32 if request.param == "fp32" else torch.bfloat16
+
+
+def operands(offsets: list[int], widths: tuple[int, int], dtype: torch.dtype, draw: Draw) -> tuple[Tensor, ...]:
+    """rows [R, n_in], grads [R, n_out], weights [3, n_out, n_in]."""
+    rows, grads = (draw(offsets[-1], width, dtype=dtype) for width in widths)
+    return rows, grads, draw(3, widths[1], widths[0], dtype=dtype)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("offsets", [EMPTY, [0, 8, 8, 40], EVEN, UNEVEN, [0, 255, 512, 1025]], ids=str)
+def test_products_are_those_of_a_loop(
+    offsets: list[int], widths: tuple[int, int], dtype: torch.dtype, draw: Draw
+) -> None:
+    rows, grads, weights = operands(offsets, widths, dtype, draw)
+    wide = rows.double(), grads.double(), weights.double()
+    forward = grouped_linear(rows, weights, offsets)
+    truth = grouped_linear_reference(wide[0], wide[2], offsets)
+    assert normwise_error(forward, truth) < tolerance(dtype, terms=widths[0])
+    back = grouped_linear(grads, weights.transpose(1, 2), offsets)
+    truth = grouped_linear_reference(wide[1], wide[2].transpose(1, 2), offsets)
+    assert normwise_error(back, truth) < tolerance(dtype, terms=widths[1])
+    outer = grouped_outer(grads, rows, offsets)
+    truth = grouped_outer_reference(wide[1], wide[0], offsets)
+    assert normwise_error(outer, truth) < tolerance(dtype, terms=offsets[-1] + 1)
+    assert not outer[[i for i in range(3) if offsets[i] == offsets[i + 1]]].any()
+
+
+def test_views_between_neighbours_that_are_not_numbers(dtype: torch.dtype, draw: Draw) -> None:
+    """Columns of wider matrices, rows of longer ones: what lies around them is neither read nor written."""
+    rows, grads, weights = operands([0, 19, 19, 50], (37, 21), dtype, draw)
+    inside = []
+    for x in (rows, grads):
+        around = torch.full((60, x.shape[1] + 11), float("nan"), dtype=dtype)
+        around[3:53, 5 : 5 + x.shape[1]] = x
+        inside.append(around[:, 5 : 5 + x.shape[1]])
+    shifted = [3, 22, 22, 53]
+    results = [
+        (grouped_linear, (inside[0], weights), (rows, weights)),
+        (grouped_linear, (inside[1], weights.transpose(1, 2)), (grads, weights.transpose(1, 2))),
+        (grouped_outer, tuple(inside), (rows, grads)),
+    ]
+    for function, ours, plain in results:
+        if function is grouped_linear and not capability.on_bf16_cpu(*ours):
+            continue  # torch's own products of all rows are not what is tested here
+        view, right = function(*ours, shifted), function(*plain, [0, 19, 19, 50])
+        view = view[3:53] if function is grouped_linear else view
+        assert normwise_error(view, right.double()) < 2 * tolerance(dtype, terms=60)
+
+
+@needs_kernel
+def test_threads_do_not_matter(draw: Draw) -> None:
+    """Bit for bit: every sum runs over k in order, whoever takes it."""
+    offsets = [0, 300, 300, 811]
+    rows, grads, weights = operands(offsets, (70, 270), torch.bfloat16, draw)
+    threads, results = numba.get_num_threads(), []
+    try:
+        for count in {1, threads, numba.config.NUMBA_NUM_THREADS}:
+            numba.set_num_threads(count)
+            results.append((grouped_linear(rows, weights, offsets), grouped_outer(grads, rows, offsets)))
+    finally:
+        numba.set_num_threads(threads)
+    assert all(torch.equal(mine, right) for ours in results for mine, right in zip(ours, results[0], strict=True))
+
+
+@needs_kernel
+def test_a_row_is_the_same_in_any_company(draw: Draw) -> None:
+    rows, _, weights = operands([0, 100, 200, 300], (70, 40), torch.bfloat16, draw)
+    together = grouped_linear(rows, weights, [0, 100, 200, 300])
+    for row in (0, 7, 99):
+        assert torch.equal(grouped_linear(rows[row : row + 1], weights, [0, 1, 1, 1])[0], together[row])
+
+
+def test_sums_are_kept_in_fp32(dtype: torch.dtype, draw: Draw) -> None:
+    """The wrong variant, a sum rounded to the format after every 32 terms, is seen by the bound above."""
+    rows, _, weights = operands([0, 64, 64, 64], (4096, 16), dtype, draw)
+    truth = rows[:64].double() @ weights[0].double().t()
+    bound = tolerance(dtype, terms=4096)
+    assert normwise_error(grouped_linear(rows, weights, [0, 64, 64, 64]), truth) < bound
+    total = torch.zeros(64, 16, dtype=torch.bfloat16)
+    for k in range(0, 4096, 32):
+        total = (total.float() + rows[:, k : k + 32].float() @ weights[0, :, k : k + 32].float().t()).bfloat16()
+    assert normwise_error(total, truth) > 2 * bound
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_passed_on(poison: float, dtype: torch.dtype, draw: Draw) -> None:
+    rows, grads, weights = operands(EVEN, (40, 24), dtype, draw)
+    rows[33, 5] = poison
+    is_finite = grouped_linear(rows, weights.abs(), EVEN).isfinite()
+    assert torch.equal(is_finite, (torch.arange(64) != 33)[:, None].expand(-1, 24))
+    is_finite = grouped_outer(rows, grads.abs(), EVEN).isfinite()
+    assert not is_finite[2, 5].any()
+    is_finite[2, 5] = True
+    assert is_finite.all()
