@@ -1,5 +1,5 @@
 """`python -m dovetail`."""
 
-from dovetail.cli import main
+from dovetail.cli.app import main
 
 main()

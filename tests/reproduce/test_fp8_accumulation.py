@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 from typer.testing import CliRunner
 
-from dovetail import cli
+from dovetail.cli import app as cli
 from dovetail.reproduce import fp8_accumulation
 from dovetail.reproduce.fp8_accumulation import (
     HEADER,

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 from typer.testing import CliRunner
 
-from dovetail import cli
+from dovetail.cli import app as cli
 from dovetail.reproduce import fp8_loss_gap
 from dovetail.reproduce.fp8_loss_gap import HEADER, Result, as_json, printed_notes, printed_rows, reproduce, run_config
 from dovetail.text.documents import DataConfig

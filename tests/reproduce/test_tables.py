@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dovetail import cli
+from dovetail.cli import app as cli
 from dovetail.config import read_toml
 from dovetail.planner.training.bubbles import published_bubble
 from dovetail.reproduce import pipelines, tables

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from dovetail import cli
+from dovetail.cli import app as cli
 from dovetail.config import dump
 from dovetail.train.compare import compare as comparing
 from dovetail.train.compare.compare import LOG, Comparison, compare, comparison

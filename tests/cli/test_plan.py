@@ -26,7 +26,7 @@ def test_planning_never_loads_torch(arguments: tuple[str, ...], tmp_path: Path) 
     arguments = (*arguments, "--html", str(tmp_path / "plan.html"))
     lines = (
         "import sys",
-        "from dovetail import cli",
+        "from dovetail.cli import app as cli",
         f"sys.argv = {['dovetail', *arguments]!r}",
         "try: cli.main()",
         "except SystemExit as done: assert not done.code",

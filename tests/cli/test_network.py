@@ -11,7 +11,7 @@ import pytest
 
 import dovetail
 from dovetail.catalog.fabrics import fabric_names
-from dovetail.network_cli import CATALOG
+from dovetail.cli.network import CATALOG
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dovetail.__file__).parents[1]), "COLUMNS": "100"}
 SIMULATE = ("simulate", "--fabric", "mpft", "--gpus", "64")
@@ -51,7 +51,7 @@ def test_help_names_the_catalog() -> None:
 def test_simulating_never_loads_torch() -> None:
     lines = (
         "import sys",
-        "from dovetail import cli",
+        "from dovetail.cli import app as cli",
         f"sys.argv = {['dovetail', 'network', *SIMULATE]!r}",
         "try: cli.main()",
         "except SystemExit as done: assert not done.code",

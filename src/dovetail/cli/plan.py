@@ -1,4 +1,4 @@
-"""`dovetail plan` and `calibrate`. A part of `dovetail.cli`, in its manner."""
+"""`dovetail plan` and `calibrate`. A part of `dovetail.cli.app`, in its manner."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_loads_nothing_heavy(verb: tuple[str, ...]) -> None:
     """So it answers at once."""
     code = (
-        "import sys\nfrom dovetail import cli\n"
+        "import sys\nfrom dovetail.cli import app as cli\n"
         f"sys.argv = {['dovetail', *verb, '--help']!r}\n"
         "try: cli.main()\nexcept SystemExit as done: assert not done.code\n"
         "assert not {'torch', 'numba', 'numpy', 'matplotlib', 'dovetail.planner'} & set(sys.modules)"
@@ -36,7 +36,7 @@ def test_help_loads_nothing_heavy(verb: tuple[str, ...]) -> None:
 
 
 def test_nothing_here_loads_torch() -> None:
-    modules = "dovetail.cli, dovetail.reproduce.tables, dovetail.cost.inspect, dovetail.cost.memory.process"
+    modules = "dovetail.cli.app, dovetail.reproduce.tables, dovetail.cost.inspect, dovetail.cost.memory.process"
     code = f"import sys, dovetail, {modules}"
     done = subprocess.run(
         [

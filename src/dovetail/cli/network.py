@@ -1,4 +1,4 @@
-"""`dovetail network`: networks shown, and what collectives take on them. A part of `dovetail.cli`, in its manner."""
+"""`dovetail network`: networks shown, and what collectives take. A part of `dovetail.cli.app`, in its manner."""
 
 from __future__ import annotations
 

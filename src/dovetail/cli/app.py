@@ -1,0 +1,50 @@
+"""The command line: one verb, one library function, its result printed.
+
+Data goes to stdout, everything else to stderr. Each verb imports what it needs, so that `--help` stays quick.
+Exit codes: 0 done, 1 the input or the machine is at fault (one line says how), 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from dovetail.cli import generate, models, network, plan, reproduce, train, weights
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="The DeepSeek-V3 system in one package: plan, train, generate, convert and count.",
+)
+for verbs in (train, generate, weights, models, plan, reproduce):
+    app.add_typer(verbs.app)
+app.add_typer(network.app, name="network")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 1, never a traceback.
+
+    RuntimeErrors of our own (a run that diverged, a disk that is full) are such lines too; one of torch's or an
+    AssertionError is a bug and keeps its traceback.
+    """
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        fail(error, 1)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("dovetail."):
+            raise
+        fail(error, 130 if type(error).__name__ == "Interrupted" else 1)
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    print("dovetail:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""`dovetail generate`. A part of `dovetail.cli.app`, in its manner."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dovetail.printing import print_json
+
+app = typer.Typer()
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to complete; may be given several times.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely that add up to p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop those below this share of the most likely.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    speculate: Annotated[int, typer.Option(min=0, help="MTP drafts per step; changes only the speed.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Complete prompts with a trained model."""
+    from dovetail.engine.llm import LLM
+    from dovetail.engine.sampler import SamplingParams
+
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_tokens": max_tokens}
+    params = [SamplingParams(**settings, stop=stop or (), seed=seed + i) for i in range(len(prompt))]
+    completions = LLM.load(checkpoint).generate(prompt, params, speculate)
+    if as_json:
+        print_json([asdict(completion) for completion in completions])
+        return
+    for text, completion in zip(prompt, completions, strict=True):
+        print(text + completion.text)
+    print(*(completion.statistics.summary() for completion in completions), sep="\n", file=sys.stderr)

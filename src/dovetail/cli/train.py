@@ -1,0 +1,67 @@
+"""`dovetail quickstart`, `train` and `compare`. A part of `dovetail.cli.app`, in its manner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dovetail.printing import print_json, print_table
+
+app = typer.Typer()
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def quickstart(
+    minutes: Annotated[float, typer.Option(min=1.2, help="Wall-clock minutes for everything.")] = 5.0,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run [default: quickstart-<minutes>min].")] = None,
+) -> None:
+    """Train on Python's own library, evaluate, export, generate; the same command goes on after a stop."""
+    from dovetail.quickstart import quickstart as stages
+
+    for title, rows in stages(out or Path(f"quickstart-{minutes:g}min"), minutes):
+        print_table(f"\n{title}", ("",) * max(map(len, rows)), rows)
+
+
+@app.command()
+def train(
+    run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+    change: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as train.steps=200.")] = None,
+) -> None:
+    """Train from a run file, or go on where the run was stopped."""
+    from dovetail.config import load
+    from dovetail.train.run.loop import train as run_training
+    from dovetail.train.run.run_file import RunConfig
+
+    state = run_training(load(run, RunConfig, change or ()))
+    print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
+    recipe: Annotated[str, typer.Option(help="A precision recipe, such as deepseek-v3.")],
+    base: Annotated[str, typer.Option(help="The recipe it is held against.")] = "bf16",
+    seeds: Annotated[int, typer.Option(min=1, help="Of initial weights and data, from train.seed on.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each seed [default: train.steps].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory [default: OUT-BASE-RECIPE, of the run's out].")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key, such as train.dtype=bfloat16.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train with two precision recipes on the same batches, and measure the gap in loss over several seeds."""
+    from dovetail.config import load
+    from dovetail.train.compare import compare as comparing
+    from dovetail.train.compare import gap
+    from dovetail.train.run.run_file import RunConfig
+
+    settings = comparing.comparison(load(run, RunConfig, change or ()), recipe, base, steps, out)
+    result = comparing.measure(settings, seeds, settings.run.out / "compare.png")
+    if as_json:
+        print_json(gap.as_json(result))
+        return
+    print_table(f"{recipe} against {base}, {result.steps} steps", gap.HEADER, gap.printed_rows(result))
+    print(*gap.printed_notes(result), f"pairs of steps and picture: {settings.run.out}", sep="\n")

@@ -1,0 +1,40 @@
+"""`dovetail export` and `import`. A part of `dovetail.cli.app`, in its manner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="The directory of a training run, or a Hugging Face checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write, in the Hugging Face layout.")],
+    fp8: Annotated[bool, typer.Option(help="Quantise to E4M3 with 128x128 blocks, as published.")] = False,
+    ema: Annotated[bool, typer.Option(help="Of a run, the moving average of the weights.")] = False,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, in GB.")] = 5.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Write weights in the Hugging Face layout, and say which engines' kernels take the shape."""
+    from dovetail import convert
+
+    for line in convert.export(checkpoint, out, convert.ExportOptions(fp8, ema, shard_gb * 1e9, overwrite)):
+        print(line)
+
+
+@app.command("import")
+def import_(
+    hf_dir: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout, FP8 or not.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write: the same in BF16, checked tensor by tensor.")],
+    drop_mtp: Annotated[bool, typer.Option(help="Go on without MTP tensors that the config asks for.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+) -> None:
+    """Read a published checkpoint, check every tensor, dequantise it, and write it for `generate`."""
+    from dovetail import convert
+
+    for line in convert.import_(hf_dir, out, drop_mtp, overwrite):
+        print(line)
