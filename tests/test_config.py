@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from dovetail.config import Record, apply_override, dump, load, near_matches
+from dovetail.config import Record, apply_override, dump, load_toml, near_matches
 
 
 class Optimizer(Record):
@@ -33,14 +33,14 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def failure(tmp_path: Path, text: str, *overrides: str) -> str:
     with pytest.raises(ValueError) as caught:
-        load(write(tmp_path, text), Run, overrides)
+        load_toml(write(tmp_path, text), Run, overrides)
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
 def test_a_file_becomes_a_frozen_object(tmp_path: Path) -> None:
-    run = load(write(tmp_path, 'steps = 7\ndata = "books"\n[optimizer]\nbetas = [0.8, 0.9]\n'), Run)
+    run = load_toml(write(tmp_path, 'steps = 7\ndata = "books"\n[optimizer]\nbetas = [0.8, 0.9]\n'), Run)
     assert (run.steps, run.data, run.optimizer.betas) == (7, Path("books"), (0.8, 0.9))
     with pytest.raises(ValueError, match="frozen"):
         run.steps = 8
@@ -87,12 +87,12 @@ def test_several_mistakes_are_counted_and_the_unknown_key_comes_first(tmp_path: 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.toml: no such file"):
-        load(tmp_path / "absent.toml", Run)
+        load_toml(tmp_path / "absent.toml", Run)
     with pytest.raises(ValueError, match="is a directory"):
-        load(tmp_path, Run)
+        load_toml(tmp_path, Run)
     (tmp_path / "binary.toml").write_bytes(b"steps = 7 # \xff")
     with pytest.raises(ValueError, match="not UTF-8"):
-        load(tmp_path / "binary.toml", Run)
+        load_toml(tmp_path / "binary.toml", Run)
 
 
 def test_overrides_are_toml_values_and_bare_strings(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_overrides_are_toml_values_and_bare_strings(tmp_path: Path) -> None:
         "name=my-run",
         "resume=false",
     ]
-    run = load(write(tmp_path, "steps = 7"), Run, [*overrides, "data=/corpus/a b.txt"])
+    run = load_toml(write(tmp_path, "steps = 7"), Run, [*overrides, "data=/corpus/a b.txt"])
     assert run == Run(
         steps=200,
         name="my-run",
@@ -156,7 +156,7 @@ def test_what_is_dumped_loads_again(tmp_path_factory: pytest.TempPathFactory, **
     record = Everything.model_validate(fields)
     path = tmp_path_factory.getbasetemp() / "dumped.toml"
     path.write_bytes(dump(record).encode())
-    assert load(path, Everything) == record
+    assert load_toml(path, Everything) == record
 
 
 def test_near_matches_names_all_where_there_are_few() -> None:

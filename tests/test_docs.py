@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dovetail.config import load, validate
+from dovetail.config import load_toml, validate
 from dovetail.model.checkpoint.weights import export_hf
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.family import Dial, dovetail_spec
@@ -221,7 +221,7 @@ def test_the_run_file_loads(tmp_path: Path) -> None:
     (body,) = blocks(ROOT / "docs" / "guides" / "train.md", "toml run-file")
     path = tmp_path / "notes.toml"
     path.write_text(body, "utf-8")
-    config = load(path, RunConfig, ["train.steps=200", "out=runs/short"])
+    config = load_toml(path, RunConfig, ["train.steps=200", "out=runs/short"])
     assert (config.train.steps, config.out) == (200, Path("runs/short"))
     assert resolve_model(config.model).num_hidden_layers == 4
 

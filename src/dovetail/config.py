@@ -29,7 +29,7 @@ class Record(BaseModel):
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
 
 
-def load(path: str | Path, schema: type[SchemaT], overrides: Sequence[str] = ()) -> SchemaT:
+def load_toml(path: str | Path, schema: type[SchemaT], overrides: Sequence[str] = ()) -> SchemaT:
     """Read the TOML file `path`, apply `overrides` ("train.steps=200") and validate the result as `schema`.
 
     Raises ValueError (one line) for a missing or malformed file, an unknown key (with its near matches), a

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dovetail.text.documents import DataConfig
-from dovetail.text.prepare import Progress, prepare_store
+from dovetail.text.prepare import Tally, prepare_store
 from dovetail.text.shards import TokenStore, read_tokens
 from dovetail.text.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ def test_renamed_store_is_not_taken_for_another(config: DataConfig, tokenizer: T
 
 
 def test_progress_counts_up_to_the_totals(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    seen: list[Progress] = []
+    seen: list[Tally] = []
     store = prepare_store(config, tokenizer, tmp_path / "data", "train", seen.append)
     assert [progress.num_documents for progress in seen] == list(range(1, store.index.num_documents + 1))
     assert (seen[-1].num_bytes, seen[-1].num_tokens) == (store.num_bytes, store.num_tokens)

@@ -31,11 +31,11 @@ def train(
     change: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as train.steps=200.")] = None,
 ) -> None:
     """Train from a run file, or go on where the run was stopped."""
-    from dovetail.config import load
+    from dovetail.config import load_toml
     from dovetail.train.run.loop import train as run_training
     from dovetail.train.run.run_file import RunConfig
 
-    state = run_training(load(run, RunConfig, change or ()))
+    state = run_training(load_toml(run, RunConfig, change or ()))
     print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
 
 
@@ -53,12 +53,12 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Train with two precision recipes on the same batches, and measure the gap in loss over several seeds."""
-    from dovetail.config import load
+    from dovetail.config import load_toml
     from dovetail.train.compare import compare as comparing
     from dovetail.train.compare import gap
     from dovetail.train.run.run_file import RunConfig
 
-    settings = comparing.comparison(load(run, RunConfig, change or ()), recipe, base, steps, out)
+    settings = comparing.comparison(load_toml(run, RunConfig, change or ()), recipe, base, steps, out)
     result = comparing.measure(settings, seeds, settings.run.out / "compare.png")
     if as_json:
         print_json(gap.as_json(result))

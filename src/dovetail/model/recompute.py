@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 Outputs = Tensor | tuple[Tensor, ...]
 
 
-class Recipe:
+class Maker:
     """How to make the results of one call again; they are kept from the first use to the last."""
 
     def __init__(self, function: Callable[..., Outputs], inputs: tuple[Any, ...]) -> None:
@@ -42,35 +42,35 @@ class Recompute:
     """The recipes of one forward pass, and the hooks that use them."""
 
     def __init__(self) -> None:
-        self._recipes: dict[int, tuple[weakref.ref[Tensor], Recipe, int]] = {}
+        self._makers: dict[int, tuple[weakref.ref[Tensor], Maker, int]] = {}
 
     def again(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs), to be made again rather than saved."""
         outputs = function(*inputs)
         if torch.is_grad_enabled():
             # What is itself made again is not kept for the sake of what is made of it.
-            recipe = Recipe(function, tuple(self._pack(x) if isinstance(x, Tensor) else x for x in inputs))
+            maker = Maker(function, tuple(self._pack(x) if isinstance(x, Tensor) else x for x in inputs))
             for index, output in enumerate(outputs if isinstance(outputs, tuple) else (outputs,)):
                 # A dead reference means that the memory may be somebody else's by now.
-                self._recipes[_address(output)] = (weakref.ref(output), recipe, index)
+                self._makers[_address(output)] = (weakref.ref(output), maker, index)
         return outputs
 
     def hooks(self) -> saved_tensors_hooks:
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        reference, recipe, index = self._recipes.get(_address(tensor), (None, None, 0))
-        if recipe is None or reference is None or reference() is None:
+        reference, maker, index = self._makers.get(_address(tensor), (None, None, 0))
+        if maker is None or reference is None or reference() is None:
             return tensor
-        recipe.uses += 1
-        return recipe, index, tensor.shape, tensor.stride(), tensor.storage_offset()
+        maker.uses += 1
+        return maker, index, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _unpack(packed: Any) -> Any:
     if not isinstance(packed, tuple):
         return packed
-    recipe, index, *geometry = packed
-    made: Tensor = recipe.make(index)
+    maker, index, *geometry = packed
+    made: Tensor = maker.make(index)
     return made.as_strided(*geometry)
 
 

@@ -61,7 +61,7 @@ def read_batch(
     `consumed` and `count` are those of all ranks together. A pure function of its arguments.
     """
     samples = sample_indices(num_samples(store, sequence_length), seed, consumed, count)
-    return read_rows(store, samples[rank_slice(count, rank, world)] * sequence_length, sequence_length + 1)
+    return read_windows(store, samples[rank_slice(count, rank, world)] * sequence_length, sequence_length + 1)
 
 
 def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: int) -> Iterator[Windows]:
@@ -83,10 +83,10 @@ def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: 
     scored = starts[:, None] + np.arange(length) >= done[:, None]
     for first in range(0, len(starts), batch_size):
         rows = slice(first, first + batch_size)
-        yield Windows(batch=read_rows(store, starts[rows], length + 1), scored=torch.from_numpy(scored[rows]))
+        yield Windows(batch=read_windows(store, starts[rows], length + 1), scored=torch.from_numpy(scored[rows]))
 
 
-def read_rows(store: TokenStore, starts: NDArray[np.int64], width: int) -> Batch:
+def read_windows(store: TokenStore, starts: NDArray[np.int64], width: int) -> Batch:
     tokens = np.empty((len(starts), width), np.int64)
     document_ids = np.empty((len(starts), width), np.int32)
     for row, start in enumerate(starts.tolist()):

@@ -88,7 +88,7 @@ def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | Non
     def wanted(name: str) -> bool:
         return split == "all" or is_held_out(name, config.held_out_share) == (split == "held_out")
 
-    for name, text in read_rows(config, wanted, skip):
+    for name, text in named_texts(config, wanted, skip):
         if not text:
             skip(name, "empty")
             continue
@@ -104,7 +104,7 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def read_rows(config: DataConfig, wanted: Callable[[str], bool], skip: Skip) -> Iterator[tuple[str, str]]:
+def named_texts(config: DataConfig, wanted: Callable[[str], bool], skip: Skip) -> Iterator[tuple[str, str]]:
     """(name, text) of every wanted document; files of the other split are not even opened."""
     if config.kind == "datasets":
         yield from (row for row in read_dataset(config, skip) if wanted(row[0]))

@@ -27,7 +27,7 @@ BATCH_BYTES = 1 << 22  # text handed to the tokenizer at a time: enough for ever
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Tally:
     """How far tokenising has come: totals so far."""
 
     num_documents: int
@@ -40,7 +40,7 @@ def prepare_store(
     tokenizer: Tokenizer,
     directory: Path,
     split: Literal["train", "held_out"],
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Tally], None] | None = None,
     verify: bool = True,
 ) -> TokenStore:
     """The token store of one split below `directory`: opened if it is there, else made.
@@ -133,10 +133,10 @@ def by_size(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[in
         yield batch
 
 
-def report(documents: Iterable[EncodedDocument], on_progress: Callable[[Progress], None]) -> Iterator[EncodedDocument]:
+def report(documents: Iterable[EncodedDocument], on_progress: Callable[[Tally], None]) -> Iterator[EncodedDocument]:
     num_bytes = num_tokens = 0
     for count, document in enumerate(documents, start=1):
         num_bytes += document.num_bytes
         num_tokens += len(document.ids)
         yield document
-        on_progress(Progress(count, num_bytes, num_tokens))
+        on_progress(Tally(count, num_bytes, num_tokens))

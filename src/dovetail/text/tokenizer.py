@@ -85,7 +85,7 @@ class Tokenizer:
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
         """Read a `tokenizer.json`, or the one in the directory `path`."""
-        return load(Path(path))
+        return _load(Path(path))
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json` and, beside it, the `tokenizer_config.json` that `transformers` asks for.
@@ -168,7 +168,7 @@ def train(documents: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
     return wrap(backend, {})
 
 
-def load(path: Path) -> Tokenizer:
+def _load(path: Path) -> Tokenizer:
     path = tokenizer_file(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a published tokenizer.json, or train one")

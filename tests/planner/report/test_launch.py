@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from dovetail.config import load, read_toml
+from dovetail.config import load_toml, read_toml
 from dovetail.planner.report.launch import launches
 from dovetail.planner.request import Request, answer
 from dovetail.train.run.run_file import RunConfig, resolve_model, resolve_schedule
@@ -32,7 +32,7 @@ def test_dovetail_train_reads_the_run_file_and_runs_this_plan(gpus, tmp_path):
     plan, (launch,) = launched(**SMALL, gpus=gpus, pp=1, tokens="100M", microbatch_size=4, schedule="1f1b")
     file, command = launch.blocks
     (tmp_path / "run.toml").write_text(file.text, encoding="utf-8")
-    config = load(tmp_path / "run.toml", RunConfig)
+    config = load_toml(tmp_path / "run.toml", RunConfig)
     assert resolve_model(config.model) == plan.work.spec
     assert config.train.microbatch_size == 4 and config.train.sequence_length == 1024
     assert config.train.precision == plan.work.recipe.name and config.train.recompute
@@ -46,7 +46,7 @@ def test_dovetail_train_reads_the_run_file_and_runs_this_plan(gpus, tmp_path):
 def test_a_varied_model_is_in_the_run_file(tmp_path):
     plan, (launch,) = launched(**SMALL, gpus=1, vary=["num_experts_per_tok=2"])
     (tmp_path / "run.toml").write_text(launch.blocks[0].text, encoding="utf-8")
-    config = load(tmp_path / "run.toml", RunConfig)
+    config = load_toml(tmp_path / "run.toml", RunConfig)
     assert resolve_model(config.model) == plan.work.spec and plan.work.spec.moe.num_experts_per_tok == 2
 
 
@@ -56,7 +56,7 @@ def test_a_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(load_model("20m").to_hf()), encoding="utf-8")
     plan, (launch,) = launched(**{**SMALL, "model": str(tmp_path)}, gpus=1)
     (tmp_path / "run.toml").write_text(launch.blocks[0].text, encoding="utf-8")
-    assert resolve_model(load(tmp_path / "run.toml", RunConfig).model) == plan.work.spec
+    assert resolve_model(load_toml(tmp_path / "run.toml", RunConfig).model) == plan.work.spec
     assert read_toml(tmp_path / "run.toml")["model"]["config"] == str(tmp_path / "config.json")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.train.run.checkpoint import Checkpointer, CheckpointError, latest, load, step_of
+from dovetail.train.run.checkpoint import Checkpointer, CheckpointError, latest, load_checkpoint, step_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -48,7 +48,7 @@ def write(root: Path, steps: list[int], keep: int = 3) -> None:
 
 def check_loads(path: Path) -> int:
     state = make_state(99)
-    step = load(path, state)["step"]
+    step = load_checkpoint(path, state)["step"]
     assert isinstance(step, int)
     assert step == step_of(path)
     assert bits(state) == bits(make_state(step))
@@ -62,7 +62,7 @@ def test_every_bit_comes_back(tmp_path: Path) -> None:
     assert (path, latest(tmp_path), step_of(path)) == (tmp_path / "step-00000012", path, 12)
     loaded = make_state(2)
     assert bits(loaded) != bits(state)
-    assert load(path, loaded) == extra
+    assert load_checkpoint(path, loaded) == extra
     assert bits(loaded) == bits(state)
     assert [leaf.dtype for leaf in leaves(loaded)] == [leaf.dtype for leaf in leaves(state)]
 
@@ -76,7 +76,7 @@ def test_tensors_may_change_once_save_returns(tmp_path: Path) -> None:
             for leaf in leaves(state):
                 leaf.add_(1)
             loaded = make_state(2)
-            load(save.wait(), loaded)
+            load_checkpoint(save.wait(), loaded)
             assert bits(loaded) == before
 
 
@@ -86,7 +86,7 @@ def test_views_of_one_buffer_and_parameters(tmp_path: Path) -> None:
     with closing(Checkpointer(tmp_path)) as checkpointer:
         path = checkpointer.save(1, state).wait()
     loaded = {"a": torch.zeros(2, 2), "b": torch.zeros(8)}
-    load(path, loaded)
+    load_checkpoint(path, loaded)
     assert torch.equal(loaded["a"], state["a"])
     assert torch.equal(loaded["b"], state["b"])
 
@@ -128,7 +128,7 @@ def test_same_step_again_replaces(tmp_path: Path) -> None:
     with closing(Checkpointer(tmp_path)) as checkpointer:
         checkpointer.save(10, make_state(77), {"step": 10}).wait()
     state = make_state(99)
-    load(tmp_path / "step-00000010", state)
+    load_checkpoint(tmp_path / "step-00000010", state)
     assert bits(state) == bits(make_state(77))
     assert saved(tmp_path) == ["step-00000010"]
 
@@ -160,7 +160,7 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, harm: Callable[[Path], 
     state = make_state(99)
     before = bits(state)
     with pytest.raises(CheckpointError, match=problem):
-        load(tmp_path / "step-00000020", state)
+        load_checkpoint(tmp_path / "step-00000020", state)
     assert bits(state) == before
     check_loads(tmp_path / "step-00000010")
 
@@ -193,17 +193,17 @@ def test_another_model_is_refused(tmp_path: Path, change: Callable[[Any], object
     change(state)
     before = bits(state)
     with pytest.raises(ValueError, match=problem):
-        load(tmp_path / "step-00000010", state)
+        load_checkpoint(tmp_path / "step-00000010", state)
     assert bits(state) == before
 
 
 def test_a_part_can_be_loaded_when_asked_for(tmp_path: Path) -> None:
     write(tmp_path, [10])
     part = {"master": make_state(99)["master"]}
-    assert load(tmp_path / "step-00000010", part, partial=True) == {"step": 10}
+    assert load_checkpoint(tmp_path / "step-00000010", part, partial=True) == {"step": 10}
     assert bits(part) == bits({"master": make_state(10)["master"]})
     with pytest.raises(ValueError, match="1 tensors are not in the checkpoint: ema"):
-        load(tmp_path / "step-00000010", {"ema": torch.zeros(2)}, partial=True)
+        load_checkpoint(tmp_path / "step-00000010", {"ema": torch.zeros(2)}, partial=True)
 
 
 def test_only_tensors_and_json(tmp_path: Path) -> None:

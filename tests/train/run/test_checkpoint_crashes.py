@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dovetail.train.run.checkpoint import Checkpointer, CheckpointError, latest, load, step_of
+from dovetail.train.run.checkpoint import Checkpointer, CheckpointError, latest, load_checkpoint, step_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -43,7 +43,7 @@ def saved(root: Path) -> list[str]:
 
 def check_loads(path: Path) -> int:
     state = make_state(0)
-    step = load(path, state)["step"]
+    step = load_checkpoint(path, state)["step"]
     assert isinstance(step, int)
     assert step == step_of(path)
     assert all(torch.equal(state[name], expected) for name, expected in make_state(step).items())
@@ -140,7 +140,7 @@ def save_for_ever(root: Path) -> None:
     step = step_of(newest) if newest else 0
     state = {"weight": torch.zeros(1 << 20)}
     if newest:
-        load(newest, state)
+        load_checkpoint(newest, state)
     assert bool((state["weight"] == step).all())
     checkpointer = Checkpointer(root, keep=2)
     while True:
@@ -166,7 +166,7 @@ def kill_at_random(root: Path) -> None:
         assert step_of(path) > step
         step = step_of(path)
         state = {"weight": torch.empty(1 << 20)}
-        assert load(path, state) == {"step": step}
+        assert load_checkpoint(path, state) == {"step": step}
         assert bool((state["weight"] == step).all())
 
 
@@ -191,7 +191,7 @@ def save_as_rank(rank: int, root: Path) -> None:
         with pytest.raises(CheckpointError, match="rank 1: OSError"):
             save.wait()
     loaded = {"sharded": shard(torch.zeros(6, 2)), "same": torch.zeros(3)}
-    assert load(path, loaded) == {"ranks": 2}
+    assert load_checkpoint(path, loaded) == {"ranks": 2}
     assert torch.equal(loaded["sharded"].to_local(), torch.arange(12.0).view(2, 3, 2)[rank])  # type: ignore[attr-defined]
     checkpointer.close()
     dist.barrier()
@@ -215,7 +215,7 @@ def test_two_ranks_write_one_checkpoint(tmp_path: Path) -> None:
     files = json.loads((tmp_path / "run" / "step-00000010" / "manifest.json").read_text())["files"]
     assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp", "extra.json"]
     alone = {"sharded": torch.zeros(6, 2), "same": torch.zeros(3)}  # another world size reads it too
-    load(tmp_path / "run" / "step-00000010", alone)
+    load_checkpoint(tmp_path / "run" / "step-00000010", alone)
     assert torch.equal(alone["sharded"], torch.arange(12.0).view(6, 2))
 
 

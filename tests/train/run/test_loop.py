@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dovetail.config import dump, load
+from dovetail.config import dump, load_toml
 from dovetail.train.report.metrics import HealthMetrics, StepMetrics, read_metrics
 from dovetail.train.run import loop
 from dovetail.train.run.loop import Diverged, Interrupted, train
@@ -152,7 +152,7 @@ def test_minutes_become_steps_once(tmp_path: Path, text: Path, tiny_run: Build) 
 def test_a_run_file_survives_dump_and_load(tmp_path: Path, text: Path, tiny_run: Build) -> None:
     before = tiny_run(tmp_path / "run", text)
     (tmp_path / "run.toml").write_text(dump(before))
-    assert load(tmp_path / "run.toml", RunConfig) == before
+    assert load_toml(tmp_path / "run.toml", RunConfig) == before
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.train.run.checkpoint import Checkpointer, load
+from dovetail.train.run.checkpoint import Checkpointer, load_checkpoint
 from dovetail.train.step.ema import Ema
 
 
@@ -130,7 +130,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
 
     weights = {name: torch.full_like(weight, 7.0) for name, weight in weights.items()}
     second = Ema(weights, decay=0.9)
-    load(path, {"weights": weights, "ema": second.state()})
+    load_checkpoint(path, {"weights": weights, "ema": second.state()})
     train(second, weights, range(4, 9))
     second.close()
     assert same(second.average, whole.average)

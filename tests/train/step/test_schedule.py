@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from dovetail.config import dump, load
+from dovetail.config import dump, load_toml
 from dovetail.train.step.schedule import (
-    Progress,
+    Position,
     Schedule,
     Segment,
     TrainingSchedule,
@@ -25,7 +25,7 @@ LATE = 10_000  # a step past every warm-up
 
 
 def rate(name: str, step: int = LATE, tokens: int = 0, fraction: float = 0.0) -> float:
-    return value(load_schedule(name).learning_rate, Progress(step=step, tokens=tokens, fraction=fraction))
+    return value(load_schedule(name).learning_rate, Position(step=step, tokens=tokens, fraction=fraction))
 
 
 def test_warm_up_is_linear_over_2000_steps() -> None:
@@ -58,7 +58,7 @@ def test_v3_batch_gamma_and_mtp_weight_at_every_breakpoint() -> None:  # [V3 §4
     v3 = load_schedule("deepseek-v3")
 
     def at(tokens: int) -> tuple[int, float, float]:
-        now = values(v3, Progress(step=LATE, tokens=tokens))
+        now = values(v3, Position(step=LATE, tokens=tokens))
         return now.batch_size, now.gamma, now.mtp_weight
 
     assert at(0) == (3072, 0.001, 0.3)
@@ -87,8 +87,8 @@ def test_v2_decays_in_two_steps(
     assert rate(name, fraction=0.9 - 1e-9) == pytest.approx(0.316 * peak, rel=1e-12)
     assert rate(name, fraction=0.9) == pytest.approx(0.316**2 * peak, rel=1e-12)
     schedule = load_schedule(name)
-    assert [values(schedule, Progress(tokens=tokens)).batch_size for tokens, _ in batches] == [b for _, b in batches]
-    assert values(schedule, Progress()).gamma == values(schedule, Progress()).mtp_weight == 0.0
+    assert [values(schedule, Position(tokens=tokens)).batch_size for tokens, _ in batches] == [b for _, b in batches]
+    assert values(schedule, Position()).gamma == values(schedule, Position()).mtp_weight == 0.0
     assert (schedule.total_tokens, schedule.sequence_length) == (total, 4096)
 
 
@@ -96,8 +96,8 @@ def test_fractions_have_the_shape_of_the_tokens() -> None:
     v3 = load_schedule("deepseek-v3")
     short = as_fractions(v3)
     for tokens in range(100 * B, 14_800 * B, 97 * B):
-        long_run = values(v3, Progress(step=LATE, tokens=tokens))
-        fraction = values(short, Progress(step=1, tokens=1, fraction=tokens / (14_800 * B)))
+        long_run = values(v3, Position(step=LATE, tokens=tokens))
+        fraction = values(short, Position(step=1, tokens=1, fraction=tokens / (14_800 * B)))
         assert fraction.learning_rate == pytest.approx(long_run.learning_rate, rel=1e-9)
         assert (fraction.batch_size, fraction.gamma, fraction.mtp_weight) == (
             long_run.batch_size,
@@ -130,14 +130,14 @@ def test_with_peak_scales_everything() -> None:
 def test_short_preset_is_fractions_only() -> None:
     short = load_schedule("short")
     learning_rate = short.learning_rate
-    assert value(learning_rate, Progress(fraction=0.01)) == pytest.approx(1.5e-3)
-    assert value(learning_rate, Progress(fraction=0.02)) == pytest.approx(3e-3)
-    assert value(learning_rate, Progress(fraction=0.51)) == pytest.approx((3e-3 + 3e-4) / 2)
-    assert value(learning_rate, Progress(fraction=1.0)) == pytest.approx(3e-4)
-    assert value(learning_rate, Progress(fraction=1.5)) == pytest.approx(3e-4)
+    assert value(learning_rate, Position(fraction=0.01)) == pytest.approx(1.5e-3)
+    assert value(learning_rate, Position(fraction=0.02)) == pytest.approx(3e-3)
+    assert value(learning_rate, Position(fraction=0.51)) == pytest.approx((3e-3 + 3e-4) / 2)
+    assert value(learning_rate, Position(fraction=1.0)) == pytest.approx(3e-4)
+    assert value(learning_rate, Position(fraction=1.5)) == pytest.approx(3e-4)
     first, last = (
-        values(short, Progress(step=7, tokens=T)),
-        values(short, Progress(step=7, tokens=T, fraction=0.99)),
+        values(short, Position(step=7, tokens=T)),
+        values(short, Position(step=7, tokens=T, fraction=0.99)),
     )
     assert (first.gamma, first.mtp_weight, last.gamma, last.mtp_weight) == (0.001, 0.3, 0.0, 0.1)
     assert as_fractions(short) == short
@@ -149,7 +149,7 @@ def test_batch_sizes_are_positive_multiples() -> None:
         learning_rate=Schedule(segments=(Segment(value=1.0),)),
         batch_size=Schedule(start=1, segments=(Segment(shape="linear", value=33, tokens=32), Segment(value=33))),
     )
-    sizes = [values(schedule, Progress(tokens=tokens), batch_multiple=8).batch_size for tokens in (0, 5, 12, 31, 99)]
+    sizes = [values(schedule, Position(tokens=tokens), batch_multiple=8).batch_size for tokens in (0, 5, 12, 31, 99)]
     assert sizes == [8, 8, 16, 32, 32]
 
 
@@ -158,7 +158,7 @@ def test_schedules_survive_toml(tmp_path) -> None:  # type: ignore[no-untyped-de
     for name in schedule_names():
         path = tmp_path / "run.toml"
         path.write_text(dump(load_schedule(name)), encoding="utf-8")
-        assert load(path, TrainingSchedule) == load_schedule(name)
+        assert load_toml(path, TrainingSchedule) == load_schedule(name)
 
 
 @pytest.mark.parametrize(

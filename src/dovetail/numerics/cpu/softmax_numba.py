@@ -21,10 +21,10 @@ from dovetail.numerics.cpu.tiles_numba import (
     LANES,
     PANEL,
     data_of,
-    load,
+    load_vector,
     shuffle,
     spread,
-    store,
+    store_vector,
     sum_lanes,
     to_bf16,
 )
@@ -99,9 +99,9 @@ def softmax_row(typing_context, scores, at, width, scale, lo, hi, out, out_at): 
         scales, tops, totals = spread(builder, scale), _slots(builder, NEGATIVE), _slots(builder, _all(0.0))
         for panel in _panels(builder, width, [row]):
             for (column, (here,)), slot in zip(panel, tops, strict=True):
-                scaled = builder.fmul(load(builder, here, FLOATS), scales)
+                scaled = builder.fmul(load_vector(builder, here, FLOATS), scales)
                 seen = builder.select(_counts(builder, column, lo, hi), scaled, NEGATIVE)
-                store(builder, seen, here)
+                store_vector(builder, seen, here)
                 builder.store(_larger(builder, builder.load(slot), seen), slot)
         top = _larger(builder, *(builder.load(slot) for slot in tops))
         lanes = LANES
@@ -113,14 +113,14 @@ def softmax_row(typing_context, scores, at, width, scale, lo, hi, out, out_at): 
         shift = spread(builder, top)
         for panel in _panels(builder, width, [row]):
             for (_, (here,)), slot in zip(panel, totals, strict=True):
-                value = _exp(builder, builder.fsub(load(builder, here, FLOATS), shift))
-                store(builder, value, here)
+                value = _exp(builder, builder.fsub(load_vector(builder, here, FLOATS), shift))
+                store_vector(builder, value, here)
                 builder.store(builder.fadd(builder.load(slot), value), slot)
         total = sum_lanes(builder, builder.fadd(*(builder.load(slot) for slot in totals)))
         inverse = spread(builder, builder.fdiv(ir.Constant(ir.FloatType(), 1.0), total))
         for panel in _panels(builder, width, [row]):
-            values = [builder.fmul(load(builder, here, FLOATS), inverse) for _, (here,) in panel]
-            store(builder, to_bf16(builder, values), builder.gep(out, [panel[0][0]]))
+            values = [builder.fmul(load_vector(builder, here, FLOATS), inverse) for _, (here,) in panel]
+            store_vector(builder, to_bf16(builder, values), builder.gep(out, [panel[0][0]]))
         return context.make_tuple(builder, signature.return_type, [top, total])
 
     index, real = types.int64, types.float32
@@ -140,21 +140,21 @@ def softmax_backward_row(typing_context, scores, grad, at, width, scale, shift, 
         for panel in _panels(builder, width, [row, grad_row]):
             for (column, (here, grad_here)), slot in zip(panel, dots, strict=True):
                 counts = _counts(builder, column, lo, hi)
-                scaled = builder.fmul(load(builder, here, FLOATS), scales)
+                scaled = builder.fmul(load_vector(builder, here, FLOATS), scales)
                 value = builder.select(counts, _exp(builder, builder.fsub(scaled, shifts)), zero)
-                grad_value = builder.select(counts, load(builder, grad_here, FLOATS), zero)
-                store(builder, value, here)
-                store(builder, grad_value, grad_here)
+                grad_value = builder.select(counts, load_vector(builder, grad_here, FLOATS), zero)
+                store_vector(builder, value, here)
+                store_vector(builder, grad_value, grad_here)
                 builder.store(_call(builder, "llvm.fma.v16f32", value, grad_value, builder.load(slot)), slot)
         dot = spread(builder, sum_lanes(builder, builder.fadd(*(builder.load(slot) for slot in dots))))
         for panel in _panels(builder, width, [row, grad_row]):
             values, grads = [], []
             for _, (here, grad_here) in panel:
-                values.append(load(builder, here, FLOATS))
-                difference = builder.fsub(load(builder, grad_here, FLOATS), dot)
+                values.append(load_vector(builder, here, FLOATS))
+                difference = builder.fsub(load_vector(builder, grad_here, FLOATS), dot)
                 grads.append(builder.fmul(builder.fmul(values[-1], difference), scales))
-            store(builder, to_bf16(builder, values), builder.gep(out, [panel[0][0]]))
-            store(builder, to_bf16(builder, grads), builder.gep(grad_out, [panel[0][0]]))
+            store_vector(builder, to_bf16(builder, values), builder.gep(out, [panel[0][0]]))
+            store_vector(builder, to_bf16(builder, grads), builder.gep(grad_out, [panel[0][0]]))
         return context.get_dummy_value()
 
     index, real = types.int64, types.float32

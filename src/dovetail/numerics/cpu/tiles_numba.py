@@ -29,13 +29,13 @@ def data_of(context: Any, builder: Any, signature: Any, arguments: Any, index: i
     return context.make_array(signature.args[index])(context, builder, arguments[index]).data
 
 
-def load(builder: Any, pointer: Any, type_: Any) -> Any:
+def load_vector(builder: Any, pointer: Any, type_: Any) -> Any:
     value = builder.load(builder.bitcast(pointer, type_.as_pointer()))
     value.align = 4
     return value
 
 
-def store(builder: Any, value: Any, pointer: Any) -> None:
+def store_vector(builder: Any, value: Any, pointer: Any) -> None:
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer())).align = 4
 
 
@@ -101,7 +101,7 @@ def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list
     with cgutils.for_range(builder, pairs) as loop:
         a_here = builder.gep(left, [builder.mul(loop.index, INT64(LANES))])
         b_here = builder.gep(right, [builder.mul(loop.index, INT64(PANEL))])
-        weights = [load(builder, builder.gep(b_here, [INT64(v * LANES)]), PAIRS) for v in range(len(slots[0]))]
+        weights = [load_vector(builder, builder.gep(b_here, [INT64(v * LANES)]), PAIRS) for v in range(len(slots[0]))]
         for i, row in enumerate(slots):
             pair = spread(builder, builder.load(builder.gep(a_here, [INT64(i)])))
             for weight, slot in zip(weights, row, strict=True):
@@ -145,10 +145,10 @@ def _makefloat_tile(adds: bool) -> Any:
                 start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
                 places.append([builder.gep(out, [builder.add(start, INT64(at))]) for at in range(0, PANEL, LANES)])
             zero = ir.Constant(FLOATS, [0.0] * LANES)
-            begin = [[load(builder, place, FLOATS) if adds else zero for place in row] for row in places]
+            begin = [[load_vector(builder, place, FLOATS) if adds else zero for place in row] for row in places]
             for row, sums in zip(places, sums_of(builder, left, right, arguments[4], begin), strict=True):
                 for place, value in zip(row, sums, strict=True):
-                    store(builder, value, place)
+                    store_vector(builder, value, place)
             return context.get_dummy_value()
 
         index = types.int64
@@ -210,7 +210,7 @@ def pack_transposed(typing_context, x, at, stride, rows, left, out, out_at, out_
             rows.append(builder.bitcast(halves, PAIRS))
         for i, row in enumerate(_transpose(builder, rows)):
             start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
-            store(builder, row, builder.gep(target, [start]))
+            store_vector(builder, row, builder.gep(target, [start]))
         return context.get_dummy_value()
 
     index = types.int64
@@ -229,7 +229,7 @@ def pack_interleaved(typing_context, x, at, stride, has_second, columns, out, ou
         second = load_halves(builder, builder.gep(source, [start]), first_lanes(builder, LANES, columns))
         lanes = [j for i in range(LANES) for j in (i, LANES + i)]
         pairs = builder.bitcast(shuffle(builder, first, second, lanes), PAIRS)
-        store(builder, pairs, builder.gep(target, [arguments[6]]))
+        store_vector(builder, pairs, builder.gep(target, [arguments[6]]))
         return context.get_dummy_value()
 
     index = types.int64

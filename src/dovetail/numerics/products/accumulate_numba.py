@@ -19,9 +19,18 @@ from torch import Tensor
 
 from dovetail.numerics.cpu.kernels import array, exact_kernel
 from dovetail.numerics.cpu.scalars_numba import bits_of, load, store
-from dovetail.numerics.cpu.tiles_numba import FLOATS, INT32, INT64, LANES, data_of, shuffle, spread, take_next
-from dovetail.numerics.cpu.tiles_numba import load as load_vector
-from dovetail.numerics.cpu.tiles_numba import store as store_vector
+from dovetail.numerics.cpu.tiles_numba import (
+    FLOATS,
+    INT32,
+    INT64,
+    LANES,
+    data_of,
+    load_vector,
+    shuffle,
+    spread,
+    store_vector,
+    take_next,
+)
 
 GROUP, FRACTION_BITS = 32, 13
 PANEL = 4 * LANES  # columns

@@ -26,7 +26,7 @@ from dovetail.numerics.cpu.tiles_numba import (
     TILE_ROWS,
     data_of,
     first_lanes,
-    load,
+    load_vector,
     spread,
     store_halves,
     sums_of,
@@ -65,7 +65,7 @@ def _tile(typing_context, a, a_at, a_scales, row, b, b_scales, pairs, c, c_at, l
             b_here = builder.gep(right, [builder.mul(first, INT64(PANEL))])
             sums = sums_of(builder, a_here, b_here, count, [[zero] * VECTORS] * TILE_ROWS)
             b_scale = builder.gep(right_scales, [builder.mul(tile, INT64(PANEL))])
-            b_row = [load(builder, builder.gep(b_scale, [INT64(v * LANES)]), FLOATS) for v in range(VECTORS)]
+            b_row = [load_vector(builder, builder.gep(b_scale, [INT64(v * LANES)]), FLOATS) for v in range(VECTORS)]
             a_scale = builder.gep(left_scales, [builder.mul(tile, INT64(BLOCK_ROWS))])
             for i, (row, values) in enumerate(zip(totals, sums, strict=True)):
                 factor = spread(builder, builder.load(builder.gep(a_scale, [INT64(i)])))

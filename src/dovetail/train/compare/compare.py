@@ -39,7 +39,7 @@ from dovetail.train.run.loop import Interrupted
 from dovetail.train.run.ranks import local_device
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.step.optim import AdamW
-from dovetail.train.step.schedule import Progress, TrainingSchedule, Values, values
+from dovetail.train.step.schedule import Position, TrainingSchedule, Values, values
 from dovetail.train.step.step import Objective, microbatches, train_step
 
 LOG = "compare.jsonl"
@@ -181,7 +181,7 @@ def _paired_steps(bench: _Bench, seed: int) -> Iterator[Pair]:
     objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
     samples = tokens = 0
     for step in range(1, settings.steps + 1):
-        at = Progress(step=step, tokens=tokens, fraction=step / settings.steps)
+        at = Position(step=step, tokens=tokens, fraction=step / settings.steps)
         now = values(bench.schedule, at, batch_multiple=train.microbatch_size)
         batch = read_batch(bench.store, train.sequence_length, seed, samples, now.batch_size)
         samples += now.batch_size

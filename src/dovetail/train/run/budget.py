@@ -15,7 +15,7 @@ from dovetail.train.report.display import Display
 from dovetail.train.run.ranks import rank_and_world
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.step.optim import AdamW
-from dovetail.train.step.schedule import Progress, TrainingSchedule, values
+from dovetail.train.step.schedule import Position, TrainingSchedule, values
 from dovetail.train.step.step import Objective, microbatches, train_step
 
 STEPS_TO_MEASURE = 24
@@ -38,7 +38,7 @@ def steps_in_time(
     times = []
     for step in range(STEPS_TO_WARM_UP + STEPS_TO_MEASURE):
         start = time.perf_counter()
-        now = values(schedule, Progress(step=1, fraction=0.5), batch_multiple=train.microbatch_size)
+        now = values(schedule, Position(step=1, fraction=0.5), batch_multiple=train.microbatch_size)
         batch = read_batch(store, train.sequence_length, train.seed, step * now.batch_size, now.batch_size)
         train_step(model, optimizer, microbatches(batch, train.microbatch_size), now, Objective())
         times.append(time.perf_counter() - start)

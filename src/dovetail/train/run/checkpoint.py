@@ -143,7 +143,7 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def load(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
+def load_checkpoint(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
     """Fill the tensors of `state` in place, bit for bit, and return `extra`.
 
     With `partial` the checkpoint may hold more than `state` asks for.

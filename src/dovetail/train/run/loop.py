@@ -39,7 +39,7 @@ from dovetail.train.run.ranks import any_rank, first_rank_first, local_device, p
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.optim import AdamW
-from dovetail.train.step.schedule import Progress, TrainingSchedule, Values, values
+from dovetail.train.step.schedule import Position, TrainingSchedule, Values, values
 from dovetail.train.step.step import Objective, StepResult, microbatches, train_step
 
 
@@ -145,7 +145,7 @@ def resume(state: Run, root: Path) -> Counters:
     newest = checkpoint.latest(root)
     if newest is None:
         return Counters()
-    extra = checkpoint.load(newest, state_of(state))
+    extra = checkpoint.load_checkpoint(newest, state_of(state))
     state.optimizer.updates = extra["updates"]
     state.optimizer.refresh_parameters()
     return Counters(**extra["counters"])
@@ -192,7 +192,7 @@ def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthM
     start = time.perf_counter()
     train = state.config.train
     rank, world = rank_and_world()
-    at = Progress(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
+    at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
     now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
     batch = read_batch(
         state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
-from dovetail.config import Record, dump, load, near_matches, read_toml
+from dovetail.config import Record, dump, load_toml, near_matches, read_toml
 from dovetail.model.transformer import Transformer
 from dovetail.spec.model import ModelSpec
 from dovetail.text.atomic import write_bytes
@@ -213,7 +213,7 @@ def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Te
 
     `ema` takes the moving average instead. Raises ValueError where there is no checkpoint or no average.
     """
-    config = load(directory / "run.toml", RunConfig)
+    config = load_toml(directory / "run.toml", RunConfig)
     newest = checkpoint.latest(directory / "checkpoints")
     if newest is None:
         raise ValueError(f"{directory}: no checkpoint yet; run dovetail train for more than checkpoint_every steps")
@@ -223,6 +223,6 @@ def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Te
     model = Transformer(spec, dtype=DTYPES.get(config.train.dtype, torch.bfloat16))
     masters = {name: torch.empty(each.shape) for name, each in model.named_parameters()}
     wanted = {"ema": {"average": masters}} if ema else {"optimizer": {"master": masters}}
-    checkpoint.load(newest, {**wanted, "buffers": dict(model.named_buffers())}, partial=True)
+    checkpoint.load_checkpoint(newest, {**wanted, "buffers": dict(model.named_buffers())}, partial=True)
     model.load_state_dict({**masters, **dict(model.named_buffers())})
     return model.state_dict(), spec, checkpoint.step_of(newest)

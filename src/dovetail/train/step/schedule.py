@@ -20,13 +20,13 @@ from typing import Literal, get_args
 from pydantic import Field, model_validator
 
 from dovetail import catalog
-from dovetail.config import Record, load, near_matches
+from dovetail.config import Record, load_toml, near_matches
 
 Unit = Literal["steps", "tokens", "fraction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Position:
     """Where a run is. Steps and tokens are those of the run so far; `fraction` is its share of the budget.
 
     `step` numbers the step being taken from 1, so that a warm-up of 2000 steps starts above zero and step 2000
@@ -118,7 +118,7 @@ class Values:
     mtp_weight: float
 
 
-def value(schedule: Schedule, at: Progress) -> float:
+def value(schedule: Schedule, at: Position) -> float:
     """The scheduled value at `at`. A segment covers its start and not its end."""
     begin, before = 0.0, schedule.start
     for segment in schedule.segments:
@@ -133,7 +133,7 @@ def value(schedule: Schedule, at: Progress) -> float:
     raise AssertionError("a valid schedule ends with a segment that has no end")
 
 
-def values(schedule: TrainingSchedule, at: Progress, batch_multiple: int = 1) -> Values:
+def values(schedule: TrainingSchedule, at: Position, batch_multiple: int = 1) -> Values:
     """All scheduled values at `at`; the batch size is rounded to the nearest positive multiple of `batch_multiple`."""
     multiples = round(value(schedule.batch_size, at) / batch_multiple)
     return Values(
@@ -150,7 +150,7 @@ def tokens_after(schedule: TrainingSchedule, steps: int) -> int:
         raise ValueError("the schedule names no sequence_length, so steps cannot be turned into tokens")
     tokens = 0
     for step in range(1, steps + 1):
-        at = Progress(step=step, tokens=tokens)
+        at = Position(step=step, tokens=tokens)
         tokens += values(schedule, at).batch_size * schedule.sequence_length
     return tokens
 
@@ -195,7 +195,7 @@ def load_schedule(name: str) -> TrainingSchedule:
     """The catalog's schedule `name`.  Raises ValueError with near matches for an unknown one."""
     if name not in schedule_names():
         raise ValueError(f"no schedule {name!r}; {near_matches(name, schedule_names())}")
-    return load(_schedules() / f"{name}.toml", TrainingSchedule)
+    return load_toml(_schedules() / f"{name}.toml", TrainingSchedule)
 
 
 def _schedules() -> Path:
