@@ -15,16 +15,23 @@ def test_size_is_latent_and_rotary_key_per_token_and_layer(engine_spec):
     assert tensors == [cache.data], "the cache holds one tensor and nothing else"
 
 
+def update(cache, slots, layer, positions, value):
+    """Write, and gather up to the largest position."""
+    selected = cache.select(slots)
+    selected.write(layer, positions, *written(cache, layer, positions, value))
+    return selected.gather(layer, int(positions.max()) + 1)
+
+
 def written(cache, layer, positions, value):
     latent = torch.full((*positions.shape, cache.latent_dim), float(value))
     rope_key = torch.full((*positions.shape, cache.data.shape[-1] - cache.latent_dim), -float(value))
     return latent, rope_key
 
 
-def test_update_writes_its_positions_only_and_returns_views_up_to_the_largest(engine_spec):
+def test_write_keeps_its_positions_only_and_gather_gives_views_up_to_the_largest(engine_spec):
     cache = ContiguousCache(engine_spec(), batch=2, capacity=8, dtype=torch.float32)
     positions = torch.tensor([[2, 3], [5, 0]])
-    latent, rope_key = cache.update(1, positions, *written(cache, 1, positions, 3))
+    latent, rope_key = update(cache, [0, 1], 1, positions, 3)
     assert latent.shape == (2, 6, cache.latent_dim)
     assert rope_key.shape == (2, 6, 8)
     assert latent.data_ptr() == cache.data[1].data_ptr()
@@ -38,8 +45,8 @@ def test_update_writes_its_positions_only_and_returns_views_up_to_the_largest(en
 def test_a_second_write_replaces_the_first(engine_spec):
     cache = ContiguousCache(engine_spec(), batch=1, capacity=4, dtype=torch.float32)
     positions = torch.tensor([[1]])
-    cache.update(0, positions, *written(cache, 0, positions, 1))
-    latent, _ = cache.update(0, positions, *written(cache, 0, positions, 2))
+    update(cache, [0], 0, positions, 1)
+    latent, _ = update(cache, [0], 0, positions, 2)
     assert latent[0, 1].eq(2).all()
 
 
@@ -47,7 +54,7 @@ def test_a_second_write_replaces_the_first(engine_spec):
 def test_selected_slots_share_the_memory(engine_spec, slots):
     cache = ContiguousCache(engine_spec(), batch=4, capacity=4, dtype=torch.bfloat16)
     positions = torch.arange(len(slots))[:, None] + 1
-    latent, rope_key = cache.select(slots).update(2, positions, *written(cache, 2, positions, 5))
+    latent, rope_key = update(cache, slots, 2, positions, 5)
     for row, slot in enumerate(slots):
         assert cache.data[2, slot, row + 1, : cache.latent_dim].eq(5).all()
         assert latent[row, row + 1].eq(5).all()
@@ -59,7 +66,7 @@ def test_beyond_capacity_is_an_error_with_numbers_and_remedy(engine_spec):
     cache = ContiguousCache(engine_spec(), batch=1, capacity=4)
     positions = torch.tensor([[4]])
     with pytest.raises(ValueError, match=r"position 4 is outside a cache of 4 positions.*capacity >= 5"):
-        cache.update(0, positions, *written(cache, 0, positions, 1))
+        update(cache, [0], 0, positions, 1)
 
 
 @pytest.mark.parametrize("slot", [-1, 4])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dovetail.model.attention.mla import absorbed_attention
 from dovetail.spec.model import Mla, ModelSpec
 
 
@@ -42,19 +43,14 @@ class ContiguousCache:
     def capacity(self) -> int:
         return self.data.shape[2]
 
-    def check(self, positions: Tensor) -> int:
-        """How many positions are in use after writing `positions`. Raises `ValueError` beyond the capacity."""
+    def check(self, positions: Tensor) -> None:
+        """Raises `ValueError` where `positions` go beyond the capacity."""
         num_keys = int(positions.max()) + 1
         if num_keys > self.capacity:
             raise ValueError(
                 f"position {num_keys - 1} is outside a cache of {self.capacity} positions per sequence; "
                 f"build it with capacity >= {num_keys} (prompt + new tokens + drafts), or ask for fewer tokens"
             )
-        return num_keys
-
-    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """See `model.attention.mla.LatentCache`; row b of the arguments belongs to slot b."""
-        return self.select(range(self.batch)).update(layer, positions, latent, rope_key)
 
     def select(self, slots: Sequence[int]) -> SelectedSlots:
         """The cache of some slots, in that order, sharing this one's memory. Raises `ValueError` for no such slot."""
@@ -66,19 +62,28 @@ class ContiguousCache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedSlots:
-    """A `LatentCache` of some slots."""
+    """A `model.attention.mla.LatentCache` of some slots: row b of every argument belongs to slots[b]."""
 
     cache: ContiguousCache
     slots: tuple[int, ...]
 
-    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """Views where the slots are consecutive, else copies. Raises `ValueError` beyond the capacity."""
+    def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
+        """Raises `ValueError` beyond the capacity."""
         assert positions.shape[0] == len(self.slots), "one row of positions per slot"
-        num_keys = self.cache.check(positions)
+        self.cache.check(positions)
         data = self.cache.data[layer]
         slots = torch.tensor(self.slots, device=data.device)
         data[slots[:, None], positions] = torch.cat((latent, rope_key), dim=-1).to(data.dtype)
+
+    def gather(self, layer: int, num_keys: int) -> tuple[Tensor, Tensor]:
+        """Views where the slots are consecutive, else copies."""
+        data = self.cache.data[layer]
         first, count = self.slots[0], len(self.slots)
         is_consecutive = self.slots == tuple(range(first, first + count))
+        slots = torch.tensor(self.slots, device=data.device)
         seen = data[first : first + count, :num_keys] if is_consecutive else data[slots, :num_keys]
         return seen[..., : self.cache.latent_dim], seen[..., self.cache.latent_dim :]
+
+    def attend(self, layer: int, query: Tensor, positions: Tensor, scale: float) -> Tensor:
+        latent, rope_key = self.gather(layer, int(positions.max()) + 1)
+        return absorbed_attention(query, latent, rope_key, positions, scale)

@@ -1,7 +1,6 @@
 """MLA: the equations one head at a time in FP64, its two forms, its cache, document borders."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -21,25 +20,40 @@ YARN = {"factor": 40.0, "original_max_position_embeddings": 16, "mscale": 1.0, "
 SHAPES = [{}, {"q_lora_rank": None}, {"rope_scaling": YARN}, {"qk_nope_head_dim": 12, "v_head_dim": 20}]
 
 
-@dataclass
-class ListCache:
-    """The simplest `LatentCache`: one layer, rows filled at their positions."""
+class PagedCache:
+    """A `LatentCache` whose tokens lie in pages of three, handed out backwards; attention reads page by page."""
 
-    latent: Tensor
-    rope_key: Tensor
-    calls: list[int] = field(default_factory=list)
+    PAGE = 3
 
-    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, spec: ModelSpec, batch: int, capacity: int) -> None:
+        self.width, pages = spec.attention.kv_lora_rank, batch * -(-capacity // self.PAGE)
+        self.data = torch.full((pages, self.PAGE, self.width + spec.attention.qk_rope_head_dim), torch.nan)
+        self.table = torch.arange(pages).flip(0).view(batch, -1)  # page of each sequence's position // PAGE
+        self.calls: list[int] = []
+
+    def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
         self.calls.append(layer)
-        for row, places in enumerate(positions):
-            self.latent[row, places], self.rope_key[row, places] = latent[row], rope_key[row]
-        num_keys = int(positions.max()) + 1
-        return self.latent[:, :num_keys], self.rope_key[:, :num_keys]
+        pages = self.table.gather(1, positions // self.PAGE)
+        self.data[pages, positions % self.PAGE] = torch.cat((latent, rope_key), dim=-1)
 
+    def gather(self, layer: int, num_keys: int) -> tuple[Tensor, Tensor]:
+        whole = self.data[self.table].flatten(1, 2)[:, :num_keys]
+        return whole[..., : self.width], whole[..., self.width :]
 
-def cache_for(spec: ModelSpec, batch: int, capacity: int, dtype: torch.dtype = torch.float32) -> ListCache:
-    width, rope = spec.attention.kv_lora_rank, spec.attention.qk_rope_head_dim
-    return ListCache(torch.zeros(batch, capacity, width, dtype=dtype), torch.zeros(batch, capacity, rope, dtype=dtype))
+    def attend(self, layer: int, query: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """Softmax over pages one after another: each adds to the sums of those before it."""
+        largest = torch.full(query.shape[:3], -torch.inf)
+        total, mixed = torch.zeros(query.shape[:3]), torch.zeros(*query.shape[:3], self.width)
+        for column in range(self.table.shape[1]):
+            page = self.data[self.table[:, column]][:, None].nan_to_num()  # [B, 1, PAGE, width + rope]
+            places = torch.arange(column * self.PAGE, (column + 1) * self.PAGE)
+            scores = query @ page.transpose(-1, -2) * scale
+            scores = scores.masked_fill(places > positions[:, None, :, None], -torch.inf)
+            top = torch.maximum(largest, scores.amax(dim=-1))
+            weights, kept = (scores - top[..., None]).exp(), (largest - top).exp()
+            total = total * kept + weights.sum(dim=-1)
+            mixed, largest = mixed * kept[..., None] + weights @ page[..., : self.width], top
+        return mixed / total[..., None]
 
 
 def layer_of(spec: ModelSpec, draw: Draw, dtype: torch.dtype = torch.float32) -> MultiHeadLatentAttention:
@@ -118,7 +132,7 @@ def test_absorbed_is_expanded(shape: dict[str, object], dtype: torch.dtype, tiny
 def test_prefill_and_decode_are_the_full_pass(absorbed: bool, tiny_spec: SpecFactory, draw: Draw) -> None:
     """In chunks of 7, 5 and 1, over a cache of latents and rotary keys."""
     spec = tiny_spec(rope_scaling=YARN)
-    layer, x, cache = layer_of(spec, draw), draw(2, 14, 32), cache_for(spec, 2, 16)
+    layer, x, cache = layer_of(spec, draw), draw(2, 14, 32), PagedCache(spec, 2, 16)
     full = layer(x, context(spec, places(2, 0, 14)), 3)
     parts = []
     for start, stop in ((0, 7), (7, 12), (12, 13), (13, 14)):
@@ -132,11 +146,12 @@ def test_prefill_and_decode_are_the_full_pass(absorbed: bool, tiny_spec: SpecFac
 def test_sequences_at_different_positions(absorbed: bool, tiny_spec: SpecFactory, draw: Draw) -> None:
     """A sequence never sees past its own position, whatever others in the batch have left in the cache."""
     spec = tiny_spec()
-    layer, x, cache = layer_of(spec, draw), draw(2, 10, 32), cache_for(spec, 2, 16)
+    layer, x, cache = layer_of(spec, draw), draw(2, 10, 32), PagedCache(spec, 2, 16)
     full = layer(x, context(spec, places(2, 0, 10)), 0)
-    cache.latent.fill_(7.0)
+    cache.data.fill_(7.0)
     layer(x, context(spec, places(2, 0, 10), cache=cache), 0)
-    cache.latent[1, 4:] = 7.0
+    stale = torch.arange(4, 16)
+    cache.data[cache.table[1, stale // cache.PAGE], stale % cache.PAGE] = 7.0
     rows = torch.stack((x[0, 8:10], x[1, 3:5]))
     step = context(spec, torch.tensor([[8, 9], [3, 4]]), cache=cache, absorbed=absorbed)
     expected = torch.stack((full[0, 8:10], full[1, 3:5]))

@@ -29,13 +29,22 @@ from dovetail.spec.model import Mla, ModelSpec
 
 
 class LatentCache(Protocol):
-    """Where latents and rotary keys of earlier tokens live; the model knows no more about it."""
+    """The KV cache as the model sees it: latents and rotary keys of earlier tokens, by layer and position.
 
-    def update(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """Write latent [B, T, kv_lora_rank] and rope_key [B, T, qk_rope_head_dim] at positions [B, T].
+    A layer writes the tokens at hand and then attends. The two are apart, so that a cache may keep its tokens in pages
+    and absorbed attention may read them where they are.
+    """
 
-        Returns latent [B, S, .] and rope_key [B, S, .] with S = 1 + the largest position.
-        """
+    def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
+        """Keep latent [B, T, kv_lora_rank] and rope_key [B, T, qk_rope_head_dim] of positions [B, T]."""
+        ...
+
+    def gather(self, layer: int, num_keys: int) -> tuple[Tensor, Tensor]:
+        """latent [B, S, .] and rope_key [B, S, .] of positions 0 .. S-1, S = num_keys: what is expanded."""
+        ...
+
+    def attend(self, layer: int, query: Tensor, positions: Tensor, scale: float) -> Tensor:
+        """`absorbed_attention` of query [B, H, T, kv_lora_rank + qk_rope_head_dim] over what has been written."""
         ...
 
 
@@ -55,10 +64,10 @@ class Context:
         """function(*inputs); where recompute is on, made again for the backward pass instead of kept."""
         return function(*inputs) if self.recompute is None else self.recompute.again(function, *inputs)
 
-    def visible(self, num_keys: int) -> Tensor:
-        """[B, 1, T, S] bool: keys up to the query's own position."""
-        keys = torch.arange(num_keys, device=self.positions.device)
-        return (keys <= self.positions[..., None])[:, None]
+    @property
+    def num_keys(self) -> int:
+        """How many positions of a cache the queries can see at most: one more than the largest of theirs."""
+        return int(self.positions.max()) + 1
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -92,8 +101,11 @@ class MultiHeadLatentAttention(nn.Module):
             low = context.again(self.q_a_layernorm, self.q_a_proj(x, quantized))
         latent, rope_key = self.remember(x, context, layer, quantized)
         if context.absorbed:
-            heads = self._absorbed(self.queries(low), latent, rope_key, context)
-        elif latent.shape[1] == x.shape[1]:
+            heads = self._absorbed(self.queries(low), latent, rope_key, context, layer)
+            return self.o_proj(heads.flatten(2))
+        if context.cache is not None:
+            latent, rope_key = context.cache.gather(layer, context.num_keys)
+        if latent.shape[1] == x.shape[1]:
             q, k, v = context.again(self._expand, low, latent, rope_key, context.cos, context.sin)
             heads = causal_attention(q, k, v, self.scale, context.first).transpose(1, 2)
         else:
@@ -103,14 +115,14 @@ class MultiHeadLatentAttention(nn.Module):
     def remember(
         self, x: Tensor, context: Context, layer: int, quantized: Input | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Latent [B, S, kv_lora_rank] and rotated key [B, S, qk_rope_head_dim] of x and, with a cache, of what came
-        before: all that attention needs of it."""
+        """Latent [B, T, kv_lora_rank] and rotated key [B, T, qk_rope_head_dim] of x: all that attention needs of it.
+        They are written to the cache, if there is one."""
         both = self.kv_a_proj_with_mqa(x, quantized).split([self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=-1)
         latent = context.again(self.kv_a_layernorm, both[0].contiguous())
         rope_key = rotate(both[1], context.cos, context.sin)
-        if context.cache is None:
-            return latent, rope_key
-        return context.cache.update(layer, context.positions, latent, rope_key)
+        if context.cache is not None:
+            context.cache.write(layer, context.positions, latent, rope_key)
+        return latent, rope_key
 
     def _expand(self, low: Tensor, latent: Tensor, rope_key: Tensor, cos: Tensor, sin: Tensor) -> Heads:
         """The up-projections: queries, keys and values per head [B, H, T, .]."""
@@ -125,14 +137,16 @@ class MultiHeadLatentAttention(nn.Module):
         """[B, S, H, qk_nope_head_dim + v_head_dim]."""
         return self.kv_b_proj(latent).unflatten(-1, (self.mla.num_attention_heads, -1))
 
-    def _absorbed(self, q: Tensor, latent: Tensor, rope_key: Tensor, context: Context) -> Tensor:
+    def _absorbed(self, q: Tensor, latent: Tensor, rope_key: Tensor, context: Context, layer: int) -> Tensor:
         nope = self.mla.qk_nope_head_dim
         up = self.kv_b_proj.weight.unflatten(0, (self.mla.num_attention_heads, -1))  # [H, nope + v, latent]
         q_nope, q_rope = q.transpose(1, 2).split([nope, self.mla.qk_rope_head_dim], dim=-1)
         q_rope = rotate(q_rope, context.cos[:, None], context.sin[:, None])
-        keys = torch.cat((latent, rope_key), dim=-1)[:, None]
-        whole = torch.cat((q_nope @ up[:, :nope], q_rope), dim=-1)
-        mixed = masked_attention(whole, keys, latent[:, None], self.scale, context.visible(latent.shape[1]))
+        query = torch.cat((q_nope @ up[:, :nope], q_rope), dim=-1)
+        if context.cache is not None:
+            mixed = context.cache.attend(layer, query, context.positions, self.scale)
+        else:
+            mixed = absorbed_attention(query, latent, rope_key, context.positions, self.scale)
         return (mixed @ up[:, nope:].transpose(1, 2)).transpose(1, 2)
 
     def _expanded_over_cache(self, q: Tensor, latent: Tensor, rope_key: Tensor, context: Context) -> Tensor:
@@ -141,4 +155,20 @@ class MultiHeadLatentAttention(nn.Module):
         q = torch.cat((q_nope, rotate(q_rope, context.cos[:, None], context.sin[:, None])), dim=-1)
         k, v = self.keys_values(latent).transpose(1, 2).split([nope, self.mla.v_head_dim], dim=-1)
         k = torch.cat((k, rope_key[:, None].expand(-1, heads, -1, -1)), dim=-1)
-        return masked_attention(q, k, v, self.scale, context.visible(k.shape[2])).transpose(1, 2)
+        return masked_attention(q, k, v, self.scale, visible_keys(context.positions, k.shape[2])).transpose(1, 2)
+
+
+def absorbed_attention(query: Tensor, latent: Tensor, rope_key: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """One head of keys for all query heads: latent and rotary key side by side; its values are the latent itself.
+
+    query [B, H, T, kv_lora_rank + qk_rope_head_dim], latent [B, S, kv_lora_rank], rope_key [B, S, qk_rope_head_dim] of
+    positions 0 .. S-1, positions [B, T] of the queries -> [B, H, T, kv_lora_rank].
+    """
+    keys = torch.cat((latent, rope_key), dim=-1)[:, None]
+    return masked_attention(query, keys, latent[:, None], scale, visible_keys(positions, latent.shape[1]))
+
+
+def visible_keys(positions: Tensor, num_keys: int) -> Tensor:
+    """[B, 1, T, S] bool: a query at positions [B, T] sees the keys up to its own position."""
+    keys = torch.arange(num_keys, device=positions.device)
+    return (keys <= positions[..., None])[:, None]
