@@ -50,7 +50,7 @@ def by_hand(model: Transformer, hidden: Tensor, next_tokens: Tensor, variant: st
     halves = (state, embedding) if variant == "hidden first" else (embedding, state)
     joined = F.linear(torch.cat(halves, dim=-1), module.eh_proj.weight)
     context = model.context(next_tokens, None, None, None, False)
-    output = module.block(joined, context, model.dispatcher, [])
+    output, _ = module.block(joined, context, model.dispatcher)
     return output if variant == "no norm before the head" else normed(output, module.norm.weight)
 
 

@@ -16,9 +16,10 @@ from dovetail.engine import rows_numba
 from dovetail.engine.cache import ContiguousCache
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.attention.rope import tables
+from dovetail.model.block import Block
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.norm import RmsNorm
-from dovetail.model.transformer import Block, Mtp, Transformer
+from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.cpu.kernels import array
 from dovetail.spec.model import Moe
 
@@ -41,7 +42,7 @@ class FusedSteps:
 
     def __init__(self, model: Transformer, cache: ContiguousCache) -> None:
         self.model, self.cache = model, cache
-        self.blocks = [_fuse(block, model, cache) for block in model.layers]
+        self.blocks = [_fuse(block, model, cache) for block in model.layers.values()]
         self.drafters = [_fuse(mtp.block, model, cache) for mtp in model.mtp]
         positions = torch.arange(cache.capacity)
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
@@ -56,9 +57,9 @@ class FusedSteps:
         model = self.model
         context = model.context(tokens[None], None, None, self.cache.select([slot]), False)
         x = model.embed_tokens(tokens[None])
-        for block in model.layers[:-1]:
-            x = block(x, context, model.dispatcher, [])
-        last = model.layers[-1]
+        *before, last = model.layers.values()
+        for block in before:
+            x, _ = block(x, context, model.dispatcher)
         last.self_attn.remember(last.input_layernorm(x), context, last.layer)
         row = x[0, -1:].float().numpy()
         self._run(self.blocks[-1], row, self._rows(torch.tensor([slot]), torch.tensor([len(tokens) - 1])))
@@ -93,7 +94,7 @@ class FusedSteps:
         return slots.numpy(), where, self.cos[where], self.sin[where]
 
     def _run(self, block: FusedBlock, x: np.ndarray, rows: Arrays) -> None:
-        scale, heads = np.float32(self.model.layers[0].self_attn.scale), self.model.mla.num_attention_heads
+        scale, heads = np.float32(self.model.layers["0"].self_attn.scale), self.model.mla.num_attention_heads
         rows_numba.attention(x, self.eps, *block.attention, block.cache, *rows, scale, heads)
         if block.choices:
             rows_numba.experts(x, self.eps, *block.mlp, block.choices, block.gate)

@@ -6,6 +6,7 @@ One readable program on one device. Ranks and pages are handed in: a `Dispatcher
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,47 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dovetail.cost.memory.stages import Stage
 from dovetail.model.attention.causal import document_starts
-from dovetail.model.attention.mla import Context, LatentCache, MultiHeadLatentAttention
+from dovetail.model.attention.mla import Context, LatentCache
 from dovetail.model.attention.rope import tables
-from dovetail.model.experts.gate import Routing
+from dovetail.model.block import Block
+from dovetail.model.experts.gate import Gate, Routing
 from dovetail.model.experts.mlp import DenseMlp
-from dovetail.model.experts.moe import Dispatcher, LocalDispatcher, MoeMlp
+from dovetail.model.experts.moe import Dispatcher, Experts, LocalDispatcher
 from dovetail.model.norm import RmsNorm
 from dovetail.model.recompute import Recompute
 from dovetail.numerics.linear import Linear
+from dovetail.numerics.weight_gradients import WeightGradients
 from dovetail.spec.model import Mla, ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    hidden: Tensor  # [B, T, dim], after the final norm (of the MTP module: after its own)
+    hidden: Tensor  # [B, T, dim], after the final norm (of an MTP module: after its own); see `Transformer.run_stage`
     routings: list[Routing]  # one per MoE layer, in order
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then + mlp(norm(.))."""
-
-    def __init__(self, spec: ModelSpec, layer: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.layer = layer
-        self.input_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(spec, dtype)
-        self.post_attention_layernorm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp: MoeMlp | DenseMlp
-        if spec.is_moe_layer(layer):
-            self.mlp = MoeMlp(spec, dtype)
-        else:
-            self.mlp = DenseMlp(spec.hidden_size, spec.intermediate_size, dtype)
-
-    def forward(self, x: Tensor, context: Context, dispatcher: Dispatcher, routings: list[Routing]) -> Tensor:
-        x = x + self.self_attn(context.again(self.input_layernorm, x), context, self.layer)
-        normed = context.again(self.post_attention_layernorm, x)
-        if isinstance(self.mlp, DenseMlp):
-            return x + self.mlp(normed)
-        output, routing = self.mlp(normed, dispatcher)
-        routings.append(routing)
-        return x + output
 
 
 class Mtp(nn.Module):
@@ -76,35 +55,46 @@ class Mtp(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor, context: Context, dispatcher: Dispatcher) -> Output:
         joined = self.eh_proj(context.again(self._both, hidden, embedding))
-        routings: list[Routing] = []
-        return Output(hidden=self.norm(self.block(joined, context, dispatcher, routings)), routings=routings)
+        x, routing = self.block(joined, context, dispatcher)
+        return Output(hidden=self.norm(x), routings=[] if routing is None else [routing])
 
     def _both(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         return torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1)
 
 
 class Transformer(nn.Module):
+    """The whole network, or one stage of a pipeline: its layers, and the ends that stand with them.
+
+    Tensors of a stage have the names that they have in the whole. The stage that has the head has the final norm and
+    the MTP modules too; these (and a tied head) need the embedding, so that it has a copy of it.
+    """
+
     def __init__(
         self,
         spec: ModelSpec,
         dtype: torch.dtype = torch.bfloat16,
         dispatcher: Dispatcher | None = None,
         recompute: bool = False,
+        stage: Stage | None = None,
     ) -> None:
         """Weights are allocated, not initialised: see `initialize`. `recompute`: see `model.recompute`."""
         super().__init__()
         if not isinstance(spec.attention, Mla):
             raise ValueError("grouped-query models are described for counting only; dovetail builds MLA models")
+        stage = stage or whole(spec)
         self.spec = spec
+        self.stage = stage
         self.mla = spec.attention
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
         self.recompute = recompute
-        layers = spec.num_hidden_layers
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(Block(spec, i, dtype) for i in range(layers))
-        self.norm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.lm_head = None if spec.tie_word_embeddings else _head(spec, dtype)
-        self.mtp = nn.ModuleList(Mtp(spec, layers + k, dtype) for k in range(spec.num_nextn_predict_layers))
+        modules = stage.mtp_modules(spec)
+        if stage.has_embedding or modules or (stage.has_head and spec.tie_word_embeddings):
+            self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, dtype=dtype)
+        self.layers = nn.ModuleDict({str(layer): Block(spec, layer, dtype) for layer in stage.layers})
+        if stage.has_head:
+            self.norm = RmsNorm(spec.hidden_size, spec.rms_norm_eps)
+            self.lm_head = None if spec.tie_word_embeddings else _head(spec, dtype)
+        self.mtp = nn.ModuleList(Mtp(spec, spec.num_hidden_layers + k, dtype) for k in range(modules))
 
     def forward(
         self,
@@ -119,13 +109,22 @@ class Transformer(nn.Module):
         positions [B, T] default to 0 .. T-1; document_ids [B, T] keep packed documents apart (training only);
         `absorbed` chooses the decoding form of attention.
         """
-        context = self.context(tokens, positions, document_ids, cache, absorbed)
+        return self.run_stage(tokens, self.context(tokens, positions, document_ids, cache, absorbed))
+
+    def run_stage(self, x: Tensor, context: Context) -> Output:
+        """The layers here on tokens [B, T] int64, or on the hidden states [B, T, dim] of the stage before -> hidden
+        states [B, T, dim] for the stage after, or, where the head is, after the final norm.
+
+        `context` is the same on all stages: `Transformer.context` of the micro-batch's tokens.
+        """
         routings: list[Routing] = []
-        x = self.embed_tokens(tokens)
+        if self.stage.has_embedding:
+            x = self.embed_tokens(x)
         with _saving(context):
-            for block in self.layers:
-                x = block(x, context, self.dispatcher, routings)
-        return Output(hidden=self.norm(x), routings=routings)
+            for block in self.layers.values():
+                x, routing = block(x, context, self.dispatcher)
+                routings += [] if routing is None else [routing]
+        return Output(hidden=self.norm(x) if self.stage.has_head else x, routings=routings)
 
     def mtp_forward(
         self,
@@ -142,6 +141,13 @@ class Transformer(nn.Module):
         with _saving(context):
             output: Output = self.mtp[depth](hidden, self.embed_tokens(next_tokens), context, self.dispatcher)
         return output
+
+    def put_off_weight_gradients(self, later: WeightGradients | None) -> None:
+        """From now on a backward pass makes the gradients of inputs and norms, and leaves those of all other weights to
+        `later.make()`; with None it makes them all again."""
+        for module in self.modules():
+            if isinstance(module, Linear | DenseMlp | Experts | Gate):
+                module.later = later
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab] FP32."""
@@ -184,19 +190,36 @@ def _head(spec: ModelSpec, dtype: torch.dtype) -> nn.Linear:
     return nn.Linear(spec.hidden_size, spec.vocab_size, bias=False, dtype=dtype)
 
 
+def whole(spec: ModelSpec) -> Stage:
+    """All of a model as the only stage."""
+    return Stage(layers=tuple(range(spec.num_hidden_layers)), has_embedding=True, has_head=True)
+
+
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
     """Normal(0, initializer_range) for every matrix, ones for norms, zeros for gate biases [V3 §4.2].
 
-    Drawn in FP32 in the order of the state dict, so one seed gives one model in every dtype, up to rounding.
+    Drawn in FP32 in the order of the whole model's state dict: one seed gives one model in every dtype, up to rounding,
+    and to each stage its part of it.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
+    here = dict(model.named_parameters())
+    for name, shape in _parameter_shapes(model):
         if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
+            drawn = torch.ones(shape)
         else:
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(drawn.mul_(model.spec.initializer_range))
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(model.spec.initializer_range)
+        if name in here:
+            here[name].copy_(drawn)
     for name, buffer in model.named_buffers():
         assert name.endswith("e_score_correction_bias"), name
         buffer.zero_()
+
+
+def _parameter_shapes(model: Transformer) -> Iterator[tuple[str, torch.Size]]:
+    """Of the whole model, in order."""
+    everything = model
+    if model.stage != whole(model.spec):
+        with torch.device("meta"):
+            everything = Transformer(model.spec)
+    return ((name, parameter.shape) for name, parameter in everything.named_parameters())

@@ -27,6 +27,7 @@ from dovetail.numerics.operands.operands import (
 )
 from dovetail.numerics.products.accumulate import HopperAccumulator, TensorCore
 from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
+from dovetail.numerics.weight_gradients import WeightGradients, now_or_later
 from dovetail.spec.precision import GemmPrecision, Quantization
 
 Input = tuple[Operand, Kept]  # as fprop takes it, and as it is kept
@@ -38,12 +39,34 @@ class Linear(nn.Linear):
     def __init__(self, n_in: int, n_out: int, dtype: torch.dtype) -> None:
         super().__init__(n_in, n_out, bias=False, dtype=dtype)
         self.precision: GemmPrecision | None = None
+        self.later: WeightGradients | None = None
 
     def forward(self, x: Tensor, quantized: Input | None = None) -> Tensor:
         """`quantized`: x as `quantize_for` gave it, where several layers take it; it is kept once then."""
-        if self.precision is None:
-            return F.linear(x, self.weight)
-        return quantized_linear(x, self.weight, self.precision, quantized)
+        if self.precision is not None:
+            return quantized_linear(x, self.weight, self.precision, quantized, self.later)
+        if self.later is not None:
+            return _PlainLinear.apply(x, self.weight, self.later)
+        return F.linear(x, self.weight)
+
+
+class _PlainLinear(torch.autograd.Function):
+    """What torch does for F.linear, bit for bit, with the weight's gradient apart."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, later: WeightGradients) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.parameter, ctx.later = weight, later
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+
+        def make() -> Tensor:
+            return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+        return grad @ weight, now_or_later(ctx.later, ctx.parameter, make), None
 
 
 def quantize_for(x: Tensor, *layers: Linear) -> Input | None:
@@ -54,44 +77,63 @@ def quantize_for(x: Tensor, *layers: Linear) -> Input | None:
     return operand_and_kept(x.detach().flatten(0, -2).contiguous(), precision)
 
 
-def quantized_linear(x: Tensor, weight: Tensor, precision: GemmPrecision, quantized: Input | None = None) -> Tensor:
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    precision: GemmPrecision,
+    quantized: Input | None = None,
+    later: WeightGradients | None = None,
+) -> Tensor:
     """x [..., K] BF16, weight [N, K] -> [..., N]."""
-    output: Tensor = _Linear.apply(x.flatten(0, -2), weight, precision, quantized)
+    output: Tensor = _Linear.apply(x.flatten(0, -2), weight, precision, quantized, later)
     return output.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, precision: GemmPrecision, quantized: Input | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        precision: GemmPrecision,
+        quantized: Input | None,
+        later: WeightGradients | None,
+    ) -> Tensor:
         rows, kept = quantized or operand_and_kept(x.contiguous(), precision)
         save(ctx, [kept], weight)
-        ctx.precision = precision
+        ctx.precision, ctx.parameter, ctx.later = precision, weight, later
         return output_of(rows, weight[None], [0, len(x)], precision)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (kept,), (weight,) = saved(ctx)
         grad, offsets, precision = grad.contiguous(), [0, len(grad)], ctx.precision
         grad_x = input_gradient(grad, weight[None], offsets, precision)
-        return grad_x, weight_gradient(grad, kept, offsets, precision)[0], None, None
+
+        def make() -> Tensor:
+            return weight_gradient(grad, kept, offsets, precision)[0]
+
+        return grad_x, now_or_later(ctx.later, ctx.parameter, make), None, None, None
 
 
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+def wide_linear(x: Tensor, weight: Tensor, later: WeightGradients | None = None) -> Tensor:
     """x [N, K] in any dtype, weight [M, K] in a wider one -> [N, M] in the wider one; x is kept as it is."""
-    output: Tensor = _WideLinear.apply(x, weight)
+    output: Tensor = _WideLinear.apply(x, weight, later)
     return output
 
 
 class _WideLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, later: WeightGradients | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.parameter, ctx.later = weight, later
         return F.linear(x.to(weight.dtype), weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        return (grad @ weight).to(x.dtype), grad.t() @ x.to(weight.dtype)
+        grad_weight = now_or_later(ctx.later, ctx.parameter, lambda: grad.t() @ x.to(weight.dtype))
+        return (grad @ weight).to(x.dtype), grad_weight, None
 
 
 def operand_and_kept(x: Tensor, precision: GemmPrecision) -> Input:

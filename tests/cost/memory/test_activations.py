@@ -131,13 +131,13 @@ def test_a_layer_in_another_precision_and_a_tensor_kept_too_many_are_seen(tiny_s
     spec, recipe = tiny_spec(), load_recipe("deepseek-v3")
     predicted = microbatch_bytes(spec, SEQUENCES, LENGTH, recipe)
     model = build(spec, recipe)
-    model.layers[1].self_attn.o_proj.precision = None
+    model.layers["1"].self_attn.o_proj.precision = None
     found = counted(model)
     assert {part for part, size in found.items() if size != predicted[part]} == {"layer 1"}
     codes, plain = 32 // 8 * 12 + 4, 32 * 2  # heads are 2 of 16
     assert found["layer 1"] - predicted["layer 1"] == SEQUENCES * LENGTH * (plain - codes)
     model = build(spec, recipe)
-    model.layers[2].mlp.shared_experts.register_forward_pre_hook(lambda module, inputs: ((inputs[0] * 2).square(),))
+    model.layers["2"].mlp.shared_experts.register_forward_pre_hook(lambda module, inputs: ((inputs[0] * 2).square(),))
     too_many = counted(model)["layer 2"] - predicted["layer 2"]
     assert too_many == SEQUENCES * LENGTH * 2 * spec.hidden_size
 

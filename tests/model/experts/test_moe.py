@@ -62,11 +62,11 @@ def test_gather_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, dra
     routing = routing_for(tokens, choices, experts, draw)
     x = draw(tokens, dim, dtype=dtype).requires_grad_()
     dispatched = LocalDispatcher(8).dispatch(x, routing)
-    assert torch.equal(dispatched.rows, gather_reference(x, dispatched.token_ids))
+    assert torch.equal(dispatched.rows, gather_reference(x, dispatched.way_back.token_ids))
     grad = draw(*dispatched.rows.shape, dtype=dtype)
     (ours,) = torch.autograd.grad(dispatched.rows, x, grad)
     wide = x.detach().double().requires_grad_()
-    (truth,) = torch.autograd.grad(gather_reference(wide, dispatched.token_ids), wide, grad.double())
+    (truth,) = torch.autograd.grad(gather_reference(wide, dispatched.way_back.token_ids), wide, grad.double())
     assert normwise_error(ours, truth) < tolerance(dtype, terms=choices)
 
 
@@ -82,12 +82,12 @@ def test_combine_is_the_reference(shape: tuple[int, ...], dtype: torch.dtype, dr
     output = dispatcher.combine(rows, dispatched, routing)
     ours = torch.autograd.grad(output, (rows, routing.weights), grad)
     wide = rows.detach().double().requires_grad_(), routing.weights.detach().double().requires_grad_()
-    truth = combine_reference(*wide, dispatched.row_ids)
+    truth = combine_reference(*wide, dispatched.way_back.row_ids)
     theirs = torch.autograd.grad(truth, wide, grad.double())
     assert normwise_error(output, truth) < tolerance(dtype, terms=choices)
     assert normwise_error(ours[0], theirs[0]) < tolerance(dtype)
     assert normwise_error(ours[1], theirs[1]) < tolerance(torch.float32, terms=dim)
-    assert not ours[0][dispatched.token_ids < 0].any()
+    assert not ours[0][dispatched.way_back.token_ids < 0].any()
 
 
 def test_combine_after_dispatch_gives_the_tokens_back(draw: Draw) -> None:
@@ -122,7 +122,7 @@ def test_what_is_not_finite_stays_with_its_token(poison: float, draw: Draw) -> N
     routing, dispatcher, x = routing_for(37, 2, 4, draw), LocalDispatcher(8), draw(37, 24)
     x[0, 3] = poison
     dispatched = dispatcher.dispatch(x, routing)
-    assert torch.equal(dispatched.rows.isfinite().all(1), dispatched.token_ids != 0)
+    assert torch.equal(dispatched.rows.isfinite().all(1), dispatched.way_back.token_ids != 0)
     output = dispatcher.combine(dispatched.rows, dispatched, routing)
     assert torch.equal(output.isfinite().all(1), torch.arange(37) != 0)
 

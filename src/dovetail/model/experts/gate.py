@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dovetail.model.experts import gate_numba
 from dovetail.numerics import capability
 from dovetail.numerics.linear import wide_linear
+from dovetail.numerics.weight_gradients import WeightGradients
 from dovetail.spec.model import Moe
 
 
@@ -43,10 +44,11 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(moe.n_routed_experts, dim, dtype=torch.float32))
         bias = torch.zeros(moe.n_routed_experts, dtype=torch.float32) if moe.has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
+        self.later: WeightGradients | None = None
 
     def forward(self, x: Tensor) -> Routing:
         """x [N, dim]."""
-        return route(wide_linear(x, self.weight), self.e_score_correction_bias, self.moe)
+        return route(wide_linear(x, self.weight, self.later), self.e_score_correction_bias, self.moe)
 
 
 def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:

@@ -19,19 +19,22 @@ from dovetail.model.experts.mlp import DenseMlp
 from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
 from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.numerics import capability
+from dovetail.numerics.linear import Input
 from dovetail.numerics.operands.sending import sent
 from dovetail.numerics.products.grouped import grouped_linear, grouped_outer, row_multiple
+from dovetail.numerics.weight_gradients import WeightGradients, now_or_later
 from dovetail.spec.model import ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatched:
-    """Rows sorted by expert."""
+    """Rows for the experts that live here, sorted by expert. `way_back` is the dispatcher's own: nobody else reads
+    it."""
 
     rows: Tensor  # [R, dim]; rows of expert e are offsets[e] : offsets[e + 1], zero rows at each end
     offsets: list[int]  # [E + 1]
-    row_ids: Tensor  # [N, K] int64: the row of each choice of each token
-    token_ids: Tensor  # [R] int64: the token of each row, -1 for padding
+    way_back: object
+    quantized: Input | None = None  # the same rows in the recipe's format, where they came over the wire in it
 
 
 class Dispatcher(Protocol):
@@ -44,6 +47,22 @@ class Dispatcher(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """What the experts make of a block's tokens, before it is combined."""
+
+    rows: Tensor | None  # [R, dim] of routed experts, in the order of the dispatched rows; None in a dense block
+    local: Tensor | None  # [N, dim] of shared experts, or of the dense feed-forward: it needs no exchange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """How rows and tokens belong together: the way back of `LocalDispatcher`."""
+
+    row_ids: Tensor  # [N, K] int64: the row of each choice of each token
+    token_ids: Tensor  # [R] int64: the token of each row, -1 for padding
+
+
 class LocalDispatcher:
     """All experts are here; each gets a multiple of `row_multiple` rows, by default what is fastest for them."""
 
@@ -53,12 +72,15 @@ class LocalDispatcher:
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
         offsets, row_ids, token_ids = plan_rows(routing, self.row_multiple or row_multiple(x))
         rows = _Gather.apply(x, row_ids, token_ids) if capability.on_cpu(x) else gather_reference(x, token_ids)
-        return Dispatched(rows=rows, offsets=offsets, row_ids=row_ids, token_ids=token_ids)
+        way_back = Places(row_ids=row_ids, token_ids=token_ids)
+        return Dispatched(rows=rows, offsets=offsets, way_back=way_back)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
+        places = dispatched.way_back
+        assert isinstance(places, Places)
         if capability.on_cpu(rows):
-            return _Combine.apply(rows, routing.weights, dispatched.row_ids, dispatched.token_ids)
-        return combine_reference(rows, routing.weights, dispatched.row_ids)
+            return _Combine.apply(rows, routing.weights, places.row_ids, places.token_ids)
+        return combine_reference(rows, routing.weights, places.row_ids)
 
 
 def plan_rows(routing: Routing, multiple: int) -> tuple[list[int], Tensor, Tensor]:
@@ -122,31 +144,35 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, dim, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width, dtype=dtype))
         self.precision: MlpPrecision | None = None  # BF16 or FP32 until a recipe says otherwise
+        self.later: WeightGradients | None = None
 
-    def forward(self, rows: Tensor, offsets: list[int]) -> Tensor:
+    def forward(self, rows: Tensor, offsets: list[int], quantized: Input | None = None) -> Tensor:
+        """rows [R, dim] -> [R, dim]. `quantized`: the same rows as the recipe's input, where they are that already."""
         if self.precision is None:
-            return _Experts.apply(rows, self.gate_up_proj, self.down_proj, offsets)
-        return quantized_mlp(rows, self.gate_up_proj, self.down_proj, offsets, self.precision)
+            return _Experts.apply(rows, self.gate_up_proj, self.down_proj, offsets, self.later)
+        return quantized_mlp(rows, self.gate_up_proj, self.down_proj, offsets, self.precision, quantized, self.later)
 
 
 class _Experts(torch.autograd.Function):
     """Grouped GEMM, SwiGLU, grouped GEMM; keeps the rows and the SwiGLU's input."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: list[int], later: WeightGradients | None
+    ) -> Tensor:
         hidden = grouped_linear(rows, gate_up, offsets)
         ctx.save_for_backward(rows, gate_up, down, hidden)
-        ctx.offsets = offsets
+        ctx.offsets, ctx.parameters, ctx.later = offsets, (gate_up, down), later
         return grouped_linear(swiglu(hidden), down, offsets)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_hidden, act = swiglu_backward(grouped_linear(grad, down.transpose(1, 2), ctx.offsets), hidden)
-        grad_down = grouped_outer(grad, act, ctx.offsets)
-        grad_gate_up = grouped_outer(grad_hidden, rows, ctx.offsets)
-        return grouped_linear(grad_hidden, gate_up.transpose(1, 2), ctx.offsets), grad_gate_up, grad_down, None
+        grad, offsets = grad.contiguous(), ctx.offsets
+        grad_hidden, act = swiglu_backward(grouped_linear(grad, down.transpose(1, 2), offsets), hidden)
+        grad_down = now_or_later(ctx.later, ctx.parameters[1], lambda: grouped_outer(grad, act, offsets))
+        grad_gate_up = now_or_later(ctx.later, ctx.parameters[0], lambda: grouped_outer(grad_hidden, rows, offsets))
+        return grouped_linear(grad_hidden, gate_up.transpose(1, 2), offsets), grad_gate_up, grad_down, None, None
 
 
 class MoeMlp(nn.Module):
@@ -165,10 +191,18 @@ class MoeMlp(nn.Module):
         tokens = x.flatten(0, -2)
         routing = self.gate(tokens)
         dispatched = dispatcher.dispatch(tokens, routing)
-        rows = self.experts(dispatched.rows, dispatched.offsets)
+        computed = self.compute(tokens, dispatched)
+        return self.combine(computed, dispatched, routing, dispatcher).view_as(x), routing
+
+    def compute(self, tokens: Tensor, dispatched: Dispatched) -> Computed:
+        """Routed experts on the dispatched rows, shared experts on tokens [N, dim]."""
+        rows = self.experts(dispatched.rows, dispatched.offsets, dispatched.quantized)
         if self.expert_output is not None:
             rows = sent(rows, self.expert_output)
-        output = dispatcher.combine(rows, dispatched, routing)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(tokens)
-        return output.view_as(x), routing
+        return Computed(rows=rows, local=None if self.shared_experts is None else self.shared_experts(tokens))
+
+    def combine(self, computed: Computed, dispatched: Dispatched, routing: Routing, dispatcher: Dispatcher) -> Tensor:
+        """[N, dim]: the weighted sum of each token's routed experts, plus its shared ones."""
+        assert computed.rows is not None
+        output = dispatcher.combine(computed.rows, dispatched, routing)
+        return output if computed.local is None else output + computed.local
