@@ -77,6 +77,31 @@ def test_a_trace_has_a_thread_for_each_rank(tmp_path: Path) -> None:
     assert done.returncode == 1 and "--trace is the timeline of a training step" in done.stderr
 
 
+def test_the_timeline_stands_below_the_tables_as_wide_as_the_terminal() -> None:
+    done = run(*TRAIN, *LAYOUT, "--timeline")
+    assert done.returncode == 0 and done.stderr == ""
+    before, title, after = done.stdout.partition("dualpipe: 16 ranks, 120 micro-batches\n")
+    assert title and "memory per rank" in before and "to carry it out" in after
+    rows = after.splitlines()[:16]
+    assert [row.split()[:2] for row in rows] == [["rank", f"{rank}"] for rank in range(16)]
+    assert {len(row) for row in rows} == {int(ENVIRONMENT["COLUMNS"])}
+    assert all("X" in row and row.endswith("%") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*SERVE, "--context", "4989"), "--timeline is the timeline of a training step on one cluster"),
+        ((*TRAIN, *LAYOUT, "--json"), "--timeline belongs to the tables: leave out"),
+        ((*TRAIN, *LAYOUT, "--explain", "step_time"), "--timeline belongs to the tables: leave out"),
+    ],
+)
+def test_a_timeline_that_would_be_ignored_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments, "--timeline")
+    assert done.returncode == 1 and done.stdout == ""
+    assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_markdown() -> None:
     assert "\n| --- | --:" in run(*TRAIN, *LAYOUT, "--markdown").stdout
 

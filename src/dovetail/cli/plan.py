@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,9 @@ def plan(
     explain: Annotated[str | None, typer.Option(help="Print formula, inputs and sources of one figure.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with pictures.")] = None,
     trace: Annotated[Path | None, typer.Option(help="train: write the step for chrome://tracing or Perfetto.")] = None,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="train: print the step as a timeline too, a row for each rank.")
+    ] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -59,12 +63,15 @@ def plan(
     dovetail plan deepseek-v3 --cluster h800-2048 --goal serve --context 4989 --output-speed 20
     """
     options = locals()
+    from dovetail.planner.report import drawing, plain, tables
     from dovetail.planner.report import html as pages
-    from dovetail.planner.report import plain, tables
     from dovetail.planner.request import Request
     from dovetail.planner.request import answer as plans
 
+    if timeline and (explain is not None or as_json or markdown):
+        raise ValueError("--timeline belongs to the tables: leave out --explain, --json and --markdown, or --timeline")
     answer = plans(Request.of(options))
+    pipeline = drawing.planned_timeline(answer, "--timeline") if timeline else None
     for write, path in ((pages.write, html), (pages.write_trace, trace)):
         if path is not None:
             write(answer, path)
@@ -81,6 +88,8 @@ def plan(
         for table in tables.tables(answer):
             print_table(table.title, table.header, table.rows)
             print()
+        if pipeline is not None:
+            print(drawing.draw_text(pipeline, max(40, shutil.get_terminal_size((120, 0)).columns)))
         for launch in tables.answer_launches(answer):
             print(*tables.printed_launch(launch), sep="\n")
 

@@ -27,6 +27,7 @@ def test_text_of_a_small_schedule() -> None:
     """9 seconds on 45 columns, 5 each."""
     drawn = draw_text(replay(one_f_one_b(2, 2), Durations(forward=1.0, backward=2.0)), 59)
     assert drawn.splitlines() == [
+        "1f1b: 2 ranks, 2 micro-batches",
         "rank 0 F0---F1---..........B0--------.....B1--------  33.3%",
         "rank 1 .....F0---B0--------F1---B1--------..........  33.3%",
         "       0                                         9 s idle",
@@ -39,12 +40,12 @@ def test_text_of_a_small_schedule() -> None:
 def test_text_fits(name: str, width: int) -> None:
     lines = draw_text(timeline(name), width).splitlines()
     assert max(len(line) for line in lines) <= width
-    assert [line.split("%")[0].split()[0] for line in lines[:4]] == ["rank"] * 4
+    assert [line.split("%")[0].split()[0] for line in lines[1:5]] == ["rank"] * 4
 
 
 def test_text_idles_where_the_timeline_idles() -> None:
     drawn = timeline("1f1b")
-    for rank, line in enumerate(draw_text(drawn, 120).splitlines()[:4]):
+    for rank, line in enumerate(draw_text(drawn, 120).splitlines()[1:5]):
         row = line[len("rank 0 ") : -len("  27.8%")]
         share = drawn.bubble[rank] / drawn.seconds
         assert row.count(".") / len(row) == pytest.approx(share, abs=0.05)
@@ -52,10 +53,10 @@ def test_text_idles_where_the_timeline_idles() -> None:
 
 
 def test_text_of_other_stages_is_lower_case() -> None:
-    first = draw_text(replay(interleaved(2, 2, 2), DURATIONS), 150).splitlines()[0]
+    first = draw_text(replay(interleaved(2, 2, 2), DURATIONS), 150).splitlines()[1]
     assert re.match(r"rank 0 F0-*F1-*f0", first)
     letters = draw_text(replay(dualpipe(8, 20), DURATIONS), 100).splitlines()
-    assert {"F", "f", "X", "I", "."} <= set(letters[0])
+    assert {"F", "f", "X", "I", "."} <= set(letters[1])
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -130,7 +131,7 @@ def test_times_are_short_to_read() -> None:
 
 def test_nothing_to_draw_is_drawn() -> None:
     drawn = replay(one_f_one_b(2, 2), Durations(forward=0.0, backward=0.0))
-    assert draw_text(drawn, 60).count("rank") == 2
+    assert draw_text(drawn, 60).count("\nrank") == 2
     ElementTree.fromstring(draw_svg(drawn))
 
 

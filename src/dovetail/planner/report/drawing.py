@@ -10,6 +10,8 @@ from html import escape
 from typing import Any
 
 from dovetail.parallel.schedules.schedule import Action, Step
+from dovetail.planner.request import Answer
+from dovetail.planner.training.plan import TrainingPlan
 from dovetail.planner.training.timeline import Timeline
 
 INK, MUTED, GRID, IDLE = "#22272e", "#6b7280", "#d1d5db", "#f1f3f5"
@@ -26,8 +28,16 @@ UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 DIGIT = 0.62  # width of a digit of the font, of its size
 
 
+def planned_timeline(answer: Answer, option: str) -> Timeline:
+    """The timeline of the training step that `answer` plans. Raises ValueError for other plans, and names `option`."""
+    plan = answer.choices[0].plan
+    if len(answer.choices) > 1 or not isinstance(plan, TrainingPlan):
+        raise ValueError(f"{option} is the timeline of a training step on one cluster: --goal train and one --cluster")
+    return plan.timeline
+
+
 def draw_text(timeline: Timeline, width: int = 100) -> str:
-    """One line per rank, `width` characters at most, and a scale; raises ValueError below 40.
+    """A title, one line per rank, `width` characters at most, and a scale; raises ValueError below 40.
 
     Where there is room every step shows its micro-batch ("F3--", a pair "F7&b2-"), elsewhere each column shows what
     takes most of it, with X for a pair. Lower case: on another than the rank's first stage.
@@ -38,7 +48,7 @@ def draw_text(timeline: Timeline, width: int = 100) -> str:
     head = len(f"rank {ranks - 1} ")
     columns = width - head - len(" 100.0%")
     is_labelled = all(_fits(timeline, rank, columns) for rank in range(ranks))
-    lines = []
+    lines = [_title(timeline)]
     for rank in range(ranks):
         row = (_labelled_row if is_labelled else _letter_row)(timeline, rank, columns)
         idle = timeline.bubble[rank] / timeline.seconds if timeline.seconds else 0.0
@@ -94,15 +104,16 @@ def draw_svg(timeline: Timeline, title: str = "", width: int = 1200) -> str:
     """
     if width < 400:
         raise ValueError(f"width = {width}: a picture takes at least 400 pixels")
-    schedule = timeline.schedule
+    schedule, title = timeline.schedule, escape(title or _title(timeline))
     bottom = TOP + schedule.ranks * (ROW + GAP)
     height = bottom + 28
     scale = (width - LEFT - RIGHT) / (timeline.seconds or 1.0)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width} {height:.0f}" width="{width}" '
-        f'height="{height:.0f}" font-family="Helvetica, Arial, sans-serif" font-size="{FONT:g}" fill="{INK}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{title}" viewBox="0 0 {width} {height:.0f}" '
+        f'width="{width}" height="{height:.0f}" font-family="Helvetica, Arial, sans-serif" font-size="{FONT:g}" '
+        f'fill="{INK}">',
         f'<rect width="{width}" height="{height:.0f}" fill="#ffffff"/>',
-        f'<text x="{LEFT:g}" y="20" font-size="14" font-weight="bold">{escape(title or _title(timeline))}</text>',
+        f'<text x="{LEFT:g}" y="20" font-size="14" font-weight="bold">{title}</text>',
         *_legend(timeline),
         *_axis(timeline, scale, bottom),
         *_rows(timeline, width),
@@ -229,13 +240,14 @@ def _legend(timeline: Timeline) -> list[str]:
     for kind, name in NAMES.items():
         if kind in kinds:
             parts += _swatch(x, y, FILL[kind] if is_shaded else FILL[kind][:1], name)
-            x += 44 + 6.2 * len(name)
+            x += 37 + 6.2 * len(name)
     parts += _swatch(x, y, (IDLE,), "idle")
-    x += 62
+    x += 58
     other = "from the other end" if len(timeline.schedule.placement) > 1 else "the rank's other stages"
     notes = [f"dark: {other}"] if is_shaded else []
     notes += ["two rows: both at once"] if _has_pairs(timeline) else []
-    parts.append(f'<text x="{x:g}" y="{y + 10:g}" fill="{MUTED}">{"; ".join(notes)}</text>')
+    if notes:
+        parts.append(f'<text x="{x:g}" y="{y + 10:g}" fill="{MUTED}">{"; ".join(notes)}</text>')
     return parts
 
 

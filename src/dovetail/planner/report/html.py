@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 
 from dovetail.planner.figure import Figure, number
-from dovetail.planner.report.drawing import GRID, IDLE, INK, MUTED, chrome_trace, draw_svg
+from dovetail.planner.report.drawing import GRID, IDLE, INK, MUTED, chrome_trace, draw_svg, planned_timeline
 from dovetail.planner.report.pictures import Bar, Point, bars, memory_bars, pool_memory, scatter
 from dovetail.planner.report.tables import (
     NOTHING,
@@ -110,10 +110,7 @@ def write(answer: Answer, path: Path) -> None:
 
 def write_trace(answer: Answer, path: Path) -> None:
     """The step's timeline on one cluster, for chrome://tracing. Raises ValueError for other plans, and as `write`."""
-    plan = answer.choices[0].plan
-    if len(answer.choices) > 1 or not isinstance(plan, TrainingPlan):
-        raise ValueError("--trace is the timeline of a training step on one cluster: --goal train and one --cluster")
-    _write(chrome_trace(plan.timeline), path, "--trace")
+    _write(chrome_trace(planned_timeline(answer, "--trace")), path, "--trace")
 
 
 def _write(text: str, path: Path, option: str) -> None:
