@@ -16,6 +16,7 @@ from transformers import AutoConfig, DeepseekV3ForCausalLM
 
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.cpu.allocator import keep_freed_memory
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.model import ModelSpec
 
 SEED = 0
@@ -61,7 +62,7 @@ def build_rival(spec: ModelSpec, rival: Rival, dtype: torch.dtype) -> Any:
     if rival.keeps_memory:
         keep_freed_memory()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    config: Any = AutoConfig.for_model(**spec.model_copy(update={"num_nextn_predict_layers": 0}).to_hf())
+    config: Any = AutoConfig.for_model(**write_hf(spec.model_copy(update={"num_nextn_predict_layers": 0})))
     config._attn_implementation, config._experts_implementation = rival.attention, rival.experts
     model: Any = DeepseekV3ForCausalLM(config)  # its annotations do not hold under a strict checker
     ours = build_ours(spec, torch.float32)

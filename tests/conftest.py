@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics import capability
+from dovetail.spec.hf_config import read_flat
 from dovetail.spec.model import ModelSpec
 
 if not torch.cuda.is_available():
@@ -49,7 +50,7 @@ def tiny_spec() -> Callable[..., ModelSpec]:
 
     def build(**changes: object) -> ModelSpec:
         table = {**TINY, **changes}
-        return ModelSpec.from_flat({key: value for key, value in table.items() if value is not None})
+        return read_flat({key: value for key, value in table.items() if value is not None})
 
     return build
 

@@ -72,12 +72,12 @@ def names(text: str) -> list[str]:
 
 
 def test_a_name_is_found_and_a_wrong_one_is_not() -> None:
-    assert names("`train.run.loop.train`, `config.json`, `torch.save`, `spec.model.ModelSpec.to_hf`") == [
+    assert names("`train.run.loop.train`, `config.json`, `torch.save`, `spec.model.ModelSpec.is_moe_layer`") == [
         "train.run.loop.train",
-        "spec.model.ModelSpec.to_hf",
+        "spec.model.ModelSpec.is_moe_layer",
     ]
     assert resolve("spec.model.ModelSpec").__name__ == "ModelSpec"
-    for wrong in ("train.run.loop.trian", "train.run.lop.train", "spec.model.ModelSpec.from_hff"):
+    for wrong in ("train.run.loop.trian", "train.run.lop.train", "spec.model.ModelSpec.is_moe_lair"):
         with pytest.raises((AttributeError, ModuleNotFoundError)):
             resolve(wrong)
 

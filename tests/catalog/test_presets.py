@@ -3,6 +3,7 @@
 import pytest
 
 from dovetail.catalog.presets import load_model, model_names, model_source, read_model
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.model import Gqa
 
 NAMES = ["deepseek-v3", "deepseek-v2", "deepseek-v2-lite", "qwen2.5-72b", "llama-3.1-405b"]
@@ -45,7 +46,7 @@ def test_an_unknown_name_gets_near_matches() -> None:
 
 def test_a_table_of_a_run_file_is_a_dial_or_flat_keys() -> None:
     assert read_model({"dial": {"width": 256}}) == load_model("20m")
-    flat = load_model("qwen2.5-72b").to_hf()
+    flat = write_hf(load_model("qwen2.5-72b"))
     kept = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     assert isinstance(read_model({key: flat[key] for key in kept}).attention, Gqa)
     with pytest.raises(ValueError, match=r"run.toml: dial: unknown key 'widht'; did you mean width\? \(and 1 more"):

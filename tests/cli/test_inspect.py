@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import dovetail
+from dovetail.spec.hf_config import write_hf
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +62,7 @@ def test_inspect_prints_a_table_and_json() -> None:
 
 def test_unread_keys_go_to_stderr(tmp_path: Path) -> None:
     spec = dovetail.load_model("quickstart")
-    (tmp_path / "config.json").write_text(json.dumps({**spec.to_hf(), "index_topk": 4}), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps({**write_hf(spec), "index_topk": 4}), encoding="utf-8")
     done = run("inspect", str(tmp_path))
     assert done.returncode == 0
     assert "index_topk" in done.stderr and "index_topk" not in done.stdout

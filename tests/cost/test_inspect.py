@@ -7,6 +7,7 @@ import pytest
 
 from dovetail.catalog.presets import load_model, model_names
 from dovetail.cost.inspect import as_json, inspect, rows
+from dovetail.spec.hf_config import write_hf
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -22,7 +23,7 @@ def test_every_preset_can_be_inspected_printed_and_written_as_json(name: str) ->
 def test_a_config_and_a_checkpoint_directory_are_the_preset(tmp_path: Path) -> None:
     spec = load_model("quickstart")
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({**spec.to_hf(), "index_topk": 4}), encoding="utf-8")
+    config.write_text(json.dumps({**write_hf(spec), "index_topk": 4}), encoding="utf-8")
     from_file = inspect(str(config))
     assert from_file.spec == spec
     assert from_file.unread == ("index_topk",)

@@ -17,6 +17,7 @@ from dovetail.model.attention import mla, rope
 from dovetail.model.checkpoint.weights import to_published
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.model import ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]
@@ -57,7 +58,7 @@ def published_view(theirs: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def their_model(model: Transformer) -> PreTrainedModel:
-    config = AutoConfig.for_model(**model.spec.to_hf())
+    config = AutoConfig.for_model(**write_hf(model.spec))
     theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     state = theirs.state_dict()
     for name, tensor in to_published(model.state_dict(), model.spec):

@@ -9,8 +9,8 @@ from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig, Qwen2C
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dovetail.catalog.presets import load_model, model_names
-from dovetail.spec.hf_config import unread_keys
-from dovetail.spec.model import Gqa, Mla, ModelSpec, Yarn
+from dovetail.spec.hf_config import read_flat, read_hf, unread_keys, write_hf
+from dovetail.spec.model import Gqa, Mla, Yarn
 
 # The published DeepSeek-R1 config.json [HFcfg]; DeepSeek-V3's differs in nothing that is read.
 PUBLISHED: dict[str, Any] = {
@@ -82,14 +82,14 @@ def without(key: str) -> dict[str, Any]:
 
 
 def test_the_published_file_is_the_preset_up_to_the_initialisation() -> None:
-    spec = ModelSpec.from_hf(PUBLISHED)
+    spec = read_hf(PUBLISHED)
     assert spec.initializer_range == 0.02
     assert spec.model_copy(update={"initializer_range": 0.006}) == load_model("deepseek-v3")
     assert unread_keys(PUBLISHED) == []
 
 
 def test_what_is_written_is_the_published_file() -> None:
-    written = ModelSpec.from_hf(PUBLISHED).to_hf()
+    written = write_hf(read_hf(PUBLISHED))
     not_ours = {"auto_map", "quantization_config", "transformers_version"}
     assert written == {key: value for key, value in PUBLISHED.items() if key not in not_ours}
 
@@ -97,21 +97,21 @@ def test_what_is_written_is_the_published_file() -> None:
 @pytest.mark.parametrize("name", model_names())
 def test_every_preset_survives_the_round_trip_through_json(name: str) -> None:
     spec = load_model(name)
-    assert ModelSpec.from_hf(json.loads(json.dumps(spec.to_hf()))) == spec
+    assert read_hf(json.loads(json.dumps(write_hf(spec)))) == spec
 
 
 def test_scoring_function_is_always_written() -> None:
     """transformers' own files lack it, and llama.cpp then silently takes softmax."""
     assert "scoring_func" not in DeepseekV3Config().to_dict()
-    assert load_model("quickstart").to_hf()["scoring_func"] == "sigmoid"
-    assert load_model("deepseek-v2-lite").to_hf()["scoring_func"] == "softmax"
+    assert write_hf(load_model("quickstart"))["scoring_func"] == "sigmoid"
+    assert write_hf(load_model("deepseek-v2-lite"))["scoring_func"] == "softmax"
 
 
 @pytest.mark.parametrize("name", ["deepseek-v3", "quickstart", "104m", "300m"])
 def test_transformers_reads_what_we_write_and_we_read_what_it_writes(name: str) -> None:
     spec = load_model(name)
-    theirs = DeepseekV3Config(**spec.to_hf())
-    for key, value in spec.to_hf().items():
+    theirs = DeepseekV3Config(**write_hf(spec))
+    for key, value in write_hf(spec).items():
         if key not in ("rope_theta", "rope_scaling", "torch_dtype", "architectures"):
             assert getattr(theirs, key) == value, key
     assert theirs.rope_parameters["rope_theta"] == spec.rope_theta
@@ -122,12 +122,12 @@ def test_transformers_reads_what_we_write_and_we_read_what_it_writes(name: str) 
     ):
         assert "rope_theta" not in config
         # the three keys that transformers has no field for come back because it keeps unknown ones
-        assert ModelSpec.from_hf(config) == spec
+        assert read_hf(config) == spec
 
 
 def test_a_config_that_transformers_made_alone() -> None:
     theirs = DeepseekV3Config(num_nextn_predict_layers=2, rope_scaling=PUBLISHED["rope_scaling"])
-    spec = ModelSpec.from_hf(theirs.to_dict())
+    spec = read_hf(theirs.to_dict())
     assert spec.moe and spec.moe.scoring_func == "sigmoid" and spec.moe.topk_method == "noaux_tc"
     assert spec.num_nextn_predict_layers == 2
     assert spec.rope_scaling == load_model("deepseek-v3").rope_scaling
@@ -135,7 +135,7 @@ def test_a_config_that_transformers_made_alone() -> None:
 
 
 def test_yarn_scales_the_same_after_the_round_trip() -> None:
-    theirs = DeepseekV3Config(**ModelSpec.from_hf(PUBLISHED).to_hf())
+    theirs = DeepseekV3Config(**write_hf(read_hf(PUBLISHED)))
     original = DeepseekV3Config(**{key: value for key, value in PUBLISHED.items() if key != "quantization_config"})
     ours, published = (ROPE_INIT_FUNCTIONS["yarn"](config) for config in (theirs, original))
     assert ours[1] == published[1] == 1.0
@@ -145,53 +145,53 @@ def test_yarn_scales_the_same_after_the_round_trip() -> None:
 def test_absent_mscales_mean_what_the_published_code_takes() -> None:
     bare = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 4096}
     expected = Yarn(factor=4, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=0.0)
-    spec = ModelSpec.from_hf(changed(rope_scaling=bare))
+    spec = read_hf(changed(rope_scaling=bare))
     assert spec.rope_scaling == expected
     # ... which transformers agrees with: cos and sin carry 0.1 ln 4 + 1
-    factor = ROPE_INIT_FUNCTIONS["yarn"](DeepseekV3Config(**spec.to_hf()))[1]
+    factor = ROPE_INIT_FUNCTIONS["yarn"](DeepseekV3Config(**write_hf(spec)))[1]
     assert factor == pytest.approx(1.1386294)
 
 
 def test_null_query_rank_and_null_groups() -> None:
-    spec = ModelSpec.from_hf(changed(q_lora_rank=None, n_group=None, topk_group=None))
+    spec = read_hf(changed(q_lora_rank=None, n_group=None, topk_group=None))
     assert isinstance(spec.attention, Mla) and spec.attention.q_lora_rank is None
     assert spec.moe and (spec.moe.n_group, spec.moe.topk_group) == (1, 1)
-    assert spec.to_hf()["q_lora_rank"] is None
-    assert DeepseekV3Config(**spec.to_hf()).q_lora_rank is None
+    assert write_hf(spec)["q_lora_rank"] is None
+    assert DeepseekV3Config(**write_hf(spec)).q_lora_rank is None
 
 
 @pytest.mark.parametrize("name", ["deepseek-v2", "deepseek-v2-lite"])
 def test_v2_through_transformers(name: str) -> None:
     spec = load_model(name)
-    theirs = DeepseekV2Config(**spec.to_hf())
+    theirs = DeepseekV2Config(**write_hf(spec))
     assert (theirs.topk_method, theirs.n_group) == (spec.moe.topk_method, spec.moe.n_group)
-    assert ModelSpec.from_hf(theirs.to_dict()) == spec
-    alone = ModelSpec.from_hf(DeepseekV2Config(num_experts_per_tok=6).to_dict())
+    assert read_hf(theirs.to_dict()) == spec
+    alone = read_hf(DeepseekV2Config(num_experts_per_tok=6).to_dict())
     assert alone.moe and (alone.moe.topk_method, alone.moe.scoring_func) == ("greedy", "softmax")
 
 
 def test_a_greedy_gate_looks_at_no_groups_whatever_the_file_says() -> None:
     config = changed(model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax", n_group=8, topk_group=3)
-    spec = ModelSpec.from_hf(config)
+    spec = read_hf(config)
     assert spec.moe and (spec.moe.n_group, spec.moe.topk_group) == (1, 1)
 
 
 def test_grouped_query_models_through_transformers() -> None:
     qwen = load_model("qwen2.5-72b")
     assert isinstance(qwen.attention, Gqa) and qwen.attention.attention_bias
-    assert ModelSpec.from_hf(Qwen2Config(**qwen.to_hf()).to_dict()) == qwen
+    assert read_hf(Qwen2Config(**write_hf(qwen)).to_dict()) == qwen
     llama = load_model("llama-3.1-405b")
     llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     llama3["original_max_position_embeddings"] = 8192
-    theirs = LlamaConfig(**{**llama.to_hf(), "rope_scaling": llama3})
-    assert ModelSpec.from_hf(theirs.to_dict()) == llama  # only counted, so its scaling is not kept
+    theirs = LlamaConfig(**{**write_hf(llama), "rope_scaling": llama3})
+    assert read_hf(theirs.to_dict()) == llama  # only counted, so its scaling is not kept
 
 
 def test_a_model_without_experts() -> None:
-    spec = ModelSpec.from_hf(changed(n_routed_experts=None))
+    spec = read_hf(changed(n_routed_experts=None))
     assert spec.moe is None and not spec.is_moe_layer(60)
-    assert ModelSpec.from_hf(spec.to_hf()) == spec
-    assert DeepseekV3Config(**spec.to_hf()).first_k_dense_replace == 61  # so transformers builds no experts either
+    assert read_hf(write_hf(spec)) == spec
+    assert DeepseekV3Config(**write_hf(spec)).first_k_dense_replace == 61  # so transformers builds no experts either
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_model_without_experts() -> None:
 )
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(ValueError, match=f"missing key '{key}'"):
-        ModelSpec.from_hf(without(key))
+        read_hf(without(key))
 
 
 @pytest.mark.parametrize(
@@ -235,18 +235,18 @@ def test_a_missing_key_is_named(key: str) -> None:
 )
 def test_what_would_compute_something_else_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        ModelSpec.from_hf(changed(**changes))
+        read_hf(changed(**changes))
     assert "\n" not in str(caught.value)
 
 
 def test_unknown_keys_are_collected_and_not_fatal() -> None:
     config = changed(index_topk=2048, index_n_heads=64)
-    assert ModelSpec.from_hf(config) == ModelSpec.from_hf(PUBLISHED)
+    assert read_hf(config) == read_hf(PUBLISHED)
     assert unread_keys(config) == ["index_n_heads", "index_topk"]
 
 
 def test_several_end_tokens_become_the_first() -> None:
-    assert ModelSpec.from_hf(changed(eos_token_id=[5, 6])).eos_token_id == 5
+    assert read_hf(changed(eos_token_id=[5, 6])).eos_token_id == 5
 
 
 def test_flat_tables_are_strict() -> None:
@@ -258,13 +258,13 @@ def test_flat_tables_are_strict() -> None:
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
     }
-    assert isinstance(ModelSpec.from_flat({**flat, "source": "mine"}).attention, Mla)
+    assert isinstance(read_flat({**flat, "source": "mine"}).attention, Mla)
     with pytest.raises(ValueError, match=r"run\.toml: unknown key 'kv_lora_rnk'; did you mean kv_lora_rank"):
-        ModelSpec.from_flat({**flat, "kv_lora_rnk": 8}, where="run.toml")
+        read_flat({**flat, "kv_lora_rnk": 8}, where="run.toml")
     with pytest.raises(ValueError, match="model_type = 'gpt2' is not one of"):
-        ModelSpec.from_flat({**flat, "model_type": "gpt2"})
+        read_flat({**flat, "model_type": "gpt2"})
     with pytest.raises(ValueError, match="model: missing key 'v_head_dim'"):
-        ModelSpec.from_flat({key: value for key, value in flat.items() if key != "v_head_dim"})
+        read_flat({key: value for key, value in flat.items() if key != "v_head_dim"})
     flat["rope_scaling"] = {"factor": 4.0, "original_max_position_embeddings": 64, "beta": 1.0}
     with pytest.raises(ValueError, match=r"unknown key 'rope_scaling.beta'; did you mean beta_"):
-        ModelSpec.from_flat(flat)
+        read_flat(flat)

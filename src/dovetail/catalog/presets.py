@@ -13,6 +13,7 @@ from typing import Any
 
 from dovetail.config import near_matches, read_toml, validate
 from dovetail.spec.family import Dial, dovetail_spec
+from dovetail.spec.hf_config import read_flat
 from dovetail.spec.model import ModelSpec
 
 _MODELS = Path(__file__).parent / "models"
@@ -33,7 +34,7 @@ def read_model(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
     """The model that a TOML table describes, by a `dial` or flat config.json keys; `where` opens errors."""
     if "dial" in table:
         return dovetail_spec(validate(Dial, table["dial"], f"{where}: dial"))
-    return ModelSpec.from_flat(table, where)
+    return read_flat(table, where)
 
 
 def model_source(name: str) -> str:

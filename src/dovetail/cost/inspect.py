@@ -14,7 +14,7 @@ from typing import Any
 from dovetail.catalog.presets import load_model, model_names, model_source
 from dovetail.config import near_matches
 from dovetail.cost import count
-from dovetail.spec.hf_config import unread_keys
+from dovetail.spec.hf_config import read_hf, unread_keys, write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import Mla, ModelSpec
 
@@ -81,7 +81,7 @@ def _read(target: str) -> tuple[ModelSpec, str, tuple[str, ...], int | None]:
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds a JSON {type(config).__name__}, not an object")
     try:
-        return ModelSpec.from_hf(config), str(path), tuple(unread_keys(config)), stored
+        return read_hf(config), str(path), tuple(unread_keys(config)), stored
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
 
@@ -90,7 +90,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
     """Plain data: base units, whole numbers, the spec as a flat config.json table."""
     parameters = inspection.parameters
     record = {name: getattr(inspection, name) for name in Inspection.__dataclass_fields__}
-    record["spec"] = inspection.spec.to_hf()
+    record["spec"] = write_hf(inspection.spec)
     record["unread"] = list(inspection.unread)
     record["parameters"] = asdict(parameters) | {
         "total": parameters.total,

@@ -1,14 +1,13 @@
 """What a model is: attention, feed-forward, experts and multi-token prediction, as plain data.
 
 Field names are the keys of the published Hugging Face `config.json`, so a catalog entry, a checkpoint's
-config and a run file are all the same flat table; `ModelSpec.from_hf` and `to_hf` read and write it.
+config and a run file are all the same flat table, which `hf_config` reads and writes.
 Sources: [V3 §4.2], [V2 §3.1.2], [V3repo configs]. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -171,23 +170,3 @@ class ModelSpec(Record):
     def is_moe_layer(self, layer: int) -> bool:
         """Whether layer `layer` has experts; layers past the last stand for the MTP modules' blocks."""
         return self.moe is not None and layer >= self.moe.first_k_dense_replace
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """The spec in a Hugging Face `config.json`; see `dovetail.spec.hf_config.read_hf`."""
-        from dovetail.spec import hf_config  # it imports this file
-
-        return hf_config.read_hf(config)
-
-    @classmethod
-    def from_flat(cls, table: Mapping[str, Any], where: str = "model") -> ModelSpec:
-        """The spec in a flat TOML table of the same keys; see `dovetail.spec.hf_config.read_flat`."""
-        from dovetail.spec import hf_config
-
-        return hf_config.read_flat(table, where)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The published form of `config.json`; see `dovetail.spec.hf_config.write_hf`."""
-        from dovetail.spec import hf_config
-
-        return hf_config.write_hf(self)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dovetail.catalog.presets import load_model
 from dovetail.model.attention.rope import attention_scale, frequencies, rotate, tables, yarn_mscale, yarn_range
 from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance
+from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import ModelSpec
 
 Draw = Callable[..., Tensor]
@@ -65,7 +66,7 @@ def test_where_the_temperature_goes(
 ) -> None:
     """To the softmax scale by mscale_all_dim, and to cosine and sine by the ratio of the two."""
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **keys}
-    spec = ModelSpec.from_hf({**tiny_spec().to_hf(), "rope_scaling": scaling})
+    spec = read_hf({**write_hf(tiny_spec()), "rope_scaling": scaling})
     cos, sin = tables(spec, 8, torch.arange(5)[None])
     assert normwise_error((cos**2 + sin**2).sqrt(), torch.full((1, 5, 4), magnitude)) < tolerance(torch.float32)
     expected = 24**-0.5 * (1 + 0.1 * temperature * math.log(4)) ** 2

@@ -16,6 +16,7 @@ from transformers.modeling_layers import MtpModel
 
 from dovetail.model.checkpoint.weights import export_hf, import_hf, to_published
 from dovetail.model.transformer import Transformer
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.model import ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]
@@ -76,7 +77,7 @@ def test_our_export_computes_the_same_there(
 def test_their_save_computes_the_same_here(shape: str, tmp_path: Path, tiny_spec: SpecFactory) -> None:
     spec = tiny_spec(**SHAPES[shape])
     torch.manual_seed(1)
-    config = AutoConfig.for_model(**spec.to_hf())
+    config = AutoConfig.for_model(**write_hf(spec))
     theirs = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

@@ -9,6 +9,7 @@ import pytest
 from dovetail.config import load_toml, read_toml
 from dovetail.planner.report.launch import launches
 from dovetail.planner.request import Request, answer
+from dovetail.spec.hf_config import write_hf
 from dovetail.train.run.run_file import RunConfig, resolve_model, resolve_schedule
 
 SMALL = {"model": "20m", "clusters": ["h200-node"], "goal": "train", "batch": "64", "sequence_length": "1024"}
@@ -53,7 +54,7 @@ def test_a_varied_model_is_in_the_run_file(tmp_path):
 def test_a_config_file_is_named(tmp_path):
     from dovetail.catalog.presets import load_model
 
-    (tmp_path / "config.json").write_text(json.dumps(load_model("20m").to_hf()), encoding="utf-8")
+    (tmp_path / "config.json").write_text(json.dumps(write_hf(load_model("20m"))), encoding="utf-8")
     plan, (launch,) = launched(**{**SMALL, "model": str(tmp_path)}, gpus=1)
     (tmp_path / "run.toml").write_text(launch.blocks[0].text, encoding="utf-8")
     assert resolve_model(load_toml(tmp_path / "run.toml", RunConfig).model) == plan.work.spec

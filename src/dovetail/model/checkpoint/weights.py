@@ -34,6 +34,7 @@ from dovetail.model.checkpoint.inventory import (
 )
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.formats.quantize import Quantized, dequantize, quantize_weight, refuse_non_finite
+from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import (
     SCALE_SUFFIX,
@@ -91,7 +92,7 @@ def export_hf(
     shards = _plan(state, spec, bool(fp8), max_shard_bytes)
     tokenizer_paths = [Path(path) for path in tokenizer_files]
     _check_tokenizer_files(tokenizer_paths)
-    config = {**spec.to_hf(), "torch_dtype": str(state["embed_tokens.weight"].dtype).removeprefix("torch.")}
+    config = {**write_hf(spec), "torch_dtype": str(state["embed_tokens.weight"].dtype).removeprefix("torch.")}
     if fp8:
         config["quantization_config"] = _quantization_config(fp8)
     total = sum(size for _, size in shards)
@@ -117,7 +118,7 @@ def import_hf(
     dtype, before any memory is spent on weights.
     """
     directory = Path(hf_dir)
-    spec = ModelSpec.from_hf(read_config(directory))
+    spec = read_hf(read_config(directory))
     if mtp == "drop":
         spec = spec.model_copy(update={"num_nextn_predict_layers": 0})
     _checked_inventory(directory, spec, mtp)

@@ -20,6 +20,7 @@ from dovetail.planner.serving.decode import DecodePlan
 from dovetail.planner.serving.plan import ServingPlan
 from dovetail.planner.serving.prefill import PrefillPlan
 from dovetail.planner.training.plan import TrainingPlan
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
@@ -120,7 +121,7 @@ def _split(layout: Layout) -> tuple[tuple[str, int], ...]:
 def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
     if model not in model_names():
         return {}
-    mine, preset = spec.to_hf(), load_model(model).to_hf()
+    mine, preset = write_hf(spec), write_hf(load_model(model))
     return {key: value for key, value in mine.items() if value != preset.get(key) and value is not None}
 
 

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from dovetail.catalog.precision import load_recipe
 from dovetail.config import apply_override, near_matches
 from dovetail.planner.training.chunks import Workload
+from dovetail.spec.hf_config import read_flat
 from dovetail.spec.layout import ScheduleName
 from dovetail.spec.model import Gqa, Mla, ModelSpec, Moe
 
@@ -125,7 +126,7 @@ def _keys(table: Mapping[str, Any]) -> list[str]:
 def _varied(work: Workload, table: Mapping[str, Any], changes: Mapping[str, Any]) -> Workload:
     label = ", ".join(f"{key} = {value}" for key, value in changes.items())
     shapes = {key: value for key, value in changes.items() if key != PRECISION}
-    spec = ModelSpec.from_flat({**table, **shapes}, where=f"--vary {label}") if shapes else work.spec
+    spec = read_flat({**table, **shapes}, where=f"--vary {label}") if shapes else work.spec
     _check_taken(spec, shapes, label)
     recipe = load_recipe(changes[PRECISION]) if PRECISION in changes else work.recipe
     return replace(work, spec=spec, recipe=recipe, label=label)

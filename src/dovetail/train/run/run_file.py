@@ -22,6 +22,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.config import Record, dump, load_toml, near_matches, read_toml
 from dovetail.model.transformer import Transformer
+from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import ModelSpec
 from dovetail.text.atomic import write_bytes
 from dovetail.text.documents import DataConfig, read_documents
@@ -110,16 +111,16 @@ def resolve_model(config: ModelConfig) -> ModelSpec:
     else:
         assert config.config is not None
         try:
-            spec = ModelSpec.from_hf(json.loads(config.config.read_text("utf-8")))
+            spec = read_hf(json.loads(config.config.read_text("utf-8")))
         except json.JSONDecodeError as error:
             raise ValueError(f"{config.config}: not JSON ({error})") from None
     if not config.change:
         return spec
-    table = spec.to_hf()
+    table = write_hf(spec)
     for key in config.change:
         if key not in table:
             raise ValueError(f"model.change.{key}: the model has no such key; {near_matches(key, table)}")
-    return ModelSpec.from_hf({**table, **config.change})
+    return read_hf({**table, **config.change})
 
 
 def resolve_schedule(config: RunConfig) -> TrainingSchedule:
