@@ -56,10 +56,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
     scores = logits.sigmoid() if moe.scoring_func == "sigmoid" else logits.softmax(dim=-1)
     with torch.no_grad():
         biased = scores if bias is None else scores + bias
-        if capability.on_cpu(biased) and biased.dtype == torch.float32:
-            expert_ids = gate_numba.select(biased, moe)
-        else:
-            expert_ids = select(biased, moe)
+        expert_ids = select(biased, moe)
         counts = torch.bincount(expert_ids.flatten(), minlength=moe.n_routed_experts)
     weights = scores.gather(1, expert_ids)
     if moe.norm_topk_prob:
@@ -69,6 +66,12 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
 
 def select(biased: Tensor, moe: Moe) -> Tensor:
     """The chosen experts [N, K] int64 by biased scores [N, E], best first."""
+    if capability.on_cpu(biased) and biased.dtype == torch.float32:
+        return gate_numba.select(biased, moe)
+    return select_reference(biased, moe)
+
+
+def select_reference(biased: Tensor, moe: Moe) -> Tensor:
     if moe.n_group > 1:
         grouped = biased.unflatten(-1, (moe.n_group, -1))
         best = 2 if moe.topk_method == "noaux_tc" else 1

@@ -37,7 +37,7 @@ def token_losses(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
     for start, stop in _chunks(hidden.shape[0], head.shape[0]):
         logits = F.linear(hidden[start:stop], head)
-        losses[start:stop] = _losses_and_gradient(logits, targets[start:stop], 0.0)
+        losses[start:stop] = losses_and_gradient(logits, targets[start:stop], 0.0)
     return losses
 
 
@@ -67,7 +67,7 @@ class _TokenLoss(torch.autograd.Function):
         for start, stop in chunks:
             rows = hidden[start:stop]
             logits = F.linear(rows, head)
-            total += _losses_and_gradient(logits, targets[start:stop], 1.0 / num_targets).double().sum()
+            total += losses_and_gradient(logits, targets[start:stop], 1.0 / num_targets).double().sum()
             grad_hidden[start:stop] = logits @ head
             outer = logits.t() @ rows
             grad_head = outer if grad_head is None else grad_head.add_(outer)
@@ -81,10 +81,14 @@ class _TokenLoss(torch.autograd.Function):
         return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None
 
 
-def _losses_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+def losses_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     """The loss of each row; logits become scale * (softmax - one_hot), zero rows where IGNORED."""
     if capability.on_cpu(logits):
         return loss_numba.losses_and_gradient(logits, targets, scale)
+    return losses_and_gradient_reference(logits, targets, scale)
+
+
+def losses_and_gradient_reference(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
     wide = logits.float()
     losses = F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="none")
     gradient = wide.softmax(dim=-1)

@@ -14,7 +14,7 @@ torch.optim.AdamW takes BF16 moments beside FP32 parameters only on CUDA with fu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Literal
 
 import torch
@@ -69,7 +69,7 @@ class AdamW:
 
     def grad_norm(self, gradients: Mapping[str, Tensor]) -> float:
         """Euclidean norm over all gradients; inf or nan if any element is."""
-        squares = [_sum_of_squares(gradients[name]) for name in self.slots]
+        squares = [sum_of_squares(gradients[name]) for name in self.slots]
         return float(torch.stack(squares).sum().sqrt())
 
     @torch.no_grad()
@@ -115,7 +115,8 @@ def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coef
     written = (slot.parameter, slot.master, slot.moment1, slot.moment2)
     is_plain = slot.master.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in written)
     if is_plain and capability.on_cpu(gradient, *written):
-        optim_numba.update(slot, gradient, config, coefficients)
+        factors = *astuple(coefficients), config.beta1, config.beta2, config.eps
+        optim_numba.update(written, gradient, factors)
     else:
         update_reference(slot, gradient, config, coefficients)
 
@@ -132,7 +133,11 @@ def update_reference(slot: Slot, gradient: Tensor, config: AdamWConfig, coeffici
     slot.moment2.copy_(moment2)
 
 
-def _sum_of_squares(gradient: Tensor) -> Tensor:
+def sum_of_squares(gradient: Tensor) -> Tensor:
     if capability.on_cpu(gradient):
         return optim_numba.sum_of_squares(gradient)
+    return sum_of_squares_reference(gradient)
+
+
+def sum_of_squares_reference(gradient: Tensor) -> Tensor:
     return gradient.double().square().sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,6 @@ from torch import Tensor
 
 from dovetail.numerics.cpu.kernels import array, kernel
 from dovetail.numerics.cpu.scalars_numba import load, store
-
-if TYPE_CHECKING:
-    from dovetail.train.step.optim import AdamWConfig, Coefficients, Slot
 
 BLOCK = 4096  # elements per piece of work; fixed, so that sums do not depend on the thread count
 
@@ -55,23 +52,13 @@ def _sum_of_squares(values, partial):  # type: ignore[no-untyped-def]
         partial[block] = total
 
 
-def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
-    scalars = np.array(
-        [
-            coefficients.learning_rate,
-            coefficients.decay,
-            coefficients.inverse_correction2,
-            coefficients.grad_scale,
-            config.beta1,
-            config.beta2,
-            config.eps,
-            1.0 - config.beta1,  # in FP64: in FP32, 1 - 0.999 is wrong by 5e-5 of itself
-            1.0 - config.beta2,
-        ],
-        dtype=np.float32,
-    )
-    tensors = (slot.parameter, slot.master, slot.moment1, slot.moment2, gradient.contiguous())
-    _update(*(array(x.detach().view(-1)) for x in tensors), scalars)
+def update(written: Sequence[Tensor], gradient: Tensor, factors: Sequence[float]) -> None:
+    """written: parameter, master, both moments. factors: learning rate / (1 - b1^t), learning rate * weight decay,
+    1 / (1 - b2^t), gradient scale; beta1, beta2, eps."""
+    beta1, beta2 = factors[4:6]
+    rest = 1.0 - beta1, 1.0 - beta2  # in FP64: in FP32, 1 - 0.999 is wrong by 5e-5 of itself
+    scalars = np.array([*factors, *rest], dtype=np.float32)
+    _update(*(array(x.detach().view(-1)) for x in (*written, gradient.contiguous())), scalars)
 
 
 def sum_of_squares(gradient: Tensor) -> Tensor:
