@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +13,7 @@ from _gpu import ROWS, WEIGHTS
 from torch import Tensor
 from torch.nn.functional import ScalingType
 
-from dovetail.numerics.formats.quantize import Quantized
-from dovetail.numerics.products.scaled_reference import transposed
+from dovetail.numerics.formats.quantized import BLOCK_TILE, COLUMN_TILE, ROW_TILE, Quantized, transposed
 
 BF16, LIBRARY = "torch BF16", "torch scaled_mm"
 
@@ -85,22 +84,21 @@ def prepare(case: Case, device: torch.device) -> Sides:
 
 def _prepare_rows(case: Case, device: torch.device) -> Sides:
     from dovetail.numerics.formats import quantize_triton
-    from dovetail.numerics.products import scaled_kernels_triton
+    from dovetail.numerics.products import scaled_triton
 
     x = torch.randn(case.groups * case.rows, case.k, device=device, dtype=torch.bfloat16)
     w = torch.randn(case.groups, case.n, case.k, device=device, dtype=torch.bfloat16)
-    a = quantize_triton.quantize(x, (1, 128))
-    b = _stacked([quantize_triton.quantize(each, (128, 128)) for each in w])
+    a = quantize_triton.quantize(x, ROW_TILE)
+    each_weight = [quantize_triton.quantize(each, BLOCK_TILE) for each in w]
+    weight = _stacked(each_weight)
     offsets = [case.rows * g for g in range(case.groups + 1)]
     counts = torch.full((case.groups,), case.rows, dtype=torch.int32, device=device)
     rows = [_rows(a, start, stop) for start, stop in pairwise(offsets)]
 
     def ours(blocking: Any) -> Tensor:
-        if case.layout == "dense":
-            return scaled_kernels_triton.scaled_matmul(a, b[0], blocking=blocking)
-        if case.layout == "contiguous":
-            return scaled_kernels_triton.grouped_scaled_matmul(a, b, offsets, blocking=blocking)
-        return scaled_kernels_triton.masked_scaled_matmul(a, b, counts, blocking=blocking)
+        if case.layout == "masked":
+            return scaled_triton.masked_fprop(a, weight, counts, blocking=blocking)
+        return scaled_triton.fprop(a, weight, offsets, blocking=blocking)
 
     ends = torch.tensor(offsets[1:], dtype=torch.int32, device=device)
     bf16: dict[str, Callable[[], Tensor]] = {
@@ -108,23 +106,23 @@ def _prepare_rows(case: Case, device: torch.device) -> Sides:
         "contiguous": lambda: F.grouped_mm(x, w.transpose(1, 2), offs=ends),
         "masked": lambda: torch.bmm(x.view(case.groups, case.rows, case.k), w.transpose(1, 2)),
     }
-    library = [_library_product(*pair) for pair in zip(rows, b, strict=True)]
+    library = [_library_product(*pair) for pair in zip(rows, each_weight, strict=True)]
     return Sides(
         ours=ours,
         rivals={BF16: bf16[case.layout], LIBRARY: lambda: torch.cat([product() for product in library])
                 if len(library) > 1 else library[0]()},
-        products=list(zip(rows, b, strict=True)),
+        products=list(zip(rows, each_weight, strict=True)),
         parts=lambda result: [result[start:stop] for start, stop in pairwise(offsets)],
     )  # fmt: skip
 
 
 def _prepare_wgrad(case: Case, device: torch.device) -> Sides:
     from dovetail.numerics.formats import quantize_triton
-    from dovetail.numerics.products import scaled_kernels_triton
+    from dovetail.numerics.products import scaled_triton
 
     tokens = case.groups * case.rows
     grad, x = (torch.randn(tokens, size, device=device, dtype=torch.bfloat16) for size in (case.n, case.k))
-    left, right = (quantize_triton.quantize(each, (128, 1)) for each in (grad, x))
+    left, right = (quantize_triton.quantize(each, COLUMN_TILE) for each in (grad, x))
     offsets = [case.rows * g for g in range(case.groups + 1)]
     ends = torch.tensor(offsets[1:], dtype=torch.int32, device=device)
     pairs = [
@@ -133,7 +131,7 @@ def _prepare_wgrad(case: Case, device: torch.device) -> Sides:
     ]
     library = [_library_product(*pair, ScalingType.BlockWise1x128) for pair in pairs]
     return Sides(
-        ours=lambda blocking: scaled_kernels_triton.grouped_scaled_outer(left, right, offsets, blocking=blocking),
+        ours=lambda blocking: scaled_triton.wgrad(left, right, offsets, dtype=torch.float32, blocking=blocking),
         rivals={
             BF16: lambda: F.grouped_mm(grad.t(), x, offs=ends),
             LIBRARY: lambda: torch.stack([product() for product in library]),
@@ -157,16 +155,12 @@ def _library_product(
     return lambda: F.scaled_mm(left, right, a_scale, ScalingType.BlockWise1x128, b_scale, recipe)
 
 
-def _stacked(parts: Sequence[Quantized]) -> list[Quantized]:
-    """The same, as slices of one tensor."""
+def _stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Matrices of one shape, as one."""
     data, scale = torch.stack([part.data for part in parts]), torch.stack([part.scale for part in parts])
-    return [Quantized(data=d, scale=s, tile=parts[0].tile) for d, s in zip(data, scale, strict=True)]
+    return replace(parts[0], data=data, scale=scale)
 
 
 def _rows(quantized: Quantized, start: int, stop: int, height: int = 1) -> Quantized:
-    return Quantized(
-        data=quantized.data[start:stop],
-        scale=quantized.scale[start // height : stop // height],
-        tile=quantized.tile,
-        format=quantized.format,
-    )
+    scale = quantized.scale[start // height : stop // height]
+    return replace(quantized, data=quantized.data[start:stop], scale=scale)

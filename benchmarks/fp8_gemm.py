@@ -8,7 +8,7 @@ Floor: the slower of FLOP at the measured FP8 rate and bytes at the measured mem
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import torch
@@ -19,9 +19,10 @@ from _sides import append_rows, print_table, progress
 from torch import Tensor
 
 from dovetail.numerics.formats.errors import normwise_error, tolerance
-from dovetail.numerics.formats.quantize import Quantized, dequantize
+from dovetail.numerics.formats.quantize import dequantize
+from dovetail.numerics.formats.quantized import Quantized
 from dovetail.numerics.products import scaled_reference as reference
-from dovetail.numerics.products.accumulate import HopperAccumulator
+from dovetail.numerics.products.accumulators import HopperAccumulator
 
 OURS = "dovetail"
 HOPPER = (9, 0)
@@ -40,7 +41,7 @@ def check(case: Case, sides: Sides, result: Tensor) -> tuple[float, float]:
     worst, equal = 0.0, 1.0
     for (a, b), part in zip(sides.products, sides.parts(result), strict=True):
         worst = max(worst, normwise_error(part, _full_product(a, b)))
-        corner = reference.scaled_matmul(_corner(a), _corner(b), HopperAccumulator(), result.dtype)
+        corner = reference.product(_corner(a), _corner(b), HopperAccumulator(), result.dtype)
         ours = part[:CORNER, :CORNER].cpu()
         worst = max(worst, normwise_error(ours, corner))
         equal = min(equal, (ours == corner).float().mean().item())
@@ -56,17 +57,13 @@ def _full_product(a: Quantized, b: Quantized) -> Tensor:
 
 def _corner(quantized: Quantized) -> Quantized:
     """The first CORNER rows, on the CPU."""
-    return Quantized(
-        data=quantized.data[:CORNER].cpu(),
-        scale=quantized.scale[: max(1, CORNER // quantized.tile[0])].cpu(),
-        tile=quantized.tile,
-        format=quantized.format,
-    )
+    scale = quantized.scale[: max(1, CORNER // quantized.tile[0])].cpu()
+    return replace(quantized, data=quantized.data[:CORNER].cpu(), scale=scale)
 
 
 def measure(case: Case, device: torch.device, repeats: int, tune: bool) -> tuple[dict[str, Times], dict[str, str], Any]:
     """Times by side, reasons by side that did not run, and (error, share of equal bits)."""
-    from dovetail.numerics.products.scaled_kernels_triton import BLOCKINGS
+    from dovetail.numerics.products.scaled_blocks_triton import BLOCKINGS
 
     sides, times, refused = prepare(case, device), {}, {}
     checked = check(case, sides, sides.ours(None))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dovetail.numerics.formats import logfmt
 from dovetail.numerics.formats import quantize as reference
-from dovetail.numerics.formats.logfmt import LogFmt
-from dovetail.numerics.formats.quantize import Quantized, dequantize, grid_values
+from dovetail.numerics.formats.quantize import dequantize
+from dovetail.numerics.formats.quantized import LogFmt, Quantized, grid_values
 
 OURS, EAGER = "dovetail", "torch eager"
 CAPABILITY = (8, 9)  # the first that casts to FP8

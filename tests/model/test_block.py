@@ -111,15 +111,7 @@ class QuantisingDispatcher:
         sent, kept = operand_and_kept(x.detach(), self.precision)
         token_ids = plain.way_back.token_ids
         arrived = [
-            dataclasses.replace(
-                each,
-                **{
-                    name: value[token_ids]
-                    for name in ("data", "grid", "codes", "scale")
-                    if isinstance(value := getattr(each, name, None), Tensor)
-                },
-            )
-            for each in (sent, kept)
+            dataclasses.replace(each, data=each.data[token_ids], scale=each.scale[token_ids]) for each in (sent, kept)
         ]
         noise = plain.rows + (torch.rand_like(plain.rows) - plain.rows).detach()
         return dataclasses.replace(plain, rows=noise, quantized=tuple(arrived))

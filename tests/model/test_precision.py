@@ -13,9 +13,10 @@ from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.formats.errors import normwise_error, unit_roundoff
 from dovetail.numerics.formats.quantize import dequantize, quantize
+from dovetail.numerics.formats.quantized import transposed
 from dovetail.numerics.linear import Linear, quantized_linear
-from dovetail.numerics.products.accumulate import HopperAccumulator
-from dovetail.numerics.products.scaled_reference import scaled_matmul, scaled_outer, transposed
+from dovetail.numerics.products.accumulators import HopperAccumulator
+from dovetail.numerics.products.scaled_reference import product
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
 
@@ -84,9 +85,9 @@ def test_a_layer_multiplies_as_its_accumulator_does(promotion: int | None, draw:
     rows, block = quantize(x.float(), (1, 128)), quantize(weight.float(), (128, 128))
     columns = quantize(dequantize(rows), (128, 1))  # as the layer keeps its input
     grads = [quantize(grad.float(), tile, "e5m2") for tile in ((1, 128), (128, 1))]
-    assert torch.equal(ours[0], scaled_matmul(rows, block, accumulator, dtype))
-    assert torch.equal(ours[1], scaled_matmul(grads[0], transposed(block), accumulator, dtype))
-    assert torch.equal(ours[2], scaled_outer(grads[1], columns, accumulator, dtype))
+    assert torch.equal(ours[0], product(rows, block, accumulator, dtype))
+    assert torch.equal(ours[1], product(grads[0], transposed(block), accumulator, dtype))
+    assert torch.equal(ours[2], product(transposed(grads[1]), transposed(columns), accumulator, dtype))
     tiles = gradients(lambda x, w: quantized_linear(x, w, GemmPrecision()), [x, weight], grad)
     assert not any(torch.equal(mine, other) for mine, other in zip(ours, tiles, strict=True))
 

@@ -81,11 +81,10 @@ def launches() -> dict[str, Callable[[], object]]:
     from dovetail.numerics.formats import logfmt_triton as logfmt
     from dovetail.numerics.formats import quantize_triton as quantisation
     from dovetail.numerics.formats import rounding_triton
-    from dovetail.numerics.formats.logfmt import LogFmt
-    from dovetail.numerics.operands.operands import Operand
-    from dovetail.numerics.products import scaled_kernels_triton as gemm
+    from dovetail.numerics.formats.quantized import LogFmt, Quantized
     from dovetail.numerics.products import scaled_triton as products
-    from dovetail.numerics.products.accumulate import Fp32Accumulator, HopperAccumulator
+    from dovetail.numerics.products.accumulators import Fp32Accumulator, HopperAccumulator
+    from dovetail.numerics.products.scaled_blocks_triton import BLOCKINGS
 
     plain = rounding_triton.rounding
 
@@ -100,39 +99,43 @@ def launches() -> dict[str, Callable[[], object]]:
     )
     ragged = quantisation.empty_quantized((256, 1000), (1, 128), "e4m3", x.device)
     counts, parts = torch.zeros(2, dtype=torch.int32), torch.tensor([[0, 3], [3, 131], [131, 256]])
+    packed = torch.zeros(256, 1500, dtype=torch.uint8)
+    e5m6 = Quantized(data=packed, scale=ragged.scale, tile=(1, 128), format="e5m6", columns=1000)
     kept = row.data, parts, (128, 1), "e4m3", False, row.scale
-    e5m6 = torch.zeros(256, 1000, dtype=torch.float16), parts, (128, 1), "e4m3", True, ragged.scale
-    shards, plain_scale = torch.zeros(2, 1000, 256).to(torch.float8_e4m3fn), torch.ones(2, 8, 2)
-    weight = Operand(shards, plain_scale)
+    kept_e5m6 = quantisation.numbers_of(e5m6), parts, (128, 1), "e4m3", True, ragged.scale
+
+    def stacked(each: Quantized, count: int) -> Quantized:
+        return replace(each, data=torch.stack([each.data] * count), scale=torch.stack([each.scale] * count))
+
+    def by_rows(rows: Quantized, weight: Quantized, *rest: Any, **options: Any) -> object:
+        return products.fprop(rows, stacked(weight, 1), [0, 256], *rest, **options)
+
+    shards = torch.zeros(2, 1000, 256).to(torch.float8_e4m3fn)
+    experts = Quantized(data=shards, scale=torch.ones(2, 8, 2), tile=(128, 128))
+    ragged_rows = replace(column, scale=column.scale[:1].expand(3, -1))
     sent = LogFmt(
         data=torch.zeros(256, 1280, dtype=torch.uint8), minimum=row.scale, step=row.scale, bits=10, columns=1024
     )
     found: dict[str, Callable[[], object]] = {
-        "columns of experts": lambda: quantisation.quantize_columns(x, [0, 3, 256], check=False),
+        "columns of experts": lambda: quantisation.quantize_parts(x, parts, (128, 1)),
         "re-tiled": lambda: quantisation.quantize_parts(*kept),
-        "re-tiled from E5M6": lambda: quantisation.quantize_parts(*e5m6),
+        "re-tiled from E5M6": lambda: quantisation.quantize_parts(*kept_e5m6),
         "blocks of experts": lambda: quantisation.quantize_parts(x, parts, (128, 128)),
-        "restored": lambda: quantisation.dequantize_rows(row.data, row.scale, torch.bfloat16),
-        "restored from FP16": lambda: quantisation.dequantize_rows(e5m6[0], ragged.scale, torch.float32),
-        "dgrad of experts": lambda: products.by_rows(
-            Operand(ragged.data, ragged.scale), weight, [0, 3, 256], HopperAccumulator(), True
-        ),
-        "wgrad of experts": lambda: products.wgrad(
-            *(Operand(each.data, each.scale[:1].expand(3, -1)) for each in (column, column)),
-            [0, 3, 256],
-            HopperAccumulator(),
-        ),
+        "restored": lambda: quantisation.dequantize(row, torch.bfloat16),
+        "restored from FP16": lambda: quantisation.dequantize(e5m6, torch.float32),
+        "dgrad of experts": lambda: products.dgrad(ragged, experts, [0, 3, 256]),
+        "wgrad of experts": lambda: products.wgrad(ragged_rows, ragged_rows, [0, 3, 256]),
         "strided": lambda: quantisation.quantize(x[:, ::2], (1, 128), check=False),
         "e5m6": lambda: quantisation.quantize(x, (1, 128), "e5m6", check=False),
         "e5m2": lambda: quantisation.quantize(x, (1, 128), "e5m2", check=False),
-        "ragged K": lambda: gemm.scaled_matmul(ragged, ragged),
-        "rows by rows": lambda: gemm.scaled_matmul(row, row, dtype=torch.float32),
-        "promoted every 32": lambda: gemm.scaled_matmul(row, block, HopperAccumulator(32)),
-        "widened": lambda: gemm.scaled_matmul(row, block, Fp32Accumulator()),
-        "contiguous": lambda: gemm.grouped_scaled_matmul(row, [block, block], [0, 100, 256]),
-        "masked": lambda: gemm.masked_scaled_matmul(row, [block, block], counts),
-        "wgrad": lambda: gemm.grouped_scaled_outer(column, column, [0, 128, 256]),
-        "wgrad of one": lambda: gemm.scaled_outer(column, column),
+        "ragged K": lambda: by_rows(ragged, ragged),
+        "rows by rows": lambda: by_rows(row, row, dtype=torch.float32),
+        "promoted every 32": lambda: by_rows(row, block, HopperAccumulator(32)),
+        "widened": lambda: by_rows(row, block, Fp32Accumulator()),
+        "contiguous": lambda: products.fprop(row, stacked(block, 2), [0, 100, 256]),
+        "masked": lambda: products.masked_fprop(row, stacked(block, 2), counts),
+        "wgrad": lambda: products.wgrad(column, column, [0, 128, 256]),
+        "wgrad of one, in FP32": lambda: products.wgrad(column, column, [0, 256], dtype=torch.float32),
         "decode": lambda: logfmt.decode(sent),
         "decode in FP32": lambda: logfmt.decode(sent, torch.bfloat16, torch.float32),
         "encode": lambda: logfmt.encode(x, 9, check=False),
@@ -141,8 +144,8 @@ def launches() -> dict[str, Callable[[], object]]:
     for tile in ((1, 128), (128, 128), (128, 1)):
         for rule in (False, True):
             found[f"{tile}, power of two {rule}"] = lambda t=tile, p=rule: quantisation.quantize(x, t, "e4m3", p, False)
-    for each in gemm.BLOCKINGS:
-        found[f"{each}"] = lambda b=each: gemm.scaled_matmul(row, block, blocking=b)
+    for each in BLOCKINGS:
+        found[f"{each}"] = lambda b=each: by_rows(row, block, blocking=b)
     return found
 
 

@@ -27,7 +27,7 @@ from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Block
 from dovetail.numerics import capability
-from dovetail.numerics.operands.operands import block_operand, column_operand, keep_rows, retiled_operand, token_tiles
+from dovetail.numerics.operands.operands import quantize_and_keep, quantize_blocks, quantize_columns, retile
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla, ModelSpec, Moe
@@ -207,21 +207,21 @@ def _roundings(spec: ModelSpec, tokens: int, device: torch.device) -> list[Prepa
 
     def quantise() -> Operation:
         x = random(tokens, dim)
-        return lambda: keep_rows(x, ROW)
+        return lambda: quantize_and_keep(x, ROW)
 
     def quantise_weight() -> Operation:
         weight = random(experts, 2 * moe.moe_intermediate_size, dim)
-        return lambda: block_operand(weight, BLOCK)
+        return lambda: quantize_blocks(weight, BLOCK)
 
-    bounds, _ = token_tiles(range(0, rows + 1, rows // experts))
+    offsets = range(0, rows + 1, rows // experts)
 
     def requantise_input() -> Operation:
-        _, kept = keep_rows(random(rows, dim), ROW)
-        return lambda: retiled_operand(kept, bounds, COLUMN)
+        _, kept = quantize_and_keep(random(rows, dim), ROW)
+        return lambda: retile(kept, offsets, COLUMN)
 
     def requantise_gradient() -> Operation:
         grad = random(rows, 2 * moe.moe_intermediate_size)
-        return lambda: column_operand(grad, bounds, COLUMN)
+        return lambda: quantize_columns(grad, offsets, COLUMN)
 
     return [
         ("quantise input of q_a and kv_a", 1, quantise),

@@ -23,9 +23,8 @@ from dovetail.model.attention.rope import tables
 from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Block
-from dovetail.numerics.operands.operands import block_operand, column_operand, row_operand, token_tiles
-from dovetail.numerics.products.grouped import grouped_linear, grouped_outer
-from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
+from dovetail.numerics.operands.operands import quantize_blocks, quantize_columns, quantize_rows
+from dovetail.numerics.products import grouped, scaled
 from dovetail.spec.layout import Layout
 from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla
@@ -129,17 +128,17 @@ def _product(op: Gemm, device: torch.device) -> Operation:
         left, right = random(groups * k, m), random(groups * k, n)
         if groups == 1:
             return lambda: left.t() @ right
-        return lambda: grouped_outer(left, right, _offsets(groups, k))
+        return lambda: grouped.wgrad(left, right, _offsets(groups, k))
     rows = random(groups * m, k)
     if op.pass_ == "forward":
         weights = random(groups, n, k)
         if groups == 1:
             return lambda: F.linear(rows, weights[0])
-        return lambda: grouped_linear(rows, weights, _offsets(groups, m))
+        return lambda: grouped.fprop(rows, weights, _offsets(groups, m))
     weights = random(groups, k, n)  # as the forward pass has them: outputs by inputs
     if groups == 1:
         return lambda: rows @ weights[0]
-    return lambda: grouped_linear(rows, weights.transpose(1, 2), _offsets(groups, m))
+    return lambda: grouped.dgrad(rows, weights, _offsets(groups, m))
 
 
 def _scaled_product(pass_: str, shape: tuple[int, int, int], groups: int, device: torch.device) -> Operation:
@@ -151,15 +150,14 @@ def _scaled_product(pass_: str, shape: tuple[int, int, int], groups: int, device
 
     if pass_ == "wgrad":
         offsets = _offsets(groups, k)
-        bounds, _ = token_tiles(offsets)
-        left, right = (column_operand(random(groups * k, side), bounds, COLUMN) for side in (m, n))
-        return lambda: wgrad(left, right, offsets)
-    offsets, rows = _offsets(groups, m), row_operand(random(groups * m, k), ROW)
+        left, right = (quantize_columns(random(groups * k, side), offsets, COLUMN) for side in (m, n))
+        return lambda: scaled.wgrad(left, right, offsets)
+    offsets, rows = _offsets(groups, m), quantize_rows(random(groups * m, k), ROW)
     if pass_ == "forward":
-        outputs = block_operand(random(groups, n, k), BLOCK)
-        return lambda: fprop(rows, outputs, offsets)
-    inputs = block_operand(random(groups, k, n), BLOCK)
-    return lambda: dgrad(rows, inputs, offsets)
+        outputs = quantize_blocks(random(groups, n, k), BLOCK)
+        return lambda: scaled.fprop(rows, outputs, offsets)
+    inputs = quantize_blocks(random(groups, k, n), BLOCK)
+    return lambda: scaled.dgrad(rows, inputs, offsets)
 
 
 def _offsets(groups: int, rows: int) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """Linear layers and SwiGLU feed-forwards in a recipe's precision, as autograd functions.
 
 Forward and backward products run on quantised operands; weights stay BF16 and are quantised for each use. For the
-backward pass a layer keeps its input as `operands.Kept`, a feed-forward also its SwiGLU's input, whose output is
+backward pass a layer keeps its input in a small format too, a feed-forward also its SwiGLU's input, whose output is
 made again [V3 §3.3.3]. Gradients come out in BF16.
 """
 
@@ -14,23 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dovetail.numerics.formats.quantized import Quantized
 from dovetail.numerics.operands.operands import (
-    Kept,
-    Operand,
-    block_operand,
-    column_operand,
     keep,
-    keep_rows,
-    retiled_operand,
-    row_operand,
-    token_tiles,
+    quantize_and_keep,
+    quantize_blocks,
+    quantize_columns,
+    quantize_rows,
+    retile,
 )
-from dovetail.numerics.products.accumulate import HopperAccumulator, TensorCore
+from dovetail.numerics.products.accumulators import FP32, Accumulator, HopperAccumulator
 from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
 from dovetail.numerics.weight_gradients import WeightGradients, now_or_later
-from dovetail.spec.precision import GemmPrecision, Quantization
+from dovetail.spec.precision import GemmPrecision
 
-Input = tuple[Operand, Kept]  # as fprop takes it, and as it is kept
+Input = tuple[Quantized, Quantized]  # as fprop takes it, and as it is kept
 
 
 class Linear(nn.Linear):
@@ -139,48 +137,41 @@ class _WideLinear(torch.autograd.Function):
 def operand_and_kept(x: Tensor, precision: GemmPrecision) -> Input:
     """The input as fprop takes it, and as it is kept."""
     if precision.saved_input is None:
-        return keep_rows(x, precision.input)
-    return row_operand(x, precision.input), keep(x, precision.saved_input)
+        return quantize_and_keep(x, precision.input)
+    return quantize_rows(x, precision.input), keep(x, precision.saved_input)
 
 
-def output_of(rows: Operand, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
+def output_of(rows: Quantized, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
     """Rows [R, K] as fprop takes them and stacked weights [G, N, K] -> [R, N]."""
-    core = tensor_core(precision, precision.input, precision.weight)
-    return fprop(rows, block_operand(weight, precision.weight), offsets, core)
+    return fprop(rows, quantize_blocks(weight, precision.weight), offsets, accumulator_of(precision))
 
 
 def input_gradient(grad: Tensor, weight: Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
     """Of grad [R, N] and stacked weights [G, N, K] -> [R, K]."""
-    core = tensor_core(precision, precision.grad, precision.weight)
-    return dgrad(row_operand(grad, precision.grad), block_operand(weight, precision.weight), offsets, core)
+    stacked = quantize_blocks(weight, precision.weight)
+    return dgrad(quantize_rows(grad, precision.grad), stacked, offsets, accumulator_of(precision))
 
 
-def weight_gradient(grad: Tensor, kept: Kept | Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
+def weight_gradient(grad: Tensor, kept: Quantized | Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
     """Of grad [R, N] and the input [R, K], as it was kept or made again (BF16) -> [G, N, K]."""
-    bounds, _ = token_tiles(offsets)
-    if isinstance(kept, Kept):
-        rows = retiled_operand(kept, bounds, precision.wgrad_input)
-    else:
-        rows = column_operand(kept, bounds, precision.wgrad_input)
-    core = tensor_core(precision, precision.wgrad_grad, precision.wgrad_input)
-    return wgrad(column_operand(grad, bounds, precision.wgrad_grad), rows, offsets, core)
+    columns = retile if isinstance(kept, Quantized) else quantize_columns
+    rows = columns(kept, offsets, precision.wgrad_input)
+    return wgrad(quantize_columns(grad, offsets, precision.wgrad_grad), rows, offsets, accumulator_of(precision))
 
 
-def tensor_core(precision: GemmPrecision, a: Quantization, b: Quantization) -> TensorCore | None:
-    """What adds the product of operands in `a` and `b`; None: FP32 adds its tiles of 128."""
-    if precision.accumulator == "fp32":
-        return None
-    return TensorCore(HopperAccumulator(precision.promotion), (a.format, b.format))
+def accumulator_of(precision: GemmPrecision) -> Accumulator:
+    """What adds a layer's products; FP32 by tiles of 128."""
+    return FP32 if precision.accumulator == "fp32" else HopperAccumulator(precision.promotion)
 
 
-def save(ctx: Any, kept: Sequence[Kept], *tensors: Tensor) -> None:
+def save(ctx: Any, kept: Sequence[Quantized], *tensors: Tensor) -> None:
     """Through save_for_backward, so that hooks on saved tensors see them."""
-    parts = [part for each in kept for part in (each.codes, each.scale)]
+    parts = [part for each in kept for part in (each.data, each.scale)]
     ctx.save_for_backward(*parts, *tensors)
-    ctx.kept = [(each.quantization, each.width) for each in kept]
+    ctx.kept = [{"tile": each.tile, "format": each.format, "columns": each.columns} for each in kept]
 
 
-def saved(ctx: Any) -> tuple[list[Kept], tuple[Tensor, ...]]:
+def saved(ctx: Any) -> tuple[list[Quantized], tuple[Tensor, ...]]:
     tensors, count = ctx.saved_tensors, len(ctx.kept)
     pairs = zip(tensors[0 : 2 * count : 2], tensors[1 : 2 * count : 2], ctx.kept, strict=True)
-    return [Kept(codes, scale, *rest) for codes, scale, rest in pairs], tensors[2 * count :]
+    return [Quantized(data=data, scale=scale, **rest) for data, scale, rest in pairs], tensors[2 * count :]

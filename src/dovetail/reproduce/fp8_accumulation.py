@@ -27,8 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dovetail.numerics.formats.quantize import grid_values, quantize
-from dovetail.numerics.products.accumulate import HopperAccumulator, matmul
+from dovetail.numerics.formats.quantize import quantize
+from dovetail.numerics.formats.quantized import grid_values
+from dovetail.numerics.products.accumulate import matmul
+from dovetail.numerics.products.accumulators import HopperAccumulator
 from dovetail.text.atomic import write_bytes
 from dovetail.train.report.picture import INK, STYLE
 

@@ -5,15 +5,19 @@ the GPU's is compared where it is made, and the CPU's handed on: the end is then
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from dovetail.model.experts.quantized_mlp import MlpPrecision, quantized_mlp
+from dovetail.numerics import products
 from dovetail.numerics.formats.errors import rowwise_error, tolerance
-from dovetail.numerics.operands.operands import Operand
+from dovetail.numerics.formats.quantized import Quantized
 from dovetail.numerics.products import scaled
+from dovetail.numerics.products.accumulators import HOPPER
 from dovetail.spec.precision import GemmPrecision, Quantization
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
@@ -63,10 +67,11 @@ def test_forward_and_backward(
     expected, compared = run(parts, precision), []
 
     def checked(product: Callable[..., Tensor], reference: Callable[..., Tensor], terms: int) -> Callable[..., Tensor]:
-        def call(left: Operand, right: Operand, offsets: list[int], accumulator: object, *rest: object) -> Tensor:
-            ours = product(left, right, offsets, accumulator, *rest)
-            plain = [Operand(each.grid.bfloat16().contiguous(), each.scale) for each in (left, right)]
-            cpu = reference(*plain, offsets, None, *rest)
+        def call(left: Quantized, right: Quantized, offsets: list[int], accumulator: object) -> Tensor:
+            assert accumulator == HOPPER  # whatever a recipe names, sums within a tile are the Tensor Core's
+            ours = product(left, right, offsets, accumulator)
+            plain = [replace(each, data=each.data.bfloat16().contiguous()) for each in (left, right)]
+            cpu = reference(*plain, offsets)
             assert ours.dtype == cpu.dtype and ours.shape == cpu.shape
             assert rowwise_error(ours.flatten(0, -2), cpu.flatten(0, -2)) < 2 * tolerance(torch.bfloat16, terms=terms)
             compared.append(ours)
@@ -74,10 +79,9 @@ def test_forward_and_backward(
 
         return call
 
-    by_rows = checked(scaled_triton.by_rows, scaled._by_rows, max(DIM, 2 * WIDTH))
-    monkeypatch.setattr(scaled_triton, "by_rows", by_rows)
-    wgrad = checked(scaled_triton.wgrad, scaled.wgrad, 131)
-    monkeypatch.setattr(scaled_triton, "wgrad", wgrad)
+    terms = {"fprop": max(DIM, 2 * WIDTH), "dgrad": max(DIM, 2 * WIDTH), "wgrad": 131}
+    stand_in = {name: checked(getattr(scaled_triton, name), getattr(scaled, name), terms[name]) for name in terms}
+    monkeypatch.setattr(products, "scaled_triton", SimpleNamespace(**stand_in))
     with with_triton():
         ours = run(parts, precision)
     assert len(compared) == 6

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dovetail.numerics.formats import logfmt
 from dovetail.numerics.formats.logfmt import (
-    BITS,
-    LogFmt,
     decode,
     encode,
     extremes,
@@ -25,6 +23,7 @@ from dovetail.numerics.formats.logfmt import (
     unpack_bits,
 )
 from dovetail.numerics.formats.quantize import dequantize, quantize
+from dovetail.numerics.formats.quantized import LOGFMT_BITS, LogFmt
 
 Draw = Callable[..., Tensor]
 
@@ -75,7 +74,7 @@ def hard_tiles(draw: Draw) -> Tensor:
     return torch.cat(tiles)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 def test_closed_form_is_the_nearest_value(bits: int, draw: Draw) -> None:
     x = hard_tiles(draw)
     minimum, step = tile_grid(*extremes(x), bits)
@@ -83,7 +82,7 @@ def test_closed_form_is_the_nearest_value(bits: int, draw: Draw) -> None:
     assert torch.equal(to_codes(x, minimum, step, bits), expected)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 def test_closed_form_is_the_nearest_value_around_every_border(bits: int, draw: Draw) -> None:
     """The FP32 numbers next to the middle of each two neighbours, and at the middle as far as FP32 has it."""
     steps = 2 ** (bits - 1) - 2
@@ -142,7 +141,7 @@ def test_range_is_limited_to_32_octaves() -> None:
     assert encode(x[:, :2], 10).minimum.item() == pytest.approx(-31.9, abs=1e-5)  # within the range: no limit
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 def test_ends_of_a_tile_are_kept_and_neighbours_within_half_a_step(bits: int, draw: Draw) -> None:
     x = draw(16, 256)
     encoded = encode(x, bits)
@@ -157,7 +156,7 @@ def test_ends_of_a_tile_are_kept_and_neighbours_within_half_a_step(bits: int, dr
         assert ((kept - end).abs() <= 2 * 16 * 2**-24 * end).all()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_decoded_encodes_to_itself(bits: int, dtype: torch.dtype, draw: Draw) -> None:
     encoded = encode(draw(4, 300, dtype=dtype), bits)
@@ -178,7 +177,7 @@ def test_errors_come_in_the_expected_order(draw: Draw) -> None:
 
 def test_error_halves_with_every_bit(draw: Draw) -> None:
     x = draw(64, 512)
-    errors = {bits: (round_to_logfmt(x, bits) - x).norm().item() for bits in BITS}
+    errors = {bits: (round_to_logfmt(x, bits) - x).norm().item() for bits in LOGFMT_BITS}
     for bits in range(7, 13):
         steps = (2 ** (bits - 1) - 2) / (2 ** (bits - 2) - 2)  # as many more in the same range
         assert errors[bits - 1] / errors[bits] == pytest.approx(steps, rel=0.03)
@@ -220,7 +219,7 @@ def test_rounding_is_encoding_and_decoding(bits: int, dtype: torch.dtype, draw: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 def test_kernels_are_the_references(bits: int, dtype: torch.dtype, draw: Draw) -> None:
     tiles = hard_tiles(draw).to(dtype)
     shapes = [torch.cat([tiles, tiles[:, :70].flip(0)], 1), draw(40, 300, dtype=dtype), tiles[:0], tiles[:, :1]]
@@ -242,7 +241,7 @@ def test_the_kernel_doubts_at_borders_and_the_reference_decides(draw: Draw, monk
     assert asked == [1]
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 @pytest.mark.parametrize("shape", [(3, 128), (2, 5), (1, 1), (4, 3, 21), (0, 8), (2, 0)], ids=str)
 def test_packing_is_a_little_endian_stream(bits: int, shape: tuple[int, ...]) -> None:
     codes = torch.arange(math.prod(shape)).mul(2617).remainder(2**bits).view(shape).to(torch.int16)
@@ -254,7 +253,7 @@ def test_packing_is_a_little_endian_stream(bits: int, shape: tuple[int, ...]) ->
         assert bytes(stored.tolist()) == stream.to_bytes(packed.shape[-1], "little")
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", LOGFMT_BITS)
 def test_bytes_are_those_of_codes_and_metadata(bits: int, draw: Draw) -> None:
     assert encode(draw(3, 512), bits).num_bytes == 3 * 4 * (16 * bits + 8)
     assert encode(draw(3, 130), bits).num_bytes == 3 * (math.ceil(130 * bits / 8) + 2 * 8)

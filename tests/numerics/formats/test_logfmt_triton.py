@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics.formats import logfmt as reference
-from dovetail.numerics.formats.logfmt import LogFmt
+from dovetail.numerics.formats.quantized import LogFmt
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
 

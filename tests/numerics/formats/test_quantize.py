@@ -6,17 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.numerics.formats.floats import decode, encode, float_format, pack_e5m6, round_to, unpack_e5m6
-from dovetail.numerics.formats.quantize import (
-    AMAX_FLOOR,
-    E4M3_MAX,
-    Quantized,
-    dequantize,
-    grid_values,
-    quantize,
-    quantize_weight,
-    retile,
-)
+from dovetail.numerics.formats.floats import E4M3, decode, encode, float_format, pack_e5m6, round_to, unpack_e5m6
+from dovetail.numerics.formats.quantize import dequantize, quantize, quantize_weight
+from dovetail.numerics.formats.quantized import AMAX_FLOOR, Quantized, grid_values, spread_scale
 
 Draw = Callable[..., Tensor]
 TILES = [(1, 128), (128, 1), (128, 128)]
@@ -27,7 +19,7 @@ def round_to_e4m3(value: float) -> float:
     if value == 0:
         return value
     step = 2.0 ** (max(math.floor(math.log2(abs(value))), -6) - 3)
-    return math.copysign(min(round(abs(value) / step) * step, E4M3_MAX), value)
+    return math.copysign(min(round(abs(value) / step) * step, E4M3.max), value)
 
 
 def quantize_by_loops(weight: Tensor, tile: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +31,7 @@ def quantize_by_loops(weight: Tensor, tile: int) -> tuple[np.ndarray, np.ndarray
     for i in range(scale.shape[0]):
         for j in range(scale.shape[1]):
             block = array[i * tile : (i + 1) * tile, j * tile : (j + 1) * tile]
-            scale[i, j] = max(np.abs(block).max(), np.float32(AMAX_FLOOR)) / np.float32(E4M3_MAX)
+            scale[i, j] = max(np.abs(block).max(), np.float32(AMAX_FLOOR)) / np.float32(E4M3.max)
             for r in range(block.shape[0]):
                 for c in range(block.shape[1]):
                     quotient = float(np.float32(block[r, c]) / scale[i, j])
@@ -74,7 +66,7 @@ def test_ragged_edges_have_a_scale_of_their_own(shape: tuple[int, int], scales: 
     assert tuple(quantized.scale.shape) == scales
     assert quantized.data.shape == weight.shape
     last = weight[(scales[0] - 1) * 128 :, (scales[1] - 1) * 128 :]
-    assert quantized.scale[-1, -1] == last.abs().max() / E4M3_MAX
+    assert quantized.scale[-1, -1] == last.abs().max() / E4M3.max
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -129,7 +121,7 @@ def test_block_below_the_amax_floor_keeps_its_values() -> None:
     weight = random_weight(64, 64, seed=7) * 1e-6
     assert weight.abs().max() < AMAX_FLOOR
     quantized = quantize_weight(weight)
-    assert quantized.scale.item() == pytest.approx(AMAX_FLOOR / E4M3_MAX)
+    assert quantized.scale.item() == pytest.approx(AMAX_FLOOR / E4M3.max)
     step = quantized.scale.item() * 2**-9  # the subnormal step
     assert ((dequantize(quantized) - weight).abs() <= torch.maximum(weight.abs() / 15, torch.tensor(step))).all()
 
@@ -139,7 +131,7 @@ def test_largest_values_are_finite_and_reach_448(power_of_two: bool) -> None:
     weight = torch.tensor([[3.0e38, -3.0e38], [1.0, 0.0]])
     quantized = quantize_weight(weight, power_of_two=power_of_two)
     assert torch.isfinite(quantized.data.float()).all()
-    assert power_of_two or quantized.data.float().abs().max() == E4M3_MAX
+    assert power_of_two or quantized.data.float().abs().max() == E4M3.max
     assert torch.allclose(dequantize(quantized), weight, rtol=2**-4, atol=1e30)
 
 
@@ -178,11 +170,6 @@ def test_wrong_inputs_are_refused_with_their_shape() -> None:
         dequantize(Quantized(data=good.data, scale=good.scale[:1], tile=good.tile))
 
 
-def spread(scale: Tensor, tile: tuple[int, int], shape: torch.Size) -> Tensor:
-    """Each element's scale."""
-    return scale.repeat_interleave(tile[0], 0)[: shape[0]].repeat_interleave(tile[1], 1)[:, : shape[1]]
-
-
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("format", ["e4m3", "e5m2", "e5m6", "e3m4", "e4m7"])
 @pytest.mark.parametrize("tile", [(1, 8), (8, 1), (8, 8)], ids=str)
@@ -209,7 +196,7 @@ def test_tiles_are_rounded_as_their_definition_says(
 def test_error_of_every_format_is_half_a_step(tile: tuple[int, int], format: str, draw: Draw) -> None:
     x, fmt = draw(150, 260), float_format(format)
     quantized = quantize(x, tile, format)
-    scale = spread(quantized.scale, tile, x.shape)
+    scale = spread_scale(quantized)
     half_step = torch.maximum(x.abs() * 2.0 ** (-1 - fmt.mantissa_bits), scale * fmt.smallest_subnormal / 2)
     roundings = x.abs() * 2**-22  # the FP32 division and product
     assert ((dequantize(quantized) - x).abs() <= half_step + roundings).all()
@@ -258,41 +245,11 @@ def test_column_tiles_are_row_tiles_of_the_transpose(draw: Draw) -> None:
     assert torch.equal(columns.data.float(), rows.data.float().t())
 
 
-@pytest.mark.parametrize("format", ["e4m3", "e5m6"])
-def test_retiling_with_powers_of_two_rounds_once(format: str, draw: Draw) -> None:
-    """What keeps clear of the new tiles' subnormals comes through exactly; with other scales little does."""
-    x = 1 + draw(200, 300).abs() / 2
-    once = quantize(x, (1, 128), format, power_of_two=True)
-    again = retile(once)
-    assert again.tile == (128, 1) and again.format == format and again.scale.shape == (2, 300)
-    assert torch.equal(dequantize(again), dequantize(once))
-    plain = quantize(x, (1, 128), format)
-    twice = dequantize(retile(plain, power_of_two=False))
-    assert (twice != dequantize(plain)).float().mean() > 0.2
-
-
-def test_retiling_loses_only_what_sinks_below_the_new_tile(draw: Draw) -> None:
-    x = draw(256, 128) * torch.exp2(4 * draw(256, 1))  # tokens differ, so 128x1 tiles hold large and small ones
-    once = quantize(x, (1, 128), power_of_two=True)
-    again = retile(once)
-    lost = (dequantize(again) - dequantize(once)).abs()
-    assert lost.any()
-    assert (lost <= spread(again.scale, (128, 1), x.shape) * 2**-10).all()  # half of the smallest subnormal
-
-
-def test_retiling_can_change_the_format(draw: Draw) -> None:
-    kept = quantize(draw(130, 128), (1, 128), "e5m6", power_of_two=True)
-    operand = retile(kept, (128, 1), "e4m3")
-    direct = quantize(dequantize(kept), (128, 1), "e4m3", power_of_two=True)
-    assert operand.data.dtype == torch.float8_e4m3fn
-    assert torch.equal(operand.data.float(), direct.data.float()) and torch.equal(operand.scale, direct.scale)
-
-
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
 def test_empty_matrices_pass_in_every_tile(shape: tuple[int, int], tile: tuple[int, int]) -> None:
     quantized = quantize(torch.zeros(shape), tile, "e5m6")
-    assert dequantize(retile(quantized)).shape == shape
+    assert dequantize(quantized).shape == shape
 
 
 @pytest.mark.parametrize("format", ["e4m3", "e5m6"])

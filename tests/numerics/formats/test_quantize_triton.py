@@ -10,14 +10,14 @@ from torch import Tensor
 
 from dovetail.catalog.presets import load_model
 from dovetail.numerics.formats import quantize as reference
-from dovetail.numerics.formats.floats import E4M3, FORMATS, FloatFormat, decode, encode
-from dovetail.numerics.formats.quantize import Quantized, grid_values
+from dovetail.numerics.formats.floats import E4M3, FORMATS, FloatFormat, decode, encode, pack_e5m6
+from dovetail.numerics.formats.quantized import Quantized, grid_values, token_tiles
 
 triton = pytest.importorskip("triton", reason="Triton is published for Linux only")
 tl = triton.language
 
 from dovetail.numerics.formats import quantize_triton  # noqa: E402
-from dovetail.numerics.formats.quantize_triton import quantize, quantize_columns  # noqa: E402
+from dovetail.numerics.formats.quantize_triton import dequantize, quantize, quantize_parts, reads  # noqa: E402
 from dovetail.numerics.formats.rounding_triton import divide, narrow, rounding, widen  # noqa: E402
 from dovetail.numerics.formats.rounding_triton import encode as encode_block  # noqa: E402
 
@@ -124,13 +124,35 @@ def test_column_tiles_are_written_along_k(draw: Draw) -> None:
 @pytest.mark.parametrize("offsets", [[0, 0], [0, 1], [0, 0, 130, 130, 301], [0, 128, 256]], ids=str)
 def test_column_tiles_begin_anew_with_every_expert(offsets: Sequence[int], draw: Draw) -> None:
     x = uneven(draw, offsets[-1], 40)
-    actual = quantize_columns(x.to(DEVICE), offsets)
+    actual = quantize_parts(x.to(DEVICE), token_tiles(offsets)[0], COLUMN)
     parts = [reference.quantize(x[start:stop], COLUMN) for start, stop in pairwise(offsets)]
     assert torch.equal(bits(actual.scale), bits(torch.cat([part.scale for part in parts])))
     values = torch.cat([grid_values(part) for part in parts])
     assert torch.equal(bits(grid_values(actual)), bits(values))
     if offsets == [0, 0, 130, 130, 301]:  # tiles that ran on over experts would be wrong
         assert len(actual.scale) != len(reference.quantize(x, COLUMN).scale)
+
+
+def test_dequantising_takes_row_tiles_of_float8_and_packed_codes(draw: Draw, with_triton: Callable[[], object]) -> None:
+    x = uneven(draw, 9, 300)
+    with with_triton() as device:
+        for name in ("e4m3", "e5m2"):
+            rows = quantize(x.to(device), ROW, name)
+            assert reads(rows)
+            for dtype in (torch.float32, torch.bfloat16):
+                assert torch.equal(dequantize(rows, dtype), reference.dequantize_reference(rows, dtype))
+        codes = quantize(x.to(device), ROW, "e5m6")
+        padded = torch.nn.functional.pad(codes.data.view(torch.int16), (0, 4))
+        packed = replace(codes, data=pack_e5m6(padded), columns=300)
+        assert reads(packed) and packed.shape == (9, 300)
+        assert torch.equal(dequantize(packed, torch.float32), reference.dequantize_reference(codes))
+        others = [
+            codes,
+            quantize(x.to(device), COLUMN),
+            quantize(x.to(device), BLOCK),
+            quantize(x.to(device), ROW, "e3m4"),
+        ]
+        assert not any(reads(each) for each in others)
 
 
 def test_operands_of_the_published_model(draw: Draw) -> None:
@@ -151,8 +173,6 @@ def test_wrong_inputs_are_refused(draw: Draw) -> None:
         quantize(x, ROW, "bf16")
     with pytest.raises(ValueError, match=r"float64 \[4, 8\]"):
         quantize(x.double(), ROW)
-    with pytest.raises(ValueError, match=r"\[0, 3\] do not divide the 4 rows"):
-        quantize_columns(x, [0, 3])
 
 
 @triton.jit

@@ -9,19 +9,9 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics.formats.errors import normwise_error, tolerance
-from dovetail.numerics.products.accumulate import (
-    Accumulator,
-    Fp32Accumulator,
-    HopperAccumulator,
-    Scales,
-    dot_by_integers,
-    matmul,
-    matmul_reference,
-    multiply_add,
-)
-from dovetail.numerics.products.accumulate import (
-    _has_kernel as has_kernel,
-)
+from dovetail.numerics.products.accumulate import _has_kernel as has_kernel
+from dovetail.numerics.products.accumulate import dot_by_integers, matmul, matmul_reference, multiply_add
+from dovetail.numerics.products.accumulators import Accumulator, Fp32Accumulator, HopperAccumulator, Scales
 
 Draw = Callable[..., Tensor]
 Matmul = Callable[..., Tensor]

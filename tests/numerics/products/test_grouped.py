@@ -9,12 +9,7 @@ from torch import Tensor
 
 from dovetail.numerics import capability
 from dovetail.numerics.formats.errors import normwise_error, tolerance
-from dovetail.numerics.products.grouped import (
-    grouped_linear,
-    grouped_linear_reference,
-    grouped_outer,
-    grouped_outer_reference,
-)
+from dovetail.numerics.products.grouped import dgrad, fprop, fprop_reference, wgrad, wgrad_reference
 
 Draw = Callable[..., Tensor]
 EMPTY, EVEN, UNEVEN = [0, 0, 0, 0], [0, 32, 32, 64], [0, 1, 10, 27]
@@ -45,14 +40,14 @@ def test_products_are_those_of_a_loop(
 ) -> None:
     rows, grads, weights = operands(offsets, widths, dtype, draw)
     wide = rows.double(), grads.double(), weights.double()
-    forward = grouped_linear(rows, weights, offsets)
-    truth = grouped_linear_reference(wide[0], wide[2], offsets)
+    forward = fprop(rows, weights, offsets)
+    truth = fprop_reference(wide[0], wide[2], offsets)
     assert normwise_error(forward, truth) < tolerance(dtype, terms=widths[0])
-    back = grouped_linear(grads, weights.transpose(1, 2), offsets)
-    truth = grouped_linear_reference(wide[1], wide[2].transpose(1, 2), offsets)
+    back = dgrad(grads, weights, offsets)
+    truth = fprop_reference(wide[1], wide[2].transpose(1, 2), offsets)
     assert normwise_error(back, truth) < tolerance(dtype, terms=widths[1])
-    outer = grouped_outer(grads, rows, offsets)
-    truth = grouped_outer_reference(wide[1], wide[0], offsets)
+    outer = wgrad(grads, rows, offsets)
+    truth = wgrad_reference(wide[1], wide[0], offsets)
     assert normwise_error(outer, truth) < tolerance(dtype, terms=offsets[-1] + 1)
     assert not outer[[i for i in range(3) if offsets[i] == offsets[i + 1]]].any()
 
@@ -67,15 +62,15 @@ def test_views_between_neighbours_that_are_not_numbers(dtype: torch.dtype, draw:
         inside.append(around[:, 5 : 5 + x.shape[1]])
     shifted = [3, 22, 22, 53]
     results = [
-        (grouped_linear, (inside[0], weights), (rows, weights)),
-        (grouped_linear, (inside[1], weights.transpose(1, 2)), (grads, weights.transpose(1, 2))),
-        (grouped_outer, tuple(inside), (rows, grads)),
+        (fprop, (inside[0], weights), (rows, weights)),
+        (dgrad, (inside[1], weights), (grads, weights)),
+        (wgrad, tuple(inside), (rows, grads)),
     ]
     for function, ours, plain in results:
-        if function is grouped_linear and not capability.on_bf16_cpu(*ours):
+        if function is not wgrad and not capability.on_bf16_cpu(*ours):
             continue  # torch's own products of all rows are not what is tested here
         view, right = function(*ours, shifted), function(*plain, [0, 19, 19, 50])
-        view = view[3:53] if function is grouped_linear else view
+        view = view if function is wgrad else view[3:53]
         assert normwise_error(view, right.double()) < 2 * tolerance(dtype, terms=60)
 
 
@@ -88,7 +83,7 @@ def test_threads_do_not_matter(draw: Draw) -> None:
     try:
         for count in {1, threads, numba.config.NUMBA_NUM_THREADS}:
             numba.set_num_threads(count)
-            results.append((grouped_linear(rows, weights, offsets), grouped_outer(grads, rows, offsets)))
+            results.append((fprop(rows, weights, offsets), wgrad(grads, rows, offsets)))
     finally:
         numba.set_num_threads(threads)
     assert all(torch.equal(mine, right) for ours in results for mine, right in zip(ours, results[0], strict=True))
@@ -97,9 +92,9 @@ def test_threads_do_not_matter(draw: Draw) -> None:
 @needs_kernel
 def test_a_row_is_the_same_in_any_company(draw: Draw) -> None:
     rows, _, weights = operands([0, 100, 200, 300], (70, 40), torch.bfloat16, draw)
-    together = grouped_linear(rows, weights, [0, 100, 200, 300])
+    together = fprop(rows, weights, [0, 100, 200, 300])
     for row in (0, 7, 99):
-        assert torch.equal(grouped_linear(rows[row : row + 1], weights, [0, 1, 1, 1])[0], together[row])
+        assert torch.equal(fprop(rows[row : row + 1], weights, [0, 1, 1, 1])[0], together[row])
 
 
 def test_sums_are_kept_in_fp32(dtype: torch.dtype, draw: Draw) -> None:
@@ -107,7 +102,7 @@ def test_sums_are_kept_in_fp32(dtype: torch.dtype, draw: Draw) -> None:
     rows, _, weights = operands([0, 64, 64, 64], (4096, 16), dtype, draw)
     truth = rows[:64].double() @ weights[0].double().t()
     bound = tolerance(dtype, terms=4096)
-    assert normwise_error(grouped_linear(rows, weights, [0, 64, 64, 64]), truth) < bound
+    assert normwise_error(fprop(rows, weights, [0, 64, 64, 64]), truth) < bound
     total = torch.zeros(64, 16, dtype=torch.bfloat16)
     for k in range(0, 4096, 32):
         total = (total.float() + rows[:, k : k + 32].float() @ weights[0, :, k : k + 32].float().t()).bfloat16()
@@ -118,9 +113,9 @@ def test_sums_are_kept_in_fp32(dtype: torch.dtype, draw: Draw) -> None:
 def test_what_is_not_finite_is_passed_on(poison: float, dtype: torch.dtype, draw: Draw) -> None:
     rows, grads, weights = operands(EVEN, (40, 24), dtype, draw)
     rows[33, 5] = poison
-    is_finite = grouped_linear(rows, weights.abs(), EVEN).isfinite()
+    is_finite = fprop(rows, weights.abs(), EVEN).isfinite()
     assert torch.equal(is_finite, (torch.arange(64) != 33)[:, None].expand(-1, 24))
-    is_finite = grouped_outer(rows, grads.abs(), EVEN).isfinite()
+    is_finite = wgrad(rows, grads.abs(), EVEN).isfinite()
     assert not is_finite[2, 5].any()
     is_finite[2, 5] = True
     assert is_finite.all()

@@ -1,6 +1,8 @@
 """Products of quantised operands: the CPU kernel bit for bit as its reference, and both near the exact product."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,12 +10,11 @@ from torch import Tensor
 
 from dovetail.numerics import capability
 from dovetail.numerics.formats.errors import normwise_error, tolerance
-from dovetail.numerics.formats.quantize import Quantized
-from dovetail.numerics.operands.operands import Operand, block_operand, column_operand, row_operand, token_tiles
-from dovetail.numerics.products import scaled
-from dovetail.numerics.products.accumulate import HopperAccumulator, TensorCore
-from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
-from dovetail.numerics.products.scaled_reference import grouped_scaled_matmul, grouped_scaled_outer, transposed
+from dovetail.numerics.formats.quantized import Quantized, grid_values, spread_scale, token_tiles
+from dovetail.numerics.operands.operands import quantize_blocks, quantize_columns, quantize_rows
+from dovetail.numerics.products import accumulate, scaled, scaled_numba, scaled_reference, scaled_torch
+from dovetail.numerics.products.accumulators import FP32, HOPPER, Accumulator, HopperAccumulator
+from dovetail.numerics.products.scaled import fprop
 from dovetail.reproduce.fp8_accumulation import measure
 from dovetail.spec.precision import BLOCK, COLUMN, ROW
 
@@ -22,26 +23,28 @@ OFFSETS = [[0, 0, 0], [0, 5, 5], [0, 130, 301]]
 WIDTHS = [(8, 8), (130, 70), (257, 300), (33, 128)]  # inputs, outputs
 
 
-def operands(offsets: list[int], widths: tuple[int, int], draw: Draw) -> dict[str, Operand]:
+def operands(offsets: list[int], widths: tuple[int, int], draw: Draw) -> dict[str, Quantized]:
     inputs, outputs = widths
     rows = draw(offsets[-1], inputs, dtype=torch.bfloat16)
     grad = draw(offsets[-1], outputs, dtype=torch.bfloat16, scale=1e-3)
     weight = draw(2, outputs, inputs, dtype=torch.bfloat16, scale=0.02)
-    bounds, _ = token_tiles(offsets)
     return {
-        "rows": row_operand(rows, ROW),
-        "grad": row_operand(grad, ROW),
-        "weight": block_operand(weight, BLOCK),
-        "rows_t": column_operand(rows, bounds, COLUMN),
-        "grad_t": column_operand(grad, bounds, COLUMN),
+        "rows": quantize_rows(rows, ROW),
+        "grad": quantize_rows(grad, ROW),
+        "weight": quantize_blocks(weight, BLOCK),
+        "rows_t": quantize_columns(rows, offsets, COLUMN),
+        "grad_t": quantize_columns(grad, offsets, COLUMN),
     }
 
 
-def products(parts: dict[str, Operand], offsets: list[int], core: TensorCore | None = None) -> list[Tensor]:
+def products(
+    parts: dict[str, Quantized], offsets: list[int], accumulator: Accumulator = FP32, path: ModuleType = scaled
+) -> list[Tensor]:
+    """By the module that `scaled` chooses, or by another."""
     return [
-        fprop(parts["rows"], parts["weight"], offsets, core),
-        dgrad(parts["grad"], parts["weight"], offsets, core),
-        wgrad(parts["grad_t"], parts["rows_t"], offsets, core),
+        path.fprop(parts["rows"], parts["weight"], offsets, accumulator),
+        path.dgrad(parts["grad"], parts["weight"], offsets, accumulator),
+        path.wgrad(parts["grad_t"], parts["rows_t"], offsets, accumulator),
     ]
 
 
@@ -53,19 +56,33 @@ def test_kernel_is_the_reference_bit_for_bit(
     parts = operands(offsets, widths, draw)
     ours, has_kernel = products(parts, offsets), capability.has_bf16_instructions()
     monkeypatch.setattr(capability, "has_bf16_instructions", lambda: False)
-    by_tiles = products(parts, offsets)
-    monkeypatch.setattr(scaled, "product_by_tiles", scaled.product_reference)
+    by_tiles, references = products(parts, offsets), products(parts, offsets, path=scaled_reference)
     terms = (*widths, offsets[-1] + 1)
-    for mine, tiled, reference, count in zip(ours, by_tiles, products(parts, offsets), terms, strict=True):
+    for mine, tiled, reference, count in zip(ours, by_tiles, references, terms, strict=True):
         assert mine.dtype == tiled.dtype == torch.bfloat16
         assert torch.equal(mine, reference if has_kernel else tiled)
         assert normwise_error(tiled, reference.double()) < 2 * tolerance(torch.bfloat16, terms=count)
 
 
-def wide(operand: Operand, dim: int) -> Tensor:
-    """Values times scales in FP64; row tiles lie along dim 1, others are given spread."""
-    scale = operand.scale.double().repeat_interleave(128, dim)
-    return operand.grid.double() * scale.narrow(dim, 0, operand.grid.shape[dim])
+def test_each_path_is_taken_where_it_is_for(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight = quantize_rows(draw(3, 256).bfloat16(), ROW), quantize_blocks(draw(2, 8, 256).bfloat16(), BLOCK)
+    codes = replace(rows, data=rows.data.to(torch.float8_e4m3fn))
+    inside, never = HopperAccumulator(32), HopperAccumulator(None)
+    for has_instructions in (True, False):
+        monkeypatch.setattr(capability, "has_bf16_instructions", lambda answer=has_instructions: answer)
+        fp32 = scaled_numba if has_instructions else scaled_torch
+        assert scaled._path(rows, weight, FP32) == (fp32, FP32)
+        for accumulator in (HOPPER, inside, never):
+            assert scaled._path(rows, weight, accumulator) == (scaled_numba, accumulator)
+        assert scaled._path(codes, weight, FP32) == (scaled_torch, FP32)
+        assert scaled._path(codes, weight, HOPPER) == (scaled_reference, HOPPER)
+    with pytest.raises(AssertionError, match="values, not codes"):
+        fprop(replace(rows, data=codes.data.view(torch.uint8)), weight, [0, 1, 3])
+
+
+def wide(quantized: Quantized) -> Tensor:
+    """Values times scales in FP64."""
+    return grid_values(quantized).double() * spread_scale(quantized).double()
 
 
 def test_products_are_those_of_the_dequantised_matrices(draw: Draw) -> None:
@@ -73,31 +90,21 @@ def test_products_are_those_of_the_dequantised_matrices(draw: Draw) -> None:
     parts = operands(offsets, (257, 300), draw)
     ours = products(parts, offsets)
     block = parts["weight"].scale.double().repeat_interleave(128, 1)[:, :300].repeat_interleave(128, 2)[:, :, :257]
-    weight = parts["weight"].grid.double() * block
+    weight = parts["weight"].data.double() * block
     bounds, firsts = token_tiles(offsets)
     for g, (start, stop) in enumerate([(0, 130), (130, 301)]):
-        rows, grad = wide(parts["rows"], 1)[start:stop], wide(parts["grad"], 1)[start:stop]
+        rows, grad = wide(parts["rows"])[start:stop], wide(parts["grad"])[start:stop]
         assert normwise_error(ours[0][start:stop], rows @ weight[g].t()) < tolerance(torch.bfloat16, terms=257)
         assert normwise_error(ours[1][start:stop], grad @ weight[g]) < tolerance(torch.bfloat16, terms=300)
         tiles = [(int(a), int(b)) for a, b in bounds.tolist() if start <= a < stop]
         columns = []
         for name in ("grad_t", "rows_t"):
             pieces = [
-                parts[name].grid[a:b].double() * parts[name].scale[int(firsts[g]) + i].double()
+                parts[name].data[a:b].double() * parts[name].scale[firsts[g] + i].double()
                 for i, (a, b) in enumerate(tiles)
             ]
             columns.append(torch.cat(pieces))
         assert normwise_error(ours[2][g], columns[0].t() @ columns[1]) < tolerance(torch.bfloat16, terms=171)
-
-
-def test_tiles_of_tokens_begin_anew_with_every_group() -> None:
-    bounds, firsts = token_tiles([0, 130, 130, 131, 400])
-    assert bounds.tolist() == [[0, 128], [128, 130], [130, 131], [131, 259], [259, 387], [387, 400]]
-    assert firsts.tolist() == [0, 2, 2, 3]
-
-
-def quantized(operand: Operand, tile: tuple[int, int]) -> Quantized:
-    return Quantized(data=operand.grid.to(torch.float8_e4m3fn), scale=operand.scale, tile=tile)
 
 
 @pytest.mark.parametrize("promotion", [None, 32, 128, 256])
@@ -105,21 +112,12 @@ def quantized(operand: Operand, tile: tuple[int, int]) -> Quantized:
 def test_a_tensor_core_adds_all_groups_as_the_references_do(
     promotion: int | None, offsets: list[int], widths: tuple[int, int], draw: Draw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts, core = operands(offsets, widths, draw), TensorCore(HopperAccumulator(promotion), ("e4m3", "e4m3"))
-    ours, dtype = products(parts, offsets, core), torch.bfloat16
-    stack = parts["weight"]
-    weights = [quantized(Operand(*each), (128, 128)) for each in zip(stack.grid, stack.scale, strict=True)]
-    rows, grad = (quantized(parts[name], (1, 128)) for name in ("rows", "grad"))
-    columns = (quantized(parts[name], (128, 1)) for name in ("grad_t", "rows_t"))
-    expected = [
-        grouped_scaled_matmul(rows, weights, offsets, core.accumulator, dtype),
-        grouped_scaled_matmul(grad, [transposed(each) for each in weights], offsets, core.accumulator, dtype),
-        grouped_scaled_outer(*columns, offsets, core.accumulator, dtype),
-    ]
-    monkeypatch.setattr(scaled, "takes_scales", lambda *scales, formats: False)
-    for mine, right, by_group in zip(ours, expected, products(parts, offsets, core), strict=True):
-        assert mine.dtype == dtype
-        assert torch.equal(mine, right) and torch.equal(by_group, right)
+    parts, accumulator = operands(offsets, widths, draw), HopperAccumulator(promotion)
+    ours = products(parts, offsets, accumulator)
+    monkeypatch.setattr(accumulate, "_has_kernel", lambda *arguments: False)
+    references = products(parts, offsets, accumulator, scaled_reference)
+    for mine, reference in zip(ours, references, strict=True):
+        assert mine.dtype == torch.bfloat16 and torch.equal(mine, reference)
     if offsets[-1] > 128 and promotion is None:
         assert not any(torch.equal(x, y) for x, y in zip(ours, products(parts, offsets), strict=True))
 
@@ -127,14 +125,12 @@ def test_a_tensor_core_adds_all_groups_as_the_references_do(
 def test_what_no_promotion_costs_is_what_the_tensor_core_shows(draw: Draw) -> None:
     """Positive values, K = 2048: the error of long sums, under scales of tiles as under one scale."""
     k = 2048
-    rows = row_operand(draw(32, k, dtype=torch.bfloat16).float().sigmoid().bfloat16(), ROW)
-    weight = block_operand(draw(1, 32, k, dtype=torch.bfloat16).float().sigmoid().bfloat16(), BLOCK)
-    tiles = weight.scale[0].double().repeat_interleave(128, 1)
-    exact = wide(rows, 1) @ (weight.grid[0].double() * tiles).t()
+    rows = quantize_rows(draw(32, k, dtype=torch.bfloat16).float().sigmoid().bfloat16(), ROW)
+    weight = quantize_blocks(draw(1, 32, k, dtype=torch.bfloat16).float().sigmoid().bfloat16(), BLOCK)
+    exact = wide(rows) @ wide(weight)[0].t()
     shown = {row.promotion: row.rms for row in measure("uniform 0..1", k, 32)}
     for promotion in (None, 128):
-        core = TensorCore(HopperAccumulator(promotion), ("e4m3", "e4m3"))
-        error = normwise_error(fprop(rows, weight, [0, 32], core), exact)
+        error = normwise_error(fprop(rows, weight, [0, 32], HopperAccumulator(promotion)), exact)
         bf16 = tolerance(torch.bfloat16)
         assert shown[promotion] / 2 - bf16 < error < 2 * shown[promotion] + bf16
     assert shown[None] > 10 * shown[128] and shown[None] > 4 * bf16
@@ -143,7 +139,5 @@ def test_what_no_promotion_costs_is_what_the_tensor_core_shows(draw: Draw) -> No
 def test_what_is_not_finite_stays_so_on_a_tensor_core(draw: Draw) -> None:
     x, weight = draw(3, 256, dtype=torch.bfloat16), draw(1, 8, 256, dtype=torch.bfloat16)
     x[1, 200] = float("inf")
-    output = fprop(
-        row_operand(x, ROW), block_operand(weight, BLOCK), [0, 3], TensorCore(HopperAccumulator(), ("e4m3", "e4m3"))
-    )
+    output = fprop(quantize_rows(x, ROW), quantize_blocks(weight, BLOCK), [0, 3], HOPPER)
     assert output.isfinite().all(1).tolist() == [True, False, True]

@@ -1,22 +1,18 @@
 """The three products on quantised operands against loops over tiles, and against FP64 within the bound of FP32 sums."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from dovetail.numerics.formats.errors import elementwise_error, tolerance
-from dovetail.numerics.formats.quantize import Quantized, dequantize, quantize
-from dovetail.numerics.products.accumulate import Accumulator, Fp32Accumulator, HopperAccumulator, matmul
-from dovetail.numerics.products.scaled_reference import (
-    grouped_scaled_matmul,
-    grouped_scaled_outer,
-    masked_scaled_matmul,
-    scaled_matmul,
-    scaled_outer,
-    transposed,
-)
+from dovetail.numerics.formats.quantize import dequantize, quantize
+from dovetail.numerics.formats.quantized import Quantized, transposed
+from dovetail.numerics.products.accumulate import matmul
+from dovetail.numerics.products.accumulators import Accumulator, Fp32Accumulator, HopperAccumulator
+from dovetail.numerics.products.scaled_reference import dgrad, fprop, masked_fprop, product, wgrad
 
 Draw = Callable[..., Tensor]
 ROW, COLUMN, BLOCK = (1, 128), (128, 1), (128, 128)
@@ -31,6 +27,12 @@ ACCUMULATORS: list[Accumulator] = [
 def uneven(draw: Draw, rows: int, columns: int) -> Tensor:
     """Rows and columns of very different size, so that the scales of tiles differ and a wrong one is seen."""
     return draw(rows, columns) * torch.exp(2 * draw(rows, 1)) * torch.exp(2 * draw(1, columns))
+
+
+def stacked(parts: Sequence[Quantized]) -> Quantized:
+    """Matrices of one shape, as one."""
+    data, scale = torch.stack([part.data for part in parts]), torch.stack([part.scale for part in parts])
+    return replace(parts[0], data=data, scale=scale)
 
 
 def row_scales(quantized: Quantized, tile: int) -> Tensor:
@@ -64,7 +66,7 @@ def test_fprop_is_the_exact_product_but_for_fp32_sums(
 ) -> None:
     m, n, k = shape
     a, b = quantize(uneven(draw, m, k), ROW), quantize(uneven(draw, n, k), tile)
-    actual = scaled_matmul(a, b, dtype=torch.float32)
+    actual = product(a, b, dtype=torch.float32)
     exact = dequantize(a, torch.float64) @ dequantize(b, torch.float64).t()
     assert actual.shape == (m, n) and actual.dtype == torch.float32
     assert ((actual - exact).abs() <= fp32_bound(a, b)).all()
@@ -73,7 +75,7 @@ def test_fprop_is_the_exact_product_but_for_fp32_sums(
 @pytest.mark.parametrize("accumulator", ACCUMULATORS[:3], ids=str)
 def test_each_tile_is_summed_apart_and_scaled_after(accumulator: Accumulator, draw: Draw) -> None:
     a, b = quantize(uneven(draw, 6, 300), ROW), quantize(uneven(draw, 140, 300), BLOCK)
-    actual = scaled_matmul(a, b, accumulator, dtype=torch.float32)
+    actual = product(a, b, accumulator, dtype=torch.float32)
     sums = fp32_bound(a, b) * tolerance(torch.float32, terms=12) / tolerance(torch.float32, roundings=3, terms=300)
     assert ((actual - by_tiles(a, b, accumulator)).abs() <= sums).all()
 
@@ -83,34 +85,34 @@ def test_one_tile_with_scales_that_are_powers_of_two_is_exact(draw: Draw) -> Non
     a, b = quantize(draw(6, 128), ROW, power_of_two=True), quantize(draw(9, 128), ROW, power_of_two=True)
     for accumulator in ACCUMULATORS[:2]:
         expected = matmul(a.data.float(), b.data.float(), accumulator) * (a.scale * b.scale.t())
-        assert torch.equal(scaled_matmul(a, b, accumulator, dtype=torch.float32), expected)
+        assert torch.equal(product(a, b, accumulator, dtype=torch.float32), expected)
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS, ids=str)
 def test_output_is_rounded_once(accumulator: Accumulator, draw: Draw) -> None:
     a, b = quantize(draw(4, 200), ROW), quantize(draw(5, 200), BLOCK)
-    wide = scaled_matmul(a, b, accumulator, dtype=torch.float32)
-    assert torch.equal(scaled_matmul(a, b, accumulator), wide.bfloat16())
+    wide = product(a, b, accumulator, dtype=torch.float32)
+    assert torch.equal(product(a, b, accumulator), wide.bfloat16())
 
 
 def test_dgrad_is_the_product_with_the_transposed_weight(draw: Draw) -> None:
     grad, weight = quantize(uneven(draw, 5, 200), ROW), quantize(uneven(draw, 200, 140), BLOCK)
-    actual = scaled_matmul(grad, transposed(weight), dtype=torch.float32)
+    actual = dgrad(grad, stacked([weight]), [0, 5], dtype=torch.float32)
     again = quantize(dequantize(weight).t().contiguous(), BLOCK)
     assert torch.equal(transposed(weight).data.float(), again.data.float())  # blocks need no second quantisation
     exact = dequantize(grad, torch.float64) @ dequantize(weight, torch.float64)
     assert ((actual - exact).abs() <= fp32_bound(grad, transposed(weight))).all()
     wrong = Quantized(data=weight.data.t(), scale=weight.scale.t().flip(0), tile=BLOCK)
-    assert ((scaled_matmul(grad, wrong, dtype=torch.float32) - exact).abs() > fp32_bound(grad, wrong)).any()
+    assert ((product(grad, wrong, dtype=torch.float32) - exact).abs() > fp32_bound(grad, wrong)).any()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 128, 300])
 def test_wgrad_sums_over_tokens(tokens: int, draw: Draw) -> None:
     grad, x = quantize(uneven(draw, tokens, 6), COLUMN), quantize(uneven(draw, tokens, 9), COLUMN)
-    actual = scaled_outer(grad, x)
-    assert actual.shape == (6, 9) and actual.dtype == torch.float32
+    actual = wgrad(grad, x, [0, tokens], dtype=torch.float32)
+    assert actual.shape == (1, 6, 9) and actual.dtype == torch.float32
     exact = dequantize(grad, torch.float64).t() @ dequantize(x, torch.float64)
-    assert ((actual - exact).abs() <= fp32_bound(transposed(grad), transposed(x))).all()
+    assert ((actual[0] - exact).abs() <= fp32_bound(transposed(grad), transposed(x))).all()
 
 
 @pytest.mark.parametrize("accumulator", ACCUMULATORS, ids=str)
@@ -118,12 +120,12 @@ def test_wgrad_sums_over_tokens(tokens: int, draw: Draw) -> None:
 def test_grouped_rows_are_a_loop_over_experts(offsets: Sequence[int], accumulator: Accumulator, draw: Draw) -> None:
     rows = quantize(uneven(draw, offsets[-1], 200), ROW)
     weights = [quantize(uneven(draw, 7, 200), BLOCK) for _ in range(3)]
-    actual = grouped_scaled_matmul(rows, weights, offsets, accumulator)
+    actual = fprop(rows, stacked(weights), offsets, accumulator)
     assert actual.shape == (offsets[-1], 7) and actual.dtype == torch.bfloat16
     for row in range(offsets[-1]):
         expert = next(e for e in range(3) if row < offsets[e + 1])
         alone = Quantized(data=rows.data[row : row + 1], scale=rows.scale[row : row + 1], tile=ROW)
-        assert torch.equal(actual[row], scaled_matmul(alone, weights[expert], accumulator)[0])
+        assert torch.equal(actual[row], product(alone, weights[expert], accumulator)[0])
 
 
 def tiled_by_expert(x: Tensor, offsets: Sequence[int]) -> Quantized:
@@ -136,11 +138,11 @@ def tiled_by_expert(x: Tensor, offsets: Sequence[int]) -> Quantized:
 @pytest.mark.parametrize("offsets", [[0, 0, 0, 0], [0, 128, 128, 384], [0, 1, 130, 161]], ids=str)
 def test_grouped_tokens_are_a_loop_over_experts(offsets: Sequence[int], accumulator: Accumulator, draw: Draw) -> None:
     grads, rows = uneven(draw, offsets[-1], 5), uneven(draw, offsets[-1], 8)
-    actual = grouped_scaled_outer(*(tiled_by_expert(x, offsets) for x in (grads, rows)), offsets, accumulator)
+    actual = wgrad(*(tiled_by_expert(x, offsets) for x in (grads, rows)), offsets, accumulator)
     assert actual.shape == (3, 5, 8)
     for e in range(3):
         here = slice(offsets[e], offsets[e + 1])
-        alone = scaled_outer(quantize(grads[here], COLUMN), quantize(rows[here], COLUMN), accumulator)
+        alone = product(*(transposed(quantize(x[here], COLUMN)) for x in (grads, rows)), accumulator)
         assert torch.equal(actual[e], alone)
         assert here.start < here.stop or not actual[e].any()
 
@@ -148,21 +150,21 @@ def test_grouped_tokens_are_a_loop_over_experts(offsets: Sequence[int], accumula
 def test_aligned_groups_need_not_be_tiled_one_by_one(draw: Draw) -> None:
     offsets, x = [0, 128, 128, 384], uneven(draw, 384, 3)
     whole, parts = quantize(x, COLUMN), tiled_by_expert(x, offsets)
-    assert torch.equal(grouped_scaled_outer(whole, whole, offsets), grouped_scaled_outer(parts, parts, offsets))
+    assert torch.equal(wgrad(whole, whole, offsets), wgrad(parts, parts, offsets))
 
 
 def test_a_scale_per_tensor_is_a_tile_of_its_size(draw: Draw) -> None:
     x, w = draw(6, 300), draw(4, 300)
     a, b = quantize(x, (6, 300)), quantize(w, BLOCK)
-    actual = scaled_matmul(a, b, dtype=torch.float32)
+    actual = product(a, b, dtype=torch.float32)
     exact = dequantize(a, torch.float64) @ dequantize(b, torch.float64).t()
     assert a.scale.shape == (1, 1) and ((actual - exact).abs() <= fp32_bound(a, b)).all()
 
 
 def test_leaving_out_promotion_is_seen(draw: Draw) -> None:
     a, b = quantize(draw(4, 2048).abs(), ROW), quantize(draw(4, 2048).abs(), BLOCK)
-    results = [scaled_matmul(a, b, HopperAccumulator(n), dtype=torch.float32) for n in (128, None)]
-    exact = scaled_matmul(a, b, dtype=torch.float32)
+    results = [product(a, b, HopperAccumulator(n), dtype=torch.float32) for n in (128, None)]
+    exact = product(a, b, dtype=torch.float32)
     with_promotion, without = (elementwise_error(result, exact) for result in results)
     assert without > 10 * with_promotion > 10 * tolerance(torch.float32, terms=2048)
 
@@ -170,27 +172,27 @@ def test_leaving_out_promotion_is_seen(draw: Draw) -> None:
 def test_other_formats_are_multiplied_too(draw: Draw) -> None:
     a, b = quantize(draw(3, 130), ROW, format="e5m2"), quantize(draw(4, 130), BLOCK)
     exact = dequantize(a, torch.float64) @ dequantize(b, torch.float64).t()
-    assert ((scaled_matmul(a, b, dtype=torch.float32) - exact).abs() <= fp32_bound(a, b)).all()
+    assert ((product(a, b, dtype=torch.float32) - exact).abs() <= fp32_bound(a, b)).all()
     wide = quantize(draw(3, 130), ROW, format="e5m6")
     exact = dequantize(wide, torch.float64) @ dequantize(b, torch.float64).t()
-    assert ((scaled_matmul(wide, b, dtype=torch.float32) - exact).abs() <= fp32_bound(wide, b)).all()
+    assert ((product(wide, b, dtype=torch.float32) - exact).abs() <= fp32_bound(wide, b)).all()
 
 
 def test_mistakes_are_said_with_their_numbers(draw: Draw) -> None:
     a, b = quantize(draw(4, 256), ROW), quantize(draw(5, 256), BLOCK)
     with pytest.raises(ValueError, match=r"a is \[4, 256\] and b \[5, 300\]"):
-        scaled_matmul(a, quantize(draw(5, 300), BLOCK))
+        product(a, quantize(draw(5, 300), BLOCK))
     with pytest.raises(ValueError, match=r"scale has shape \[4, 1\], not \[4, 2\]"):
-        scaled_matmul(Quantized(data=a.data, scale=a.scale[:, :1], tile=ROW), b)
+        product(Quantized(data=a.data, scale=a.scale[:, :1], tile=ROW), b)
     with pytest.raises(ValueError, match=r"\[1, 96\] of a and \[128, 128\] of b share no grid"):
-        scaled_matmul(quantize(draw(4, 256), (1, 96)), b)
+        product(quantize(draw(4, 256), (1, 96)), b)
     with pytest.raises(ValueError, match=r"offsets \[0, 3\] do not divide 4 rows among 1 experts"):
-        grouped_scaled_matmul(a, [b], [0, 3])
-    with pytest.raises(ValueError, match=r"tiles of height 1, not \[128, 128\]"):
-        grouped_scaled_matmul(b, [b], [0, 5])
+        fprop(a, stacked([b]), [0, 3])
+    with pytest.raises(ValueError, match="rows of 2 experts, in tiles of height 128; expected experts, and height 1"):
+        fprop(b, stacked([b, b]), [0, 2, 5])
     shared = quantize(draw(200, 3), COLUMN)
     with pytest.raises(ValueError, match="2 rows of scales, not 3: experts with rows .* were not tiled one by one"):
-        grouped_scaled_outer(shared, shared, [0, 150, 200])
+        wgrad(shared, shared, [0, 150, 200])
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [1, 0, 5], [7, 3, 9]], ids=str)
@@ -205,17 +207,17 @@ def test_masked_rows_are_products_of_each_expert_s_first_rows(counts: Sequence[i
     for (first, count), weight in zip(places, weights, strict=True):
         mine = slice(first, first + count)
         mine_alone = Quantized(data=rows.data[mine], scale=rows.scale[mine], tile=ROW)
-        expected[mine] = scaled_matmul(mine_alone, weight)
+        expected[mine] = product(mine_alone, weight)
         rows.data[first + count : first + capacity] = torch.nan
-    actual = masked_scaled_matmul(rows, weights, numbers)
+    actual = masked_fprop(rows, stacked(weights), numbers)
     assert actual.dtype == torch.bfloat16 and torch.equal(actual, expected)
 
 
 def test_masked_rows_that_do_not_fit_are_refused(draw: Draw) -> None:
     rows, weight = quantize(draw(4, 128), ROW), quantize(draw(5, 128), BLOCK)
     with pytest.raises(ValueError, match="4 rows for 3 experts"):
-        masked_scaled_matmul(rows, [weight] * 3, torch.zeros(3, dtype=torch.int32))
+        masked_fprop(rows, stacked([weight] * 3), torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"counts torch.int64 \[2\]"):
-        masked_scaled_matmul(rows, [weight] * 2, torch.zeros(2, dtype=torch.int64))
+        masked_fprop(rows, stacked([weight] * 2), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="tiles of height 128"):
-        masked_scaled_matmul(quantize(draw(4, 128), BLOCK), [weight] * 2, torch.zeros(2, dtype=torch.int32))
+        masked_fprop(quantize(draw(4, 128), BLOCK), stacked([weight] * 2), torch.zeros(2, dtype=torch.int32))

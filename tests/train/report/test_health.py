@@ -11,7 +11,7 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.operands.health import Health, measure_health
-from dovetail.numerics.operands.operands import row_operand
+from dovetail.numerics.operands.operands import quantize_rows
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Quantization
 from dovetail.train.report.health import watch
@@ -20,9 +20,7 @@ Draw = Callable[..., Tensor]
 
 
 def health_of(x: Tensor, quantization: Quantization) -> Health:
-    operand = row_operand(x, quantization)
-    spread = operand.scale.repeat_interleave(128, 1)[:, : x.shape[1]]
-    return measure_health(x, operand, spread, quantization)
+    return measure_health(x, quantize_rows(x, quantization))
 
 
 def test_health_of_known_rows() -> None:

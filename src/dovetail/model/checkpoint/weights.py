@@ -33,7 +33,8 @@ from dovetail.model.checkpoint.inventory import (
     weight_tile,
 )
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.formats.quantize import Quantized, dequantize, quantize_weight, refuse_non_finite
+from dovetail.numerics.formats.quantize import dequantize, quantize_weight
+from dovetail.numerics.formats.quantized import Quantized, refuse_non_finite
 from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import (

@@ -21,7 +21,7 @@ from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.numerics import capability
 from dovetail.numerics.linear import Input
 from dovetail.numerics.operands.sending import sent
-from dovetail.numerics.products.grouped import grouped_linear, grouped_outer, row_multiple
+from dovetail.numerics.products.grouped import dgrad, fprop, row_multiple, wgrad
 from dovetail.numerics.weight_gradients import WeightGradients, now_or_later
 from dovetail.spec.model import ModelSpec
 
@@ -160,19 +160,19 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, gate_up: Tensor, down: Tensor, offsets: list[int], later: WeightGradients | None
     ) -> Tensor:
-        hidden = grouped_linear(rows, gate_up, offsets)
+        hidden = fprop(rows, gate_up, offsets)
         ctx.save_for_backward(rows, gate_up, down, hidden)
         ctx.offsets, ctx.parameters, ctx.later = offsets, (gate_up, down), later
-        return grouped_linear(swiglu(hidden), down, offsets)
+        return fprop(swiglu(hidden), down, offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         rows, gate_up, down, hidden = ctx.saved_tensors
         grad, offsets = grad.contiguous(), ctx.offsets
-        grad_hidden, act = swiglu_backward(grouped_linear(grad, down.transpose(1, 2), offsets), hidden)
-        grad_down = now_or_later(ctx.later, ctx.parameters[1], lambda: grouped_outer(grad, act, offsets))
-        grad_gate_up = now_or_later(ctx.later, ctx.parameters[0], lambda: grouped_outer(grad_hidden, rows, offsets))
-        return grouped_linear(grad_hidden, gate_up.transpose(1, 2), offsets), grad_gate_up, grad_down, None, None
+        grad_hidden, act = swiglu_backward(dgrad(grad, down, offsets), hidden)
+        grad_down = now_or_later(ctx.later, ctx.parameters[1], lambda: wgrad(grad, act, offsets))
+        grad_gate_up = now_or_later(ctx.later, ctx.parameters[0], lambda: wgrad(grad_hidden, rows, offsets))
+        return dgrad(grad_hidden, gate_up, offsets), grad_gate_up, grad_down, None, None
 
 
 class MoeMlp(nn.Module):

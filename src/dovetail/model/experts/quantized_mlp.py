@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dovetail.model.experts.swiglu import swiglu, swiglu_backward
+from dovetail.numerics.formats.quantize import dequantize
 from dovetail.numerics.linear import Input, input_gradient, operand_and_kept, output_of, save, saved, weight_gradient
-from dovetail.numerics.operands.operands import keep, row_operand
+from dovetail.numerics.operands.operands import keep, quantize_rows
 from dovetail.numerics.weight_gradients import WeightGradients, now_or_later
 from dovetail.spec.precision import GemmPrecision, Quantization
 
@@ -57,7 +58,7 @@ class _Mlp(torch.autograd.Function):
     ) -> Tensor:
         operand, kept_rows = quantized or operand_and_kept(rows.contiguous(), precision.up)
         hidden = output_of(operand, _stacked(gate_up), offsets, precision.up)
-        output = output_of(row_operand(swiglu(hidden), precision.down.input), _stacked(down), offsets, precision.down)
+        output = output_of(quantize_rows(swiglu(hidden), precision.down.input), _stacked(down), offsets, precision.down)
         if precision.saved_swiglu is None:
             save(ctx, [kept_rows], gate_up, down, hidden)
         else:
@@ -69,7 +70,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, (gate_up, down, *rest) = saved(ctx)
-        hidden = rest[0] if rest else kept[1].restore()
+        hidden = rest[0] if rest else dequantize(kept[1], torch.bfloat16)
         precision, offsets, grad = ctx.precision, ctx.offsets, grad.contiguous()
 
         def make_down() -> Tensor:

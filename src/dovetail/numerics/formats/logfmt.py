@@ -14,14 +14,18 @@ Below code 1, where only the limit to 32 octaves can have left anything, the nei
 the smallest value: there the formula alone would flush too much. Ties go away from zero.
 
 Arithmetic is FP64, so that the closed form and a search for the nearest value agree; `minimum` and `step` are FP32, as
-sent. Values are packed as a little-endian stream of n bits each, sign on top; `logfmt_message` has the message of an
-all-to-all.
+sent. Values are packed as a little-endian stream of n bits each, sign on top.
+
+    operation          reference            CPU kernel                  GPU kernel
+    encode             encode_reference     -                           logfmt_triton.encode
+    decode             decode_reference     -                           logfmt_triton.decode
+    round_to_logfmt    round_reference      logfmt_numba.round_tiles    -
+    extremes           extremes_reference   logfmt_numba.extremes       -
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +34,9 @@ from torch import Tensor
 from dovetail.numerics import capability
 from dovetail.numerics.cpu.kernels import array
 from dovetail.numerics.formats import logfmt_numba
-from dovetail.numerics.formats.quantize import refuse_non_finite
+from dovetail.numerics.formats.quantized import LOG_RANGE, LOGFMT_BITS, TILE, LogFmt, refuse_non_finite
 
-TILE = 128
-LOG_RANGE = 32.0  # octaves: log2(2^32) [ISCA §3.2]
-BITS = range(4, 13)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of what the GPU's kernels read and write
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogFmt:
-    """A matrix [rows, columns] in LogFMT: packed codes, and what decodes each tile."""
-
-    data: Tensor  # uint8 [rows, ceil(columns * bits / 8)]
-    minimum: Tensor  # FP32 [rows, tiles], log2; 0 in a tile of zeros
-    step: Tensor  # FP32 [rows, tiles], log2; 0, or what rounding `minimum` left, in a tile of one magnitude
-    bits: int
-    columns: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Codes and metadata: 16 n + 8 per whole tile."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.data, self.minimum, self.step))
 
 
 def encode(x: Tensor, bits: int, check: bool = True, name: str = "the tensor to encode") -> LogFmt:
@@ -187,8 +172,8 @@ def _encoded(x: Tensor, bits: int, check: bool, name: str) -> tuple[Tensor, Tens
 
 def _grid(x: Tensor, bits: int, check: bool, name: str) -> tuple[Tensor, Tensor]:
     """Minimum and step of x."""
-    if bits not in BITS:
-        raise ValueError(f"LogFMT has {BITS[0]} to {BITS[-1]} bits, not {bits}")
+    if bits not in LOGFMT_BITS:
+        raise ValueError(f"LogFMT has {LOGFMT_BITS[0]} to {LOGFMT_BITS[-1]} bits, not {bits}")
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"tiles are of a float matrix; {name} is {x.dtype} with shape {list(x.shape)}")
     minimum, step = tile_grid(*extremes(x.detach()), bits)

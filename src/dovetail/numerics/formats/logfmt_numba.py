@@ -14,8 +14,8 @@ from numba.extending import register_jitable
 
 from dovetail.numerics.cpu.kernels import exact_kernel
 from dovetail.numerics.cpu.scalars_numba import bits_of, float_of, load, store, wide_bits, wide_float
+from dovetail.numerics.formats.quantized import TILE
 
-TILE = 128
 # Relative for values; for log2, which reaches 150 where |x| is subnormal and has 2^-46 for its last bit then, absolute.
 # All errors of kernel and reference together are some such bits.
 ERROR = 2.0**-40

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dovetail.numerics.formats.logfmt import BITS, LOG_RANGE, TILE, LogFmt
-from dovetail.numerics.formats.quantize import refuse_non_finite
+from dovetail.numerics.formats.quantized import LOG_RANGE, LOGFMT_BITS, TILE, LogFmt, refuse_non_finite
 from dovetail.numerics.formats.rounding_triton import magnitude_bits, narrow, widen
 
 ROWS = 8  # tiles of a program
@@ -151,8 +150,8 @@ def encode(
     work: torch.dtype = torch.float64,
 ) -> LogFmt:
     """`x` [rows, columns], FP32, BF16 or FP16, as LogFMT with `bits` per value; errors as the reference's."""
-    if bits not in BITS:
-        raise ValueError(f"LogFMT has {BITS[0]} to {BITS[-1]} bits, not {bits}")
+    if bits not in LOGFMT_BITS:
+        raise ValueError(f"LogFMT has {LOGFMT_BITS[0]} to {LOGFMT_BITS[-1]} bits, not {bits}")
     if x.ndim != 2 or not x.is_floating_point() or x.dtype == torch.float64:
         raise ValueError(f"the kernel takes a matrix of FP32, BF16 or FP16; {name} is {x.dtype} {list(x.shape)}")
     rows, columns = x.shape

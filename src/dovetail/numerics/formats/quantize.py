@@ -5,36 +5,34 @@
     data    = round(clamp(x / scale_t, -max, max))
     x       ~ data * scale_t
 
-Tiles: 1x128 for activations and their gradients (a token's 128 channels), 128x1 for the weight gradient's operand
-(128 tokens of a channel), 128x128 for weights, whose scales are published as weight_scale_inv. Ragged edges are
-zero-padded to whole tiles for the amax and cut afterwards: 576 rows have 5 rows of 128x128 scales.
+Any tile will do; those in use are told in `quantized`. The scales of 128x128 blocks are published as weight_scale_inv.
+Ragged edges are zero-padded to whole tiles for the amax and cut afterwards: 576 rows have 5 rows of 128x128 scales.
+
+    operation    reference              CPU kernel                   GPU kernel
+    quantize     quantize_reference     -                            quantize_triton.quantize
+    dequantize   dequantize_reference   quantize_numba.dequantize    quantize_triton.dequantize
+
+Operands of products are quantised by `numerics.operands`, which has kernels on both.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dovetail.numerics import capability
-from dovetail.numerics.formats.floats import E4M3, FloatFormat, decode, decode_ue8m0, encode, encode_ue8m0, float_format
+from dovetail.numerics.formats import quantize_numba
+from dovetail.numerics.formats.floats import FloatFormat, decode_ue8m0, encode, encode_ue8m0, float_format
+from dovetail.numerics.formats.quantized import (
+    AMAX_FLOOR,
+    TORCH_DTYPES,
+    Quantized,
+    check_scale,
+    grid_values,
+    refuse_non_finite,
+)
 from dovetail.spec.tensors import WEIGHT_TILE, scale_shape
-
-E4M3_MAX = E4M3.max
-AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero tile away from 0 [DeepGEMM per_block_cast_to_fp8]
-TORCH_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}  # the rest is kept as integer codes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """A matrix in tiles: `data` times its tile's `scale`."""
-
-    data: Tensor  # [rows, columns]: float8 where torch has the format, else the codes of `formats.encode`
-    scale: Tensor  # FP32 [ceil(rows / tile[0]), ceil(columns / tile[1])], a multiplier
-    tile: tuple[int, int]
-    format: str = "e4m3"
 
 
 def quantize(
@@ -73,7 +71,7 @@ def quantize_reference(
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"tiles are of a float matrix; {name} is {x.dtype} with shape {list(x.shape)}")
     tiles = _split(x.detach().to(torch.float32), tile)
-    scale = scale_of(tiles.abs().amax(dim=(1, 3)), fmt, power_of_two)
+    scale = scale_of(tiles.abs().amax(dim=(-3, -1)), fmt, power_of_two)
     if check and not bool(torch.isfinite(scale).all()):
         refuse_non_finite(x, name)
     data = _round((tiles / scale[:, None, :, None]).clamp_(-fmt.max, fmt.max), fmt)
@@ -95,50 +93,22 @@ def quantize_weight(weight: Tensor, tile: tuple[int, int] = WEIGHT_TILE, power_o
 
 
 def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`data * scale` per tile, computed in FP32 and rounded once to `dtype`."""
-    data, scale, tile = quantized.data, quantized.scale, quantized.tile
-    values = grid_values(quantized)
-    expected = scale_shape(tuple(data.shape), tile)
-    if tuple(scale.shape) != expected:
-        raise ValueError(
-            f"scale has shape {list(scale.shape)}, not {list(expected)}: data is {list(data.shape)},"
-            f" blocks are {list(tile)}"
-        )
-    tiles = _split(values, tile)
-    return _join((tiles * scale.to(torch.float32)[:, None, :, None]).to(dtype), data.shape)
+    """`data * scale` per tile, computed in FP32 and rounded once to `dtype`: the one way back. ValueError where tiles
+    and scales are not equally many."""
+    check_scale(quantized)
+    if capability.on_gpu(quantized.scale):
+        from dovetail.numerics.formats import quantize_triton
+
+        if quantize_triton.reads(quantized):
+            return quantize_triton.dequantize(quantized, dtype)
+    if capability.on_cpu(quantized.scale) and quantize_numba.fits(quantized, dtype):
+        return quantize_numba.dequantize(quantized, dtype)
+    return dequantize_reference(quantized, dtype)
 
 
-def grid_values(quantized: Quantized) -> Tensor:
-    """`data` as FP32 numbers on the format's grid, unscaled [rows, columns]. ValueError where it is no matrix of
-    floats or of the format's codes."""
-    data = quantized.data
-    fmt = float_format(quantized.format)
-    is_codes = data.dtype in (torch.uint8, torch.uint16, torch.int32) and fmt.name not in TORCH_DTYPES
-    if data.ndim != 2 or not (is_codes or data.is_floating_point()):
-        raise ValueError(f"{fmt.name} data is a matrix of floats or codes, not {data.dtype} {list(data.shape)}")
-    return decode(data, fmt) if is_codes else data.to(torch.float32)
-
-
-def retile(
-    quantized: Quantized, tile: tuple[int, int] = (128, 1), format: str | None = None, power_of_two: bool = True
-) -> Quantized:
-    """The same matrix in other tiles, and another `format` if named: 1x128 -> 128x1 for the weight gradient.
-
-    Old and new scales that are powers of two shift exponents only: what does not sink below the new tile's smallest
-    subnormal keeps its value exactly, and no second rounding error arises [V3 §3.3].
-    """
-    return quantize(dequantize(quantized), tile, format or quantized.format, power_of_two, check=False)
-
-
-def refuse_non_finite(x: Tensor, name: str) -> None:
-    """ValueError where `x` holds inf or NaN: how many of each, and what to do about it."""
-    nans, infinities = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
-    if nans or infinities:
-        raise ValueError(
-            f"{name}, shape {list(x.shape)}, holds {nans} NaN and {infinities} infinite values, which no scale can"
-            " carry; find the step that made them (a lower learning rate or gradient clipping often is the remedy), or"
-            " take a checkpoint from before it"
-        )
+def dequantize_reference(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    tiles = _split(grid_values(quantized), quantized.tile)
+    return _join((tiles * quantized.scale.to(torch.float32)[..., :, None, :, None]).to(dtype), quantized.shape)
 
 
 def _round(scaled: Tensor, fmt: FloatFormat) -> Tensor:
@@ -148,17 +118,18 @@ def _round(scaled: Tensor, fmt: FloatFormat) -> Tensor:
 
 
 def _split(matrix: Tensor, tile: tuple[int, int]) -> Tensor:
-    """Zero-pad to whole tiles and view as [tile rows, tile[0], tile columns, tile[1]]."""
+    """Zero-pad to whole tiles and view as [..., tile rows, tile[0], tile columns, tile[1]]."""
     if min(tile) < 1:
         raise ValueError(f"tile {list(tile)} of a {list(matrix.shape)} matrix: both sides must be at least 1")
-    rows, columns = matrix.shape
+    rows, columns = matrix.shape[-2:]
     row_tiles, column_tiles = scale_shape((rows, columns), tile)
     below, right = row_tiles * tile[0] - rows, column_tiles * tile[1] - columns
     padded = F.pad(matrix, (0, right, 0, below)) if below or right else matrix
-    return padded.reshape(row_tiles, tile[0], column_tiles, tile[1])
+    return padded.reshape(*matrix.shape[:-2], row_tiles, tile[0], column_tiles, tile[1])
 
 
-def _join(tiles: Tensor, shape: torch.Size) -> Tensor:
+def _join(tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Undo `_split`: drop the padding."""
-    padded = tiles.reshape(tiles.shape[0] * tiles.shape[1], tiles.shape[2] * tiles.shape[3])
-    return padded[: shape[0], : shape[1]].contiguous()
+    down, height, across, width = tiles.shape[-4:]
+    padded = tiles.reshape(*tiles.shape[:-4], down * height, across * width)
+    return padded[..., : shape[-2], : shape[-1]].contiguous()

@@ -1,5 +1,5 @@
-"""`numerics.formats.quantize.quantize` as a Triton kernel: any tile with power-of-two sides, bits equal to the
-reference.
+"""`quantize` and `dequantize` as Triton kernels, with the references' bits: to any tile with power-of-two sides, from
+tiles 1x128.
 
 One program takes a block of whole tiles: maximum of magnitudes per tile, scale, division, code, all from one read of x.
 1x128 tiles [V3 §3.3.2] come four in a row, so that scales are written 16 bytes at a time.
@@ -10,21 +10,18 @@ Tiles 128x1 are for operands of the weight gradient, whose products run along th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dovetail.numerics.formats.floats import FloatFormat, float_format
-from dovetail.numerics.formats.quantize import TORCH_DTYPES, Quantized, refuse_non_finite
+from dovetail.numerics import capability
+from dovetail.numerics.formats.floats import FloatFormat, float_format, unpack_e5m6
+from dovetail.numerics.formats.quantized import ROW_TILE, TILE, TORCH_DTYPES, Quantized, codes_of, refuse_non_finite
 from dovetail.numerics.formats.rounding_triton import LARGEST_FORMAT, narrow, quantize_tiles, rounding, widen
 
 LARGEST_TILE = 128 * 128
-KEPT = 128  # columns of a scale of what was quantised before
-_KEPT = tl.constexpr(KEPT)
+_TILE = tl.constexpr(TILE)  # columns of a scale of what was quantised before
 ROW_COLUMNS, COLUMNS, ELEMENTS = 512, 64, 4096  # of a program: columns for tiles 1xN, for others; values
 
 
@@ -61,7 +58,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     inside = (row < end) & (column < columns)
     values = widen(tl.load(x + row * x_row + column * x_column, mask=inside, other=0.0))
     if x_scale is not None:
-        values *= tl.load(x_scale + row * x_scale_row + column // _KEPT, mask=inside, other=0.0)
+        values *= tl.load(x_scale + row * x_scale_row + column // _TILE, mask=inside, other=0.0)
     codes, factor = quantize_tiles(values, TILE_ROWS, TILE_COLUMNS, DOWN, ACROSS, ROUNDING)
     tl.store(data + row * data_row + column * data_column, codes, mask=inside)
     tile_row = (down * DOWN + tl.arange(0, DOWN))[:, None]
@@ -79,7 +76,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     inside = (row < rows) & (column < columns)
     values = widen(tl.load(data + row * data_row + column, mask=inside, other=0.0))
-    values *= tl.load(scale + row * scale_row + column // _KEPT, mask=inside, other=0.0)
+    values *= tl.load(scale + row * scale_row + column // _TILE, mask=inside, other=0.0)
     tl.store(out + row * columns + column, narrow(values, out.dtype.element_ty), mask=inside)
 
 
@@ -103,24 +100,6 @@ def fits(x: Tensor, tile: tuple[int, int], form: FloatFormat) -> bool:
     return x.dtype != torch.float64 and form.max < LARGEST_FORMAT and _has_room(tile)
 
 
-def quantize_columns(
-    x: Tensor,
-    offsets: Sequence[int],
-    format: str = "e4m3",
-    power_of_two: bool = False,
-    check: bool = True,
-    name: str = "the tensor to quantise",
-    height: int = 128,
-) -> Quantized:
-    """Tiles of height x 1 that begin anew with every expert's rows, offsets[e] : offsets[e + 1]: what
-    `grouped_scaled_outer` takes. Scales [sum of ceil(rows / height), columns]; as `quantize` otherwise."""
-    bounds = [(row, min(row + height, stop)) for start, stop in pairwise(offsets) for row in range(start, stop, height)]
-    if offsets[0] != 0 or offsets[-1] != len(x) or sum(stop - start for start, stop in bounds) != len(x):
-        raise ValueError(f"offsets {list(offsets)} do not divide the {len(x)} rows of {name}")
-    table = torch.tensor(bounds, dtype=torch.int32).view(-1, 2)
-    return _checked(_run(x, (height, 1), format, power_of_two, name, table), x, check, name)
-
-
 def quantize_parts(
     x: Tensor,
     bounds: Tensor,
@@ -137,10 +116,29 @@ def quantize_parts(
     return _run(x, tile, format, power_of_two, "the tensor to quantise", bounds, x_scale)
 
 
-def dequantize_rows(data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """data [rows, columns], float8 or another float, times scale [rows, tiles of 128 columns], rounded to `dtype`."""
+def reads(quantized: Quantized) -> bool:
+    """Whether `dequantize` does: float8, where the GPU has it, or E5M6 packed, in tiles 1x128."""
+    if quantized.columns is None:
+        parts = quantized.data, quantized.scale
+        is_read = quantized.data.dtype in TORCH_DTYPES.values() and capability.on_fp8_gpu(*parts)
+        is_read = is_read and all(part.ndim == 2 and part.is_contiguous() for part in parts)
+    else:
+        is_read = quantized.scale.is_contiguous()
+    return is_read and quantized.tile == ROW_TILE
+
+
+def numbers_of(quantized: Quantized) -> Tensor:
+    """What `reads` allows as numbers that a kernel loads, without scales; E5M6 is FP16 with four bits less."""
+    if quantized.columns is None:
+        return quantized.data
+    codes = unpack_e5m6(quantized.data)[:, : quantized.columns].to(torch.int32)
+    return (codes << 4).to(torch.int16).view(torch.float16)
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    """[rows, columns] of what `reads` allows, rounded to `dtype`."""
+    data, scale = numbers_of(quantized), quantized.scale
     (rows, columns), out = data.shape, torch.empty(data.shape, dtype=dtype, device=data.device)
-    assert data.stride(1) == 1 or columns <= 1, f"rows of strides {data.stride()} are not contiguous"
     if out.numel():
         grid = (triton.cdiv(rows, ELEMENTS // ROW_COLUMNS), triton.cdiv(columns, ROW_COLUMNS))
         strides = data.stride(0), scale.stride(0)
@@ -198,12 +196,6 @@ def empty_quantized(
 
 def _has_room(tile: tuple[int, int]) -> bool:
     return all(side > 0 and side & (side - 1) == 0 for side in tile) and tile[0] * tile[1] <= LARGEST_TILE
-
-
-def codes_of(quantized: Quantized) -> Tensor:
-    """The data as unsigned integers, as kernels write them."""
-    data = quantized.data
-    return data if data.dtype == torch.uint16 else data.view(torch.uint8)
 
 
 def tiles_per_program(tile: tuple[int, int], elements: int = ELEMENTS) -> tuple[int, int]:

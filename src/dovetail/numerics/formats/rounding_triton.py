@@ -24,7 +24,7 @@ import triton.language as tl
 from dovetail.numerics.capability import FP8, FP8_CAPABILITY
 from dovetail.numerics.formats.floats import FloatFormat
 from dovetail.numerics.formats.floats import encode as encode_reference
-from dovetail.numerics.formats.quantize import AMAX_FLOOR
+from dovetail.numerics.formats.quantized import AMAX_FLOOR
 
 LARGEST_FORMAT = 2.0**16  # formats that reach it are not rounded to
 _FLOOR = tl.constexpr(AMAX_FLOOR)

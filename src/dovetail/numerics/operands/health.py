@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics.formats.floats import float_format
-from dovetail.numerics.operands.operands import Operand
-from dovetail.spec.precision import Quantization
+from dovetail.numerics.formats.quantized import Quantized, grid_values, spread_scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,14 +22,13 @@ class Health:
     signal_to_noise: float  # decibel, 10 log10(sum x^2 / sum (x - quantised x)^2); inf where nothing was lost
 
 
-def measure_health(x: Tensor, operand: Operand, spread_scale: Tensor, quantization: Quantization) -> Health:
-    """x and its `operand` (same shape), whose scales are given spread over all elements."""
-    wide, scale = x.double(), spread_scale.double()
-    grid = operand.grid.double()
+def measure_health(x: Tensor, quantized: Quantized) -> Health:
+    """x, and the same in a small format."""
+    wide, scale, grid = x.double(), spread_scale(quantized).double(), grid_values(quantized).double()
     restored = grid * scale
     nonzero = wide != 0
     count = max(int(nonzero.sum()), 1)
-    largest = float_format(quantization.format).max
+    largest = float_format(quantized.format).max
     # A quotient is beyond the format by rounding of the scale alone up to half of the last place.
     beyond = (wide / scale).abs() > largest * (1 + torch.finfo(torch.float32).eps)
     signal, noise = wide.square().sum(), (wide - restored).square().sum()

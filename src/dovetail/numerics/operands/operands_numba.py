@@ -1,106 +1,40 @@
-"""CPU kernels of `numerics.operands.operands`: tiles of 1x128, 128x1 and 128x128, in one pass over the matrix.
+"""CPU kernels of `operands`: tiles of 1x128, 128x1 and 128x128, in one pass over the matrix.
 
-Values come out on the format's grid as BF16 bits, which products take (`scaled_numba`), and as the format's own
-codes, which are what is kept for the backward pass. Scales are amax / the format's largest value, amax at least 1e-4,
-or that rounded up to a power of two. A tile that holds NaN or infinity gets a NaN for its scale: training goes on to
-see a loss that is not finite.
-
-A format with m mantissa bits is rounded to by adding a power of two so large that the sum's last bit is the format's,
-2^(23 - m) times the value's own or the smallest normal one's.
+Values come out on the format's grid as BF16 bits, which products take (`products.scaled_numba`), and as the format's
+own codes, which are what is kept for the backward pass.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from numba import prange
 from numba.extending import register_jitable
+from torch import Tensor
 
-from dovetail.numerics.cpu.kernels import exact_kernel
-from dovetail.numerics.cpu.scalars_numba import bits_of, float_of, load, store
-from dovetail.numerics.formats.floats import float_format
+from dovetail.numerics.cpu.kernels import array, exact_kernel
+from dovetail.numerics.cpu.scalars_numba import bits_of, float_of, load
+from dovetail.numerics.formats.quantized import (
+    BLOCK_TILE,
+    COLUMN_TILE,
+    ROW_TILE,
+    TILE,
+    TORCH_DTYPES,
+    Quantized,
+    codes_of,
+    token_tiles,
+)
+from dovetail.numerics.formats.rounding_numba import bf16_bits, code_of, form_of, round_to, scale_of, value_of
+from dovetail.spec.precision import Quantization
 
-TILE = 128
-FLOOR = np.float32(1e-4)
-
-
-class Form(NamedTuple):
-    """A floating-point format as kernels take it: factors, for numba would shift in 64 bits."""
-
-    largest: np.float32
-    least: np.int32  # bits of the smallest normal number
-    gap: np.int32  # mantissa bits that FP32 has more, as an exponent
-    last: np.int32  # the last mantissa bit in FP32
-    normal: np.int32  # code of the smallest normal number
-    sign: np.int32  # its bit in a code
-
-
-@functools.cache
-def form_of(name: str) -> Form | None:
-    """None for what kernels do not round to: what is not exact in BF16, or has FP32's range."""
-    fmt = float_format(name)
-    if fmt.mantissa_bits > 7 or fmt.exponent_bits > 7:
-        return None
-    least, more = np.float32(fmt.smallest_normal).view(np.int32), 23 - fmt.mantissa_bits
-    integers = more << 23, 1 << more, 1 << fmt.mantissa_bits, fmt.nan_code + 1
-    return Form(np.float32(fmt.max), least, *map(np.int32, integers))
-
-
-@register_jitable(forceinline=True)
-def scale_of(amax, form, power_of_two):  # type: ignore[no-untyped-def]
-    scale = max(amax, FLOOR) / form.largest
-    if not amax < np.float32(np.inf):
-        return np.float32(np.nan)
-    if power_of_two:
-        bits = bits_of(np.float32(scale))
-        exponent = (bits >> np.int32(23)) + np.int32((bits & np.int32(0x7FFFFF)) != 0)
-        return float_of(exponent << np.int32(23))
-    return np.float32(scale)
-
-
-@register_jitable(forceinline=True)
-def round_to(value, form):  # type: ignore[no-untyped-def]
-    """To the nearest value of the format, ties to even, saturating; as FP32."""
-    bits = bits_of(np.float32(value))
-    magnitude = min(float_of(bits & np.int32(0x7FFFFFFF)), form.largest)
-    exponent = max(np.int32(bits_of(magnitude) & np.int32(0x7F800000)), form.least)
-    large = float_of(exponent + form.gap)
-    return float_of(bits_of(np.float32(magnitude + large) - large) | (bits & np.int32(-0x80000000)))
-
-
-@register_jitable(forceinline=True)
-def code_of(value, form):  # type: ignore[no-untyped-def]
-    """The code of the value that `round_to` gives."""
-    bits = bits_of(np.float32(value))
-    magnitude = min(float_of(bits & np.int32(0x7FFFFFFF)), form.largest)
-    exponent = max(np.int32(bits_of(magnitude) & np.int32(0x7F800000)), form.least)
-    large = np.int32(exponent + form.gap)
-    count = bits_of(np.float32(magnitude + float_of(large))) - large
-    below = (np.int32(exponent - form.least) >> np.int32(23)) * form.normal
-    return np.int32((below + count) | ((bits >> np.int32(31)) & form.sign))
-
-
-@register_jitable(forceinline=True)
-def value_of(code, form):  # type: ignore[no-untyped-def]
-    """FP32 value of a code that is neither NaN nor infinity."""
-    magnitude = np.int32(np.int32(code) & (form.sign - np.int32(1)))
-    bits = np.int32(magnitude * form.last + form.least - np.int32(0x800000))
-    small = float_of(bits + np.int32(0x800000)) - float_of(form.least)
-    value = float_of(bits) if bits >= form.least else np.float32(small)
-    sign = np.int32(np.int32(code) & form.sign)
-    return float_of(bits_of(value) | (np.int32(-0x80000000) if sign != np.int32(0) else np.int32(0)))
-
-
-@register_jitable(forceinline=True)
-def bf16_bits(value):  # type: ignore[no-untyped-def]
-    """Of a value that is exact in BF16."""
-    return np.uint16(np.uint32(bits_of(value)) >> np.uint32(16))
+_NO_CODES = np.empty((0, 0), np.uint8)
 
 
 @exact_kernel
-def rows(x, form, power_of_two, is_given, grid, codes, scales):  # type: ignore[no-untyped-def]
+def _rows(x, form, power_of_two, is_given, grid, codes, scales):  # type: ignore[no-untyped-def]
     """Tiles 1x128 of x [R, C]: grid [R, C] BF16 bits, codes [R, C] uint8 (or none of them), scales [R, tiles].
 
     `is_given`: the scales are there already.
@@ -145,7 +79,7 @@ def _column_tile(wide, start, count, tile, begin, end, form, power_of_two, grid,
 
 
 @exact_kernel
-def columns(x, bounds, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+def _columns(x, bounds, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
     """Tiles 128x1 of x [R, C]: tile t holds rows bounds[t, 0] : bounds[t, 1]; scales [tiles, C]."""
     width = x.shape[1]
     blocks = (width + TILE - 1) // TILE
@@ -161,8 +95,8 @@ def columns(x, bounds, form, power_of_two, grid, scales):  # type: ignore[no-unt
 
 
 @exact_kernel
-def retile(codes, row_scales, kept_form, bounds, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
-    """As `columns`, of what `rows` has kept: codes [R, C] and row_scales [R, tiles of C]."""
+def _retile(codes, row_scales, kept_form, bounds, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+    """As `_columns`, of what `_rows` has kept: codes [R, C] and row_scales [R, tiles of C]."""
     width = codes.shape[1]
     blocks = (width + TILE - 1) // TILE
     for item in prange(len(bounds) * blocks):
@@ -177,7 +111,7 @@ def retile(codes, row_scales, kept_form, bounds, form, power_of_two, grid, scale
 
 
 @exact_kernel
-def blocks(w, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
+def _blocks(w, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
     """Tiles 128x128 of w [G, N, K]: grid of the same shape, scales [G, tiles of N, tiles of K]."""
     groups, down, across = scales.shape
     for item in prange(groups * down * across):
@@ -198,23 +132,8 @@ def blocks(w, form, power_of_two, grid, scales):  # type: ignore[no-untyped-def]
 
 
 @exact_kernel
-def decode(codes, row_scales, form, out):  # type: ignore[no-untyped-def]
-    """What `rows` has kept: out [R, C], FP32 or BF16 bits, rounded once."""
-    width = codes.shape[1]
-    for r in prange(codes.shape[0]):
-        for block in range(row_scales.shape[1]):
-            begin, end = block * TILE, min((block + 1) * TILE, width)
-            source, target, scale = codes[r, begin:end], out[r, begin:end], row_scales[r, block]
-            for c in range(len(source)):
-                store(target, c, value_of(source[c], form) * scale)
-
-
-@exact_kernel
-def keep_e5m6(x, form, power_of_two, is_given, packed, scales):  # type: ignore[no-untyped-def]
-    """Tiles 1x128 of x [R, C] as packed codes [R, 12 ceil(C / 8)] (`formats.pack_e5m6`).
-
-    scales [R, tiles], which `is_given` says are there already.
-    """
+def _keep_e5m6(x, form, power_of_two, is_given, packed, scales):  # type: ignore[no-untyped-def]
+    """Tiles 1x128 of x [R, C] as packed codes [R, 12 ceil(C / 8)] (`floats.pack_e5m6`), and scales [R, tiles]."""
     columns = x.shape[1]
     for r in prange(x.shape[0]):
         codes = np.zeros(TILE, np.int32)
@@ -242,18 +161,70 @@ def keep_e5m6(x, form, power_of_two, is_given, packed, scales):  # type: ignore[
                         to[4 * word + byte] = np.uint8(value >> (8 * byte) & 0xFF)
 
 
-@exact_kernel
-def decode_e5m6(packed, row_scales, form, out):  # type: ignore[no-untyped-def]
-    """What `keep_e5m6` has kept: out [R, C], FP32 or BF16 bits."""
-    width = out.shape[1]
-    for r in prange(out.shape[0]):
-        for group in range((width + 7) // 8):
-            words = np.zeros(3, np.int64)
-            for byte in range(12):
-                words[byte // 4] |= np.int64(packed[r, group * 12 + byte]) << (8 * (byte % 4))
-            high, low = words[0] << 32 | words[1], words[1] << 32 | words[2]
-            scale = row_scales[r, group * 8 // TILE]
-            target = out[r, group * 8 : min(group * 8 + 8, width)]
-            for i in range(len(target)):
-                code = high >> (52 - 12 * i) if i < 5 else low >> (84 - 12 * i)
-                store(target, i, value_of(np.int32(code & 0xFFF), form) * scale)
+def quantize_rows(x: Tensor, quantization: Quantization, scale: Tensor | None = None) -> Quantized:
+    """As `operands` has it; `scale` [R, tiles], where it is not the tiles' own."""
+    return _in_rows(x, quantization, scale, _NO_CODES)
+
+
+def quantize_and_keep(
+    x: Tensor, quantization: Quantization, scale: Tensor | None = None
+) -> tuple[Quantized, Quantized]:
+    codes = torch.empty(x.shape, dtype=torch.uint8)
+    rows = _in_rows(x, quantization, scale, array(codes))
+    return rows, replace(rows, data=codes.view(TORCH_DTYPES.get(quantization.format, torch.uint8)))
+
+
+def keep_e5m6(x: Tensor, quantization: Quantization, scale: Tensor | None = None) -> Quantized:
+    packed, scales = torch.empty(len(x), 12 * _ceil(x.shape[1], 8), dtype=torch.uint8), _scales(x, scale)
+    rule = form_of("e5m6"), quantization.power_of_two, scale is not None
+    _keep_e5m6(array(x), *rule, array(packed), array(scales))
+    return Quantized(data=packed, scale=scales, tile=ROW_TILE, format="e5m6", columns=x.shape[1])
+
+
+def quantize_columns(x: Tensor, offsets: Sequence[int], quantization: Quantization) -> Quantized:
+    bounds, _ = token_tiles(offsets)
+    result = _empty(x.shape, (len(bounds), x.shape[1]), COLUMN_TILE, quantization)
+    rule = form_of(quantization.format), quantization.power_of_two
+    _columns(array(x), array(bounds), *rule, array(result.data), array(result.scale))
+    return result
+
+
+def retile(kept: Quantized, offsets: Sequence[int], quantization: Quantization) -> Quantized:
+    bounds, _ = token_tiles(offsets)
+    result = _empty(kept.shape, (len(bounds), kept.shape[1]), COLUMN_TILE, quantization)
+    source = array(codes_of(kept)), array(kept.scale), form_of(kept.format)
+    rule = form_of(quantization.format), quantization.power_of_two
+    _retile(*source, array(bounds), *rule, array(result.data), array(result.scale))
+    return result
+
+
+def quantize_blocks(weight: Tensor, quantization: Quantization) -> Quantized:
+    groups, rows, columns = weight.shape
+    result = _empty(weight.shape, (groups, _ceil(rows, TILE), _ceil(columns, TILE)), BLOCK_TILE, quantization)
+    rule = form_of(quantization.format), quantization.power_of_two
+    _blocks(array(weight), *rule, array(result.data), array(result.scale))
+    return result
+
+
+def _in_rows(x: Tensor, quantization: Quantization, scale: Tensor | None, codes: np.ndarray) -> Quantized:
+    values, scales = torch.empty(x.shape, dtype=torch.bfloat16), _scales(x, scale)
+    rule = form_of(quantization.format), quantization.power_of_two, scale is not None
+    _rows(array(x), *rule, array(values), codes, array(scales))
+    return Quantized(data=values, scale=scales, tile=ROW_TILE, format=quantization.format)
+
+
+def _scales(x: Tensor, given: Tensor | None) -> Tensor:
+    """[R, tiles]: those given, or room for the tiles' own."""
+    return torch.empty(len(x), _ceil(x.shape[1], TILE), dtype=torch.float32) if given is None else given
+
+
+def _empty(
+    shape: Sequence[int], scales: tuple[int, ...], tile: tuple[int, int], quantization: Quantization
+) -> Quantized:
+    values = torch.empty(shape, dtype=torch.bfloat16)
+    scale = torch.empty(scales, dtype=torch.float32)
+    return Quantized(data=values, scale=scale, tile=tile, format=quantization.format)
+
+
+def _ceil(size: int, step: int) -> int:
+    return -(-size // step)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.numerics.formats.logfmt import BITS, round_to_logfmt
-from dovetail.numerics.operands.operands import row_operand, spread
+from dovetail.numerics.formats.logfmt import round_to_logfmt
+from dovetail.numerics.formats.quantize import dequantize
+from dovetail.numerics.formats.quantized import LOGFMT_BITS
+from dovetail.numerics.operands.operands import quantize_rows
 from dovetail.spec.precision import Quantization
 
 _LOGFMT = re.compile(r"logfmt-([0-9]+)")
@@ -22,8 +24,9 @@ _LOGFMT = re.compile(r"logfmt-([0-9]+)")
 def check_sent_format(name: str) -> None:
     """Raises `ValueError` for what is neither logfmt-N nor a format that tiles are scaled to."""
     match = _LOGFMT.fullmatch(name)
-    if match is None and name.lower().startswith("logfmt") or match is not None and int(match[1]) not in BITS:
-        raise ValueError(f"expert_output {name!r}: LogFMT has {BITS[0]} to {BITS[-1]} bits, logfmt-8 for one")
+    if match is None and name.lower().startswith("logfmt") or match is not None and int(match[1]) not in LOGFMT_BITS:
+        first, last = LOGFMT_BITS[0], LOGFMT_BITS[-1]
+        raise ValueError(f"expert_output {name!r}: LogFMT has {first} to {last} bits, logfmt-8 for one")
     if match is None:
         Quantization(format=name)
 
@@ -40,8 +43,7 @@ class _Sent(torch.autograd.Function):
         match = _LOGFMT.fullmatch(name)
         if match is not None:
             return round_to_logfmt(x, int(match[1]), check=False)
-        operand = row_operand(x.contiguous(), Quantization(format=name))
-        return (operand.grid.float() * spread(operand.scale, 1, x.shape[1])).to(x.dtype)
+        return dequantize(quantize_rows(x.contiguous(), Quantization(format=name)), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

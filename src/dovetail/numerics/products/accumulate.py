@@ -29,59 +29,25 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dovetail.numerics.formats.floats import float_format
 from dovetail.numerics.products import accumulate_numba
+from dovetail.numerics.products.accumulators import (
+    FRACTION_BITS,
+    GROUP,
+    PROMOTION,
+    Accumulator,
+    Fp32Accumulator,
+    HopperAccumulator,
+    Scales,
+    least_exponents,
+)
 
-GROUP = 32  # products that are added at once [V3 §3.5.2]
-FRACTION_BITS = 13  # kept below the largest exponent, and in FP22 [ISCA §3.1.1]
-PROMOTION = 128  # N_C, elements of K between promotions to FP32 [V3 §3.3.2]
 _EXPONENT = 0x7F800000  # of an FP32 number's bits
 _CUT = -1 << (23 - FRACTION_BITS)  # leaves FP22 of them
 _MOST_PRODUCTS = 1 << 19  # at once in memory; 2 MB stay in the second-level cache
-
-
-@dataclass(frozen=True, slots=True)
-class Fp32Accumulator:
-    """FP32 throughout. Of each pair of k the odd one is added first, as VDPBF16PS does, so that a CPU kernel made of
-    it can be held to the bits; a scale applies to the sum over its tile."""
-
-
-@dataclass(frozen=True, slots=True)
-class HopperAccumulator:
-    """Hopper's FP8 Tensor Core; its sum is added to FP32 and starts anew every `promotion` of K, or never if None."""
-
-    promotion: int | None = PROMOTION
-
-    def __post_init__(self) -> None:
-        if self.promotion is not None and (self.promotion < GROUP or self.promotion % GROUP):
-            raise ValueError(
-                f"promotion = {self.promotion} is no multiple of the {GROUP} products that are added at once"
-            )
-
-
-Accumulator = Fp32Accumulator | HopperAccumulator
-
-
-@dataclass(frozen=True, slots=True)
-class TensorCore:
-    """Hopper's, for one product: its accumulator, and both operands' formats."""
-
-    accumulator: HopperAccumulator
-    formats: tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scales:
-    """What the values of a [M, K] and b [N, K] are multiplied by: one number per row and `width` elements of K."""
-
-    a: Tensor  # FP32 [M, ceil(K / width)]
-    b: Tensor  # FP32 [N, ceil(K / width)]
-    width: int
 
 
 def matmul(
@@ -127,11 +93,6 @@ def matmul_reference(
                 partial = _sum_hopper(left, right, least_exponents(formats), factors if inside else None)
             total.copy_(total + partial if inside or factors is None else multiply_add(partial, factors[0], total))
     return output
-
-
-def least_exponents(formats: tuple[str, str]) -> tuple[int, int]:
-    """Of the smallest normal numbers."""
-    return 1 - float_format(formats[0]).bias, 1 - float_format(formats[1]).bias
 
 
 def _check(a: Tensor, b: Tensor, accumulator: Accumulator, scales: Scales | None) -> None:

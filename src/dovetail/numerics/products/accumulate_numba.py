@@ -31,8 +31,8 @@ from dovetail.numerics.cpu.tiles_numba import (
     store_vector,
     take_next,
 )
+from dovetail.numerics.products.accumulators import FRACTION_BITS, GROUP
 
-GROUP, FRACTION_BITS = 32, 13
 PANEL = 4 * LANES  # columns
 ROWS = 128  # that one task takes through a panel
 LEAST = -14  # exponent of a format's smallest normal number, down to which int8 holds the exponents of products

@@ -13,11 +13,15 @@ second level: 8 x 32 sums in 16 registers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numba
 import numpy as np
 from numba import prange
 from numba.extending import register_jitable
+from torch import Tensor
 
-from dovetail.numerics.cpu.kernels import kernel
+from dovetail.numerics.cpu.kernels import array, kernel
 from dovetail.numerics.cpu.tiles_numba import (
     LANES,
     PANEL,
@@ -197,3 +201,66 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
                         packed_a, start, packed_b, 0, pairs, c, at + row * strides[2], strides[2], rows - row, columns
                     )
                     b_at, a_at = _fetch(b, next_b, b_at, b_lines), _fetch(a, next_a, a_at, a_lines)
+
+
+def fprop(rows: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
+    """As `grouped` has it; `weight` may be a transposed view."""
+    output = rows.new_empty(rows.shape[0], weight.shape[1])
+    starts, counts = bounds_of(offsets)
+    groups = np.arange(len(starts))
+    _multiply(
+        (rows, weight.transpose(1, 2), output),
+        (starts * rows.stride(0), groups * weight.stride(0), starts * output.stride(0)),
+        (counts, weight.shape[1], weight.shape[2]),
+    )
+    return output
+
+
+def wgrad(grad: Tensor, rows: Tensor, offsets: Sequence[int]) -> Tensor:
+    output = grad.new_empty(len(offsets) - 1, grad.shape[1], rows.shape[1])
+    starts, counts = bounds_of(offsets)
+    _multiply(
+        (grad.t(), rows, output),
+        (starts * grad.stride(0), starts * rows.stride(0), np.arange(len(starts)) * output.stride(0)),
+        (grad.shape[1], rows.shape[1], counts),
+    )
+    return output
+
+
+def _multiply(
+    operands: tuple[Tensor, Tensor, Tensor], starts: tuple[np.ndarray, ...], sizes: tuple[np.ndarray | int, ...]
+) -> None:
+    """Groups of a [., m, k], b [., k, n] and c [., m, n]: starts and sizes m, n, k of each, in elements."""
+    a, b, out = operands
+    (a_row, a_inner), (b_row, k_is_outer) = _row_stride(a), _row_stride(b)
+    assert out.stride(-1) == 1
+    grouped_gemm(
+        _flat(a),
+        _flat(b),
+        _flat(out),
+        np.stack(starts, axis=1),
+        np.stack([np.broadcast_to(size, len(starts[0])) for size in sizes], axis=1),
+        np.array([a_row, b_row, out.stride(-2)]),
+        a_inner,
+        not k_is_outer,
+        numba.get_num_threads(),
+    )
+
+
+def _row_stride(x: Tensor) -> tuple[int, bool]:
+    """The stride between rows in memory, and whether these are x's rows (else x is a transposed view)."""
+    if x.stride(-1) == 1:
+        return x.stride(-2), True
+    assert x.stride(-2) == 1, f"neither dimension is contiguous: shape {tuple(x.shape)}, strides {x.stride()}"
+    return x.stride(-1), False
+
+
+def _flat(x: Tensor) -> np.ndarray:
+    """All memory from x's first element to the end of what it is a view of, as BF16 bits."""
+    return array(x.as_strided((x.untyped_storage().nbytes() // 2 - x.storage_offset(),), (1,)))
+
+
+def bounds_of(offsets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """First row and number of rows of each group."""
+    ends = np.asarray(offsets)
+    return ends[:-1], np.diff(ends)

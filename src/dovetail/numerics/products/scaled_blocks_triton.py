@@ -1,5 +1,5 @@
-"""The kernels of `numerics.products.scaled_kernels_triton`: blocks of products of FP8 matrices with scales per tile of
-K.
+"""The kernels of `scaled_triton`: blocks of products of FP8 matrices with scales per tile of K, and how large to make
+them.
 
 Per tile of K (128) and per PROMOTION of it, a sum in the Tensor Core that starts at zero, then
 
@@ -8,12 +8,55 @@ Per tile of K (128) and per PROMOTION of it, a sum in the Tensor Core that start
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from dovetail.numerics.formats.rounding_triton import narrow
 
 DENSE, CONTIGUOUS, MASKED = (tl.constexpr(value) for value in range(3))
+HOPPER_MULTIPROCESSORS = 132  # where there is no device to ask
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocking:
+    """How a product is cut up."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int  # tiles of K in flight
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# Besides the total a program holds the sum under way, in FP32: a larger block than 128 x 128 leaves the registers.
+BLOCKINGS = (
+    Blocking(rows=128, columns=128, warps=8, stages=3),
+    Blocking(rows=64, columns=128, warps=4, stages=3),
+    Blocking(rows=64, columns=64, warps=4, stages=4),
+    Blocking(rows=64, columns=32, warps=4, stages=5),
+    Blocking(rows=64, columns=16, warps=4, stages=6),
+)
+BAND = 8  # rows of blocks that run side by side
+# A row or column of a block brings 128 bytes per tile of K, at some 40 bytes a cycle and multiprocessor; an output is
+# 128 products, at 4096 a cycle: reading one costs as much as computing this many. An estimate, not a measurement.
+EDGE_COST = 100
+
+
+def choose_blocking(rows: Sequence[int], columns: int, multiprocessors: int = HOPPER_MULTIPROCESSORS) -> Blocking:
+    """The blocks that finish first when every multiprocessor takes one after another; `rows` of each group."""
+
+    def cost(blocking: Blocking) -> int:
+        blocks = sum(triton.cdiv(each, blocking.rows) for each in rows) * triton.cdiv(columns, blocking.columns)
+        edges = blocking.rows + blocking.columns
+        return triton.cdiv(blocks, multiprocessors) * (blocking.rows * blocking.columns + EDGE_COST * edges)
+
+    return min(BLOCKINGS, key=cost)
 
 
 @triton.jit

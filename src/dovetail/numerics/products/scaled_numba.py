@@ -5,19 +5,27 @@
 Values are on an 8-bit grid (E4M3, E5M2), which BF16 holds exactly, as are their products in FP32. A block's sum is
 made in FP32, for each pair of k the odd one first as VDPBF16PS does; it is then multiplied by the product of its two
 scales, rounded, and added in one rounding: FP32 accumulation with promotion at every tile of 128 [V3 §3.3.2].
+
+`fprop`, `dgrad` and `wgrad` lay operands out for this kernel, or, for the sums of Hopper's Tensor Core, for that of
+`accumulate_numba`, which needs no particular CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
+from torch import Tensor
 
-from dovetail.numerics.cpu.kernels import kernel
+from dovetail.numerics.cpu.kernels import array, kernel
 from dovetail.numerics.cpu.tiles_numba import (
     FLOATS,
     INT64,
@@ -33,10 +41,12 @@ from dovetail.numerics.cpu.tiles_numba import (
     take_next,
     to_bf16,
 )
-from dovetail.numerics.products.grouped_numba import BLOCK_ROWS, list_tasks, pack, packed_size
+from dovetail.numerics.formats.quantized import TILE, Quantized, token_tiles, transposed
+from dovetail.numerics.products import accumulate_numba
+from dovetail.numerics.products.accumulators import Accumulator, Fp32Accumulator, least_exponents
+from dovetail.numerics.products.grouped_numba import BLOCK_ROWS, bounds_of, list_tasks, pack, packed_size
 
-SCALE_TILE = 128  # values of k under one scale
-PAIRS_PER_TILE = SCALE_TILE // 2
+PAIRS_PER_TILE = TILE // 2  # values of k under one scale, by two
 VECTORS = PANEL // LANES
 
 
@@ -96,14 +106,14 @@ def _copy_scales(scales, start, first, count, block, stride, tile_stride, tiles,
 def grouped_scaled_gemm(  # type: ignore[no-untyped-def]
     a, b, c, starts, sizes, strides, a_inner, b_inner, a_scales, b_scales, scale_starts, scale_strides, b_block, threads
 ):
-    """As `grouped_numba.grouped_gemm`, of values on an 8-bit grid with scales for every SCALE_TILE of k.
+    """As `grouped_numba.grouped_gemm`, of values on an 8-bit grid with scales for every TILE of k.
 
     scale_starts [G, 2]: where each group's scales of a and b begin; scale_strides: (rows of a, tiles of a, blocks of
     b, tiles of b), in elements; b_block columns of b share a scale.
     """
     tasks = list_tasks(sizes)
     most_m, most_k = sizes[:, 0].max(), sizes[:, 2].max()
-    most_tiles = (most_k + SCALE_TILE - 1) // SCALE_TILE
+    most_tiles = (most_k + TILE - 1) // TILE
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
         packed_a = np.empty(packed_size(most_k, min(most_m, BLOCK_ROWS)), np.uint32)
@@ -117,7 +127,7 @@ def grouped_scaled_gemm(  # type: ignore[no-untyped-def]
                 break
             g, first, begin, end = tasks[task]
             m, k = sizes[g, 0], sizes[g, 2]
-            rows, pairs, tiles = min(BLOCK_ROWS, m - first), (k + 1) // 2, (k + SCALE_TILE - 1) // SCALE_TILE
+            rows, pairs, tiles = min(BLOCK_ROWS, m - first), (k + 1) // 2, (k + TILE - 1) // TILE
             if held != (g, first):
                 at = starts[g, 0] + first * (strides[0] if a_inner else 1)
                 pack(a, at, strides[0], a_inner, k, rows, packed_a, LANES)
@@ -149,3 +159,86 @@ def grouped_scaled_gemm(  # type: ignore[no-untyped-def]
                         left,
                         columns,
                     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the groups of a product lie: what `grouped_scaled_gemm` takes beside the tensors, each number for every
+    group or one for all."""
+
+    starts: tuple[np.ndarray, ...]  # of a, b and the output
+    sizes: tuple[np.ndarray | int, ...]  # m, n, k
+    strides: tuple[int, int, int]
+    is_inner: tuple[bool, bool]
+    scale_starts: tuple[np.ndarray, np.ndarray]
+    scale_strides: tuple[int, int, int, int]
+    block: int  # columns of b that share a scale
+
+
+def fprop(rows: Quantized, weight: Quantized, offsets: Sequence[int], accumulator: Accumulator) -> Tensor:
+    return _by_rows(rows, weight, offsets, accumulator, is_transposed=False)
+
+
+def dgrad(grad: Quantized, weight: Quantized, offsets: Sequence[int], accumulator: Accumulator) -> Tensor:
+    return _by_rows(grad, weight, offsets, accumulator, is_transposed=True)
+
+
+def _by_rows(
+    rows: Quantized, weight: Quantized, offsets: Sequence[int], accumulator: Accumulator, is_transposed: bool
+) -> Tensor:
+    """Each group's rows times its weight's rows, or, `is_transposed`, its columns."""
+    turned = transposed(weight) if is_transposed else weight
+    groups, width, inner = turned.data.shape
+    output = rows.data.new_empty(len(rows.data), width, dtype=torch.bfloat16)
+    starts, counts = bounds_of(offsets)
+    experts, tiles = np.arange(groups), rows.scale.shape[1]
+    layout = Layout(
+        starts=(starts * inner, experts * width * inner, starts * width),
+        sizes=(counts, width, inner),
+        strides=(inner, weight.data.shape[2], width),
+        is_inner=(True, not is_transposed),
+        scale_starts=(starts * tiles, experts * weight.scale[0].numel()),
+        scale_strides=(tiles, 1, *turned.scale.stride()[1:]),
+        block=TILE,
+    )
+    _multiply(rows, weight, output, layout, accumulator)
+    return output
+
+
+def wgrad(grad: Quantized, rows: Quantized, offsets: Sequence[int], accumulator: Accumulator) -> Tensor:
+    (height, width), groups = (grad.data.shape[1], rows.data.shape[1]), len(offsets) - 1
+    output = grad.data.new_empty(groups, height, width, dtype=torch.bfloat16)
+    starts, counts = bounds_of(offsets)
+    firsts = np.array(token_tiles(offsets)[1], dtype=np.int64)
+    layout = Layout(
+        starts=(starts * height, starts * width, np.arange(groups) * height * width),
+        sizes=(height, width, counts),
+        strides=(height, width, width),
+        is_inner=(False, False),
+        scale_starts=(firsts * height, firsts * width),
+        scale_strides=(1, height, 1, width),
+        block=1,
+    )
+    _multiply(grad, rows, output, layout, accumulator)
+    return output
+
+
+def _multiply(a: Quantized, b: Quantized, output: Tensor, layout: Layout, accumulator: Accumulator) -> None:
+    groups = len(layout.starts[0])
+    arguments = (
+        *(array(x.reshape(-1)) for x in (a.data, b.data, output)),
+        np.stack(layout.starts, axis=1),
+        np.stack([np.broadcast_to(size, groups) for size in layout.sizes], axis=1),
+        np.array(layout.strides),
+        *layout.is_inner,
+        *(array(x.contiguous().reshape(-1)) for x in (a.scale, b.scale)),
+        np.stack(layout.scale_starts, axis=1),
+        np.array(layout.scale_strides),
+        layout.block,
+        numba.get_num_threads(),
+    )
+    if isinstance(accumulator, Fp32Accumulator):
+        grouped_scaled_gemm(*arguments)
+    else:
+        least = least_exponents((a.format, b.format))
+        accumulate_numba.grouped_hopper(*arguments, least, TILE, accumulator.promotion or 0)

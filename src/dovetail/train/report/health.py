@@ -15,7 +15,7 @@ from dovetail.model.experts.mlp import DenseMlp
 from dovetail.model.experts.moe import Experts
 from dovetail.numerics.linear import Linear
 from dovetail.numerics.operands.health import Health, measure_health
-from dovetail.numerics.operands.operands import Operand, block_operand, row_operand, spread
+from dovetail.numerics.operands.operands import quantize_blocks, quantize_rows
 from dovetail.spec.precision import Quantization
 
 
@@ -27,16 +27,11 @@ class Watched:
 
     def rows(self, name: str, x: Tensor, quantization: Quantization) -> None:
         rows = x.detach().flatten(0, -2).contiguous()
-        operand = row_operand(rows, quantization)
-        scale = spread(operand.scale, 1, rows.shape[1])
-        self.health[name] = measure_health(rows, operand, scale, quantization)
+        self.health[name] = measure_health(rows, quantize_rows(rows, quantization))
 
     def weight(self, name: str, weight: Tensor, quantization: Quantization) -> None:
         stacked = weight.detach() if weight.ndim == 3 else weight.detach()[None]
-        operand: Operand = block_operand(stacked, quantization)
-        height, width = stacked.shape[1:]
-        scale = spread(spread(operand.scale, 1, height), 2, width)
-        self.health[name] = measure_health(stacked, operand, scale, quantization)
+        self.health[name] = measure_health(stacked, quantize_blocks(stacked, quantization))
 
 
 @contextmanager
