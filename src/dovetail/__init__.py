@@ -1,6 +1,6 @@
-"""The DeepSeek-V3 system as one package: model, training, inference, and the hardware side of the same story.
+"""The names that `import dovetail` offers; each loads what it needs on first use, so torch is not imported.
 
-The names below load what they need when first used, so `import dovetail` never imports torch.
+The package is the DeepSeek-V3 system: its model, training, inference, and the planning of the hardware for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m dovetail`."""
+"""`python -m dovetail` runs the command line."""
 
 from dovetail.cli.app import main
 

@@ -1,8 +1,8 @@
-"""Run files: TOML in, frozen validated objects out, and back.
+"""Reads a user's TOML file into frozen, validated objects, and writes such objects as TOML.
 
-A user writes one TOML file and perhaps `--set train.steps=200`; the classes that describe the tables live in
-the files that read them. Every mistake is one `ValueError` line that names the file, the key, the value and a
-remedy.
+A user writes one TOML file and may change single keys with `--set train.steps=200`. The classes that describe its
+tables live in the files that read them. Every mistake is one `ValueError` line that names the file, the key, the
+value and a remedy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Record(BaseModel):
-    """Frozen, strict about unknown keys: what every table a user writes is made of."""
+    """The base of the classes that describe a user's tables: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ def load_toml(path: str | Path, schema: type[SchemaT], overrides: Sequence[str] 
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of one TOML file. Raises ValueError with the line and column for malformed text."""
+    """Read the tables of one TOML file. Raises ValueError with the line and column for malformed text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -86,10 +86,10 @@ def _override_value(text: str) -> Any:
 
 
 def validate(schema: type[SchemaT], table: Mapping[str, Any], where: str) -> SchemaT:
-    """`schema` built from plain data. Raises ValueError with one line that starts with `where`.
+    """Build `schema` from plain data. Raises ValueError with one line that starts with `where`.
 
-    Strict, so that `steps = "200"` and `steps = true` are errors and not 200 and 1. The data goes through
-    JSON, where strict still means that a list makes a tuple and a string a path.
+    Types are strict, so that `steps = "200"` and `steps = true` are errors and not 200 and 1. The data goes through
+    JSON, because pydantic's strict mode still makes a tuple of a list and a path of a string there.
     """
     try:
         return schema.model_validate_json(json.dumps(table, default=_plain), strict=True)
@@ -102,7 +102,7 @@ def _plain(value: Any) -> Any:
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
-    """A remedy for a misspelt name: "did you mean a or b?", or all names where there are few, or nothing."""
+    """Return a remedy for a misspelt name: "did you mean a or b?", or all names if they are few, or "" if many."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if close:
@@ -136,7 +136,7 @@ def _wrong_value(path: str, message: str, value: Any) -> str:
 
 
 def _known_keys(schema: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """The keys allowed at `location`, found by walking the annotations past list indices and union tags."""
+    """Return the keys allowed at `location`, by walking the annotations past list indices and union tags."""
     schemas: list[type[BaseModel]] = [schema]
     for part in location:
         fields = [each.model_fields[part] for each in schemas if part in each.model_fields]
@@ -154,7 +154,7 @@ def _inner_schemas(annotation: Any) -> list[type[BaseModel]]:
 
 
 def dump(record: BaseModel) -> str:
-    """`record` as TOML that `load` reads back to an equal object; keys that are None are left out."""
+    """Return `record` as TOML that `load_toml` reads back to an equal object; keys that are None are left out."""
     lines: list[str] = []
     _dump_table(record.model_dump(mode="json", exclude_none=True), (), lines)
     return "\n".join(lines).strip() + "\n"
@@ -179,7 +179,9 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML's escapes are JSON's, but for DEL
+    return json.dumps(text, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # TOML has JSON's escapes, and escapes DEL too
 
 
 def _toml_value(value: Any) -> str:

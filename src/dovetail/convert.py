@@ -1,4 +1,4 @@
-"""Weights between a run's checkpoints, the Hugging Face layout, and FP8: what `export` and `import` do."""
+"""Converts weights: a run's checkpoint to the Hugging Face layout, in BF16 or FP8, and published ones to BF16."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class ExportOptions:
 
 
 def export(source: Path, out: Path, options: ExportOptions) -> Iterator[str]:
-    """Write the newest weights of a run, or a Hugging Face checkpoint, to `out`; yields lines for the user."""
+    """Write the newest weights of a run, or a Hugging Face checkpoint, to `out`; yield lines to print.
+
+    Raises ValueError where `source` is not a run and the moving average is asked for.
+    """
     model: Transformer | dict[str, Tensor]
     if is_run(source):
         model, spec, step = load_weights(source, options.ema)
@@ -50,14 +53,14 @@ def export(source: Path, out: Path, options: ExportOptions) -> Iterator[str]:
 
 
 def import_(hf_dir: Path, out: Path, drop_mtp: bool, overwrite: bool) -> Iterator[str]:
-    """Read a Hugging Face checkpoint, every tensor checked, and write it in BF16 to `out`."""
+    """Read a Hugging Face checkpoint, check every tensor, and write it in BF16 to `out`; yield lines to print."""
     model, spec = import_hf(hf_dir, mtp="drop" if drop_mtp else "require")
     export_hf(model, spec, out, tokenizer_files=tokenizer_files(hf_dir), overwrite=overwrite)
     yield from describe(out, spec)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """Those of a Hugging Face checkpoint; none is no error, since weights can be converted without."""
+    """Return a checkpoint's tokenizer files. There may be none, since weights can be converted without them."""
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
     return [directory / name for name in names if (directory / name).is_file()]
 

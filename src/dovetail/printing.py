@@ -1,4 +1,4 @@
-"""What the command line writes to stdout: tables for people, JSON for programs."""
+"""The command line's output on stdout: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose options are printed under the `rich_help_panel` that each names, without Rich's boxes."""
+    """A command whose help lists each option under the heading in its `rich_help_panel`, without Rich's boxes."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -29,8 +29,11 @@ def print_json(record: Any) -> None:
 
 
 def print_table(title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    """A table on stdout; a column whose header opens with ">" is aligned right, and never broken: where a terminal is
-    too narrow for these, rows run on instead."""
+    """Print a table on stdout.
+
+    A column whose header starts with ">" is aligned right and its cells are never wrapped: where the terminal is too
+    narrow for these columns, the rows run past its edge instead.
+    """
     from rich.console import Console
     from rich.table import Table
 

@@ -1,8 +1,8 @@
-"""The whole path in a few minutes: text, tokenizer, training, evaluation, export, generation.
+"""Runs the whole path in a few minutes: text, tokenizer, training, evaluation, export, generation.
 
-The corpus is the Python standard library of the interpreter that runs this; nothing is fetched. Tokenizer, tokens
-and training go on from what the run's directory holds; the short stages after them are done again. Figures are
-printed as predicted (from the description, before the run) and measured.
+The corpus is the standard library of the Python that runs this; nothing is downloaded. A second call continues with
+the tokenizer, the tokens and the training that the run's directory holds, and repeats the short stages after them.
+Each figure is printed twice: as predicted from the model's description before the run, and as measured.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 160, 96, 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """One prompt completed twice."""
+    """One prompt completed twice: by plain decoding, and with speculation."""
 
     name: str  # of the held-out file
     prompt: str
@@ -53,7 +53,7 @@ class Generation:
 
 
 def run_config(out: Path, minutes: float) -> RunConfig:
-    """The run file that `dovetail quickstart` stands for."""
+    """Return the settings of `dovetail quickstart`, as a run file would give them."""
     return RunConfig(
         out=out,
         model=ModelConfig(preset=PRESET),
@@ -70,7 +70,7 @@ def run_config(out: Path, minutes: float) -> RunConfig:
 
 
 def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """Run all stages; yields (title, rows) of a table as each is known, for the caller to print."""
+    """Run all stages, and yield (title, rows) of each table as soon as it is known, for the caller to print."""
     config = run_config(out, minutes)
     spec = load_model(PRESET)
     tokens = config.train.microbatch_size * config.train.sequence_length
@@ -105,7 +105,7 @@ def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
 
 
 def average_bits(state: Run) -> float:
-    """Held-out bits per byte of the moving average of the weights."""
+    """Return the bits per byte of held-out text of a model with the moving average of the weights."""
     assert state.ema is not None and state.held_out_store is not None
     model = Transformer(state.spec, dtype=state.model.embed_tokens.weight.dtype)
     model.load_state_dict({**state.ema.average, **dict(state.model.named_buffers())})
@@ -138,7 +138,7 @@ def prediction_rows(state: Run, memory: TrainingMemory) -> list[tuple[str, ...]]
 
 
 def unseen(state: Run) -> Iterator[Document]:
-    """The first held-out files that are long enough to be completed."""
+    """Yield the first held-out files that are long enough to be completed."""
     found = 0
     for document in read_documents(state.config.data, "held_out"):
         if document.num_bytes > 8 * (PROMPT_TOKENS + NEW_TOKENS):
@@ -177,7 +177,7 @@ def generation_rows(results: list[Generation]) -> list[tuple[str, ...]]:
 
 
 def _rate(completion: Completion) -> float:
-    """Tokens per second of decoding; the first token comes from the prompt."""
+    """Return the tokens per second of decoding, without the first token, which comes from reading the prompt."""
     return (len(completion.token_ids) - 1) / completion.statistics.decode_seconds
 
 
@@ -186,6 +186,6 @@ def _yes(is_so: bool) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes: the largest resident size of this process so far."""
+    """Return the largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -151,7 +151,7 @@ def test_all_tables_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert notes[-2].startswith("exact: ")
     assert notes[-1] == "predicted: 11 of 12 within their target; 1 missed; the bands of 11 hold what is published"
     done = CliRunner().invoke(cli.app, ["reproduce"])
-    assert isinstance(done.exception, ValueError) and "did not come out" in str(done.exception)
+    assert isinstance(done.exception, ValueError) and "not every published number was reproduced" in str(done.exception)
     assert "MISSED" in done.stdout and "[ISCA Table 1]" in done.stdout
 
 

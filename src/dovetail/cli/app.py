@@ -1,7 +1,8 @@
-"""The command line: one verb, one library function, its result printed.
+"""The command line as a whole: it collects the verbs, and prints a user's mistake as one line.
 
-Data goes to stdout, everything else to stderr. Each verb imports what it needs, so that `--help` stays quick.
-Exit codes: 0 done, 1 the input or the machine is at fault (one line says how), 2 the command line is wrong.
+Every verb calls one library function and prints its result. Data goes to stdout, everything else to stderr. A verb
+imports what it needs inside its function, so that `--help` stays quick. The exit code is 0 if all went well, 1 if the
+input or the machine is at fault (one line says how), and 2 if the command line is wrong.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ app.add_typer(network.app, name="network")
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 1, never a traceback.
 
-    RuntimeErrors of our own (a run that diverged, a disk that is full) are such lines too; one of torch's or an
-    AssertionError is a bug and keeps its traceback.
+    A RuntimeError that dovetail defines (a run that diverged, a disk that is full) is printed as one line too. A
+    RuntimeError of torch or an AssertionError is a bug and keeps its traceback.
     """
     try:
         app()

@@ -1,4 +1,4 @@
-"""`dovetail generate`. A part of `dovetail.cli.app`, in its manner."""
+"""The verb `generate`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 @app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout.")],
-    prompt: Annotated[list[str], typer.Option(help="Text to complete; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="A text to complete; may be given several times.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely that add up to p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop those below this share of the most likely.")] = 0.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End at this string; may be given several times.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    speculate: Annotated[int, typer.Option(min=0, help="MTP drafts per step; changes only the speed.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from the k most likely tokens; 0 means all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens that add up to p.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the most likely one's probability.")
+    ] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop at this string; may be given several times.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random draws.")] = 0,
+    speculate: Annotated[int, typer.Option(min=0, help="MTP drafts per step; this changes only the speed.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Complete prompts with a trained model."""

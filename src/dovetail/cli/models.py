@@ -1,4 +1,4 @@
-"""`dovetail inspect`. A part of `dovetail.cli.app`, in its manner."""
+"""The verb `inspect`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inspect(
     context: Annotated[int, typer.Option(help="Tokens of context for the FLOP per token.")] = 4096,
     as_json: Json = False,
 ) -> None:
-    """Count a model: parameters by part, active, FLOP and KV bytes per token, kernels that take its shape."""
+    """Count a model's parameters, its FLOP and cache bytes per token, and list the kernels that take its shape."""
     from dovetail.cost import inspect as inspection
 
     result = inspection.inspect(model, context)

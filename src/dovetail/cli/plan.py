@@ -1,4 +1,4 @@
-"""`dovetail plan` and `calibrate`. A part of `dovetail.cli.app`, in its manner."""
+"""The verbs `plan` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -20,34 +20,48 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def plan(
     model: Annotated[str, typer.Argument(help="A preset, a config.json, or a checkpoint directory.")],
     clusters: Annotated[
-        list[str], typer.Option("--cluster", help="Of the catalog, or a .toml file; several are compared.")
+        list[str],
+        typer.Option("--cluster", help="A cluster's name, or a .toml file; give it several times to compare."),
     ],
     goal: Annotated[str, typer.Option(help="train or serve.")],
-    tokens: Annotated[str | None, typer.Option(help="train: of the whole run, such as 14.8T.")] = None,
-    batch: Annotated[str | None, typer.Option(help="train: sequences of a step.")] = None,
-    sequence_length: Annotated[str | None, typer.Option(help="train: tokens [default: 4096].")] = None,
-    precision: Annotated[str, typer.Option(help="A precision recipe.")] = "deepseek-v3",
-    gpus: Annotated[int | None, typer.Option(help="Of the cluster [default: all].")] = None,
-    pp: Annotated[int | None, typer.Option(help="train: ranks of a pipeline; what is not given is searched.")] = None,
-    ep: Annotated[int | None, typer.Option(help="Ranks that share the experts; serve: of decoding.")] = None,
-    tp: Annotated[int | None, typer.Option(help="Ranks that share attention heads.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="train: of the pipeline, such as dualpipe.")] = None,
-    microbatch_size: Annotated[int | None, typer.Option(help="train: sequences.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="train: tokens of the whole run, such as 14.8T.")] = None,
+    batch: Annotated[str | None, typer.Option(help="train: sequences per step.")] = None,
+    sequence_length: Annotated[str | None, typer.Option(help="train: tokens per sequence [default: 4096].")] = None,
+    precision: Annotated[str, typer.Option(help="The precision recipe.")] = "deepseek-v3",
+    gpus: Annotated[int | None, typer.Option(help="How many of the cluster's GPUs to use [default: all].")] = None,
+    pp: Annotated[int | None, typer.Option(help="train: ranks of a pipeline [default: the best].")] = None,
+    ep: Annotated[
+        int | None, typer.Option(help="Ranks that share the experts; serve: for decoding [default: the best].")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="Ranks that share the attention heads [default: the best].")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="train: the pipeline's schedule, such as dualpipe [default: the best].")
+    ] = None,
+    microbatch_size: Annotated[
+        int | None, typer.Option(help="train: sequences per micro-batch [default: the best].")
+    ] = None,
     vary: Annotated[list[str] | None, typer.Option(help="train: search these too, such as topk_group=2,4.")] = None,
-    context: Annotated[str | None, typer.Option(help="serve: mean tokens before an output token.")] = None,
-    prompt_length: Annotated[str | None, typer.Option(help="serve: mean tokens.")] = None,
-    output_length: Annotated[str | None, typer.Option(help="serve: mean tokens.")] = None,
-    output_speed: Annotated[str | None, typer.Option(help="serve: tokens/s of a user, at least.")] = None,
-    prefill_ep: Annotated[int | None, typer.Option(help="serve: as --ep, for the pool that reads prompts.")] = None,
-    decode_cluster: Annotated[str | None, typer.Option(help="serve: where outputs are written.")] = None,
-    change: Annotated[list[str] | None, typer.Option("--set", help="serve: a key, such as cache_hit=0.5.")] = None,
+    context: Annotated[str | None, typer.Option(help="serve: mean number of tokens before an output token.")] = None,
+    prompt_length: Annotated[str | None, typer.Option(help="serve: mean tokens of a prompt.")] = None,
+    output_length: Annotated[str | None, typer.Option(help="serve: mean tokens of an output.")] = None,
+    output_speed: Annotated[str | None, typer.Option(help="serve: tokens/s that each user gets at least.")] = None,
+    prefill_ep: Annotated[int | None, typer.Option(help="serve: like --ep, for the pool that reads prompts.")] = None,
+    decode_cluster: Annotated[
+        str | None, typer.Option(help="serve: another cluster, for the pool that writes outputs.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="serve: set another key, such as cache_hit=0.5.")
+    ] = None,
     network: Annotated[
-        str, typer.Option(help="closed-forms, or simulate: what all exchange at once.")
+        str,
+        typer.Option(help="closed-forms: each exchange has its links to itself; simulate: all exchanges at once."),
     ] = "closed-forms",
-    fabric: Annotated[str | None, typer.Option(help="simulate: on this one [default: the cluster's].")] = None,
+    fabric: Annotated[str | None, typer.Option(help="simulate: the fabric [default: the cluster's].")] = None,
     routing: Annotated[str | None, typer.Option(help="simulate: adaptive, ecmp or static.")] = None,
-    fail: Annotated[list[str] | None, typer.Option(help="simulate: without plane:3, switch:40, nic:17, ...")] = None,
-    explain: Annotated[str | None, typer.Option(help="Print formula, inputs and sources of one figure.")] = None,
+    fail: Annotated[
+        list[str] | None, typer.Option(help="simulate: what has failed: plane:3, switch:40, nic:17, ...")
+    ] = None,
+    explain: Annotated[str | None, typer.Option(help="Print the formula, inputs and sources of one figure.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page with pictures.")] = None,
     trace: Annotated[Path | None, typer.Option(help="train: write the step for chrome://tracing or Perfetto.")] = None,
     timeline: Annotated[
@@ -56,7 +70,7 @@ def plan(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find the best layout for a model on a cluster: time, memory, money, each with its band, and what carries it out.
+    """Find the best layout for a model on a cluster: its time, memory and price, and the commands that run it.
 
     dovetail plan deepseek-v3 --cluster h800-2048 --goal train --tokens 14.8T --batch 15360
 
@@ -96,11 +110,11 @@ def plan(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Cluster file to write, NAME.toml.")],
-    seconds: Annotated[float, typer.Option(help="To measure for.")] = 45.0,
+    out: Annotated[Path, typer.Option(help="The cluster file to write, NAME.toml.")],
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 45.0,
     as_json: Json = False,
 ) -> None:
-    """Measure this machine (products by shape and format, memory, launch, exchange) for `dovetail plan`.
+    """Measure this machine and describe it for `dovetail plan`: matrix products, memory, launches, exchanges.
 
     Under torchrun all ranks measure, and the exchange between them is measured too.
     """
@@ -108,7 +122,7 @@ def calibrate(
     from dovetail.planner.report import measured
 
     cluster = measuring.calibrate(out, seconds)
-    if int(os.environ.get("RANK", "0")) > 0:  # of a torchrun launch
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun sets it; one rank prints for all
         return
     if as_json:
         print_json(cluster.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""`dovetail reproduce`. A part of `dovetail.cli.app`, in its manner."""
+"""The verb `reproduce`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ def reproduce(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Of table1 to table5, speed_limit, cost, deployment, production, search, dualpipe, fig5 to fig8,"
-            " low_latency, node_limited [default: all]; or one experiment: fp8_accumulation, fp8_loss_gap.",
+            help="Any of table1 to table5, speed_limit, cost, deployment, production, search, dualpipe, fig5 to fig8,"
+            " low_latency, node_limited [default: all of these]; or one experiment: fp8_accumulation, fp8_loss_gap.",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Picture of an experiment [default: NAME.png].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write an experiment's picture [default: NAME.png].")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Count or predict what is published anew and print both; exit code 1 if any of it, exact or predicted, fails."""
+    """Compute published numbers and print both side by side; the exit code is 1 if any of them is missed."""
     from dovetail.reproduce import tables
 
     chosen = names or []
@@ -42,4 +44,4 @@ def reproduce(
         print(*module.printed_notes(result), sep="\n")
     if not result.is_reproduced:
         what = ", ".join(chosen) or "all tables"
-        raise ValueError(f"{what}: what is published did not come out in full; see the table")
+        raise ValueError(f"{what}: not every published number was reproduced; the table above shows which were missed")

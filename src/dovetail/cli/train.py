@@ -1,4 +1,4 @@
-"""`dovetail quickstart`, `train` and `compare`. A part of `dovetail.cli.app`, in its manner."""
+"""The verbs `quickstart`, `train` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @app.command()
 def quickstart(
-    minutes: Annotated[float, typer.Option(min=1.2, help="Wall-clock minutes for everything.")] = 5.0,
+    minutes: Annotated[float, typer.Option(min=1.2, help="Wall-clock minutes for all stages together.")] = 5.0,
     out: Annotated[Path | None, typer.Option(help="Directory of the run [default: quickstart-<minutes>min].")] = None,
 ) -> None:
-    """Train on Python's own library, evaluate, export, generate; the same command goes on after a stop."""
+    """Train on Python's own library, evaluate, export, generate; the same command continues a stopped run."""
     from dovetail.quickstart import quickstart as stages
 
     for title, rows in stages(out or Path(f"quickstart-{minutes:g}min"), minutes):
@@ -30,7 +30,7 @@ def train(
     run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
     change: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as train.steps=200.")] = None,
 ) -> None:
-    """Train from a run file, or go on where the run was stopped."""
+    """Train from a run file, or continue where the run was stopped."""
     from dovetail.config import load_toml
     from dovetail.train.run.loop import train as run_training
     from dovetail.train.run.run_file import RunConfig
@@ -43,10 +43,12 @@ def train(
 def compare(
     run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
     recipe: Annotated[str, typer.Option(help="A precision recipe, such as deepseek-v3.")],
-    base: Annotated[str, typer.Option(help="The recipe it is held against.")] = "bf16",
-    seeds: Annotated[int, typer.Option(min=1, help="Of initial weights and data, from train.seed on.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of each seed [default: train.steps].")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory [default: OUT-BASE-RECIPE, of the run's out].")] = None,
+    base: Annotated[str, typer.Option(help="The recipe to compare it with.")] = "bf16",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from train.seed.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps for each seed [default: train.steps].")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write [default: OUT-BASE-RECIPE, with OUT of the run file].")
+    ] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key, such as train.dtype=bfloat16.")
     ] = None,

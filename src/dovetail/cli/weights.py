@@ -1,4 +1,4 @@
-"""`dovetail export` and `import`. A part of `dovetail.cli.app`, in its manner."""
+"""The verbs `export` and `import`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="The directory of a training run, or a Hugging Face checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Directory to write, in the Hugging Face layout.")],
     fp8: Annotated[bool, typer.Option(help="Quantise to E4M3 with 128x128 blocks, as published.")] = False,
-    ema: Annotated[bool, typer.Option(help="Of a run, the moving average of the weights.")] = False,
+    ema: Annotated[bool, typer.Option(help="Export the moving average of a run's weights.")] = False,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, in GB.")] = 5.0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
 ) -> None:
@@ -29,8 +29,8 @@ def export(
 @app.command("import")
 def import_(
     hf_dir: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout, FP8 or not.")],
-    out: Annotated[Path, typer.Argument(help="Directory to write: the same in BF16, checked tensor by tensor.")],
-    drop_mtp: Annotated[bool, typer.Option(help="Go on without MTP tensors that the config asks for.")] = False,
+    out: Annotated[Path, typer.Argument(help="Directory to write: the same weights in BF16, every tensor checked.")],
+    drop_mtp: Annotated[bool, typer.Option(help="Accept that MTP tensors named in the config are missing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
 ) -> None:
     """Read a published checkpoint, check every tensor, dequantise it, and write it for `generate`."""
