@@ -36,7 +36,7 @@ def test_options_are_these() -> None:
             *("--fabric", "--collective", "--size", "--gpus", "--channels", "--stages", "--both-ways"),
             *("--prefill-gpus", "--beside", "--endpoints"),
         ],
-        "Experts, of dispatch and combine": ["--tokens", "--model", "--precision", "--mode", "--skew", "--recorded"],
+        "Experts, for dispatch and combine": ["--tokens", "--model", "--precision", "--mode", "--skew", "--recorded"],
         "Routing": ["--routing", "--queue-pairs", "--seed"],
         "Failures": ["--fail", "--fail-random", "--trials", "--reroute-seconds"],
         "Output": ["--sweep", "--picture", "--json"],

@@ -1,16 +1,16 @@
-"""Measures the machine this runs on, operation by operation, and describes it as a cluster file.
+"""Measures this machine, operation by operation, and describes it as a cluster file.
 
-    products    every product that training the smallest presets lists (`cost.ops.layer`), in BF16, FP32 and, by a
-                recipe, in FP8, with the functions the model itself calls; and a few large ones
-    attention   its core, forward and backward, and absorbed against a cache
-    memory      a copy larger than any cache is the bandwidth; norms, sums and losses at a preset's size are the
-                share of it
-    launch      the model's own norm of a single row, forward, which is taken off all times; on a CPU a narrow layer's
-                forward and backward pass on one token, over the operations that a plan lists for it
-    exchange    all-to-all between the ranks of a torchrun launch; with one rank there is none
+    products    every matrix product that training the smallest presets lists (`cost.ops.layer`), in BF16, FP32 and,
+                with a recipe, in FP8, run by the functions that the model itself calls; and a few large products
+    attention   the attention core, forward and backward, and absorbed attention against a cache
+    memory      the bandwidth, by a copy larger than any cache; and the share of it that norms, sums and losses at a
+                preset's size reach
+    launch      the model's norm of a single row, forward, which is subtracted from all times; on a CPU also a narrow
+                layer's forward and backward pass on one token, divided by the operations that a plan lists for it
+    exchange    an all-to-all between the ranks of a torchrun launch, if there are several
 
-Each operation runs again and again for a slice of the time, in rounds, so that a machine with other work on it slows
-all alike. Times have the launch taken off, as the roofline adds one to every operation.
+The operations take turns in several rounds, each for a slice of the time, so that other work on the machine slows all
+of them alike. The launch is subtracted from all times because the roofline adds one to every operation.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import write_bytes
 from dovetail.train.run.ranks import local_device, process_group, rank_and_world
 
-SMALLEST_SHARE = 0.2  # of an operation's time that is work, however long a launch is taken to be
+SMALLEST_SHARE = 0.2  # at least this share of an operation's time counts as work, however long a launch takes
 
 
 def calibrate(path: Path, seconds: float = 45.0) -> Cluster:
-    """Measure for about `seconds` and write the cluster file at `path`; under torchrun all ranks measure, and rank 0
-    writes. Raises ValueError for a path that would not be read as a file."""
+    """Measure for about `seconds` and write the cluster file `path`.
+
+    Under torchrun all ranks measure, and rank 0 writes. Raises ValueError for a path that does not end in .toml,
+    which would be taken for a cluster's name.
+    """
     if path.suffix != ".toml":
-        raise ValueError(f"{path}: expected a name that ends in .toml, by which a cluster's file is told from its name")
+        raise ValueError(f"{path}: expected a name that ends in .toml, which tells a cluster's file from its name")
     keep_freed_memory()  # as training does
     with process_group():
         cluster = measure(seconds)
@@ -52,14 +55,17 @@ def calibrate(path: Path, seconds: float = 45.0) -> Cluster:
 
 
 def dump(cluster: Cluster) -> str:
-    """TOML, one measured product on a line."""
+    """Return the cluster as TOML, with each measured product on a line of its own."""
     return config.dump(cluster).replace("[{ ", "[\n    { ").replace(" }, { ", " },\n    { ").replace(" }]", " },\n]")
 
 
 def measure(seconds: float = 45.0) -> Cluster:
-    """The machine as a cluster of one GPU (or of one CPU process) per rank. Raises ValueError for no time at all."""
+    """Measure the machine as a cluster of one GPU (or one CPU process) per rank.
+
+    Raises ValueError if `seconds` is not positive.
+    """
     if not seconds > 0:
-        raise ValueError(f"{seconds:g} seconds to measure in: expected some, such as 45")
+        raise ValueError(f"{seconds:g} seconds to measure in: expected more than 0, such as 45")
     device = local_device()
     works = [*launch_work(device), *memory_work(device), *attention_work(device), *product_work(device)]
     times = run_in_rounds(works, seconds, device)
@@ -82,7 +88,7 @@ def measure(seconds: float = 45.0) -> Cluster:
 
 
 def describe(works: Iterable[Work], times: dict[str, Times], device: torch.device, source: str) -> Gpu:
-    """The measured times as a GPU; its peaks are the fastest products, as no datasheet is read."""
+    """Describe the measured times as a GPU. Its peaks are its fastest products, because no datasheet is read."""
     works = list(works)
     launch = times["launch"]
     layers = [work for work in works if work.kind == "launch" and work.weight > 1]
@@ -94,7 +100,7 @@ def describe(works: Iterable[Work], times: dict[str, Times], device: torch.devic
     bandwidth = copied / times["copy"].value
 
     def reached(names: Sequence[str], amount: Callable[[Work], float], of: float, limit: float = math.inf) -> Estimate:
-        """Share of `of` that these operations reach together."""
+        """Return the share of the peak `of` that these operations reach together."""
         chosen = [work for work in works if work.name in names]
         total = sum(work.weight * amount(work) for work in chosen)
         spans = [(work.weight, _work_seconds(times[work.name], launch.value)) for work in chosen]
@@ -114,7 +120,7 @@ def describe(works: Iterable[Work], times: dict[str, Times], device: torch.devic
     efficiency = Efficiency(
         gemms=points,
         gemm_source=f"{source}, with the functions the model calls",
-        memory=memory,  # small tensors stay in caches: their share of the bandwidth may pass 1
+        memory=memory,  # may exceed 1, since small tensors stay in caches
         elementwise=elementwise,
         attention_prefill=reached(["attention forward"], lambda work: work.flop, bf16, 1.0),
         attention_backward=reached(["attention backward"], lambda work: work.flop, bf16, 1.0),
@@ -135,7 +141,7 @@ def describe(works: Iterable[Work], times: dict[str, Times], device: torch.devic
 
 
 def _work_seconds(times: Times, launch: float) -> tuple[float, float, float]:
-    """Without the launch: what counts, the fastest, the median."""
+    """Return the seconds without the launch: the value that counts, the fastest run, and the median."""
     value, fastest, median = (
         max(each - launch, SMALLEST_SHARE * each) for each in (times.value, times.fastest, times.median)
     )
@@ -160,9 +166,9 @@ def _point(op: Gemm, times: Times, launch: float) -> GemmPoint:
 
 
 def lone_link(gpu: Gpu, source: str) -> Link:
-    """One rank has nobody to send to: a copy in its memory stands in."""
+    """Return the link of a single rank, which sends to nobody; a copy in its memory takes the link's place."""
     gbs = gpu.bandwidth_gbs
-    why = f"{source}: one rank exchanges nothing; a copy in memory stands in"
+    why = f"{source}: one rank exchanges nothing; this is a copy in its memory"
     return Link(
         gbs=gbs,
         achieved_gbs=Estimate(value=gbs / 2, low=gbs / 4, high=gbs, source=why),

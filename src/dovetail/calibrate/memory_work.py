@@ -1,8 +1,10 @@
-"""The memory-bound operations that `dovetail.calibrate` times: a copy past all caches, and what a training step of the
-first listed model runs, by the functions that the model calls, with bytes as the plan's own operations have them.
+"""The memory-bound operations that `dovetail calibrate` times.
 
-On a CPU these are bound by bytes in name only: exponentials, roundings to a narrow format and sorts take longer. So
-each kind has its own share of the bandwidth.
+They are a copy larger than all caches, and those that a training step of the first listed model runs. The functions
+are those that the model calls, and the bytes are those of the plan's own operations.
+
+On a CPU these operations are often not bound by memory: exponentials, roundings to a narrow format and sorts take
+longer. So each kind has its own share of the bandwidth.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from dovetail.train.step.loss_numba import losses_and_gradient
 from dovetail.train.step.optim import AdamW, AdamWConfig
 
 COPIED_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
-QUANTISED = "deepseek-v3"  # whose roundings are measured
+QUANTISED = "deepseek-v3"  # the recipe whose roundings are measured
 
 
 def memory_work(device: torch.device) -> list[Work]:
-    """The copy first."""
+    """Return all memory-bound operations, the copy first."""
     model, tokens, _ = (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)[0]
     spec = load_model(model)
 
@@ -68,7 +70,7 @@ def memory_work(device: torch.device) -> list[Work]:
     ]
 
 
-Prepared = tuple[str, int, Callable[[], Operation]]  # name of the plan's operation, weight, what prepares it
+Prepared = tuple[str, int, Callable[[], Operation]]  # its name in a plan, its weight, and what prepares it
 
 
 def _listed(spec: ModelSpec, tokens: int) -> tuple[Op, ...]:
@@ -114,7 +116,7 @@ def _norms_and_swiglu(spec: ModelSpec, tokens: int, device: torch.device) -> lis
         return lambda: layer(x)
 
     def norm_gradient() -> Operation:
-        """And the residual's, which is added."""
+        """The gradient of the norm, to which the residual's is added."""
         layer, x, residual = RmsNorm(dim, 1e-6).to(device), random(tokens, dim).requires_grad_(), random(tokens, dim)
         gradient = _gradient_of((layer(x),), (x, layer.weight))
         return lambda: gradient()[0] + residual
@@ -198,7 +200,7 @@ def _around_attention(spec: ModelSpec, tokens: int, device: torch.device) -> lis
 
 
 def _roundings(spec: ModelSpec, tokens: int, device: torch.device) -> list[Prepared]:
-    """The input of experts, their weights, and what their weight gradient takes."""
+    """Return the roundings of an input, of experts' weights, and of both operands of their weight gradient."""
     dim, moe = spec.hidden_size, _moe(spec)
     experts, rows = moe.n_routed_experts, tokens * moe.num_experts_per_tok
 
@@ -243,8 +245,10 @@ def _loss(spec: ModelSpec, tokens: int, device: torch.device) -> Callable[[], Op
 
 
 def _step(spec: ModelSpec, device: torch.device) -> tuple[int, Callable[[], Operation], Callable[[], Operation]]:
-    """How many weights; AdamW and the sum of squares of as many layers of them as no cache holds, tensor by tensor:
-    a step comes by once, after all else."""
+    """Return a number of weights, and AdamW and the sum of squares over them, tensor by tensor.
+
+    The weights are those of so many layers that no cache holds them, since a step runs once, after everything else.
+    """
     layer = spec.num_hidden_layers - 1
     block = sum(each.numel() for each in Block(spec, layer, torch.bfloat16).parameters())
     count = math.ceil(COPIED_BYTES[device.type] / 4 / adam_bytes(BF16) / block)

@@ -1,4 +1,4 @@
-"""How `dovetail.calibrate` times operations on one rank and exchanges between ranks."""
+"""Times operations on one rank, and exchanges between ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ import torch.distributed as dist
 from dovetail.spec.hardware import Link
 from dovetail.spec.measurements import Estimate
 
-if TYPE_CHECKING:  # which loads the model
+if TYPE_CHECKING:  # work loads the model
     from dovetail.calibrate.work import Work
 
 ROUNDS = 3
-LEAST_RUNS = 4  # of an operation in a round
-DISPATCHES = 20  # in a GPU's queue for one timing
-SMALL, LARGE = 1 << 10, 16 << 20  # bytes to each rank, of exchanges for latency and for bandwidth
+LEAST_RUNS = 4  # runs of an operation in a round, at least
+DISPATCHES = 20  # runs in a GPU's queue for one timing
+SMALL, LARGE = 1 << 10, 16 << 20  # bytes to each rank, for the latency and for the bandwidth of an exchange
 EXCHANGES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of the runs of one operation. Other work on the machine only ever adds to them, so the fast ones are
-    what the operation takes: the tenth percentile, in a band from the fastest to the median."""
+    """The seconds of each run of one operation.
+
+    Other work on the machine can only add to them, so the fast runs show what the operation takes: `value` is the
+    tenth percentile, and its band goes from the fastest run to the median.
+    """
 
     runs: tuple[float, ...]
 
@@ -44,16 +47,19 @@ class Times:
         return statistics.median(self.runs)
 
     def of_each(self, count: int) -> Times:
-        """Of so many that run one after the other."""
+        """Return the times of one operation, where `count` of them ran one after the other."""
         return Times(tuple(run / count for run in self.runs))
 
     def less(self, seconds: float) -> Times:
-        """Without what runs in the course of it and is counted elsewhere; most of it stays."""
+        """Return the times without `seconds` of work that is counted elsewhere, but at least half of each."""
         return Times(tuple(max(run - seconds, run / 2) for run in self.runs))
 
 
 def run_in_rounds(works: list[Work], seconds: float, device: torch.device) -> dict[str, Times]:
-    """The runs of every operation by name: its part of what time is left, in each round, and LEAST_RUNS at least."""
+    """Run the operations in turn, in ROUNDS rounds, and return the times of each by its name.
+
+    In each round an operation runs for its part of the time that is left, and at least LEAST_RUNS times.
+    """
     runs: dict[str, list[float]] = {work.name: [] for work in works}
     assert len(runs) == len(works), "two operations of one name"
     deadline = time.perf_counter() + seconds
@@ -69,8 +75,11 @@ def run_in_rounds(works: list[Work], seconds: float, device: torch.device) -> di
 
 
 def _seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
-    """One run; on a GPU the mean of several in its queue, without the host's waiting. One thread's own seconds of the
-    processor are what it would take undisturbed; of several threads only the clock tells how they wait."""
+    """Return the seconds of one run; on a GPU the mean of several runs in its queue.
+
+    On a CPU with one thread these are seconds of processor time, so that other processes do not count. With several
+    threads it is the time on the clock, because processor time does not show how long they wait for each other.
+    """
     if device.type != "cuda":
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         start = clock()
@@ -85,13 +94,15 @@ def _seconds_of(operation: Callable[[], Any], device: torch.device) -> float:
 
 
 def microseconds(times: Times, source: str) -> Estimate:
-    """What counts, from the fastest to the median."""
+    """Return the value that counts in microseconds, in a band from the fastest run to the median."""
     return Estimate(value=times.value * 1e6, low=times.fastest * 1e6, high=times.median * 1e6, source=source)
 
 
 def exchange_link(device: torch.device, ranks: int, source: str, size: int = LARGE) -> Link:
-    """All-to-all among each `ranks` consecutive ranks by torch.distributed, which all ranks join: bandwidth one way per
-    rank of a large exchange, latency of a small one."""
+    """Time all-to-alls of torch.distributed within every `ranks` consecutive ranks; all ranks must call this.
+
+    The bandwidth, one way per rank, is that of a large exchange, the latency that of a small one.
+    """
     group = None
     if ranks < dist.get_world_size():
         group, _ = dist.new_subgroups(ranks)  # type: ignore[no-untyped-call]
@@ -101,7 +112,7 @@ def exchange_link(device: torch.device, ranks: int, source: str, size: int = LAR
     achieved = Estimate(
         value=sent / large.value, low=sent / large.median, high=sent / large.fastest, source=why.format(f"{size} bytes")
     )
-    # No datasheet is read: the fastest run is the link's bandwidth.
+    # No datasheet is read, so the link's own bandwidth is taken from the fastest run.
     return Link(gbs=achieved.high, achieved_gbs=achieved, latency_us=microseconds(small, why.format(f"{SMALL} bytes")))
 
 
@@ -114,6 +125,6 @@ def _exchange_times(device: torch.device, group: dist.ProcessGroup | None, ranks
         dist.all_to_all_single(received, sent, group=group)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if run > 0:  # the first one connects
+        if run > 0:  # the first run connects the ranks
             runs.append(time.perf_counter() - start)
     return Times(tuple(runs))

@@ -1,5 +1,7 @@
-"""The operations that `dovetail.calibrate` times: made of the records that plans are made of, run by the functions
-that the model calls."""
+"""The matrix products, attention and launches that `dovetail calibrate` times.
+
+Each is one of the operations that a plan lists, and is run by the function that the model calls.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from dovetail.spec.measurements import ElementwiseKind
 from dovetail.spec.model import Mla
 from dovetail.spec.precision import BLOCK, COLUMN, ROW
 
-# Model, tokens of a micro-batch, recipe: whose products are measured.
+# The model, the tokens of a micro-batch and the recipe whose products are measured.
 CPU_SHAPES = (
     ("quickstart", 1024, "bf16"),
     ("quickstart", 256, "bf16"),
@@ -38,22 +40,22 @@ CPU_SHAPES = (
     ("20m", 1024, "bf16"),
 )
 GPU_SHAPES = (("1b", 8192, "bf16"), ("1b", 1024, "bf16"), ("deepseek-v3", 4096, "bf16"), ("20m", 1024, "bf16"))
-LARGE = 2048  # sides of square products in BF16 and FP32
-SEQUENCE = 256  # tokens, in training
-CONTEXT, BATCH = 2048, 4  # of absorbed attention
+LARGE = 2048  # side of the large square products in BF16 and FP32
+SEQUENCE = 256  # tokens per sequence in training
+CONTEXT, BATCH = 2048, 4  # tokens and sequences in the cache, for absorbed attention
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# In a model other tensors come between two runs of one operation: so it takes its operands in turn from so many copies
-# that a core's own caches do not hold them.
+# In a model other tensors are used between two runs of one operation. So an operation here takes its operands in turn
+# from so many copies that a core's own caches do not hold them.
 CYCLED_BYTES = 8 << 20
 MOST_COPIES = 16
-NARROW = 32  # channels, of a layer that has next to no work
+NARROW = 32  # channels of a layer that has next to no work
 
 Operation = Callable[[], Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One operation to time: `prepare` makes its tensors and returns what is run."""
+    """One operation to time: `prepare` makes its tensors and returns the function that is run."""
 
     name: str
     kind: Literal["product", "attention", "elementwise", "copy", "launch"]
@@ -61,13 +63,13 @@ class Work:
     flop: float = 0.0
     bytes: float = 0.0
     product: Gemm | None = None
-    other_bytes: float = 0.0  # moved in its course by what plans list as memory-bound work of its own
-    weight: int = 1  # of several in one figure: about how often a training step of the first listed model runs it
-    elementwise: ElementwiseKind = "other"  # what it is a measurement of, where it is memory-bound
+    other_bytes: float = 0.0  # bytes that it moves too, but that plans list as memory-bound operations of their own
+    weight: int = 1  # about how often a training step of the first listed model runs it
+    elementwise: ElementwiseKind = "other"  # the kind that it measures, if it is memory-bound
 
 
 def product_work(device: torch.device) -> list[Work]:
-    """Each distinct shape once."""
+    """Return the matrix products, each distinct shape once."""
     found: dict[tuple[Any, ...], Gemm] = {}
     for op in (*_listed(device), *_large()):
         if isinstance(op, Gemm):
@@ -85,14 +87,17 @@ def product_work(device: torch.device) -> list[Work]:
 
 
 def in_turn(make: Callable[[], Operation], num_bytes: float) -> Operation:
-    """`make`'s operation with other operands each time."""
+    """Return an operation that runs those that `make` returns in turn, so that its operands change each time."""
     copies = min(math.ceil(CYCLED_BYTES / num_bytes), MOST_COPIES)
     turns = itertools.cycle([make() for _ in range(copies)])
     return lambda: next(turns)()
 
 
 def random_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU one random row over and over, which is quick to make; only a GPU's clock depends on the values."""
+    """Return random values; on a CPU one random row many times, which is quick to make.
+
+    Only a GPU's clock rate depends on the values.
+    """
     if device.type == "cuda":
         return torch.randn(shape, device=device, dtype=dtype)
     return torch.randn(shape[-1]).to(dtype).expand(shape).contiguous()
@@ -101,7 +106,7 @@ def random_rows(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 def _listed(device: torch.device) -> Iterator[Op]:
     for model, tokens, recipe in GPU_SHAPES if device.type == "cuda" else CPU_SHAPES:
         spec = load_model(model)
-        layout = Layout() if spec.num_hidden_layers < 32 else Layout(dp=64, ep=64)  # as many experts as one GPU holds
+        layout = Layout() if spec.num_hidden_layers < 32 else Layout(dp=64, ep=64)  # one GPU's share of the experts
         for layer in {0, spec.num_hidden_layers - 1}:
             sequences = max(1, tokens // SEQUENCE)
             yield from layer_ops(spec, layer, layout, load_recipe(recipe), tokens, "training", SEQUENCE, sequences)
@@ -116,7 +121,7 @@ def _large() -> list[Gemm]:
 
 
 def _product(op: Gemm, device: torch.device) -> Operation:
-    """[m, k] x [k, n] of each group, with operands laid out as the pass finds them."""
+    """Return the product [m, k] x [k, n] of each group, with its operands in the layout that the pass has."""
     m, n, k, groups = math.ceil(op.m), op.n, math.ceil(op.k), op.groups
     if op.format == "fp8":
         return _scaled_product(op.pass_, (m, n, k), groups, device)
@@ -142,7 +147,7 @@ def _product(op: Gemm, device: torch.device) -> Operation:
 
 
 def _scaled_product(pass_: str, shape: tuple[int, int, int], groups: int, device: torch.device) -> Operation:
-    """Of operands that are quantised already."""
+    """Return a product in a recipe's precision, of operands that are quantised already."""
     m, n, k = shape
 
     def random(*sides: int) -> Tensor:
@@ -165,7 +170,7 @@ def _offsets(groups: int, rows: int) -> Sequence[int]:
 
 
 def attention_work(device: torch.device) -> list[Work]:
-    """As the first of the listed models has it."""
+    """Return the attention core of the first listed model: forward, backward, and absorbed."""
     model, tokens, recipe = (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)[0]
     spec, sequences = load_model(model), tokens // SEQUENCE
     training = layer_ops(spec, 0, Layout(), load_recipe(recipe), tokens, "training", SEQUENCE, sequences)
@@ -206,8 +211,10 @@ def attention_work(device: torch.device) -> list[Work]:
 
 
 def launch_work(device: torch.device) -> list[Work]:
-    """One call, as every operation here is timed; and on a CPU all calls of a layer, with what autograd and Python do
-    between them, which a GPU's queue hides."""
+    """Return what measures a launch: one call, and on a CPU also a whole layer of next to no work.
+
+    The layer has what autograd and Python do between the calls, which a GPU's queue hides.
+    """
 
     def prepare() -> Operation:
         layer, x = RmsNorm(64, 1e-6).to(device), torch.randn(1, 64, device=device).bfloat16()
@@ -218,7 +225,7 @@ def launch_work(device: torch.device) -> list[Work]:
 
 
 def _layer_work() -> Work:
-    """A layer so narrow, forward and backward on one token, that launches are all there is to it; `weight` of them."""
+    """Return a layer so narrow that its forward and backward pass on one token is `weight` launches and little else."""
     spec = load_model(CPU_SHAPES[0][0])
     mla, moe = spec.attention, spec.moe
     assert isinstance(mla, Mla) and moe is not None

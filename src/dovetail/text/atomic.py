@@ -1,6 +1,7 @@
-"""Files that are either whole or absent: write beside, flush to the disk, rename.
+"""Writes a file so that it is either whole or absent.
 
-A reader, or the same program after a kill, never sees half a file under the final name.
+The data is written under another name, flushed to the disk and renamed. A reader, or the same program after a kill,
+never sees half a file under the final name.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step; its directory is made if missing."""
+    """Replace the content of `path` by `data` in one step; a missing directory is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

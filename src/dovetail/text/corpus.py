@@ -1,9 +1,11 @@
-"""Batches of a token store: packing, sample order, held-out windows. The one file of `text` that needs torch.
+"""Batches of tokens for training, and windows of held-out text to measure a model on.
 
-Documents are packed without gaps: sample i is tokens i*T .. i*T+T of the stream, the last of which is the
-first of sample i+1, so each token is a target at most once per epoch (the stream's first never, nor the
-ragged end). Pre-training attends across the documents of a sample [V3 §4.1]; `document_ids` lets attention
-stop at their borders where that is asked for.
+Documents are packed without gaps. With T tokens per sample, sample i is tokens i*T .. i*T+T of the store's stream;
+its last token is also the first of sample i+1, so each token is a target at most once per epoch. The first token of
+the stream and what does not fill a sample at its end are never targets. Pre-training attends across the documents of
+a sample [V3 §4.1]; `document_ids` lets attention stop at their borders if a run asks for that.
+
+This is the one file of `text` that needs torch.
 """
 
 from __future__ import annotations
@@ -22,22 +24,22 @@ from dovetail.text.shards import TokenStore, read_tokens
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Inputs are tokens[:, :-1], targets tokens[:, 1:]."""
+    """Samples, one per row. The inputs are tokens[:, :-1], the targets tokens[:, 1:]."""
 
     tokens: Tensor  # [B, T+1] int64
-    document_ids: Tensor  # [B, T+1] int32, which document of its row a token is in, from 0
+    document_ids: Tensor  # [B, T+1] int32: the number of the token's document, counted from 0 in each row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """Held-out windows: of the targets of `batch`, those that count here."""
+    """Windows of held-out text, and which of their targets are scored in this window."""
 
     batch: Batch
-    scored: Tensor  # [B, T] bool, on the targets tokens[:, 1:]
+    scored: Tensor  # [B, T] bool, of the targets tokens[:, 1:]
 
 
 def num_samples(store: TokenStore, sequence_length: int) -> int:
-    """Samples of one epoch. Raises ValueError if the text is shorter than one."""
+    """Return the number of samples in one epoch. Raises ValueError if the text is shorter than one sample."""
     count = (store.num_tokens - 1) // sequence_length
     if count < 1:
         raise ValueError(
@@ -56,23 +58,23 @@ def read_batch(
     rank: int = 0,
     world: int = 1,
 ) -> Batch:
-    """Samples number `consumed` .. `consumed + count - 1` of training; of these the block that `rank` reads.
+    """Read the block of `rank` out of the training samples number `consumed` .. `consumed + count - 1`.
 
-    `consumed` and `count` are those of all ranks together. A pure function of its arguments.
+    `consumed` and `count` are those of all ranks together. The result depends on the arguments alone.
     """
     samples = sample_indices(num_samples(store, sequence_length), seed, consumed, count)
     return read_windows(store, samples[rank_slice(count, rank, world)] * sequence_length, sequence_length + 1)
 
 
 def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: int) -> Iterator[Windows]:
-    """Windows of `length` inputs over the whole stream, in batches of up to `batch_size` rows.
+    """Yield windows of `length` inputs over the whole stream, in batches of up to `batch_size` rows.
 
-    Every token but the stream's first, which nothing precedes, is scored exactly once. The first window
-    scores all its targets; each later one starts `stride` further and scores the last `stride`, so every
-    scored target is predicted from more than `length - stride` tokens. The last window is moved back to end
-    with the stream. Like training, and like a compressor, it sees the documents before. Nats summed over
-    scored targets go with `store.num_bytes` into `yardstick.bits_per_byte`; predicting eos and bos is paid
-    for and adds no bytes.
+    Every token is scored exactly once, except the stream's first, which nothing precedes. The first window scores
+    all its targets. Each later window starts `stride` tokens further and scores its last `stride` targets, so every
+    scored target is predicted from more than `length - stride` tokens. The last window is moved back so that it ends
+    with the stream. As in training, and as a compressor does, a window sees the documents before. The nats summed
+    over scored targets and `store.num_bytes` give `yardstick.bits_per_byte`; predicting eos and bos costs nats and
+    adds no bytes.
     """
     if not 1 <= stride <= length:
         raise ValueError(f"stride {stride} must be between 1 and the window length {length}")
@@ -96,7 +98,7 @@ def read_windows(store: TokenStore, starts: NDArray[np.int64], width: int) -> Ba
 
 
 def documents_of(store: TokenStore, start: int, stop: int) -> NDArray[np.int32]:
-    """Which document each token start .. stop-1 is in, counted from the first one's [stop - start]."""
+    """Return the document of each token start .. stop-1 [stop - start]; the first token's document is 0."""
     first, last = np.searchsorted(store.document_ends, np.array([start, stop - 1], np.uint64), side="right")
     ends = store.document_ends[first:last].astype(np.int64)
     return np.searchsorted(ends, np.arange(start, stop), side="right").astype(np.int32)

@@ -1,7 +1,7 @@
-"""Documents from where text is kept: directories, JSONL, Parquet, saved `datasets`, Python's own library.
+"""Reads documents from directories, JSONL, Parquet, saved `datasets` or Python's own library.
 
-Order is deterministic (sorted paths, rows in file order). Which documents are held out depends on their names
-alone, so it stays the same whatever the seed, the machine or the neighbours.
+The order is fixed: sorted paths, and rows in the order of the file. Whether a document is held out depends on its
+name alone, so it stays the same with another seed, on another machine, and among other documents.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dovetail.config import Record
 Skip = Callable[[str, str], None]  # (document, why it was left out)
 Split = Literal["train", "held_out", "all"]
 
-# What of the standard library is no text to learn from.
-# - Installed packages and tests: a distribution may ship them or not; the corpus should be alike everywhere.
-# - Tables: character maps, help topics and entity lists are data in Python syntax. They would be a fifth of
-#   the bytes, and a few huge files would decide the held-out figure by chance.
-# - _sysconfigdata: the build settings of one machine.
+# Files of the standard library that are left out of the corpus:
+# - installed packages and tests, which not every distribution ships; the corpus should be the same everywhere;
+# - character maps, help topics and entity lists, which are data in Python syntax: they would be a fifth of the
+#   bytes, and a few huge files would decide the held-out figure by chance;
+# - _sysconfigdata, the build settings of one machine.
 STDLIB_LEFT_OUT = (
     *("site-packages/*", "dist-packages/*", "config-*/*", "_sysconfigdata*"),
     *("test/*", "*/test/*", "*/tests/*", "idlelib/idle_test/*"),
@@ -48,13 +48,13 @@ class DataConfig(Record):
     """Where text comes from and what is done to it before it is tokenised."""
 
     kind: Literal["stdlib", "files", "jsonl", "parquet", "datasets"] = "stdlib"
-    path: Path | None = None  # a file or a directory; none for stdlib
-    patterns: tuple[str, ...] = ()  # shell patterns on the path below `path`; * crosses /. Empty: by kind
-    text_key: str = "text"  # field of a JSONL line, column of Parquet and of datasets
+    path: Path | None = None  # a file or a directory; None for stdlib
+    patterns: tuple[str, ...] = ()  # shell patterns for paths below `path`; * matches / too. Empty: the kind's own
+    text_key: str = "text"  # the field of a JSONL line, or the column of Parquet and of datasets
     held_out_share: float = Field(default=0.05, ge=0, lt=1)
     fim_rate: float = Field(default=0.1, ge=0, le=1)  # share of training documents [V3 §4.1]
-    newline_split_rate: float = Field(default=0.0, ge=0, le=1)  # V3 does it at an unpublished rate [V3 §4.1]
-    seed: int = Field(default=0, ge=0)  # of fill-in-the-middle and newline splitting
+    newline_split_rate: float = Field(default=0.0, ge=0, le=1)  # V3's rate is not published [V3 §4.1]
+    seed: int = Field(default=0, ge=0)  # for fill-in-the-middle and newline splitting
 
     @model_validator(mode="after")
     def check(self) -> DataConfig:
@@ -66,7 +66,7 @@ class DataConfig(Record):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    name: str  # path below the source, with the row for formats of many documents
+    name: str  # the path below the source, and the row where a file holds many documents
     text: str
     num_bytes: int  # of the UTF-8 text
 
@@ -78,10 +78,10 @@ class SourceFile:
 
 
 def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | None = None) -> Iterator[Document]:
-    """The documents of one split in their fixed order.
+    """Yield the documents of one split in their fixed order.
 
-    Files of kind "files" and "stdlib" that cannot be read as UTF-8 text are left out and reported to
-    `on_skip`; a broken line or a missing column of a data set is a ValueError that names file and line.
+    With kind "files" and "stdlib", a file that is not UTF-8 text is left out and reported to `on_skip`. Raises
+    ValueError, with file and line, for a broken line or a missing column of a data set.
     """
     skip = on_skip or (lambda name, reason: None)
 
@@ -99,13 +99,13 @@ def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | Non
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """Whether the document of this name is kept from training: a hash of the name falls below `share`."""
+    """Return whether the document of this name is held out: whether a hash of the name falls below `share`."""
     digest = hashlib.sha256(f"dovetail held out:{name}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def named_texts(config: DataConfig, wanted: Callable[[str], bool], skip: Skip) -> Iterator[tuple[str, str]]:
-    """(name, text) of every wanted document; files of the other split are not even opened."""
+    """Yield (name, text) of every wanted document; files of the other split are not opened."""
     if config.kind == "datasets":
         yield from (row for row in read_dataset(config, skip) if wanted(row[0]))
         return
@@ -119,7 +119,7 @@ def named_texts(config: DataConfig, wanted: Callable[[str], bool], skip: Skip) -
 
 
 def source_files(config: DataConfig) -> list[SourceFile]:
-    """The files that the documents come from, sorted by name. Raises ValueError if there are none."""
+    """Return the files that the documents come from, sorted by name. Raises ValueError if there are none."""
     root = config.path.expanduser() if config.path else Path(sysconfig.get_path("stdlib"))
     patterns = config.patterns or PATTERNS[config.kind]
     left_out = STDLIB_LEFT_OUT if config.kind == "stdlib" else ()
@@ -134,7 +134,7 @@ def source_files(config: DataConfig) -> list[SourceFile]:
 
 
 def walk(root: Path, patterns: tuple[str, ...], left_out: tuple[str, ...]) -> Iterator[SourceFile]:
-    """Files below `root` by pattern; hidden, linked and __pycache__ directories are not entered."""
+    """Yield the files below `root` that match; hidden, linked and __pycache__ directories are not entered."""
 
     def matches(name: str, among: tuple[str, ...]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in among)
@@ -153,9 +153,9 @@ def walk(root: Path, patterns: tuple[str, ...], left_out: tuple[str, ...]) -> It
 
 
 def read_text(file: SourceFile, skip: Skip) -> str | None:
-    """The file's exact characters (line ends untouched), or None after telling `skip` why not."""
+    """Return the file's exact characters (line ends untouched), or None after telling `skip` why not."""
     try:
-        if not file.path.is_file():  # a pipe would block, a dangling link has nothing
+        if not file.path.is_file():  # a pipe would block, and a dangling link has no content
             skip(file.name, "not a regular file")
             return None
         data = file.path.read_bytes()
@@ -173,7 +173,7 @@ def read_text(file: SourceFile, skip: Skip) -> str | None:
 
 
 def read_jsonl(file: SourceFile, text_key: str) -> Iterator[tuple[str, str]]:
-    """One document per line; blank lines are nothing."""
+    """Yield one document per line; blank lines are passed over."""
     with open(file.path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             line = line.strip()
@@ -192,7 +192,7 @@ def read_jsonl(file: SourceFile, text_key: str) -> Iterator[tuple[str, str]]:
 
 
 def read_parquet(file: SourceFile, text_key: str, skip: Skip) -> Iterator[tuple[str, str]]:
-    """One document per row; rows without text are reported to `skip`."""
+    """Yield one document per row; rows without text are reported to `skip`."""
     pyarrow = optional_import("pyarrow", "pyarrow", f"reading {file.path}")
     parquet = optional_import("pyarrow.parquet", "pyarrow", f"reading {file.path}")
     try:
@@ -206,9 +206,9 @@ def read_parquet(file: SourceFile, text_key: str, skip: Skip) -> Iterator[tuple[
 
 
 def read_dataset(config: DataConfig, skip: Skip) -> Iterator[tuple[str, str]]:
-    """A data set that Hugging Face `datasets` wrote with save_to_disk; of several splits, "train".
+    """Read a data set that Hugging Face `datasets` wrote with save_to_disk; of several splits, "train" is read.
 
-    Data files are read by kinds "jsonl" and "parquet": `load_dataset` asks a server even for local ones.
+    Data files are for the kinds "jsonl" and "parquet", because `load_dataset` contacts a server even for local files.
     """
     assert config.path is not None
     path = config.path.expanduser()

@@ -1,10 +1,12 @@
-"""Fill-in-the-middle at document level, in prefix-suffix-middle order at rate 0.1 [V3 §4.1]:
+"""Cuts documents into prefix, middle and suffix for fill-in-the-middle training.
+
+One document in ten is cut and put into prefix-suffix-middle order [V3 §4.1]:
 
     <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
 
-The two cuts fall between characters, before the text is tokenised. Cuts between tokens would be simpler, but
-a model trained on them has never seen a word cut in two, and that is what an editor sends: the cursor knows
-no tokens. The price is that the parts are tokenised once, with the shards, so every epoch has the same cuts.
+The two cuts fall between characters, before the text is tokenised. Cuts between tokens would be simpler, but a model
+trained on them never sees a word cut in two, which is what an editor sends: a cursor may stand inside a token. In
+return the parts are tokenised once, when the store is written, so every epoch has the same cuts.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 
 class Parts(NamedTuple):
-    """`prefix + middle + suffix` is the document; any of them may be empty."""
+    """The three parts of a document: `prefix + middle + suffix` is the document; any of them may be empty."""
 
     prefix: str
     suffix: str
@@ -23,9 +25,9 @@ class Parts(NamedTuple):
 
 
 def fill_in_middle(text: str, seed: int, index: int, rate: float) -> Parts | None:
-    """The parts of document `index`, or None if it stays as it is: a pure function of its arguments.
+    """Return the parts of document `index`, or None if it stays whole; the arguments alone decide.
 
-    A share `rate` of all documents is cut; the cuts are two independent uniform positions in 0 .. len(text).
+    A share `rate` of all documents is cut, at two independent uniform positions in 0 .. len(text).
     """
     if rate == 0:
         return None
@@ -37,9 +39,10 @@ def fill_in_middle(text: str, seed: int, index: int, rate: float) -> Parts | Non
 
 
 def document_uniforms(seed: int, index: int, count: int) -> list[float]:
-    """`count` numbers in [0, 1) that belong to this seed and document.
+    """Return `count` numbers in [0, 1) that belong to this seed and document.
 
-    Philox is counter-based: raw 64-bit words under the key (seed, index), which no numpy release may change.
+    They are the raw 64-bit words of the counter-based generator Philox under the key (seed, index), which no numpy
+    release may change.
     """
     words = np.random.Philox(key=[seed, index]).random_raw(count)
     return [float(word >> np.uint64(11)) * 2.0**-53 for word in words]

@@ -1,9 +1,8 @@
-"""Random splitting of combined tokens in training [V3 §4.1].
+"""Splits some tokens that join punctuation with line breaks, at random, in training text [V3 §4.1].
 
-A tokenizer that joins punctuation with the line breaks after it sets a trap: a prompt that ends in ":" or in
-":<newline>" is cut where training text hardly ever is (token boundary bias). So in training a share of the
-combined tokens is taken apart: the punctuation, then the line break with its indentation. DeepSeek-V3 does
-this at a share it does not publish.
+With such tokens a prompt that ends in ":" or in ":<newline>" is cut where training text hardly ever is (token
+boundary bias). So in training a share of the combined tokens is split in two: the punctuation, and the line break
+with its indentation. DeepSeek-V3 does this, and does not publish the share.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ COMBINED = re.compile(r"( ?[^\w\s]+)([\r\n]+[ \t]*)")
 
 
 def combined_tokens(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
-    """Every id that joins punctuation and line breaks -> the ids of the two pieces.
+    """Return, for every id that joins punctuation and line breaks, the ids of the two pieces.
 
     Raises ValueError for a tokenizer that is not byte-level.
     """
@@ -34,11 +33,11 @@ def combined_tokens(tokenizer: Tokenizer) -> dict[int, tuple[int, ...]]:
 def split_combined(
     ids: list[int], combined: dict[int, tuple[int, ...]], seed: int, index: int, rate: float
 ) -> list[int]:
-    """`ids` of document `index`, a share `rate` of the combined tokens taken apart; the text is the same."""
+    """Return the `ids` of document `index` with a share `rate` of the combined tokens split; the text is the same."""
     candidates = [position for position, token_id in enumerate(ids) if token_id in combined]
     if not candidates or rate == 0:
         return ids
-    # A second key word keeps these draws apart from those of fill-in-the-middle.
+    # Another counter keeps these draws apart from those of fill-in-the-middle.
     words = np.random.Philox(key=[seed, index], counter=[0, 0, 0, 1]).random_raw(len(candidates))
     result, done = [], 0
     for position, word in zip(candidates, words, strict=True):

@@ -1,8 +1,8 @@
-"""From a data source to a token store: read, cut for fill-in-the-middle, tokenise, write; or open it.
+"""Makes a token store from a data source, or opens the one that is there.
 
-Every document becomes `<bos> text <eos>`. The bos is what DeepSeek's published tokenizer puts before every
-prompt, so a model trained here knows it as the start of a text; the eos ends the document. A published
-tokenizer without bos gives `text <eos>`.
+Documents are read, some are cut for fill-in-the-middle, and all are tokenised and written. Every document becomes
+`<bos> text <eos>`. DeepSeek's published tokenizer puts the bos before every prompt, so a model trained here knows it
+as the start of a text; the eos ends the document. With a tokenizer that has no bos a document is `text <eos>`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dovetail.text.shard_writer import EncodedDocument, write_store
 from dovetail.text.shards import FORMAT, TokenStore, open_store
 from dovetail.text.tokenizer import Tokenizer
 
-BATCH_BYTES = 1 << 22  # text handed to the tokenizer at a time: enough for every core, little enough for memory
+BATCH_BYTES = 1 << 22  # text given to the tokenizer at once: enough to occupy every core, and little memory
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How far tokenising has come: totals so far."""
+    """How far tokenising has come, in totals."""
 
     num_documents: int
     num_bytes: int
@@ -43,10 +43,11 @@ def prepare_store(
     on_progress: Callable[[Tally], None] | None = None,
     verify: bool = True,
 ) -> TokenStore:
-    """The token store of one split below `directory`: opened if it is there, else made.
+    """Open the token store of one split below `directory`, or make it if it is not there.
 
-    Its name carries the fingerprint of tokenizer, source files and settings, so a changed one makes a new
-    store. Held-out text is never cut or split: it is measured as it is. `verify`: see `open_store`.
+    The store's name contains the fingerprint of tokenizer, source files and settings, so that a change of any of
+    them leads to a new store. Held-out text is measured as it is, and never cut or split. `verify` is that of
+    `open_store`. Raises ValueError for a store whose content does not match its name.
     """
     fingerprint = store_fingerprint(config, tokenizer, split)
     store_directory = directory / f"{split}-{fingerprint[:16]}"
@@ -66,7 +67,7 @@ def prepare_store(
 
 
 def store_fingerprint(config: DataConfig, tokenizer: Tokenizer, split: str) -> str:
-    """sha256 over all that the tokens depend on; a source file counts by name, size and time of change."""
+    """Return the sha256 of all that the tokens depend on; a source file counts by name, size and time of change."""
     parts = {
         "format": FORMAT,
         "tokenizer": tokenizer.fingerprint,
@@ -86,7 +87,7 @@ def fingerprint_files(config: DataConfig) -> list[tuple[str, int, int]]:
         try:
             status = file.path.stat()
             rows.append((file.name, status.st_size, status.st_mtime_ns))
-        except OSError:  # a dangling link: reading will leave it out
+        except OSError:  # a dangling link, which reading leaves out
             rows.append((file.name, -1, -1))
     return rows
 
@@ -94,7 +95,7 @@ def fingerprint_files(config: DataConfig) -> list[tuple[str, int, int]]:
 def encode_documents(
     documents: Iterable[Document], tokenizer: Tokenizer, config: DataConfig
 ) -> Iterator[EncodedDocument]:
-    """Token ids of each document in order, special tokens included.
+    """Yield the token ids of each document in order, special tokens included.
 
     Raises ValueError if the tokenizer lacks a token that the settings need.
     """

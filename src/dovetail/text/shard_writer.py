@@ -1,7 +1,7 @@
-"""Writes a token store: under another name first, renamed when every byte is on the disk.
+"""Writes a token store, which has its final name only once every byte is on the disk.
 
-So a kill at any moment leaves either the whole store or a hidden ".partial" directory, which nobody reads and
-which the next run on the same machine removes.
+A kill at any moment leaves either the whole store or a hidden ".partial" directory, which nobody reads and which the
+next run on the same machine removes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from dovetail.text import atomic
 from dovetail.text.shards import Index, StoredFile, TokenStore, open_store
 
-SHARD_TOKENS = 1 << 28  # half a gigabyte at uint16
+SHARD_TOKENS = 1 << 28  # half a gigabyte in uint16
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -49,9 +49,8 @@ def write_store(
 ) -> TokenStore:
     """Write the store `directory` from a stream of documents and open it.
 
-    `left_out` is read after the last document. If another process finishes the same store first, its copy is
-    kept. Raises ValueError if there are no documents, OSError that says so if the disk is full; then nothing
-    is left behind.
+    `left_out` is read after the last document. If another process finishes the same store first, its copy is kept.
+    Raises ValueError if there are no documents, and OSError if the disk is full; nothing is left behind then.
     """
     remove_abandoned(directory)
     partial = directory.with_name(f".{directory.name}.{socket.gethostname()}.{os.getpid()}.partial")
@@ -108,8 +107,10 @@ def write_files(
 
 
 class HashedFile:
-    """A file being written, with the sha256 of what it holds. Plain writes: a full disk is an error, where a
-    memory map would be a crash."""
+    """A file being written, with the sha256 of its content.
+
+    It is written plainly, because a full disk is an error then, while a memory map would crash.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,7 +132,7 @@ class HashedFile:
 
 
 class TokenFiles:
-    """The token stream being written, a new file every `shard_tokens` tokens."""
+    """The token stream being written, with a new file after every `shard_tokens` tokens."""
 
     def __init__(self, directory: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self.directory, self.dtype, self.shard_tokens = directory, dtype, shard_tokens
@@ -162,7 +163,7 @@ class TokenFiles:
         return tuple(self.finished)
 
     def abandon(self) -> None:
-        """Let go of the open file; on a full disk even closing fails."""
+        """Close the open file if that is possible; on a full disk even closing fails."""
         if self.current is not None:
             with contextlib.suppress(OSError):
                 self.current.file.close()
@@ -179,9 +180,9 @@ def publish(partial: Path, directory: Path) -> None:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove what killed processes of this machine left of the store `directory`.
+    """Remove the partial copies of the store `directory` that killed processes of this machine left.
 
-    A partial store under our own process number is older than us: containers hand out the same numbers again.
+    A partial store with our own process number is older than this process, because containers reuse the numbers.
     """
     prefix = f".{directory.name}.{socket.gethostname()}."
     for partial in directory.parent.glob(f"{glob.escape(prefix)}*.partial"):

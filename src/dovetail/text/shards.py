@@ -1,4 +1,4 @@
-"""Token shards: a corpus tokenised once, read through memory maps.
+"""A token store, which is a corpus tokenised once, and reading it through memory maps.
 
 A store is a directory of raw little-endian files and an index:
 
@@ -7,7 +7,7 @@ A store is a directory of raw little-endian files and an index:
     documents.bin        uint64, the position in the stream at which each document ends
     index.json           sizes, sha256 of every file, and the fingerprint of what the tokens were made from
 
-`shard_writer` gives a store its name when every byte is on the disk: a store that has its name is complete.
+`shard_writer` gives a store its name when every byte is on the disk, so a store that has its name is complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StoredFile(Record):
 
 
 class Index(Record):
-    """What index.json holds."""
+    """The content of index.json."""
 
     format: int = FORMAT
     fingerprint: str  # of tokenizer, source and settings: equal ones give equal tokens
@@ -41,21 +41,21 @@ class Index(Record):
     shard_tokens: int
     num_tokens: int
     num_documents: int
-    num_bytes: int  # UTF-8 bytes of the documents as read: what "per byte" divides by
-    left_out: dict[str, int]  # documents not taken, by reason
+    num_bytes: int  # UTF-8 bytes of the documents as read, which bits per byte are divided by
+    left_out: dict[str, int]  # number of documents left out, by reason
     shards: tuple[StoredFile, ...]
     documents: StoredFile
 
     @property
     def digest(self) -> str:
-        """sha256 over the contents: what a checkpoint records to know its data again."""
+        """Return the sha256 of the contents, by which a checkpoint recognises its data."""
         contents = "".join(file.sha256 for file in (*self.shards, self.documents))
         return hashlib.sha256(contents.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class TokenStore:
-    """An open store; its arrays are read-only maps of the files."""
+    """An open store. Its arrays are read-only memory maps of the files."""
 
     directory: Path
     index: Index
@@ -72,7 +72,7 @@ class TokenStore:
 
 
 def read_tokens(store: TokenStore, start: int, stop: int) -> NDArray[np.int64]:
-    """Tokens start .. stop-1 of the stream [stop - start], across shard borders."""
+    """Return the tokens start .. stop-1 of the stream [stop - start], across shard borders."""
     assert 0 <= start <= stop <= store.num_tokens, (start, stop, store.num_tokens)
     size = store.index.shard_tokens
     parts = [
@@ -85,10 +85,10 @@ def read_tokens(store: TokenStore, start: int, stop: int) -> NDArray[np.int64]:
 def open_store(directory: Path, verify: bool = True) -> TokenStore:
     """Open a complete store.
 
-    `verify` compares the sha256 of every file (seconds per gigabyte); sizes are always compared. Raises
-    ValueError that names the file and the remedy.
+    With `verify` the sha256 of every file is compared, which takes seconds per gigabyte; sizes are always compared.
+    Raises ValueError, with the file and the remedy, for a store that is damaged or not complete.
     """
-    remedy = f"delete {directory} and run again: it is made anew from the text"
+    remedy = f"delete {directory} and run again: it is made again from the text"
     index_path = directory / "index.json"
     try:
         index = Index.model_validate_json(index_path.read_bytes())

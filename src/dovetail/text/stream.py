@@ -1,7 +1,7 @@
-"""Text out of a growing sequence of ids: nothing is emitted that a later token could change.
+"""Decodes a growing sequence of token ids; what it returns is never changed by a later token.
 
-A character of several bytes may be spread over several tokens, so the bytes of an unfinished character are
-held back. Decoding each token alone would print U+FFFD for every part of it.
+A character of several bytes may be spread over several tokens, so the bytes of an unfinished character are held back.
+Decoding each token alone would print U+FFFD for every part of it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dovetail.text.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Pieces from `push`, then `finish`, joined, are `tokenizer.decode` of all ids, whatever the ids are."""
+    """A decoder: all results of `push` and the one of `finish`, joined, are `tokenizer.decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        # The rest serves decoders that are not byte-level only.
+        # What follows is used only with decoders that are not byte-level.
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.ids: list[int] = []
         self.emitted = 0  # characters
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that is now sure."""
+        """Add `ids`, and return the text that no later token can change."""
         if self.tokenizer.piece_bytes is not None:
             return self.utf8.decode(self.tokenizer.decode_bytes(ids))
         ids = list(ids)
@@ -36,7 +36,7 @@ class TextStream:
         return text
 
     def finish(self) -> str:
-        """What was held back: U+FFFD for bytes that never became a character."""
+        """Return what was held back, with U+FFFD for bytes that never became a character."""
         if self.tokenizer.piece_bytes is not None:
             return self.utf8.decode(b"", final=True)
         return self.tokenizer.decode(self.ids)[self.emitted :]

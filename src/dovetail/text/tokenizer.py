@@ -1,12 +1,12 @@
-"""Byte-level BPE: trained here by the `tokenizers` library, or any published `tokenizer.json`.
+"""A byte-level BPE tokenizer, trained here or read from a published `tokenizer.json`.
 
-The 256 bytes are the alphabet, so every string is encoded and decoded exactly. Text is first cut into words
-that no merge may cross. DeepSeek-V3's cut joins punctuation with the line breaks after it [V3 §4.1]; ours
-(`SOURCE_PATTERN`) joins the indentation of the next line as well, so "):\\n        " is one token. On the
-Python standard library at 4,096 tokens that gives 3.92 bytes per token against 3.67.
+The 256 bytes are the alphabet, so every string is encoded and decoded exactly. Text is first cut into words that no
+merge may cross. DeepSeek-V3's pattern joins punctuation with the line breaks after it [V3 §4.1]; ours
+(`SOURCE_PATTERN`) joins the indentation of the next line as well, so "):\\n        " is one token. On the Python
+standard library, with 4,096 tokens, that gives 3.92 bytes per token instead of 3.67.
 
-Text never becomes a special token: "<|end_of_sentence|>" inside a document is encoded as ordinary characters,
-and special ids are put in by whoever builds the sequence.
+Text never becomes a special token: "<|end_of_sentence|>" inside a document is encoded as ordinary characters, and
+whoever builds a sequence adds the special ids. The `tokenizers` library does the work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 
 from dovetail.text import atomic
 
-# The words of DeepSeek-V3's published tokenizer, from memory (unverified), without its rule for Han and kana.
+# How DeepSeek-V3's published tokenizer cuts words, from memory (unverified), without its rule for Han and kana.
 DEEPSEEK_PATTERN = (
     r"\p{N}{1,3}"
     r"|[!-/:-@\[-`{-~][A-Za-z]+"
@@ -63,20 +63,20 @@ KNOWN_SPELLINGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokenizer:
-    """A `tokenizers.Tokenizer` and the ids that the rest of the package asks for; a missing one is None."""
+    """A `tokenizers.Tokenizer`, and the special ids that the rest of the package uses; a missing one is None."""
 
     backend: tokenizers.Tokenizer = field(repr=False)
-    vocab_size: int  # one more than the largest id: what an embedding needs
+    vocab_size: int  # one more than the largest id: the rows of an embedding
     bos_id: int | None
     eos_id: int | None
     fim_begin: int | None
     fim_hole: int | None
     fim_end: int | None
-    piece_bytes: tuple[bytes, ...] | None = field(repr=False)  # by id; None: the decoder is not byte-level
+    piece_bytes: tuple[bytes, ...] | None = field(repr=False)  # by id; None if the decoder is not byte-level
 
     @staticmethod
     def train(documents: Iterable[str], vocab_size: int, pattern: str = SOURCE_PATTERN) -> Tokenizer:
-        """Learn a byte-level BPE of `vocab_size` tokens, special ones included; fewer from too little text.
+        """Learn a byte-level BPE of `vocab_size` tokens, special ones included; too little text gives fewer.
 
         Raises ValueError if `vocab_size` has no room for the 256 bytes and the special tokens.
         """
@@ -98,14 +98,14 @@ class Tokenizer:
         atomic.write_bytes(path.with_name("tokenizer_config.json"), json.dumps(config, indent=2).encode())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: no special token is added, and none is recognised inside it."""
+        """Return the ids of `text` alone: no special token is added, and none is recognised inside it."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on every core."""
+        """Encode each text, on every core. Raises ValueError for a lone surrogate, which is no character."""
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except TypeError as error:  # all that the library says of a lone surrogate
+        except TypeError as error:  # the library says no more of a lone surrogate
             raise ValueError(
                 "text holds a lone surrogate (U+D800 to U+DFFF), which is no character; "
                 "decode its bytes as UTF-8, or use encode_bytes"
@@ -113,7 +113,10 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes: what is not UTF-8 becomes one token per byte. Needs a byte-level tokenizer."""
+        """Return the ids of any bytes; what is not UTF-8 becomes one token per byte.
+
+        Raises ValueError for a tokenizer that is not byte-level.
+        """
         if self.piece_bytes is None:
             raise ValueError("this tokenizer.json is not byte-level: only text can be encoded")
         ids: list[int] = []
@@ -126,20 +129,23 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes behind `ids`; special tokens stand for none. Needs a byte-level tokenizer."""
+        """Return the exact bytes of `ids`; special tokens have none.
+
+        Raises ValueError for a tokenizer that is not byte-level.
+        """
         if self.piece_bytes is None:
             raise ValueError("this tokenizer.json is not byte-level: use decode")
         return b"".join([self.piece_bytes[i] for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
         if self.piece_bytes is None:
             return str(self.backend.decode(list(ids), skip_special_tokens=True))
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the whole tokenizer: equal ones encode alike."""
+        """Return the sha256 of the whole tokenizer; tokenizers with the same one encode alike."""
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
@@ -161,7 +167,7 @@ def train(documents: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
-    # What published DeepSeek tokenizers do for a prompt; `encode` above leaves it out.
+    # Published DeepSeek tokenizers put bos before a prompt; `encode` above does not.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
     )
@@ -189,7 +195,7 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def wrap(backend: tokenizers.Tokenizer, named: dict[str, Any]) -> Tokenizer:
-    """`named` is tokenizer_config.json: its bos_token and eos_token (text or a table) come first."""
+    """Find the special ids. Those that `named`, a tokenizer_config.json, names (as text or table) come first."""
     backend.encode_special_tokens = True  # text stays text
     backend.no_padding()
     backend.no_truncation()
@@ -221,14 +227,14 @@ def transformers_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": spelling(tokenizer.bos_id),
         "eos_token": spelling(tokenizer.eos_id),
-        "pad_token": spelling(tokenizer.eos_id),  # batches need one; padded positions are masked anyway
-        "clean_up_tokenization_spaces": False,  # else decoding drops spaces before punctuation
+        "pad_token": spelling(tokenizer.eos_id),  # batches need a pad token; its positions are masked
+        "clean_up_tokenization_spaces": False,  # True would drop spaces before punctuation
         "model_input_names": ["input_ids", "attention_mask"],
     }
 
 
 def bytes_of_pieces(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -> tuple[bytes, ...] | None:
-    """The bytes of every id (none for special tokens and gaps), or None if the decoder is not byte-level."""
+    """Return the bytes of every id (b"" for special tokens and gaps), or None if the decoder is not byte-level."""
     decoder = json.loads(backend.to_str()).get("decoder") or {}
     if decoder.get("type") != "ByteLevel":
         return None
@@ -247,7 +253,7 @@ def bytes_of_pieces(backend: tokenizers.Tokenizer, vocabulary: dict[str, int]) -
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """Character -> byte, as GPT-2 wrote it: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    """Return the byte of each character in GPT-2's spelling: printable Latin-1 as it is, the rest from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
