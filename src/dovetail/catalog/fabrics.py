@@ -1,7 +1,7 @@
-"""Networks by name, or from a user's file.
+"""Loads a network fabric by its name, or from a user's file.
 
-`fabrics/NAME.toml` mirrors `spec.fabric.FabricSpec`; a fabric may name one that it is like but for the keys it gives
-(`like = "mpft"`).
+`fabrics/NAME.toml` mirrors `spec.fabric.FabricSpec`. A fabric may say `like = "mpft"`: it is that fabric, with the
+keys that it gives itself in place of the other's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ _FABRICS = Path(__file__).parent / "fabrics"
 
 
 def fabric_names() -> list[str]:
-    """Names that `load_fabric` takes, sorted."""
+    """Return the names that `load_fabric` takes, sorted."""
     return sorted(path.stem for path in _FABRICS.glob("*.toml"))
 
 
 def load_fabric(name: str | Path, endpoints: int | None = None) -> FabricSpec:
-    """The fabric of the catalog with that name, or of the TOML file at that path (which ends in .toml or has a
-    separator in it), for `endpoints` GPUs if given. Raises ValueError, one line, for an unknown name, for a file that
-    is wrong and for endpoints that do not fit its nodes and planes."""
+    """Load the fabric of that name, or the TOML file at that path, for `endpoints` GPUs if given.
+
+    What ends in .toml or has a path separator in it is a path. Raises ValueError, one line, for an unknown name, a
+    file that is wrong, and endpoints that do not fit its nodes and planes.
+    """
     text = str(name)
     if text.endswith(".toml") or "/" in text:
         table = _whole(read_toml(text), where=text)
@@ -39,7 +41,7 @@ def load_fabric(name: str | Path, endpoints: int | None = None) -> FabricSpec:
 
 
 def resized(spec: FabricSpec, **changes: Any) -> FabricSpec:
-    """`spec` with other values, such as endpoints=2048, checked again."""
+    """Return `spec` with other values, such as endpoints=2048, checked again."""
     kept = {key: value for key in spec.model_fields_set if (value := getattr(spec, key)) is not None}
     return validate(FabricSpec, kept | changes, where=spec.name)
 
@@ -54,7 +56,7 @@ def _catalog(name: str) -> dict[str, Any]:
 
 
 def _whole(table: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The table with those of the fabric it is like below it."""
+    """Return the table completed by the keys of the fabric it is like. Raises ValueError for an unknown one."""
     if "like" not in table:
         return dict(table)
     base = table["like"]

@@ -1,18 +1,18 @@
-"""GPUs and clusters by name, or from a user's file.
+"""Loads GPUs and clusters by name, or a cluster from a user's file.
 
-`gpus/NAME.toml` and `clusters/NAME.toml` mirror `spec.hardware`, with three short cuts: a cluster may name its GPU
-(`gpu = "h800"`) and a cluster it is like but for the keys it gives (`like = "h800-2048"`), and a GPU nobody has
-measured may borrow another's efficiency:
+`gpus/NAME.toml` and `clusters/NAME.toml` mirror `spec.hardware`, with three short cuts. A cluster may name its GPU
+(`gpu = "h800"`). A cluster may name one that it is like (`like = "h800-2048"`), and gives only the keys that differ.
+A GPU that nobody has measured may borrow another's efficiency:
 
     [borrow]
-    gpu = "h800"      # whose
+    gpu = "h800"      # whose efficiency
     widened = 1.2     # factor by which each end of a band moves out
-    source = "..."    # why that one
-    memory = {...}    # any figure that is known after all, as in [efficiency]
+    source = "..."    # why that GPU's
+    memory = {...}    # any figure that is known for this GPU, as in [efficiency]
 
-Borrowed products keep their shape and, at their best, their share of the roofline (the time of the slower of products
-and memory), so that a borrower with other peaks or bandwidth has its own TFLOPS; what holds them back from it at other
-shapes is taken for latencies, which stay (`moved_seconds`).
+Borrowed products keep their shapes. The best of them keep their share of the roofline (the time of the slower of
+arithmetic and memory), so that a borrower with other peaks or another bandwidth has its own TFLOPS. Products that
+reach less are taken to wait for latencies, which stay as they are (`moved_seconds`).
 """
 
 from __future__ import annotations
@@ -41,44 +41,47 @@ _CLUSTERS = Path(__file__).parent / "clusters"
 
 
 class Borrow(Record):
-    """Whose efficiency a GPU is taken to have, and what is known better."""
+    """Whose efficiency a GPU is taken to have, and the figures that are known for itself."""
 
     gpu: str
     widened: float = Field(ge=1)
     source: str = Field(min_length=1)
-    gemm_relative: dict[Format, Estimate] = {}  # beside the lender's
-    gemm_scale: Estimate | None = None  # of every product's share, where the lender's is known to be out of reach
+    gemm_relative: dict[Format, Estimate] = {}  # added to the lender's
+    gemm_scale: Estimate | None = None  # factor on every product's share, where the lender's is known to be too high
     memory: Estimate | None = None
     attention_prefill: Estimate | None = None
     attention_backward: Estimate | None = None
     attention_decode_flop: Estimate | None = None
     attention_decode_memory: Estimate | None = None
-    attention: tuple[AttentionSweep, ...] = ()  # its own; the estimate of their kind goes with them
+    attention: tuple[AttentionSweep, ...] = ()  # its own; give the estimate of their kind with them
     launch_us: Estimate | None = None
     exchanges: tuple[ExchangePoint, ...] = ()
 
 
 def gpu_names() -> list[str]:
-    """Names that `load_gpu` takes, sorted."""
+    """Return the names that `load_gpu` takes, sorted."""
     return sorted(path.stem for path in _GPUS.glob("*.toml"))
 
 
 def cluster_names() -> list[str]:
-    """Names that `load_cluster` takes, sorted."""
+    """Return the names that `load_cluster` takes, sorted."""
     return sorted(path.stem for path in _CLUSTERS.glob("*.toml"))
 
 
 @cache
 def load_gpu(name: str) -> Gpu:
-    """The GPU `name`. Raises ValueError with near matches for an unknown one."""
+    """Load the GPU `name`. Raises ValueError with near matches for an unknown one."""
     if name not in gpu_names():
         raise ValueError(f"no GPU {name!r} in the catalog; {near_matches(name, gpu_names())}")
     return _gpu(read_toml(_GPUS / f"{name}.toml"), where=f"gpus/{name}.toml")
 
 
 def load_cluster(name: str | Path) -> Cluster:
-    """The cluster of the catalog with that name, or of the TOML file at that path (which ends in .toml or has a
-    separator in it). Raises ValueError, one line, for an unknown name and for a file that is wrong."""
+    """Load the cluster of that name, or the TOML file at that path.
+
+    What ends in .toml or has a path separator in it is a path. Raises ValueError, one line, for an unknown name and
+    for a file that is wrong.
+    """
     text = str(name)
     if text.endswith(".toml") or "/" in text:
         return read_cluster(read_toml(text), where=text)
@@ -97,7 +100,7 @@ def _catalog_cluster(name: str) -> Cluster:
 
 
 def read_cluster(table: Mapping[str, Any], where: str = "cluster") -> Cluster:
-    """The cluster that a TOML table describes; `where` opens errors."""
+    """Return the cluster that a TOML table describes. Raises ValueError with a line that begins with `where`."""
     if "like" in table:
         base = table["like"]
         if base not in cluster_names():
@@ -154,7 +157,7 @@ def _widened(estimate: Estimate, borrow: Borrow, limit: float = float("inf")) ->
 
 
 def _borrowed_attention(gpu: Gpu, borrow: Borrow, lender: Gpu) -> list[AttentionSweep]:
-    """The lender's sweeps at its shares of the BF16 peak, of the kinds that the borrower has nothing of its own for."""
+    """Return the lender's sweeps of the kinds that the borrower has no figures for, at the same shares of the peak."""
     flat: dict[AttentionKind, Estimate | None] = {
         "prefill": borrow.attention_prefill,
         "backward": borrow.attention_backward,
@@ -181,8 +184,10 @@ def _borrowed_products(gpu: Gpu, borrow: Borrow, lender: Gpu) -> tuple[GemmPoint
 
 
 def _borrowed_product(gpu: Gpu, borrow: Borrow, lender: Gpu, best: float, point: GemmPoint) -> GemmPoint:
-    """The same shape, in the next wider format where the borrower has no products in the point's own. It takes longer
-    as the borrower's roofline does; as far as the lender is behind its `best` share, as long."""
+    """Return the product's point on the borrower, in BF16 if the borrower has no FP8 products.
+
+    The part of its time in which the lender reaches its `best` share changes as the roofline does; the rest stays.
+    """
     format = point.format if point.format != "fp8" or gpu.peak_tflops.fp8 else "bf16"
     moved = point.model_copy(update={"format": format})
     peak, bandwidth = getattr(gpu.peak_tflops, format) * 1e12, gpu.bandwidth

@@ -1,7 +1,7 @@
-"""Model presets by name.
+"""Loads model presets by name.
 
-`models/NAME.toml` holds either the flat keys of a published `config.json` or a `[dial]` from which
-`dovetail.spec.family` derives the rest; every file says where its numbers come from.
+`models/NAME.toml` holds either the flat keys of a published `config.json`, or a `[dial]` from which
+`dovetail.spec.family` derives the rest. Every file says where its numbers come from.
 """
 
 from __future__ import annotations
@@ -20,25 +20,28 @@ _MODELS = Path(__file__).parent / "models"
 
 
 def model_names() -> list[str]:
-    """Names that `load_model` takes, sorted."""
+    """Return the names that `load_model` takes, sorted."""
     return sorted(path.stem for path in _MODELS.glob("*.toml"))
 
 
 @cache
 def load_model(name: str) -> ModelSpec:
-    """The preset `name`. Raises ValueError with near matches for an unknown one."""
+    """Load the preset `name`. Raises ValueError with near matches for an unknown one."""
     return read_model(_read(name), where=f"models/{name}.toml")
 
 
 def read_model(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
-    """The model that a TOML table describes, by a `dial` or flat config.json keys; `where` opens errors."""
+    """Return the model that a TOML table describes, by a `dial` or by flat config.json keys.
+
+    Raises ValueError with a line that begins with `where`.
+    """
     if "dial" in table:
         return dovetail_spec(validate(Dial, table["dial"], f"{where}: dial"))
     return read_flat(table, where)
 
 
 def model_source(name: str) -> str:
-    """Where the numbers of preset `name` come from."""
+    """Return where the numbers of preset `name` come from."""
     return str(_read(name)["source"])
 
 

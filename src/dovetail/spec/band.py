@@ -1,7 +1,7 @@
-"""A number with the interval it is expected in.
+"""A number with the interval it is expected in, and arithmetic with such numbers.
 
-Bands are carried through arithmetic as intervals, the worst case: a sum is as wide as its parts together, which is
-right where the parts share a cause (the same efficiency, the same link), as they mostly do here.
+Intervals are carried through as worst cases: a sum is as wide as its parts together. That is right where the parts
+share a cause (the same efficiency, the same link), as they mostly do here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """`value` is the prediction, `low` and `high` what it is expected between; any unit, the same for the three."""
+    """`value` is the prediction; the truth is expected between `low` and `high`. All three have the same unit."""
 
     value: float
     low: float
@@ -41,10 +41,10 @@ class Band:
         return Band(other - self.value, other - self.high, other - self.low)
 
     def __mul__(self, other: Band | float) -> Band:
-        """The other factor is not negative."""
+        """Multiply; the other factor must not be negative."""
         if isinstance(other, Band):
             assert other.low >= 0, f"a band is multiplied by a negative one: {other}"
-            # A negative end of self is lowest with the largest factor.
+            # A negative lower end gets lowest with the largest factor.
             low = self.low * (other.low if self.low >= 0 else other.high)
             high = self.high * (other.high if self.high >= 0 else other.low)
             return Band(self.value * other.value, low, high)
@@ -54,7 +54,7 @@ class Band:
     __rmul__ = __mul__
 
     def __truediv__(self, other: Band | float) -> Band:
-        """The divisor is positive."""
+        """Divide; the divisor must be positive."""
         if isinstance(other, Band):
             return self * other.inverse()
         assert other > 0, f"a band is divided by {other}"
@@ -64,23 +64,23 @@ class Band:
         return self.inverse() * other
 
     def inverse(self) -> Band:
-        """1 / self; all of self is positive."""
+        """Return 1 / self; all of self must be positive."""
         assert self.low > 0, f"the inverse of {self} is not bounded"
         return Band(1 / self.value, 1 / self.high, 1 / self.low)
 
     def widened(self, factor: float) -> Band:
-        """The same value with ends `factor` times further off, as a ratio; factor >= 1."""
+        """Return the same value with `low` divided and `high` multiplied by `factor`, which is at least 1."""
         assert factor >= 1, f"a band is widened by {factor}"
         return Band(self.value, self.low / factor, self.high * factor)
 
 
 def spread(value: float, low_factor: float, high_factor: float) -> Band:
-    """`value` with ends at these multiples of it: spread(10, 0.9, 1.2) is 10 (9 to 12)."""
+    """Return `value` with its ends at these multiples of it: spread(10, 0.9, 1.2) is 10 (9 to 12)."""
     return Band(value, value * low_factor, value * high_factor)
 
 
 def sum_bands(bands: Iterable[Band]) -> Band:
-    """Of none: exactly 0."""
+    """Return the sum, which is exactly 0 without bands."""
     value = low = high = 0.0
     for band in bands:
         value, low, high = value + band.value, low + band.low, high + band.high
@@ -88,6 +88,6 @@ def sum_bands(bands: Iterable[Band]) -> Band:
 
 
 def largest(*bands: Band) -> Band:
-    """What lasts as long as the longest of several that run at once; at least one."""
+    """Return the largest of at least one band, which is the time of several things that run at once."""
     assert bands, "the largest of no bands"
     return Band(max(b.value for b in bands), max(b.low for b in bands), max(b.high for b in bands))

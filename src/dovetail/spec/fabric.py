@@ -1,11 +1,13 @@
-"""A network as a user describes it: kind, size, and what its wires carry. `network.fabric.topology.build` wires it.
+"""A network fabric as a user describes it: its kind, its size, and the speed of its links.
 
-    fat-tree   two or three layers of switches; several planes are several separate networks, GPU i of a node on plane
-               i mod planes [ISCA §5.1]; by_rail puts GPU i of every node on the switches of rail i, which share spines
-    slim-fly   McKay-Miller-Siran graphs of diameter two, from a prime power q
-    dragonfly  groups of fully joined switches, and each pair of groups joined
+    fat-tree   two or three layers of switches. Several planes are several separate networks, with GPU i of a node on
+               plane i mod planes [ISCA §5.1]; by_rail puts GPU i of every node on the switches of rail i, which share
+               spines
+    slim-fly   a McKay-Miller-Siran graph of diameter two, made from a prime power q
+    dragonfly  groups of switches, all joined within a group, and with a cable between every two groups
 
-Sizes that are left out are the smallest that hold the endpoints. Keys carry units (gbs = 10^9 bytes/s one way).
+A size that is left out is the smallest that holds the endpoints. Keys carry units (gbs = 10^9 bytes/s one way).
+`network.fabric.topology.build` makes the links of a fabric from this description.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ ONLY_FOR: dict[str, Kind] = {
 
 
 class Storage(Record):
-    """A network of its own for files, of two layers: one NIC per node, and servers [ISCA §5.1: 400G RoCE]."""
+    """A separate network of two layers for files, with one NIC per node and servers [ISCA §5.1: 400G RoCE]."""
 
     radix: PositiveInt
     servers: int = Field(default=0, ge=0)
@@ -40,18 +42,21 @@ class Storage(Record):
 
 
 class Posting(Record):
-    """What a message to another node costs its sender before the next one can go, whatever its size. Within a node GPUs
-    write to each other's memory, with no request to a NIC: no cost is published for that, and none is charged."""
+    """The time until the sender of a message to another node can send the next one, whatever the message's size.
 
-    host_us: Estimate  # handed to the NIC by one thread of a CPU, as NCCL's proxies do
-    gpu_us: Estimate  # by many warps of the GPU itself, on many queue pairs (IBGDA)
+    Within a node GPUs write to each other's memory without a request to a NIC. No cost is published for that, and
+    none is charged.
+    """
+
+    host_us: Estimate  # if one thread of a CPU hands messages to the NIC, as NCCL's proxies do
+    gpu_us: Estimate  # if many warps of the GPU itself do, on many queue pairs (IBGDA)
 
     def seconds(self, poster: Poster) -> float:
         return (self.host_us if poster == "host" else self.gpu_us).value * 1e-6
 
 
 class FabricSpec(Record):
-    """Endpoints are GPUs, each with a NIC of one port (or, with planes_per_nic, a port to each plane)."""
+    """A fabric. Its endpoints are GPUs, each with a NIC of one port, or with planes_per_nic one port to each plane."""
 
     name: str = Field(min_length=1)
     source: str = Field(min_length=1)
@@ -60,19 +65,19 @@ class FabricSpec(Record):
     radix: PositiveInt  # ports of a switch
     layers: Literal[2, 3] = 2
     planes: PositiveInt = 1
-    planes_per_nic: PositiveInt = 1  # 1: a NIC is on one plane; planes: its ports are on all of them
+    planes_per_nic: PositiveInt = 1  # 1 if a NIC is on one plane; the number of planes if it has a port on each
     by_rail: bool = False
     q: PositiveInt | None = None
     groups: PositiveInt | None = None  # g
     switches_per_group: PositiveInt | None = None  # a
     global_per_switch: PositiveInt | None = None  # h
-    endpoints_per_switch: PositiveInt | None = None  # p, of slim flies and dragonflies
+    endpoints_per_switch: PositiveInt | None = None  # p, for slim flies and dragonflies
     gpus_per_node: PositiveInt = 1
-    nic: Link  # latency: between two NICs on one switch
-    hop_us: Estimate  # more for each further cable between switches
+    nic: Link  # its latency is that between two NICs on one switch
+    hop_us: Estimate  # added for each cable between switches
     posting: Posting | None = None  # None: messages cost nothing but their latency
-    nvlink: Link | None = None  # latency: between two GPUs of a node
-    pcie: Link | None = None  # a GPU's lanes to its NIC and the host; None: never what binds, not modelled
+    nvlink: Link | None = None  # its latency is that between two GPUs of a node
+    pcie: Link | None = None  # a GPU's lanes to its NIC and the host; None: not modelled, as if it never limited
     storage: Storage | None = None
 
     @model_validator(mode="after")
@@ -92,7 +97,7 @@ class FabricSpec(Record):
         if self.endpoints % gpus:
             below, above = self.endpoints // gpus * gpus, -(-self.endpoints // gpus) * gpus
             nearest = f"{below} or {above}" if below else f"{above}"
-            raise ValueError(f"endpoints = {self.endpoints} is no multiple of gpus_per_node = {gpus}: use {nearest}")
+            raise ValueError(f"endpoints = {self.endpoints} is not a multiple of gpus_per_node = {gpus}: use {nearest}")
         if self.planes_per_nic not in (1, planes):
             raise ValueError(f"planes_per_nic = {self.planes_per_nic}: use 1, or planes = {planes} for a port on each")
         if self.planes_per_nic == 1 and gpus % planes:
@@ -115,5 +120,5 @@ class FabricSpec(Record):
         return self.endpoints // self.gpus_per_node
 
     def posting_seconds(self, messages: float, poster: Poster = "host") -> float:
-        """Until the last of `messages` in a row is posted; the first is in its latency."""
+        """Return the seconds until the last of `messages` in a row is posted. The first one's are in its latency."""
         return (messages - 1) * self.posting.seconds(poster) if self.posting and messages > 1 else 0.0

@@ -1,7 +1,7 @@
-"""Our own trainable models: DeepSeek-V3's shape at any size, from one dial.
+"""A family of small trainable models: DeepSeek-V3's shape at any width.
 
-The dial is the width (hidden size); depth, heads, ranks, expert count and vocabulary follow from it, and the
-few that change a model's size without changing its kernels' shapes (layers, experts) can be set beside it.
+One dial chooses a model, the width (hidden size); depth, heads, ranks, number of experts and vocabulary follow from
+it. The numbers of layers and of experts, which do not change the shapes of kernels, can be set beside it.
 
     layers         2 floor(log2(width / 32)): 4, 6, 8, 12 at 192, 256, 512, 2048; the first is dense
     dense width    11/4 width
@@ -11,12 +11,12 @@ few that change a model's size without changing its kernels' shapes (layers, exp
 
     initial std    0.006 sqrt(7168 / width)
 
-V3's 0.006 makes a linear layer's output 0.5 of its normed input at width 7168; the same ratio at another width
-takes another std. At width 192 the published figure itself trains far worse (docs/log.md).
+At width 7168, V3's 0.006 makes a linear layer's output half as large as its normed input. The rule keeps that ratio at
+every width. At width 192 the published 0.006 itself trains far worse (docs/log.md).
 
-Below width 2048 the MLA dims are small, because full ones would dominate: nope/rope/v 64/32/64, one head per
-64 of width, query rank 1/2 and latent 1/4 of the width. From 2048 up they are DeepSeek-V3's (128, 64, 128,
-latent 512), which is what fast kernels elsewhere are compiled for (`dovetail.spec.kernel_shapes`).
+Below width 2048 the MLA dims are small, because full ones would dominate the model: nope/rope/v are 64/32/64, there
+is one head per 64 of width, the query rank is 1/2 and the latent 1/4 of the width. From 2048 up they are DeepSeek-V3's
+(128, 64, 128, latent 512), which fast kernels elsewhere are compiled for (`dovetail.spec.kernel_shapes`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FULL_MLA_WIDTH = HIDDEN_SIZES[0]
 
 
 class Dial(Record):
-    """What chooses a member of the family; None means: derived from the width."""
+    """What chooses a member of the family. None means that the value is derived from the width."""
 
     width: int = Field(ge=128, multiple_of=64)
     layers: int | None = Field(default=None, ge=2)
@@ -51,7 +51,7 @@ class Dial(Record):
 
 
 def dovetail_spec(dial: Dial) -> ModelSpec:
-    """The member of the family at `dial`, for training at 4,096 positions; tokens 0 and 1 begin and end."""
+    """Return the family's model at `dial`, for 4,096 positions; tokens 0 and 1 begin and end a text."""
     width = dial.width
     is_full = width >= FULL_MLA_WIDTH
     tile = FP8_TILE if is_full else 64

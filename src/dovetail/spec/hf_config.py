@@ -1,9 +1,9 @@
-"""`ModelSpec` and the flat `config.json` of the published checkpoints, both ways.
+"""Reads a `ModelSpec` from a checkpoint's flat `config.json`, and writes one.
 
-One table of keys serves three files: a Hugging Face `config.json` (`read_hf`, lenient: what does not concern
-the shape is ignored), a catalog entry and a `[model]` table of a run file (`read_flat`, strict). Keys and
-values as in the published DeepSeek-V3 and -V2 files [HFcfg]; transformers 5 writes `rope_parameters` in place
-of `rope_theta` and `rope_scaling`, and renames a few keys: both forms are read, the published one is written.
+The same keys serve three files: a Hugging Face `config.json`, read leniently by `read_hf`, which ignores keys that do
+not concern the shape; and a catalog entry and the `[model]` table of a run file, read strictly by `read_flat`. Keys
+and values are those of the published DeepSeek-V3 and -V2 files [HFcfg]. transformers 5 writes `rope_parameters` in
+place of `rope_theta` and `rope_scaling`, and renames a few keys: both forms are read, and the published one is written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _RENAMED = {
     "num_experts": "n_routed_experts",
 }
 
-# Accepted and not read: they say nothing about the shape or the function computed.
+# Keys that are accepted and not read, because they change neither the shape nor the function computed.
 _IGNORED = frozenset(
     [
         "architectures",
@@ -63,7 +63,7 @@ _IGNORED = frozenset(
     ]
 )
 
-# Keys that would change the function computed; any other value is refused rather than silently ignored.
+# Keys that would change the function computed; any other value than this is an error, and not silently ignored.
 _ONLY_VALUE: dict[str, Any] = {
     "hidden_act": "silu",  # SwiGLU
     "moe_layer_freq": 1,
@@ -71,7 +71,7 @@ _ONLY_VALUE: dict[str, Any] = {
     "rope_interleave": True,
 }
 
-# What a family's own code assumes when the key is absent [V3repo, HFcfg; transformers 5 never writes these].
+# What a family's own code assumes when a key is absent [V3repo, HFcfg; transformers 5 never writes these].
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
@@ -87,7 +87,7 @@ _ARCHITECTURES = {
 
 
 def read_hf(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec in a `config.json`. Raises ValueError for a missing key or an unsupported value."""
+    """Return the spec in a `config.json`. Raises ValueError for a missing key or an unsupported value."""
     family = config.get("model_type")
     if family not in _FAMILY_DEFAULTS:
         raise ValueError(f"config.json: model_type {family!r} is not one of {', '.join(_FAMILY_DEFAULTS)}")
@@ -110,9 +110,9 @@ def read_hf(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def read_flat(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
-    """The spec in a flat TOML table of the same keys; `where` opens the error line.
+    """Return the spec in a flat TOML table of the same keys; error lines begin with `where`.
 
-    Strict: an unknown key is an error with its near matches. A `source` key is allowed and not read.
+    Raises ValueError for an unknown key, with its near matches. A `source` key is allowed and not read.
     """
     family = table.get("model_type")
     if family is not None and family not in _FAMILY_DEFAULTS:
@@ -125,13 +125,13 @@ def read_flat(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
 
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
-    """Keys of a `config.json` that nothing here knows: worth a word to the user, not an error."""
+    """Return the keys of a `config.json` that nothing here knows. The user is told of them; they are no error."""
     known = _SHAPE_KEYS | _IGNORED | _RENAMED.keys() | _ONLY_VALUE.keys()
     return sorted(key for key in config if key not in known)
 
 
 def write_hf(spec: ModelSpec) -> dict[str, Any]:
-    """The published form of `config.json`, every key that a reader of that family looks for written out."""
+    """Return the published form of `config.json`, with every key that readers of that family look for."""
     family = _family(spec)
     attention, moe = spec.attention, spec.moe
     config: dict[str, Any] = {"architectures": [_ARCHITECTURES[family]], "model_type": family}
@@ -155,7 +155,7 @@ def _family(spec: ModelSpec) -> str:
 
 
 def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
-    """Sort flat keys into the records. Null counts as absent, so that the record's default applies."""
+    """Sort flat keys into the records. A null counts as absent, so that the record's default applies."""
     given = {key: value for key, value in flat.items() if value is not None}
     attention: Mla | Gqa
     if "kv_lora_rank" in given:
@@ -169,7 +169,7 @@ def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
     moe = None
     if given.get("n_routed_experts"):
         table = {key: given[key] for key in _MOE_KEYS & given.keys()}
-        if table.get("topk_method") == "greedy":  # it looks at no groups, whatever the file says
+        if table.get("topk_method") == "greedy":  # it has no groups, whatever the file says
             table |= {"n_group": 1, "topk_group": 1}
         moe = validate(Moe, table, where)
     body = {key: given[key] for key in _BODY_KEYS & given.keys()}
@@ -186,17 +186,17 @@ def _check_supported(flat: Mapping[str, Any], is_mla: bool) -> None:
 
 
 def _rope_keys(flat: Mapping[str, Any], is_mla: bool) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` from either form of the file."""
+    """Return `rope_theta` and `rope_scaling` from either form of the file."""
     rope = {**(flat.get("rope_scaling") or {}), **(flat.get("rope_parameters") or {})}
     theta = rope.pop("rope_theta", flat.get("rope_theta"))
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     keys: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
     if kind == "yarn":
-        # transformers' additions: they would change the rotation.
+        # transformers added these keys; they would change the rotation.
         for key, only in {"attention_factor": None, "truncate": True}.items():
             if rope.get(key, only) not in (None, only):
                 raise ValueError(f"config.json: {key} = {rope[key]!r} in the rope scaling is not supported")
-        # The code that reads the published files takes 1 and 0 for absent mscales [V3repo].
+        # The published code assumes 1 and 0 where mscales are absent [V3repo].
         scaling = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}
         keys["rope_scaling"] = {key: scaling[key] for key in Yarn.model_fields if key in scaling}
     elif kind == "default" or not is_mla:  # grouped-query models are only counted

@@ -1,7 +1,7 @@
-"""Which fast kernels elsewhere are compiled for a model's shape.
+"""Which fast kernels of other projects are compiled for a model's shape.
 
-Engines load any checkpoint whose config.json they know, but their fast paths exist for a few shapes only; a
-model meant to be served by them keeps to these. An exporter says which ones fit.
+Inference engines load any checkpoint whose config.json they know, but their fast paths exist for a few shapes only. A
+model that is to be served by them should have one of these. `dovetail export` says which kernels fit.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ MLA_DIMS = (
     128,
     512,
 )  # qk_nope, qk_rope, v, latent: the only ones FlashMLA is compiled for [FlashMLA]
-HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)  # expert-parallel kernels' switch [DeepEP]
-FP8_TILE = 128  # contraction widths come in whole tiles of 1x128 and 128x128 [V3 §3.3.2, DeepGEMM]
+HIDDEN_SIZES = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)  # those of the expert-parallel kernels [DeepEP]
+FP8_TILE = 128  # widths that are summed over must be multiples of this tile [V3 §3.3.2, DeepGEMM]
 
 
 def accepted_by(spec: ModelSpec) -> dict[str, str | None]:
-    """Per kernel library or engine: None when it takes the shape, else the reason, with the numbers."""
+    """Return for each kernel library or engine None if it takes the shape, else the reason with the numbers."""
     return {
         "FlashMLA attention": _attention_reason(spec),
         "DeepEP expert parallelism": _expert_reason(spec),

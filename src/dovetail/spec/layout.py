@@ -1,14 +1,14 @@
-"""How a model is split over ranks: pipeline, experts, tensors and data, as plain data, and the rules it must keep.
+"""How a model is split over ranks (pipeline, experts, tensors, data), and the rules for that.
 
     gpus            = dp x pp x tp
     ranks per stage = dp x tp; ep of them hold each expert once, so experts have (dp x tp) / ep replicas
     batch           = dp x microbatches x microbatch_size sequences per step
 
-Tensor parallelism is of attention heads alone, with the tokens split over the same ranks everywhere else (sequence
-parallelism), as V3 serves prompts: dense feed-forwards are not split [V3 §3.4.1].
+Tensor parallelism splits attention heads only; everywhere else the same ranks split the tokens (sequence parallelism).
+V3 serves prompts in this way: dense feed-forwards are not split [V3 §3.4.1].
 
-`dp` counts the ranks (or groups of `tp` ranks) that see different data, so it is also the number of replicas of
-whatever is not an expert. DeepSeek-V3 was trained with pp 16, ep 64, dp 128, tp 1 on 2,048 GPUs [V3 §3.2].
+`dp` counts the ranks (or groups of `tp` ranks) that see different data, so it is also the number of replicas of all
+weights but the experts'. DeepSeek-V3 was trained with pp 16, ep 64, dp 128, tp 1 on 2,048 GPUs [V3 §3.2].
 
 Ranks of a pipeline and the stages they hold:
 
@@ -31,18 +31,18 @@ ScheduleName = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
 
 
 class Layout(Record):
-    """One way to split. Training reads all of it; serving leaves `microbatches` and `schedule` alone."""
+    """One way to split. Training reads all of it; serving does not read `microbatches` and `schedule`."""
 
     pp: int = Field(default=1, gt=0)  # ranks of a pipeline
     ep: int = Field(default=1, gt=0)  # ranks that share one copy of a layer's routed experts
     tp: int = Field(default=1, gt=0)  # ranks that share a layer's attention heads, and its tokens
-    dp: int = Field(default=1, gt=0)  # of different data
+    dp: int = Field(default=1, gt=0)  # ranks, or groups of tp ranks, with different data
     microbatches: int = Field(default=1, gt=0)  # per data-parallel rank and step
     microbatch_size: int = Field(default=1, gt=0)  # sequences
     schedule: ScheduleName = "1f1b"
     chunks: int = Field(default=2, gt=0)  # stages per rank under "interleaved"
-    stage_layers: tuple[PositiveInt, ...] | None = None  # layers on each stage; None: balanced by FLOP (cost.stages)
-    redundant_experts: int = Field(default=0, ge=0)  # second copies of loaded experts, in serving [V3 §3.4]
+    stage_layers: tuple[PositiveInt, ...] | None = None  # layers on each stage; None: `cost.memory.stages` decides
+    redundant_experts: int = Field(default=0, ge=0)  # second copies of busy experts, in serving [V3 §3.4]
 
     @property
     def gpus(self) -> int:
@@ -50,33 +50,33 @@ class Layout(Record):
 
     @property
     def batch(self) -> int:
-        """Sequences per step."""
+        """The number of sequences per step."""
         return self.dp * self.microbatches * self.microbatch_size
 
     @property
     def num_stages(self) -> int:
-        """Pieces that the layers are cut into."""
+        """The number of stages that the layers are divided into."""
         if self.schedule == "interleaved":
             return self.pp * self.chunks
         return 2 * self.pp if self.schedule == "dualpipev" else self.pp
 
     @property
     def adds_gradients(self) -> bool:
-        """Whether more than one micro-batch or rank has a gradient of the same weight: these add up in FP32."""
+        """Whether several micro-batches or ranks have a gradient of the same weight; these add up in FP32."""
         return self.microbatches * self.dp * self.tp * self.stage_copies > 1
 
     @property
     def stage_copies(self) -> int:
-        """Ranks of one pipeline that hold the same stage."""
+        """The number of ranks of one pipeline that hold the same stage."""
         return 2 if self.schedule == "dualpipe" else 1
 
     @property
     def expert_replicas(self) -> int:
-        """Ranks of one stage that hold the same routed expert (redundant copies of serving aside)."""
+        """The number of ranks of one stage that hold the same routed expert, redundant copies not counted."""
         return self.dp * self.tp // self.ep
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages that pipeline rank `rank` holds, in the order in which a token meets them."""
+        """Return the stages that pipeline rank `rank` holds, in the order in which a token passes them."""
         assert 0 <= rank < self.pp, (rank, self.pp)
         if self.schedule == "interleaved":
             return tuple(range(rank, self.num_stages, self.pp))
@@ -85,14 +85,14 @@ class Layout(Record):
         return (rank, 2 * self.pp - 1 - rank) if self.schedule == "dualpipev" else (rank,)
 
     def experts_per_rank(self, spec: ModelSpec) -> int:
-        """Slots for routed experts on a rank, redundant ones included; 0 without experts."""
+        """Return the number of routed experts that a rank holds, redundant ones included; 0 without experts."""
         return (spec.moe.n_routed_experts + self.redundant_experts) // self.ep if spec.moe else 0
 
 
 def check_layout(layout: Layout, spec: ModelSpec, cluster_gpus: int | None = None, batch: int | None = None) -> None:
-    """Raise ValueError, with the numbers and the nearest legal value, for a layout that cannot be.
+    """Raise ValueError, with the numbers and the nearest legal value, for a layout that is not possible.
 
-    `cluster_gpus` is how many GPUs there are, `batch` how many sequences a step must have; None: not looked at.
+    `cluster_gpus` is the number of GPUs there are, `batch` the sequences that a step must have; None is not checked.
     """
     _check_experts(layout, spec)
     _check_tensors(layout, spec)
@@ -107,7 +107,7 @@ def check_layout(layout: Layout, spec: ModelSpec, cluster_gpus: int | None = Non
 
 
 def nearest_divisor(value: int, number: int) -> int:
-    """The divisor of `number` that is nearest to `value`; the smaller of two."""
+    """Return the divisor of `number` that is nearest to `value`; of two as near, the smaller."""
     return min(divisors(number), key=lambda each: (abs(each - value), each))
 
 

@@ -1,5 +1,7 @@
-"""What was measured on hardware, as written in the catalog: figures with their band, products of matrices, attention,
-exchanges of tokens. Each is of one operation, never of a whole system."""
+"""Measurements of single operations on a GPU: matrix products, attention, exchanges of tokens.
+
+The catalog holds them as these records, each figure with its band. None is of a whole system.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from dovetail.config import Record
 from dovetail.spec.band import Band
 
 Format = Literal["fp8", "bf16", "fp32"]
-Layout = Literal["dense", "contiguous", "masked"]  # of the rows of several experts [DeepGEMM]
+Layout = Literal["dense", "contiguous", "masked"]  # how the rows of several experts lie [DeepGEMM]
 AttentionKind = Literal["prefill", "backward", "decode"]  # expanded heads forward and backward; absorbed heads
-# Memory-bound work that hardware may have been measured at on its own.
+# Kinds of memory-bound work that may be measured separately.
 ElementwiseKind = Literal[
     "other",
     "norm",
@@ -34,13 +36,13 @@ ElementwiseKind = Literal[
     "square sum",
     "optimizer",
 ]
-FORMATS: tuple[Format, ...] = ("fp8", "bf16", "fp32")  # from the narrowest
+FORMATS: tuple[Format, ...] = ("fp8", "bf16", "fp32")  # the narrowest first
 OPERAND_BYTES = {"fp8": 1, "bf16": 2, "fp32": 4}
 OUTPUT_BYTES = {"fp8": 2, "bf16": 2, "fp32": 4}  # a product of FP8 operands is written in BF16
 
 
 class Estimate(Record):
-    """A figure that was reached, the interval it is taken to lie in, and who measured it."""
+    """A figure that was reached, the interval it is expected in, and who measured it."""
 
     value: PositiveFloat
     low: PositiveFloat
@@ -59,7 +61,7 @@ class Estimate(Record):
 
 
 class GemmPoint(Record):
-    """One measured matrix product, per group [m, k] times [k, n], of `groups` alike; FLOP are 2 groups m n k."""
+    """A measured matrix product: [m, k] times [k, n] in each of `groups` groups, 2 groups m n k FLOP in all."""
 
     format: Format
     layout: Layout = "dense"
@@ -67,8 +69,8 @@ class GemmPoint(Record):
     n: PositiveInt
     k: PositiveInt
     groups: PositiveInt = 1
-    tflops: PositiveFloat  # reached, all groups together
-    low: PositiveFloat | None = None  # of tflops, where measurements differ
+    tflops: PositiveFloat  # reached by all groups together
+    low: PositiveFloat | None = None  # the band of tflops, where measurements differ
     high: PositiveFloat | None = None
 
     @model_validator(mode="after")
@@ -84,31 +86,33 @@ class GemmPoint(Record):
 
     @property
     def bytes(self) -> float:
-        """Read and written once each, without scales: so the GB/s of DeepGEMM's tables are counted."""
+        """The bytes of operands and result, once each and without scales, as DeepGEMM's tables count their GB/s."""
         read = (self.m + self.n) * self.k * OPERAND_BYTES[self.format]
         return float(self.groups * (read + self.m * self.n * OUTPUT_BYTES[self.format]))
 
     @property
     def speed(self) -> Band:
-        """FLOP/s."""
+        """The speed in FLOP/s."""
         return Band(self.tflops, self.low or self.tflops, self.high or self.tflops) * 1e12
 
 
 class GemmSweep(Record):
-    """Products that differ in their rows only, each with the time it took."""
+    """Matrix products that differ only in their rows, and the time of each."""
 
     format: Format
     layout: Layout = "dense"
     groups: PositiveInt = 1
     n: PositiveInt
     k: PositiveInt
-    m: tuple[PositiveInt, ...] = Field(min_length=1)  # of one group; the mean where groups differ
+    m: tuple[PositiveInt, ...] = Field(min_length=1)  # rows of one group; the mean where groups differ
     microseconds: tuple[PositiveFloat, ...]
 
     @model_validator(mode="after")
     def _one_time_each(self) -> GemmSweep:
         if len(self.m) != len(self.microseconds):
-            raise ValueError(f"{len(self.m)} values of m, but {len(self.microseconds)} of microseconds: one each")
+            raise ValueError(
+                f"{len(self.m)} values of m, but {len(self.microseconds)} of microseconds: give one for each"
+            )
         return self
 
     @property
@@ -122,8 +126,7 @@ class GemmSweep(Record):
 
 
 class AttentionSweep(Record):
-    """Attention cores that differ in the length of their sequences only. FLOP as `cost.ops.ops.Attention` counts
-    them."""
+    """Attention cores that differ only in the length of their sequences; `cost.ops.ops.Attention` counts the FLOP."""
 
     kind: AttentionKind
     batch: PositiveInt  # sequences
@@ -134,12 +137,14 @@ class AttentionSweep(Record):
     @model_validator(mode="after")
     def _one_speed_each(self) -> AttentionSweep:
         if len(self.length) != len(self.tflops):
-            raise ValueError(f"{len(self.length)} values of length, but {len(self.tflops)} of tflops: one each")
+            raise ValueError(
+                f"{len(self.length)} values of length, but {len(self.tflops)} of tflops: give one for each"
+            )
         return self
 
     @property
     def rows(self) -> int:
-        """Heads of all sequences: what runs side by side."""
+        """The heads of all sequences together, which run side by side."""
         return self.batch * self.heads
 
 
@@ -151,16 +156,16 @@ class ExchangePoint(Record):
     ranks: PositiveInt
     tokens: PositiveInt  # per rank
     bytes_per_token: PositiveFloat  # of one copy
-    copies: PositiveFloat | None = None  # of a token that `gbs` counts; None: one for each distinct node of its experts
-    gbs: PositiveFloat  # per rank, as its source counts
-    microseconds: PositiveFloat | None = None  # where the source gives the time itself
-    over: Literal["scale-up", "scale-out"]  # the link that `gbs` is of
-    link_gbs: PositiveFloat  # datasheet of that link where it was measured: says nothing about others
+    copies: PositiveFloat | None = None  # copies of a token that `gbs` counts; None: one per node of its experts
+    gbs: PositiveFloat  # per rank, as the source counts it
+    microseconds: PositiveFloat | None = None  # if the source gives the time itself
+    over: Literal["scale-up", "scale-out"]  # the link whose speed `gbs` is
+    link_gbs: PositiveFloat  # the datasheet's figure of that link on the machine that was measured
     source: str = Field(min_length=1)
 
 
 def merged(points: Iterable[GemmPoint]) -> tuple[GemmPoint, ...]:
-    """One point of each shape: of several measurements the last counts, and all are its band."""
+    """Return one point for each shape: the last of its measurements, in a band that covers all of them."""
     found: dict[tuple[object, ...], GemmPoint] = {}
     for point in points:
         shape = (point.format, point.layout, point.groups, point.m, point.n, point.k)
@@ -174,7 +179,9 @@ def _together(earlier: GemmPoint, later: GemmPoint) -> GemmPoint:
 
 
 def moved_seconds(seconds: float, ratio: float, share: float, best: float) -> float:
-    """What a product of `seconds` takes where its roofline is `ratio` times as long, on another GPU or in another
-    format. `share` is what it reaches of its roofline, `best` what the best product reaches: in as far as it falls
-    behind, it waits for latencies that stay."""
+    """Return the seconds of a product on another GPU or in another format, where its roofline is `ratio` times as long.
+
+    The product takes `seconds` and reaches `share` of its roofline; the best product reaches `best`. The part
+    share / best of its time is taken to follow the roofline, the rest to be latencies, which stay as they are.
+    """
     return seconds * (1 + (ratio - 1) * min(1.0, share / best))

@@ -1,8 +1,8 @@
-"""What a model is: attention, feed-forward, experts and multi-token prediction, as plain data.
+"""The description of a model: attention, feed-forward, experts and multi-token prediction.
 
-Field names are the keys of the published Hugging Face `config.json`, so a catalog entry, a checkpoint's
-config and a run file are all the same flat table, which `hf_config` reads and writes.
-Sources: [V3 §4.2], [V2 §3.1.2], [V3repo configs]. Nothing here imports torch.
+It is plain data. Field names are the keys of the published Hugging Face `config.json`, so a catalog entry, a
+checkpoint's config and a run file are all the same flat table; `spec.hf_config` reads and writes it.
+Sources: [V3 §4.2], [V2 §3.1.2], [V3repo configs].
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Mla(Record):
 
     @property
     def cache_dim(self) -> int:
-        """Elements cached per token and layer."""
+        """The number of elements cached per token and layer."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 class Gqa(Record):
-    """Grouped-query attention: described so that it can be counted; not built."""
+    """Grouped-query attention. It can be counted, but not built."""
 
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(gt=0)
@@ -61,7 +61,7 @@ class Gqa(Record):
 
 
 class Moe(Record):
-    """Routed and shared experts, and the gate that chooses [V3 eqs 12-16]."""
+    """Routed and shared experts, and the gate that chooses between them [V3 eqs 12-16]."""
 
     n_routed_experts: int = Field(gt=0)
     n_shared_experts: int = Field(default=0, ge=0)
@@ -113,7 +113,7 @@ class Moe(Record):
 
     @property
     def has_bias(self) -> bool:
-        """Whether the gate carries the selection bias of the loss-free balancing."""
+        """Whether the gate has the selection bias of balancing without an auxiliary loss."""
         return self.topk_method == "noaux_tc"
 
 
@@ -164,9 +164,9 @@ class ModelSpec(Record):
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers of the main model that have experts."""
+        """The number of layers of the main model that have experts."""
         return self.num_hidden_layers - self.moe.first_k_dense_replace if self.moe else 0
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer `layer` has experts; layers past the last stand for the MTP modules' blocks."""
+        """Return whether layer `layer` has experts; the blocks of MTP modules are numbered after the last layer."""
         return self.moe is not None and layer >= self.moe.first_k_dense_replace

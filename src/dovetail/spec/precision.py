@@ -1,13 +1,13 @@
-"""Precision recipes: for every operand of every matrix product its format, tile and scale rule, as plain data.
+"""Precision recipes: the format, tile and scale rule of every operand of every matrix product.
 
-A product of a linear layer is run three times in a training step:
+A linear layer has three products in a training step, each a sum over k:
 
     fprop   output     = input   weight^T     k = inputs
     dgrad   grad input = grad    weight       k = outputs
     wgrad   grad weight = grad^T input        k = tokens
 
-Both operands have scales for every 128 of k. `row` tiles are 1x128 (per token), `column` tiles 128x1 (per channel,
-along the tokens), `block` tiles 128x128, `tensor` is one scale for all.
+Both operands have a scale for every 128 of k. `row` tiles are 1x128 (one token), `column` tiles 128x1 (one channel,
+along the tokens), `block` tiles 128x128; `tensor` is one scale for the whole tensor.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ Site = Literal[
     "expert_down",
     "mtp_join",  # eh_proj
 ]
-FORMATS = ("e4m3", "e5m2", "e5m6", "e3m4")  # those that have a use
+FORMATS = ("e4m3", "e5m2", "e5m6", "e3m4")  # suggested to a user who misspells one
 Tile = Literal["row", "column", "block", "tensor"]
 
 
 class Quantization(Record):
     """How one operand is rounded."""
 
-    format: str = "e4m3"  # as in numerics.formats
+    format: str = "e4m3"  # any eXmY of numerics.formats
     tile: Tile = "row"
     power_of_two: bool = False  # scales rounded up to a power of two (UE8M0)
 
     @field_validator("format")
     @classmethod
     def _can_be_scaled_and_held(cls, name: str) -> str:
-        """Eight exponent bits need no scales, and BF16, which holds the values, has seven mantissa bits."""
+        """Allow up to 7 exponent bits, as 8 need no scales, and up to 7 mantissa bits, as BF16 holds the values."""
         match = re.fullmatch(r"e([0-9]{1,3})m([0-9]{1,3})", name.lower())
         if match is None or not (2 <= int(match[1]) <= 7 and 1 <= int(match[2]) <= 7):
             raise ValueError(
-                f"an operand cannot be {name!r}, but any eXmY with 2 to 7 exponent bits and 1 to 7 mantissa bits;"
+                f"an operand cannot be {name!r}; use an eXmY with 2 to 7 exponent bits and 1 to 7 mantissa bits;"
                 f" {near_matches(name.lower(), FORMATS)}"
             )
         return match[0]
@@ -57,17 +57,20 @@ ROW, COLUMN, BLOCK = Quantization(), Quantization(tile="column"), Quantization(t
 
 
 class GemmPrecision(Record):
-    """The operands of one linear layer's three products, what it keeps of its input for the backward pass, and what
-    adds the products [V3 §3.3.2]."""
+    """The precision of one linear layer [V3 §3.3.2].
+
+    It says how the operands of its three products are rounded, how its input is kept for the backward pass, and how
+    products are summed.
+    """
 
     input: Quantization = ROW
     weight: Quantization = BLOCK
     grad: Quantization = ROW
     wgrad_input: Quantization = COLUMN
     wgrad_grad: Quantization = COLUMN
-    saved_input: Quantization | None = None  # None: the input as fprop has it
-    accumulator: Literal["fp32", "hopper"] = "fp32"  # what adds within `promotion`: FP32, or Hopper's Tensor Core
-    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # of k summed before FP32 takes over; None: never
+    saved_input: Quantization | None = None  # None: kept as fprop's operand
+    accumulator: Literal["fp32", "hopper"] = "fp32"  # sums in FP32, or as Hopper's Tensor Core does
+    promotion: int | None = Field(default=128, gt=0, multiple_of=32)  # terms summed before they go to FP32; None: all
 
     @model_validator(mode="after")
     def _fp32_is_promoted_by_tile(self) -> GemmPrecision:
@@ -93,12 +96,15 @@ class GemmPrecision(Record):
 
 
 class Recipe(Record):
-    """What runs in which precision. A site that is not listed runs in the model's own dtype, as do embedding, head,
-    router, norms and the attention core always [V3 §3.3.1]."""
+    """The precision of every linear layer, and of what is kept and sent.
+
+    A site that is not listed runs in the model's own dtype. Embedding, head, router, norms and the attention core
+    always do [V3 §3.3.1].
+    """
 
     name: str
     source: str
     sites: dict[Site, GemmPrecision] = {}
-    saved_swiglu: Quantization | None = None  # SwiGLU inputs of experts for the backward pass; None: the model's dtype
+    saved_swiglu: Quantization | None = None  # how experts' SwiGLU inputs are kept; None: in the model's dtype
     expert_output: str | None = None  # format in which routed experts' outputs are sent back: eXmY, or logfmt-N
-    moments: Literal["bfloat16", "float32"] = "bfloat16"  # both of AdamW [V3 §3.3.3]
+    moments: Literal["bfloat16", "float32"] = "bfloat16"  # of both moments of AdamW [V3 §3.3.3]

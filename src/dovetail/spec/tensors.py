@@ -1,10 +1,9 @@
-"""Every tensor of a published checkpoint: its name, its shape, its dtype, and where our model keeps it.
+"""Every tensor of a published checkpoint: its name, shape and dtype, and where our model keeps it.
 
-`stored_tensors(spec)` is the one list that exporter and importer read. Published names are those of the
-DeepSeek-V3 checkpoints [HFtens]. Ours differ in two ways only: gate and up projections are one tensor with
-the gate's rows first, and the experts of a layer are stacked. MTP module k is published as layer
-`num_hidden_layers + k`, with copies of the embedding and the head that it shares with the main model.
-Nothing here imports torch.
+Export and import both read the list `stored_tensors(spec)`. Published names are those of the DeepSeek-V3 checkpoints
+[HFtens]. Our own state differs in two ways only: gate and up projections are one tensor with the gate's rows first,
+and the experts of a layer are stacked. MTP module k is published as layer `num_hidden_layers + k`, with copies of the
+embedding and the head that it shares with the main model.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Literal
 from dovetail.spec.model import Mla, ModelSpec
 
 SCALE_SUFFIX = "_scale_inv"  # "x.weight" in FP8 has its block scales in "x.weight_scale_inv"
-WEIGHT_TILE = (128, 128)  # one scale each [V3 §3.3.2]; weight_block_size in config.json
+WEIGHT_TILE = (128, 128)  # with one scale [V3 §3.3.2]; weight_block_size in config.json
 
 Kind = Literal["linear", "vocabulary", "mixer", "norm", "router"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """One published tensor and what of our state dict holds it: `state[key]`, or one expert or half of it."""
+    """One published tensor and its place in our state dict: `state[key]`, or one expert or half of it."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,22 +30,25 @@ class Stored:
     kind: Kind = "linear"
     expert: int | None = None
     half: Literal[0, 1] | None = None  # of the rows: 0 the gate's, 1 the up projection's
-    copy_of: str | None = None  # published name of the tensor that this one repeats; `key` is then that one's
+    copy_of: str | None = None  # the published name of the tensor that this one repeats; both have the same `key`
 
     @property
     def is_quantized(self) -> bool:
-        """Whether FP8 checkpoints hold it in FP8: every linear but embedding, head, router and eh_proj."""
+        """Whether an FP8 checkpoint has it in FP8: every linear weight but embedding, head, router and eh_proj."""
         return self.kind == "linear"
 
     @property
     def dtype(self) -> str:
-        """safetensors dtype in an unquantised checkpoint. Norms and router stay FP32, as our model keeps them
-        (norms as V3.2 publishes them; V3 itself has BF16 norms and router weights, the bias FP32 in both)."""
+        """The safetensors dtype in a checkpoint that is not quantised.
+
+        Norms and router are FP32, as our model keeps them. V3.2 publishes its norms so; V3 itself has norms and router
+        weights in BF16. The gate's bias is FP32 in both.
+        """
         return "F32" if self.kind in ("norm", "router") else "BF16"
 
 
 def stored_tensors(spec: ModelSpec) -> Iterator[Stored]:
-    """All tensors of a published checkpoint of `spec`, in file order. `ValueError` for GQA attention."""
+    """Yield all tensors of a published checkpoint of `spec`, in file order. Raises ValueError for GQA attention."""
     embedding, head = _embedding_and_head(spec)
     yield embedding
     for layer in range(spec.num_hidden_layers):
@@ -59,15 +61,18 @@ def stored_tensors(spec: ModelSpec) -> Iterator[Stored]:
 
 
 def readable_tensors(spec: ModelSpec) -> Iterator[Stored]:
-    """`stored_tensors`, and the head that some writers store although it is tied: a copy of the embedding."""
+    """Yield `stored_tensors`, and a tied head, which some writers store as a copy of the embedding."""
     yield from stored_tensors(spec)
     if spec.tie_word_embeddings:
         yield _embedding_and_head(spec)[1]
 
 
 def published_tensors(spec: ModelSpec, fp8: bool = False) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """(name, shape, safetensors dtype) of every tensor of a checkpoint of `spec`; with `fp8` the quantised
-    linears are F8_E4M3 and each is followed by its block scales. The 671B model has 91,991 of them in FP8."""
+    """Yield (name, shape, safetensors dtype) of every tensor of a checkpoint of `spec`.
+
+    With `fp8` the quantised weights are F8_E4M3, and each is followed by its block scales; the 671B model then has
+    91,991 tensors.
+    """
     for tensor in stored_tensors(spec):
         if fp8 and tensor.is_quantized:
             yield tensor.name, tensor.shape, "F8_E4M3"
@@ -77,7 +82,7 @@ def published_tensors(spec: ModelSpec, fp8: bool = False) -> Iterator[tuple[str,
 
 
 def scale_shape(shape: tuple[int, ...], tile: tuple[int, int] = WEIGHT_TILE) -> tuple[int, int]:
-    """One scale per block, ragged blocks included: a 576 x 7168 weight has 5 x 56."""
+    """Return the shape of the scales, one per block, ragged blocks included: 5 x 56 for a 576 x 7168 weight."""
     rows, columns = shape
     return -(-rows // tile[0]), -(-columns // tile[1])
 
@@ -145,7 +150,7 @@ def _moe(spec: ModelSpec, name: str, key: str) -> Iterator[Stored]:
         for tensor in _swiglu(f"{name}experts.{expert}.", f"{key}experts.", width, moe.moe_intermediate_size):
             yield replace(tensor, key=tensor.key.removesuffix(".weight"), expert=expert)
     if moe.n_shared_experts:
-        inner = moe.n_shared_experts * moe.moe_intermediate_size  # one SwiGLU as wide as all shared experts
+        inner = moe.n_shared_experts * moe.moe_intermediate_size  # they are one SwiGLU as wide as all of them
         yield from _swiglu(f"{name}shared_experts.", f"{key}shared_experts.", width, inner)
 
 

@@ -257,7 +257,7 @@ def test_full_size_networks_are_small_arrays() -> None:
         ("ft2", {"endpoints": 4096}, "layers = 3, radix = 92, or fewer endpoints"),
         ("ft3", {"endpoints": 65_544}, "hold at most 65536; use radix = 66, or fewer endpoints"),
         ("mpft", {"endpoints": 2050}, "use 2048 or 2056"),
-        ("mpft", {"endpoints": 4}, "no multiple of gpus_per_node = 8: use 8"),
+        ("mpft", {"endpoints": 4}, "not a multiple of gpus_per_node = 8: use 8"),
         ("mpft", {"planes": 6}, "does not divide gpus_per_node = 8.*use 8"),
         ("mpft", {"planes": 3}, "does not divide gpus_per_node = 8.*use 4"),
         ("mpft", {"planes_per_nic": 3}, "use 1, or planes = 8"),
