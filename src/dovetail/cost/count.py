@@ -1,10 +1,9 @@
-"""Parameters, FLOP per token and cache bytes per token of a `ModelSpec`, exactly.
+"""Counts a model's parameters, its FLOP per token and its cache bytes per token, exactly.
 
-A matrix counts rows x columns, a norm its width, the gate its selection bias; nothing is rounded. FLOP per
-token follow the rule that reproduces the paper's Table 2 [ISCA §2.2.2]: two per parameter that a token meets
-in a matrix product (the head is one, the embedding is a look-up), plus attention's two products over the
-context; a backward pass costs twice the forward. Norms, softmax, rotation and the gate's choice are left out,
-as in the paper.
+A matrix counts rows x columns, a norm its width, the gate its selection bias; nothing is rounded. The FLOP per token
+follow the rule that reproduces the paper's Table 2 [ISCA §2.2.2]: two for each parameter that multiplies a token (those
+of the head, but not of the embedding, which is a look-up), plus attention's two products over the context. A backward
+pass costs twice the forward. Norms, softmax, rotation and the gate's choice are left out, as in the paper.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from dovetail.spec.tensors import published_tensors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameters:
-    """Parameters of the main model by part, summed over its layers; `mtp` is what the MTP modules add."""
+    """Parameters of the main model by part, summed over its layers. `mtp` are those that the MTP modules add."""
 
     embedding: int
     attention: int  # projections, biases and the norms inside attention
     dense_ffn: int
     routed_experts: int
     shared_experts: int
-    gate: int  # with the selection bias
+    gate: int  # the selection bias included
     norms: int  # two per layer and the final one
     head: int  # 0 when tied to the embedding
     mtp: int
-    active_body: int  # what one token meets in the layers
-    active_head: int  # the head's product, tied or not, and the final norm before it
+    active_body: int  # parameters of the layers that one token uses
+    active_head: int  # parameters of the head's product, tied or not, and of the final norm before it
 
     @property
     def total(self) -> int:
-        """The main model, without MTP: the figure that is quoted (671B)."""
+        """The parameters of the main model without MTP, which is the quoted figure (671B)."""
         return sum(getattr(self, part) for part in PARTS)
 
     @property
@@ -42,12 +41,12 @@ class Parameters:
 
     @property
     def active(self) -> int:
-        """Body and head, without the embedding: the 36.6B of the weights' README, and Table 2's N."""
+        """The active parameters without the embedding: the 36.6B of the weights' README, and Table 2's N."""
         return self.active_body + self.active_head
 
     @property
     def active_with_embedding(self) -> int:
-        """The quoted 37B counts the embedding too."""
+        """The active parameters with the embedding, which is the quoted 37B."""
         return self.active + self.embedding
 
 
@@ -56,7 +55,7 @@ PARTS = ("embedding", "attention", "dense_ffn", "routed_experts", "shared_expert
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParameters:
-    """Parameter counts of one layer by part; a part that the layer lacks is 0."""
+    """Parameters of one layer by part; a part that the layer lacks is 0."""
 
     attention: int
     dense_ffn: int
@@ -71,7 +70,7 @@ class LayerParameters:
 
 
 def parameters(spec: ModelSpec) -> Parameters:
-    """All parameter counts of `spec`."""
+    """Count all parameters of `spec`."""
     layers = [layer_parameters(spec, layer) for layer in range(spec.num_hidden_layers)]
     embedding = spec.vocab_size * spec.hidden_size
     active_routed = sum(layer.routed_experts for layer in layers)
@@ -94,7 +93,7 @@ def parameters(spec: ModelSpec) -> Parameters:
 
 
 def layer_parameters(spec: ModelSpec, layer: int) -> LayerParameters:
-    """Counts of layer `layer`; a layer past the last stands for the block inside an MTP module."""
+    """Count the parameters of layer `layer`; a number after the last layer means the block of an MTP module."""
     hidden, moe = spec.hidden_size, spec.moe
     is_moe = spec.is_moe_layer(layer)
     return LayerParameters(
@@ -108,7 +107,7 @@ def layer_parameters(spec: ModelSpec, layer: int) -> LayerParameters:
 
 
 def attention_parameters(spec: ModelSpec) -> int:
-    """One layer's attention with its inner norms (MLA's two latent norms) and biases."""
+    """Count one layer's attention with its inner norms (MLA's two latent norms) and biases."""
     hidden, attention = spec.hidden_size, spec.attention
     heads = attention.num_attention_heads
     if isinstance(attention, Gqa):
@@ -128,23 +127,22 @@ def _query_parameters(hidden: int, attention: Mla) -> int:
 
 
 def expert_parameters(spec: ModelSpec) -> int:
-    """One routed expert: gate, up and down matrices."""
+    """Count one routed expert: its gate, up and down matrices."""
     assert spec.moe, "only a model with experts has one"
     return 3 * spec.hidden_size * spec.moe.moe_intermediate_size
 
 
 def mtp_parameters(spec: ModelSpec) -> int:
-    """What one MTP module adds: block, 2H x H projection, three norms; embedding and head are shared."""
+    """Count what one MTP module adds: block, 2H x H projection, three norms; embedding and head are shared."""
     block = layer_parameters(spec, spec.num_hidden_layers).total
     return block + 2 * spec.hidden_size * spec.hidden_size + 3 * spec.hidden_size
 
 
 def attention_flop_per_token(spec: ModelSpec, context: int, causal: bool = True) -> float:
-    """Forward FLOP per token of scores and weighted values over `context` positions, all layers (expanded
-    form).
+    """Count the forward FLOP per token of scores and weighted values over `context` positions, in all layers.
 
-    A causal token sees half the context on average: the paper's "causal" counts the lower triangle [ISCA
-    Table 4].
+    Attention is expanded. A causal token sees half the context on average: the paper's "causal" counts the lower
+    triangle [ISCA Table 4].
     """
     attention = spec.attention
     if isinstance(attention, Mla):
@@ -156,18 +154,18 @@ def attention_flop_per_token(spec: ModelSpec, context: int, causal: bool = True)
 
 
 def forward_flop_per_token(spec: ModelSpec, context: int, causal: bool = True, mtp: bool = False) -> float:
-    """FLOP of one token's forward pass in a sequence of `context` tokens; `mtp` adds the MTP part."""
+    """Count the FLOP of one token's forward pass in a sequence of `context` tokens; `mtp` adds the MTP modules'."""
     flop = 2.0 * parameters(spec).active + attention_flop_per_token(spec, context, causal)
     return flop + (mtp_flop_per_token(spec, context, causal) if mtp else 0.0)
 
 
 def training_flop_per_token(spec: ModelSpec, context: int, causal: bool = True, mtp: bool = False) -> float:
-    """FLOP of forward and backward: three times the forward. Table 2's figure without `mtp` [ISCA §2.2.2]."""
+    """Count the FLOP of forward and backward, three times the forward; without `mtp` Table 2's [ISCA §2.2.2]."""
     return 3.0 * forward_flop_per_token(spec, context, causal, mtp)
 
 
 def mtp_flop_per_token(spec: ModelSpec, context: int, causal: bool = True) -> float:
-    """Forward FLOP that all MTP modules add per token: block, projection and one more head product each."""
+    """Count the forward FLOP per token that all MTP modules add: each has a block, a projection and a head product."""
     if spec.num_nextn_predict_layers == 0:
         return 0.0
     layer = layer_parameters(spec, spec.num_hidden_layers)
@@ -180,11 +178,11 @@ def mtp_flop_per_token(spec: ModelSpec, context: int, causal: bool = True) -> fl
 
 
 def cache_bytes_per_token(spec: ModelSpec, bytes_per_element: float = 2, mtp: bool = False) -> int:
-    """Bytes that one token adds to the key-value cache, over all layers; BF16 unless told [ISCA Table 1]."""
+    """Count the bytes that one token adds to the cache of all layers, in BF16 by default [ISCA Table 1]."""
     layers = spec.num_hidden_layers + (spec.num_nextn_predict_layers if mtp else 0)
     return int(spec.attention.cache_dim * layers * bytes_per_element)
 
 
 def checkpoint_tensors(spec: ModelSpec, fp8: bool = False) -> int:
-    """Tensors of the published checkpoint: 91,991 for the FP8 files of DeepSeek-V3 [HFtens]. MLA only."""
+    """Count the tensors of the published checkpoint: 91,991 in DeepSeek-V3's FP8 files [HFtens]. MLA only."""
     return sum(1 for _ in published_tensors(spec, fp8))

@@ -1,6 +1,6 @@
-"""What a model is and takes, before anything is built: the record behind `dovetail inspect`.
+"""Counts a model from its description alone, for `dovetail inspect`.
 
-The target is a preset, a `config.json`, or a directory that holds one (a checkpoint). Weights are not read.
+The model is a preset, a `config.json`, or a directory with a `config.json` (a checkpoint). Weights are not read.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dovetail.spec.model import Mla, ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """Counts of one model; FLOP and cache are per token, FLOP over a context of `context` tokens."""
+    """The counts of one model. FLOP and cache are per token, and FLOP are for a context of `context` tokens."""
 
     target: str
     source: str
     spec: ModelSpec
     parameters: count.Parameters
     context: int
-    forward_flop: float  # causal, like all FLOP here unless they say otherwise
+    forward_flop: float  # causal, like all FLOP here whose name does not say otherwise
     training_flop: float
     training_flop_non_causal: float
-    mtp_training_flop: float  # what the MTP modules add to `training_flop`
-    cache_bytes: int  # BF16
-    checkpoint_tensors: int | None  # published BF16 layout; None where attention is not MLA
-    stored_bytes: int | None  # of the safetensors files beside the config.json, where there are any
+    mtp_training_flop: float  # added to `training_flop` by the MTP modules
+    cache_bytes: int  # in BF16
+    checkpoint_tensors: int | None  # in the published BF16 layout; None if attention is not MLA
+    stored_bytes: int | None  # of the safetensors files beside the config.json, if there are any
     kernels: dict[str, str | None]
     unread: tuple[str, ...]  # keys of the config.json that nothing here knows
 
@@ -64,7 +64,7 @@ def inspect(target: str, context: int = 4096) -> Inspection:
 
 
 def _read(target: str) -> tuple[ModelSpec, str, tuple[str, ...], int | None]:
-    """Spec, source, unread keys and stored bytes of a preset, a config.json or a directory, in this order."""
+    """Return the spec, source, unread keys and stored bytes of a preset, a config.json or a directory."""
     if target in model_names():
         return load_model(target), model_source(target), (), None
     path, stored = Path(target), None
@@ -87,7 +87,7 @@ def _read(target: str) -> tuple[ModelSpec, str, tuple[str, ...], int | None]:
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:
-    """Plain data: base units, whole numbers, the spec as a flat config.json table."""
+    """Return plain data: whole numbers in base units, and the spec as a flat config.json table."""
     parameters = inspection.parameters
     record = {name: getattr(inspection, name) for name in Inspection.__dataclass_fields__}
     record["spec"] = write_hf(inspection.spec)
@@ -102,7 +102,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
 
 
 def rows(inspection: Inspection) -> Iterable[tuple[str, str, str]]:
-    """What a person reads: (name, value, remark)."""
+    """Yield the rows of the printed table: (name, value, remark)."""
     parameters, spec = inspection.parameters, inspection.spec
     for part in count.PARTS:
         if number := getattr(parameters, part):

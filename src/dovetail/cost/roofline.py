@@ -1,11 +1,11 @@
-"""How long one operation takes on one GPU, with a band, and what binds it.
+"""How long one operation takes on one GPU, with a band, and what limits it.
 
-    ideal    = max(FLOP / peak, bytes / bandwidth)          the roofline, of datasheet figures
+    ideal    = max(FLOP / peak, bytes / bandwidth)          the roofline, from the datasheet's figures
     seconds  = ideal / share + launch
 
-Shares are measured: of products and attention by shape (`cost.shares`), of memory-bound work by kind, or one for all.
-Fewer multiprocessors (the others communicate, as 20 of 132 do in V3's training [V3 §3.2.2]) slow compute in proportion,
-and memory not at all: part of them fill the memory system.
+Shares are measured: those of products and attention depend on the shape (`cost.shares`), that of memory-bound work on
+its kind. With fewer multiprocessors (in V3's training 20 of 132 communicate instead [V3 §3.2.2]) arithmetic slows in
+proportion, and memory-bound work does not, since part of them can use the whole bandwidth.
 
 Left out: imbalance between experts, waiting for other ranks, and what caches keep from one operation to the next.
 """
@@ -27,7 +27,7 @@ Bound = Literal["compute", "memory", "launch"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timed:
-    """One operation's time in seconds, the formula with its numbers, and who measured what it rests on."""
+    """One operation's time in seconds, what limits it, the formula with its numbers, and the measurements' source."""
 
     seconds: Band
     bound: Bound
@@ -35,14 +35,16 @@ class Timed:
     source: str
 
 
-NOTHING = Timed(seconds=Band.exact(0.0), bound="launch", formula="nothing to do", source="")  # no tokens: no launch
+NOTHING = Timed(
+    seconds=Band.exact(0.0), bound="launch", formula="nothing to do", source=""
+)  # without tokens nothing is launched
 
 
 @lru_cache(maxsize=1 << 16)
 def op_time(op: Gemm | Attention | Elementwise, gpu: Gpu, multiprocessors: int | None = None) -> Timed:
-    """Seconds that `op` takes alone on `gpu`, with `multiprocessors` of it (None: all).
+    """Return the time of `op` alone on `gpu`, with `multiprocessors` of it (None: all).
 
-    Raises ValueError for more multiprocessors than there are, or none.
+    Raises ValueError for more multiprocessors than there are, and for none.
     """
     if multiprocessors is not None and not 0 < multiprocessors <= gpu.multiprocessors:
         raise ValueError(f"{multiprocessors} multiprocessors of {gpu.name}: expected 1 to {gpu.multiprocessors}")
@@ -84,11 +86,11 @@ def _attention_time(op: Attention, gpu: Gpu, part: float) -> Timed:
 
 
 def _timed(ideal: tuple[float, float], shares: tuple[Band, Band], gpu: Gpu, work: str, source: str) -> Timed:
-    """The slower of compute and memory at their shares, and the launch."""
+    """Return the slower of arithmetic and memory at their shares, plus the launch."""
     compute, memory = (seconds / share for seconds, share in zip(ideal, shares, strict=True))
     is_compute = compute.value >= memory.value
     slower = compute if is_compute else memory
-    # Where the two are near each other, either end of the band may be the other's.
+    # Where the two are near each other, an end of the band may come from the one that is not slower.
     seconds = Band(slower.value, max(compute.low, memory.low), max(compute.high, memory.high))
     launch = gpu.efficiency.launch_us
     bound: Bound = "compute" if is_compute else "memory"

@@ -1,20 +1,21 @@
-"""What share of its roofline a matrix product reaches, and of the BF16 peak attention, interpolated between the shapes
-that were measured.
+"""The share of its peak that an operation reaches, interpolated between measured shapes.
 
-Measurements that differ in one number only (rows of a product, length of attention's sequences) make a curve: log
-share, straight between its points in the log of that number.
+For a matrix product it is the share of its roofline, for attention that of the BF16 peak. Measurements that differ in
+one number only (rows of a product, length of attention's sequences) make a curve: the log of the share, in straight
+lines between the points over the log of that number.
 
-products    Of measured products of the same format. The mean of all curves at the product's rows, weighted 1 / d^4; d
-            is the distance of shapes to the curve's nearest point, in the logs of m, n, k and groups. So a small
-            product inherits the measured bytes/s, a large one the measured FLOP/s.
-attention   Curves lie side by side by rows (heads of all sequences): straight between two of them. Below what was
-            measured both ways go on as they end, for a kernel that cannot fill the GPU; above, the share stays.
+products    The mean over all curves of the same format at the product's rows, each with weight 1 / d^4. d is the
+            distance of the shape to the curve's nearest point, in the logs of m, n, k and groups. So a small product
+            inherits the measured bytes/s, a large one the measured FLOP/s.
+attention   Each curve is for one number of rows (heads of all sequences); between two curves the line is straight.
+            Below the measured rows and lengths the lines are extended, since a kernel no longer fills the GPU; above
+            them the share stays.
 
-How wrong that is, the measured points say themselves: each is predicted from the others, and the root mean square of
-these errors, at the median distance to the nearest neighbour, sets the band. It shrinks in proportion as a shape comes
-closer to a measured one, and is never less than the spread between measurements of one shape. So a shape that nobody
+The measured points also show how wrong that is. Each is predicted from the others; the root mean square of these errors
+is the half band at the median distance of a point to its nearest neighbour. The band shrinks in proportion as a shape
+comes closer to a measured one, but never below the spread between measurements of one shape. So a shape that nobody
 measured (a weight gradient, whose k is tokens) borrows from the nearest and gets a wide band. A format that nobody
-measured takes another's shares; where these are low for latencies, its times.
+measured takes another format's shares, and its times where latencies make the shares low.
 """
 
 from __future__ import annotations
@@ -30,39 +31,39 @@ from dovetail.spec.band import Band
 from dovetail.spec.hardware import Gpu
 from dovetail.spec.measurements import FORMATS, AttentionKind, Format, GemmPoint, moved_seconds
 
-LAYOUT_DISTANCE = math.log(2)  # between layouts of rows: as far apart as twice the size
-EXACT = 1e-12  # squared distances up to this are none
-EXTRAPOLATION = 3.0  # the band grows with distance up to this many times that between measured points
+LAYOUT_DISTANCE = math.log(2)  # two layouts of rows count as different as two sizes that differ by a factor of two
+EXACT = 1e-12  # squared distances up to this count as zero
+EXTRAPOLATION = 3.0  # the band grows up to this many times the typical distance between measured points
 
 
 @dataclass(frozen=True, slots=True)
 class GemmShare:
-    """Part of the roofline that a product reaches, and the measured product nearest to it."""
+    """The share of its roofline that a product reaches, and the measured product nearest to it."""
 
     band: Band
     nearest: GemmPoint
-    distance: float  # 0: this very shape was measured
+    distance: float  # 0 if this shape was measured
 
 
 @dataclass(frozen=True, slots=True)
 class _Curve:
-    """Log share over the log of what its measurements differ in; `place` is what they have in common."""
+    """Log shares over the log of the number `at` in which the measurements differ; they have `place` in common."""
 
     layout: str
-    place: tuple[float, ...]  # of products log n, log k, log groups; of attention log rows
+    place: tuple[float, ...]  # log n, log k, log groups of products; log rows of attention
     at: tuple[float, ...]  # ascending
     log_shares: tuple[float, ...]
-    lower: tuple[float, ...]  # how far, in logs, other measurements of the same shape lie under each
-    upper: tuple[float, ...]  # and over it
+    lower: tuple[float, ...]  # how far below each, in logs, other measurements of the same shape lie
+    upper: tuple[float, ...]  # how far above
     points: tuple[GemmPoint, ...] = ()
 
     def nearest(self, x: float) -> int:
-        """The measurement next to `x`."""
+        """Return the index of the measurement nearest to `x`."""
         right = bisect_left(self.at, x)
         return min((i for i in (right - 1, right) if 0 <= i < len(self.at)), key=lambda i: abs(self.at[i] - x))
 
     def without(self, index: int) -> tuple[_Curve, ...]:
-        """This curve without one measurement; nothing if that was all."""
+        """Return this curve without one measurement, or nothing if it has no other."""
         fields = (self.at, self.log_shares, self.lower, self.upper)
         at, log_shares, lower, upper = (values[:index] + values[index + 1 :] for values in fields)
         return (_Curve(self.layout, self.place, at, log_shares, lower, upper),) if at else ()
@@ -70,7 +71,7 @@ class _Curve:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Between curves: log share and its spread, the distance to the nearest measurement, and that one's curve."""
+    """An interpolated log share with its spread, the distance to the nearest measurement, and that one's curve."""
 
     log_share: float
     lower: float
@@ -79,7 +80,9 @@ class _Found:
     curve: _Curve
 
 
-Predict = Callable[[Sequence[_Curve], _Curve, float], tuple[float, float]]  # log share of others, distance to them
+Predict = Callable[
+    [Sequence[_Curve], _Curve, float], tuple[float, float]
+]  # the log share from the others, and the distance
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +90,11 @@ class _Measured:
     """The measurements that shares come from, and how well they predict each other."""
 
     curves: tuple[_Curve, ...]
-    error: float  # root mean square, of each log share predicted from the others
-    typical_distance: float  # of a point to its nearest neighbour
+    error: float  # root mean square error of the log shares, each predicted from the others
+    typical_distance: float  # the median distance of a point to its nearest neighbour
 
     def half_band(self, distance: float) -> float:
-        """In logs, to either side."""
+        """Return half the width of the band, in logs."""
         return self.error * min(distance / self.typical_distance, EXTRAPOLATION)
 
     @property
@@ -101,8 +104,10 @@ class _Measured:
 
 @lru_cache(maxsize=1 << 16)
 def gemm_share(gpu: Gpu, format: Format, layout: str, m: float, n: float, k: float, groups: int = 1) -> GemmShare:
-    """The share of its roofline that `groups` products [m, k] x [k, n] are expected to reach on `gpu`; FP8 means the
-    next wider format where there is no FP8."""
+    """Return the share of their roofline that `groups` products [m, k] x [k, n] are expected to reach on `gpu`.
+
+    A format that the GPU has no products in means the next wider one.
+    """
     format = gpu.runs_as(format)
     measured_format = _measured_format(gpu, format)
     measured = _measured(gpu, measured_format)
@@ -114,15 +119,17 @@ def gemm_share(gpu: Gpu, format: Format, layout: str, m: float, n: float, k: flo
         band = band * (_in_format(gpu, format, measured_format, (m, n, k), share) / share)
         relative = gpu.efficiency.gemm_relative.get(format)
         band = band * relative.band if relative else band
-    limit = max(1.0, measured.best)  # in caches: above memory's
+    limit = max(1.0, measured.best)  # above 1 where measured operands stay in caches
     band = Band(*(min(each, limit) for each in (band.value, band.low, band.high)))
     return GemmShare(band, found.curve.points[found.curve.nearest(rows)], found.distance)
 
 
 @lru_cache(maxsize=1 << 14)
 def attention_share(gpu: Gpu, kind: AttentionKind, rows: float, length: float) -> Band:
-    """The share of the BF16 peak that attention is expected to reach: `rows` heads of all queries' sequences (decoding:
-    of all queries), `length` keys each."""
+    """Return the share of the BF16 peak that attention is expected to reach.
+
+    `rows` are the heads of all sequences (in decoding: of all queries), and `length` the keys of each sequence.
+    """
     estimate, measured = gpu.efficiency.attention_estimate(kind), _attention(gpu, kind)
     if measured is None:
         return estimate.band
@@ -145,7 +152,7 @@ def _measured(gpu: Gpu, format: Format) -> _Measured:
 
 @lru_cache(maxsize=256)
 def _measured_format(gpu: Gpu, format: Format) -> Format:
-    """The format itself, or where it has no points the widest that has: nearest to the formats left out."""
+    """Return the format if it has points, else the widest format that has, which is nearest to those without."""
     there = {point.format for point in gpu.efficiency.products}
     return format if format in there else next(each for each in reversed(FORMATS) if each in there)
 
@@ -156,7 +163,7 @@ def _best_shares(gpu: Gpu) -> dict[bool, float]:
 
 
 def _in_format(gpu: Gpu, format: Format, measured: Format, shape: tuple[float, float, float], share: float) -> float:
-    """The share of its roofline that a product reaches in `format`, as it reaches `share` in the one `measured`."""
+    """Return the share of its roofline that a product reaches in `format` if it reaches `share` in `measured`."""
     best = _best_shares(gpu)
     ratio = gpu.roofline_seconds(format, *shape) / gpu.roofline_seconds(measured, *shape)
     moved = share * ratio / moved_seconds(1.0, ratio, share, best[gpu.is_compute_bound(measured, *shape)])
@@ -165,7 +172,7 @@ def _in_format(gpu: Gpu, format: Format, measured: Format, shape: tuple[float, f
 
 @lru_cache(maxsize=64)
 def _attention(gpu: Gpu, kind: AttentionKind) -> _Measured | None:
-    """None: not measured by shape."""
+    """Return the measurements of attention by shape, or None if there are none of this kind."""
     peak = gpu.peak("bf16") / 1e12
     curves = [
         _Curve(
@@ -187,7 +194,10 @@ def _attention(gpu: Gpu, kind: AttentionKind) -> _Measured | None:
 
 
 def _gemm_curves(gpu: Gpu, points: Sequence[GemmPoint]) -> tuple[_Curve, ...]:
-    """Of the points that differ in their rows only. Those measured once are taken to spread as the others do."""
+    """Return a curve of all points that differ in their rows only.
+
+    Points that were measured once are taken to have the mean spread of the others.
+    """
     twice = [math.log(point.speed.high / point.speed.low) / 2 for point in points if point.low and point.high]
     spread = mean(twice) if twice else 0.0
     families: dict[tuple[str, tuple[float, ...]], list[GemmPoint]] = {}
@@ -212,13 +222,13 @@ def _gemm_curves(gpu: Gpu, points: Sequence[GemmPoint]) -> tuple[_Curve, ...]:
 
 
 def _left_out(curves: Sequence[_Curve], predict: Predict) -> tuple[float, float]:
-    """Root mean square error of each measurement from the others, and the median distance to the nearest of them."""
+    """Return the root mean square error of predicting each measurement from the others, and the median distance."""
     errors, distances = [], []
     for place, curve in enumerate(curves):
         for index, (x, log_share) in enumerate(zip(curve.at, curve.log_shares, strict=True)):
             rest = (*curves[:place], *curve.without(index), *curves[place + 1 :])
             if not rest:
-                return math.log(2), math.log(2)  # nothing to judge by: a factor of two at twice the size
+                return math.log(2), math.log(2)  # a single one: assume a factor of two at twice the size
             predicted, distance = predict(rest, curve, x)
             errors.append(predicted - log_share)
             distances.append(distance)
@@ -226,8 +236,10 @@ def _left_out(curves: Sequence[_Curve], predict: Predict) -> tuple[float, float]
 
 
 def _weighted(curves: Sequence[_Curve], layout: str, place: tuple[float, ...], x: float) -> _Found:
-    """The mean over curves with weights 1 / distance^4, the value itself at distance 0. A search asks for thousands of
-    shapes: written out for speed."""
+    """Return the mean over curves with weights 1 / distance^4, or the measured value at distance 0.
+
+    It is written out for speed, because a search asks for thousands of shapes.
+    """
     log_n, log_k, log_groups = place
     total = lower = upper = weights = 0.0
     least, nearest = math.inf, curves[0]
@@ -238,7 +250,7 @@ def _weighted(curves: Sequence[_Curve], layout: str, place: tuple[float, ...], x
         left = max(right - 1, 0)
         right = min(right, len(at) - 1)
         before, after = abs(x - at[left]), abs(at[right] - x)
-        part = before / (before + after) if left != right else 0.0  # on the way to `right`
+        part = before / (before + after) if left != right else 0.0  # of the way to `right`
         gap = min(before, after)
         squared = (n - log_n) ** 2 + (k - log_k) ** 2 + (groups - log_groups) ** 2 + gap * gap
         if curve.layout != layout:
@@ -255,19 +267,20 @@ def _weighted(curves: Sequence[_Curve], layout: str, place: tuple[float, ...], x
 
 
 def _between(curves: Sequence[_Curve], log_rows: float, x: float) -> tuple[float, float]:
-    """Log share straight between the two curves (ascending) beside `log_rows`, and the distance to the nearest
-    measurement."""
+    """Return the log share between the two curves on either side of `log_rows`, and the distance to a measurement."""
     distance = min(math.hypot(curve.place[0] - log_rows, curve.at[curve.nearest(x)] - x) for curve in curves)
     rows = [curve.place[0] for curve in curves]
     shares = [_extended(x, curve.at, curve.log_shares) for curve in curves]
-    for index in range(1, len(rows)):  # more rows take no less time, which counts where curves are extended
+    for index in range(1, len(rows)):  # more rows must not take less time, as they might where curves are extended
         shares[index] = min(shares[index], shares[index - 1] + rows[index] - rows[index - 1])
     return _extended(log_rows, rows, shares), distance
 
 
 def _extended(x: float, at: Sequence[float], values: Sequence[float]) -> float:
-    """Straight between points; above them as at the last; below them on at the first slope, of 0 to 1: less work takes
-    no more time, and no less than in proportion."""
+    """Return the value at `x`: straight between points, the last value above them, the first slope below them.
+
+    That slope is limited to 0 to 1, so that less work takes no more time, and no less than in proportion.
+    """
     right = bisect_left(at, x)
     if right == len(at):
         return values[-1]

@@ -1,20 +1,20 @@
-"""What training keeps from the forward to the backward pass, tensor by tensor, under a precision recipe.
+"""The tensors that training keeps from the forward to the backward pass, for a precision recipe.
 
-It is the list of what this package's own layers save on a CPU; a test counts the same in the graph, to the byte:
+They are those that this package's own layers save on a CPU; a test counts the same in the autograd graph, to the byte:
 
     attention   the layer's input; its norm, for the down-projections; both latents before their norms, and after,
                 for the up-projections; q, k, v and a log-sum-exp per head; the input of o_proj
     dense ffn   the norm's input and result, the SwiGLU's input
     experts     the same for K rows per token; K outputs, for the gradient of the gate's weights; the gate's input
-                in BF16 and scores in FP32, and which row is whose; the same as a dense ffn for the shared experts
+                in BF16 and its scores in FP32, and the token of each row; for shared experts the same as a dense ffn
     MTP         both inputs of the join before their norms, and after; then a layer and a final norm
-    losses      the gradient of each final norm's result, which the loss makes at once
+    losses      the gradient of each final norm's result, which is computed together with the loss
 
-A product that the recipe quantises keeps its input as codes with an FP32 scale for every 128 of them, the others
-share one tensor in BF16. Attention probabilities and SwiGLU outputs are made anew and not kept.
+A product that the recipe quantises keeps its input as codes with an FP32 scale for every 128 of them; the others share
+one tensor in BF16. Attention probabilities and SwiGLU outputs are recomputed and not kept.
 
-Left out: rows that fill an expert up to a whole tile, and whatever torch's reference code keeps more on devices that
-run it. Where documents are kept apart all layers share the first visible position, which is counted in each.
+Left out: rows that pad an expert to a whole tile, and what torch's reference code keeps beyond that on devices that run
+it. Where documents are kept apart, all layers share the first visible position, which is counted here in each.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from dovetail.spec.model import Mla, ModelSpec, Moe
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
 
 BYTES = {"bf16": 2, "fp32": 4, "int32": 4, "int64": 8}
-TILE = 128  # values with one scale [V3 §3.3.2]
+TILE = 128  # values that share a scale [V3 §3.3.2]
 PLAIN = load_recipe("bf16")
 
-Takers = dict[str, GemmPrecision | None]  # the products that take one tensor, and in which precision
+Takers = dict[str, GemmPrecision | None]  # the products that take one tensor, and their precision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedTensor:
-    """One tensor of one layer; numbers are per token."""
+    """One tensor of one layer. Elements and bytes are per token."""
 
     name: str
     format: str  # a key of BYTES, or a recipe's exMy
@@ -45,7 +45,7 @@ class SavedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A layer of the main model, an MTP module, or what stands before the first layer and after the last."""
+    """A layer of the main model, an MTP module, or what is before the first layer and after the last."""
 
     name: str  # "ends", "layer 0", ..., "mtp 0", ...
     tensors: tuple[SavedTensor, ...]
@@ -56,9 +56,10 @@ class Part:
 
 
 def saved_by_part(spec: ModelSpec, recipe: Recipe = PLAIN, recompute: bool = False) -> tuple[Part, ...]:
-    """The whole model without its losses; `recompute` is of RMSNorm outputs and MLA up-projections [V3 §3.2.3].
+    """Return what the whole model keeps, without its losses.
 
-    Raises ValueError where attention is not MLA.
+    With `recompute` RMSNorm outputs and MLA up-projections are recomputed and not kept [V3 §3.2.3]. Raises ValueError
+    if attention is not MLA.
     """
     layers = spec.num_hidden_layers
     ends = (*_inputs(spec), *_norm("final norm", spec.hidden_size))
@@ -74,7 +75,7 @@ def saved_by_part(spec: ModelSpec, recipe: Recipe = PLAIN, recompute: bool = Fal
 def saved_by_layer(
     spec: ModelSpec, layer: int, recipe: Recipe = PLAIN, recompute: bool = False
 ) -> tuple[SavedTensor, ...]:
-    """What one block keeps; layers past the last stand for the MTP modules' blocks."""
+    """Return what one block keeps; numbers after the last layer mean the blocks of MTP modules."""
     attention = _attention(spec, _mla(spec), recipe, recompute)
     if spec.moe is not None and spec.is_moe_layer(layer):
         return (*attention, *_experts(spec, spec.moe, recipe, recompute))
@@ -84,9 +85,9 @@ def saved_by_layer(
 def microbatch_bytes(
     spec: ModelSpec, sequences: int, length: int, recipe: Recipe = PLAIN, recompute: bool = False
 ) -> dict[str, int]:
-    """Bytes by part, and of "losses", for sequences of `length` tokens and one more to predict.
+    """Return the bytes of each part, and of "losses", for sequences of `length` tokens and one more to predict.
 
-    MTP module k sees k + 1 tokens fewer of each.
+    MTP module k has k + 1 tokens fewer of each sequence.
     """
     saved = {}
     for part in saved_by_part(spec, recipe, recompute):
@@ -97,8 +98,11 @@ def microbatch_bytes(
 
 
 def _losses(spec: ModelSpec, sequences: int, length: int) -> int:
-    """Besides what the module's docstring says, the gradient of the head from each loss; for the balance loss of each
-    gate the sum of a token's scores, and how often every expert was chosen in a sequence."""
+    """Return the bytes that losses keep.
+
+    Besides the gradients of the final norms' results these are the gradient of the head from each loss and, for each
+    gate's balance loss, the sum of a token's scores and how often each expert was chosen in a sequence.
+    """
     lengths = [max(length - missing, 0) for missing in range(1 + spec.num_nextn_predict_layers)]
     heads = sum(BYTES["bf16"] * spec.hidden_size * (sequences * each + spec.vocab_size) for each in lengths)
     if spec.moe is None:
@@ -109,7 +113,7 @@ def _losses(spec: ModelSpec, sequences: int, length: int) -> int:
 
 
 def _inputs(spec: ModelSpec) -> list[SavedTensor]:
-    """Token ids, and the rotation that all layers of one forward pass share."""
+    """Return the token ids, and the rotation that all layers of one forward pass share."""
     return [_plain("token ids", 1, "int64"), _plain("cos, sin", _mla(spec).qk_rope_head_dim, "fp32")]
 
 
@@ -176,7 +180,10 @@ def _norm(name: str, width: int) -> list[SavedTensor]:
 
 
 def _taken(width: int, takers: Takers, rows: int = 1, is_remade: bool = False) -> list[SavedTensor]:
-    """One tensor: codes for each product that is quantised, BF16 for the others together unless it is made again."""
+    """Return how one tensor is kept: in codes for each quantised product, and once in BF16 for the others.
+
+    The BF16 tensor is left out if it is recomputed.
+    """
     saved = []
     for name, precision in takers.items():
         if precision is not None:
@@ -188,7 +195,7 @@ def _taken(width: int, takers: Takers, rows: int = 1, is_remade: bool = False) -
 
 
 def _swiglu(name: str, width: int, up: GemmPrecision | None, recipe: Recipe, rows: int = 1) -> SavedTensor:
-    """Gate and up, of `width` each."""
+    """Return the SwiGLU's input: gate and up, of `width` each."""
     if up is None or recipe.saved_swiglu is None:
         return _plain(f"{name} input", rows * 2 * width)
     return _coded(f"{name} input", 2 * width, recipe.saved_swiglu, rows)
@@ -204,8 +211,10 @@ def _coded(name: str, width: int, quantization: Quantization, rows: int) -> Save
 
 
 def code_bytes(width: int, format: str) -> int:
-    """Of `width` values without their scales. E5M6 is packed, eight values in twelve bytes; another exMy takes the next
-    whole integer."""
+    """Return the bytes of `width` values without their scales.
+
+    E5M6 is packed, eight values in twelve bytes; another exMy takes the next larger integer type.
+    """
     if format == "e5m6":
         return 12 * -(-width // 8)
     bits = 1 + sum(map(int, re.findall("[0-9]+", format)))

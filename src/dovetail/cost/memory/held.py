@@ -1,8 +1,8 @@
-"""Which weights one rank holds of a layer, of the ends of the model and of its MTP modules, and who holds the same.
+"""The weights that one rank holds, and the number of ranks that hold the same ones.
 
 attention heads (q_b, kv_b, o_proj; q_proj)   split over tp, the same on dp ranks
-routed experts                                 split over ep, the same on expert_replicas ranks
-all else                                       whole, the same on dp x tp ranks
+routed experts                                split over ep, the same on expert_replicas ranks
+all others                                    whole, the same on dp x tp ranks
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dovetail.spec.tensors import WEIGHT_TILE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """`count` tensors of one shape on one rank; `replicas` ranks of the stage hold the same ones."""
+    """`count` tensors of one shape on one rank, which `replicas` ranks of the stage hold alike."""
 
     name: str
     shape: tuple[int, ...]
     replicas: int
     count: int = 1
-    site: Site | None = None  # of linears; others are never quantised
-    is_wide: bool = False  # FP32: norms and router
+    site: Site | None = None  # of linear layers; other weights are never quantised
+    is_wide: bool = False  # in FP32, as norms and router are
     has_gradient: bool = True  # the gate's bias has none
-    is_stored_plain: bool = False  # in BF16 also in FP8 checkpoints: eh_proj
+    is_stored_plain: bool = False  # in BF16 even in FP8 checkpoints, as eh_proj is
 
     @property
     def elements(self) -> int:
@@ -37,12 +37,12 @@ class Held:
 
     @property
     def blocks(self) -> int:
-        """Blocks of 128 x 128 with a scale each, ragged ones included."""
+        """The number of 128 x 128 blocks, each with a scale, ragged ones included."""
         return self.count * math.prod(-(-size // tile) for size, tile in zip(self.shape, WEIGHT_TILE, strict=True))
 
 
 def held_by_layer(spec: ModelSpec, layer: int, layout: Layout) -> tuple[Held, ...]:
-    """One layer's weights on one rank. Raises ValueError where attention is not MLA."""
+    """Return one layer's weights on one rank. Raises ValueError if attention is not MLA."""
     everywhere, hidden = layout.dp * layout.tp, spec.hidden_size
     held = [*_attention(spec, layout), Held(name="norms", shape=(hidden,), count=2, replicas=everywhere, is_wide=True)]
     if spec.moe is None or not spec.is_moe_layer(layer):
@@ -52,8 +52,10 @@ def held_by_layer(spec: ModelSpec, layer: int, layout: Layout) -> tuple[Held, ..
 
 
 def held_by_ends(spec: ModelSpec, layout: Layout, mine: Sequence[Stage]) -> tuple[Held, ...]:
-    """Embedding, final norm and head, if they stand on the stages `mine`. Where the MTP modules or a tied head stand on
-    another rank than the embedding, that rank has a copy of it."""
+    """Return embedding, final norm and head, as far as they are on the stages `mine`.
+
+    A rank with the MTP modules or a tied head but without the embedding has a copy of the embedding.
+    """
     everywhere, vocabulary = layout.dp * layout.tp, (spec.vocab_size, spec.hidden_size)
     has_head = any(stage.has_head for stage in mine)
     needs_embedding = has_head and (spec.tie_word_embeddings or spec.num_nextn_predict_layers > 0)
@@ -68,7 +70,7 @@ def held_by_ends(spec: ModelSpec, layout: Layout, mine: Sequence[Stage]) -> tupl
 
 
 def held_by_mtp(spec: ModelSpec, layout: Layout) -> tuple[Held, ...]:
-    """One MTP module, without the embedding and head that it shares."""
+    """Return one MTP module's weights, without the embedding and head that it shares."""
     everywhere, hidden = layout.dp * layout.tp, spec.hidden_size
     return (
         *held_by_layer(spec, spec.num_hidden_layers, layout),
@@ -84,7 +86,7 @@ def held_by_mtp(spec: ModelSpec, layout: Layout) -> tuple[Held, ...]:
 
 
 def held_by_rank(spec: ModelSpec, layout: Layout, rank: int, context: int = 4096) -> tuple[Held, ...]:
-    """Everything on pipeline rank `rank`: its stages' layers, ends and MTP modules."""
+    """Return all weights on pipeline rank `rank`: its stages' layers, ends and MTP modules."""
     all_stages = stages(spec, layout, context)
     mine = [all_stages[index] for index in layout.stages_of(rank)]
     layers = [each for stage in mine for layer in stage.layers for each in held_by_layer(spec, layer, layout)]
@@ -109,7 +111,7 @@ def _attention(spec: ModelSpec, layout: Layout) -> list[Held]:
         Held(name="o_proj", shape=(hidden, heads * mla.v_head_dim), replicas=layout.dp, site="attention_out"),
     ]
     if mla.q_lora_rank is None:
-        # Beside kv_a, on each rank's own tokens for all heads.
+        # It runs together with kv_a, on each rank's own tokens, for all heads.
         query = (mla.num_attention_heads * mla.qk_head_dim, hidden)
         return [*held, Held(name="q_proj", shape=query, replicas=everywhere, site="attention_down")]
     query_up = (heads * mla.qk_head_dim, mla.q_lora_rank)

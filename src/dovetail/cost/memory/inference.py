@@ -1,9 +1,10 @@
-"""Bytes on one GPU in serving: FP8 weights with their scales, the cache of latents, and buffers of exchanges.
+"""Bytes on one GPU in serving: weights, the cache of latents, and buffers of exchanges.
 
-Weights are those of the published FP8 checkpoint: codes and one FP32 scale for every 128 x 128 block, embedding, head
-and eh_proj BF16, norms and router FP32. A rank has its share of the routed experts, redundant ones included, and a copy
-of all else but attention's heads, which tp shares out [V3 §3.4]. Where attention is absorbed (decoding), kv_b is kept
-in BF16 [V3repo]. The cache is in BF16 unless told; with tp > 1 every rank has all of its sequences' latents.
+Weights are those of the published FP8 checkpoint: codes and one FP32 scale for every 128 x 128 block, with embedding,
+head and eh_proj in BF16, and norms and router in FP32. A rank has its share of the routed experts, redundant ones
+included, and a copy of all other weights except attention's heads, which tp ranks share [V3 §3.4]. Where attention is
+absorbed (decoding), kv_b is kept in BF16 [V3repo]. The cache is in BF16 by default; with tp > 1 every rank has all of
+its sequences' latents.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ LOW_LATENCY_HEADER = 16  # bytes before each message [DeepEP]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceMemory:
-    """Bytes of one GPU; `cache_per_token` over all layers that it holds."""
+    """Bytes on one GPU. `cache_per_token` is for all layers that it holds."""
 
-    experts: int  # routed, with redundant copies
-    others: int  # weights of all else
+    experts: int  # weights of routed experts, with redundant copies
+    others: int  # all other weights
     buffers: int
     cache_per_token: int
 
@@ -34,8 +35,10 @@ class InferenceMemory:
         return self.experts + self.others
 
     def tokens_that_fit(self, memory_bytes: float, reserved: float = 0.0) -> int:
-        """Tokens of cache in what weights, buffers and `reserved` bytes (the runtime, activations) leave; 0 where they
-        leave nothing."""
+        """Return the number of cached tokens that fit beside weights, buffers and `reserved` bytes, at least 0.
+
+        `reserved` is for the runtime and for activations.
+        """
         left = memory_bytes - self.weights - self.buffers - reserved
         return max(0, int(left // self.cache_per_token))
 
@@ -51,10 +54,10 @@ def inference_memory(
     low_latency_tokens: int = 0,
     rank: int = 0,
 ) -> InferenceMemory:
-    """Of pipeline rank `rank`. `mtp`: its modules are served too; `low_latency_tokens`: the most tokens per rank and
-    step that low-latency exchanges have buffers for, 0 for none.
+    """Return the bytes on pipeline rank `rank`.
 
-    Raises ValueError where attention is not MLA.
+    With `mtp` the MTP modules are served too. `low_latency_tokens` is the most tokens per rank and step that
+    low-latency exchanges have buffers for, 0 for no buffers. Raises ValueError if attention is not MLA.
     """
     all_stages = stages(spec, layout)
     mine = [all_stages[index] for index in layout.stages_of(rank)]
@@ -77,8 +80,11 @@ def inference_memory(
 
 
 def low_latency_buffer(hidden: int, tokens: int, experts: int) -> int:
-    """Bytes of DeepEP's low-latency buffers for `tokens` per rank: two sets, each with a message per expert and
-    token to send and one to receive; 1.78 GiB for 128 tokens and 256 experts at 7168."""
+    """Return the bytes of DeepEP's low-latency buffers for `tokens` per rank.
+
+    There are two sets, each with a message to send and one to receive for every expert and token: 1.78 GiB for 128
+    tokens and 256 experts at a hidden size of 7168.
+    """
     scales = FP32 * hidden // 128
     message = max(LOW_LATENCY_HEADER + max(BF16 * hidden, hidden + scales), scales + BF16 * hidden)
     return 2 * message * tokens * (experts + experts) if tokens else 0

@@ -1,10 +1,10 @@
-"""Bytes that one process needs, without any parallelism: training, and generation.
+"""Bytes that training or generation needs in one process, without parallelism.
 
-State (weights, master weights, gradients, moments, moving average) is exact: it is counted tensor by tensor
-from the checkpoint's own list. Activations are what `cost.memory.activations` lists, to the byte for one sequence whose
-expert rows fill no tiles, and the logits of one chunk. The band around them covers what is not listed: expert rows
-padded to whole tiles, gradients and work buffers of the layer at hand, the allocator's holes. The runtime itself
-(Python, torch and its libraries) is not counted.
+State (weights, master weights, gradients, moments, moving average) is exact: it is counted tensor by tensor from the
+checkpoint's own list. Activations are those that `cost.memory.activations` lists, exact for one sequence whose expert
+rows need no padding, and the logits of one chunk. The band around them covers what is not listed: expert rows padded
+to whole tiles, gradients and work buffers of the current layer, the allocator's holes. The runtime itself (Python,
+torch and its libraries) is not counted.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ BAND = (0.9, 1.5)  # of the activations
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingMemory:
-    """Bytes by use. `activations` at their peak are within `BAND`; the others are exact."""
+    """Bytes by use. The peak of `activations` is expected within `BAND`; the others are exact."""
 
     weights: int  # BF16; norms and router FP32
     master_weights: int  # FP32 copies of the BF16 weights
     gradients: int
-    moments: int  # two of AdamW, in the recipe's dtype: BF16 [V3 §3.3.3]
-    moving_average: int  # FP32 EMA, 0 when off
+    moments: int  # both of AdamW, in the recipe's dtype: BF16 [V3 §3.3.3]
+    moving_average: int  # in FP32; 0 without one
     activations: int
 
     @property
@@ -43,13 +43,13 @@ class TrainingMemory:
 
     @property
     def band(self) -> tuple[int, int]:
-        """Least and most total bytes to expect."""
+        """The least and the most total bytes to expect."""
         return self.state + int(BAND[0] * self.activations), self.state + int(BAND[1] * self.activations)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationMemory:
-    """Bytes of weights and of a full cache; both exact."""
+    """Bytes of weights and of a full cache, both exact."""
 
     weights: int
     cache: int
@@ -60,7 +60,7 @@ class GenerationMemory:
 
 
 def moment_bytes(recipe: Recipe) -> int:
-    """Of an element of either of AdamW's moments."""
+    """Return the bytes of one element of either of AdamW's moments."""
     return BF16 if recipe.moments == "bfloat16" else FP32
 
 
@@ -74,10 +74,10 @@ def training_memory(
     gradient_bytes: int = FP32,
     loss_chunk: int = 1 << 24,
 ) -> TrainingMemory:
-    """Bytes to train `spec` on microbatches of `tokens` tokens in the precision of `recipe`.
+    """Return the bytes to train `spec` on microbatches of `tokens` tokens in the precision of `recipe`.
 
-    `recompute` is of RMSNorm outputs and MLA up-projections [V3 §3.2.3]; `gradient_bytes` is per parameter
-    (FP32 where microbatches accumulate); `loss_chunk` is how many logits exist at once.
+    With `recompute` RMSNorm outputs and MLA up-projections are recomputed and not kept [V3 §3.2.3]. `gradient_bytes`
+    is per parameter (FP32 where microbatches accumulate), and `loss_chunk` the number of logits that exist at once.
     """
     narrow, wide = _trained_parameters(spec)
     activations = sum(microbatch_bytes(spec, 1, tokens, recipe, recompute).values())
@@ -93,12 +93,12 @@ def training_memory(
 
 
 def generation_memory(spec: ModelSpec, batch: int, context: int, mtp: bool = False) -> GenerationMemory:
-    """Bytes to generate with `batch` sequences of up to `context` tokens; `mtp`: its modules cache too."""
+    """Return the bytes to generate with `batch` sequences of up to `context` tokens; `mtp` adds the modules' cache."""
     return GenerationMemory(weights=weight_bytes(spec), cache=batch * context * cache_bytes_per_token(spec, BF16, mtp))
 
 
 def weight_bytes(spec: ModelSpec) -> int:
-    """Bytes of the model as it computes: BF16, with norms, router weights and biases in FP32."""
+    """Return the bytes of the weights in use: BF16, with norms, router weights and biases in FP32."""
     return sum(
         math.prod(tensor.shape) * (FP32 if tensor.dtype == "F32" else BF16)
         for tensor in stored_tensors(spec)
@@ -107,7 +107,7 @@ def weight_bytes(spec: ModelSpec) -> int:
 
 
 def _trained_parameters(spec: ModelSpec) -> tuple[int, int]:
-    """Parameters with a gradient that compute in BF16, and in FP32; the gate's bias has no gradient."""
+    """Return the number of BF16 and of FP32 parameters that have a gradient; the gate's bias has none."""
     narrow = wide = 0
     for tensor in stored_tensors(spec):
         if tensor.copy_of or tensor.name.endswith("e_score_correction_bias"):

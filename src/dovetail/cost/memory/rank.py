@@ -1,21 +1,21 @@
 """Bytes on the ranks of a pipeline in training.
 
-Weights are held in BF16 (norms and router FP32) and quantised when they are used: FP8 copies in both orders that
-products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32; where there is nothing
-to add they are in BF16. Master weights (FP32) and the two moments (the recipe's format: BF16 [V3 §3.3.3]) are shared
-out over all ranks that hold the same weight (ZeRO-1): data-parallel ranks, the replicas of routed experts, both copies
-of a stage where DualPipe has two. The moving average is in the host's memory [V3 §3.2.3].
+Weights are held in BF16 (norms and router in FP32) and quantised when they are used: FP8 copies in both orders that
+products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32; a gradient to which
+nothing is added is in BF16. Master weights (FP32) and the two moments (in the recipe's format: BF16 [V3 §3.3.3]) are
+divided among all ranks that hold the same weight (ZeRO-1): data-parallel ranks, the replicas of routed experts, and
+both copies of a stage where DualPipe has two. The moving average is in the host's memory [V3 §3.2.3].
 
 Activations are those of `cost.memory.activations` with its recomputation, times the micro-batches in flight:
 
     1f1b, zb1p     pp - rank, and pp, of the rank's stage [V3 Table 2]
     interleaved    (chunks - 1) pp + 2 (pp - rank) - 1 of its chunks, in the mix that takes most [arXiv 2104.04473]
-    dualpipe       pp - rank of stage `rank`, rank + 1 of stage pp - 1 - rank: pp + 1 together
+    dualpipe       pp - rank of stage `rank`, and rank + 1 of stage pp - 1 - rank: pp + 1 together
     dualpipev      the same with 2 pp stages
 
-One thing of that list is not kept here: experts' outputs, which the gradient of the gate's weights needs only where the
-weights are applied after the experts, not in their SwiGLU [TileKernels]. Buffers are an estimate of one forward and one
-backward layer at work. The runtime (CUDA's context, communicators) is not counted.
+Experts' outputs are in that list but not kept here: the gradient of the gate's weights needs them only if the weights
+are applied after the experts, and not in their SwiGLU [TileKernels]. Buffers are an estimate for one layer forward and
+one backward at the same time. The runtime (CUDA's context, communicators) is not counted.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from dovetail.spec.layout import Layout
 from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.precision import Recipe
 
-BAND = (0.9, 1.15)  # of activations and buffers: experts' loads that differ, the allocator's holes; unverified
+BAND = (0.9, 1.15)  # on activations and buffers, for unequal loads of experts and the allocator's holes; unverified
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankMemory:
-    """Bytes of one GPU by use; `host_average` is the moving average's share in the host's memory and in no total."""
+    """Bytes of one GPU by use. `host_average`, the share of the moving average in the host's memory, is in no total."""
 
     rank: int
     weights: int  # BF16; norms and router FP32
@@ -60,7 +60,7 @@ class RankMemory:
 
     @property
     def band(self) -> tuple[int, int]:
-        """Least and most to expect: state is exact, activations and buffers are within `BAND`."""
+        """The least and the most to expect: state is exact, activations and buffers are within `BAND`."""
         moving = self.activations + self.buffers
         return self.state + int(BAND[0] * moving), self.state + int(BAND[1] * moving)
 
@@ -85,8 +85,10 @@ class _State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kinds:
-    """State of a layer and activations of a token in it, without and with experts, and of the rest. A layer kind that
-    the model lacks is None."""
+    """The state of a layer and the bytes that a token keeps in it, by whether it has experts, and those of the rest.
+
+    A kind of layer that the model lacks has no entry.
+    """
 
     moment_bytes: int
     states: dict[bool, _State]
@@ -94,15 +96,16 @@ class _Kinds:
     mtp_state: _State
     mtp_kept: int
     head_kept: int
-    codes: int  # of the last layer's weights in FP8
+    codes: int  # bytes of the last layer's weights in FP8
 
 
 def rank_memory(
     spec: ModelSpec, layout: Layout, recipe: Recipe, sequence_length: int, rank: int = 0, recompute: bool = True
 ) -> RankMemory:
-    """Of pipeline rank `rank`, on micro-batches of `layout.microbatch_size` sequences of `sequence_length` tokens.
+    """Return the bytes on pipeline rank `rank`.
 
-    Raises ValueError where attention is not MLA.
+    Micro-batches are `layout.microbatch_size` sequences of `sequence_length` tokens. Raises ValueError if attention is
+    not MLA.
     """
     kinds, all_stages = _kinds(spec, layout, recipe, recompute), stages(spec, layout, sequence_length)
     return _rank(spec, layout, sequence_length, rank, kinds, all_stages)
@@ -111,7 +114,7 @@ def rank_memory(
 def pipeline_memory(
     spec: ModelSpec, layout: Layout, recipe: Recipe, sequence_length: int, recompute: bool = True
 ) -> tuple[RankMemory, ...]:
-    """`rank_memory` of all ranks of one pipeline."""
+    """Return `rank_memory` for all ranks of one pipeline."""
     kinds, all_stages = _kinds(spec, layout, recipe, recompute), stages(spec, layout, sequence_length)
     return tuple(_rank(spec, layout, sequence_length, rank, kinds, all_stages) for rank in range(layout.pp))
 
@@ -119,7 +122,7 @@ def pipeline_memory(
 def kept_by_stage(
     spec: ModelSpec, recipe: Recipe, stage: Stage, recompute: bool = True
 ) -> tuple[tuple[str, SavedTensor], ...]:
-    """(part, tensor) of all that a stage keeps of one micro-batch for its backward pass; bytes are per token."""
+    """Return (part, tensor) of all that a stage keeps of one micro-batch for its backward pass; bytes are per token."""
     kept = [(f"layer {layer}", tensor) for layer in stage.layers for tensor in _kept(spec, layer, recipe, recompute)]
     if stage.has_head:
         kept += _kept_by_head_and_mtp(spec, recipe, recompute)
@@ -127,7 +130,7 @@ def kept_by_stage(
 
 
 def in_flight(layout: Layout, rank: int, stage: int) -> int:
-    """Micro-batches of which `stage` on `rank` keeps activations at once, at most; "interleaved": at any moment."""
+    """Return the most micro-batches of which `stage` on `rank` keeps activations at the same time."""
     if layout.schedule == "interleaved":
         chunk = layout.stages_of(rank).index(stage)
         return max(counts[chunk] for counts in _interleaved(layout.pp, layout.chunks, layout.microbatches, rank))
@@ -136,8 +139,10 @@ def in_flight(layout: Layout, rank: int, stage: int) -> int:
 
 
 def _flights(layout: Layout, rank: int, kept: Sequence[int]) -> tuple[int, ...]:
-    """The same of all of the rank's stages at the moment that they keep most together; `kept` is what each keeps of a
-    micro-batch."""
+    """Return the micro-batches in flight on all of the rank's stages at the moment when they keep most together.
+
+    `kept` are the bytes per token that each stage keeps of a micro-batch.
+    """
     if layout.schedule != "interleaved":
         return tuple(in_flight(layout, rank, stage) for stage in layout.stages_of(rank))
     moments = _interleaved(layout.pp, layout.chunks, layout.microbatches, rank)
@@ -146,9 +151,11 @@ def _flights(layout: Layout, rank: int, kept: Sequence[int]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1024)
 def _interleaved(pp: int, chunks: int, microbatches: int, rank: int) -> tuple[tuple[int, ...], ...]:
-    """Micro-batches in flight on each of the rank's chunks at every kind of moment, after a forward. Rounds of pp
-    micro-batches go through one chunk after the other, backward in reverse, `ahead` forwards before the first
-    backward; after two rounds through all chunks moments repeat."""
+    """Return the micro-batches in flight on each of the rank's chunks, for every state of the schedule after a forward.
+
+    Rounds of pp micro-batches go through one chunk after the other, and backward in the reverse order, with `ahead`
+    forwards before the first backward. After two rounds through all chunks the states repeat.
+    """
     work = chunks * microbatches
     ahead = min((chunks - 1) * pp + 2 * (pp - 1 - rank), work)
     counts = [0] * chunks
@@ -245,9 +252,12 @@ def _state(layout: Layout, held: Iterable[Held], moment_bytes: int) -> _State:
 
 
 def _buffers(spec: ModelSpec, layout: Layout, tokens: int, has_head: bool) -> int:
-    """Work of one layer forward and one backward at the same time, in BF16: rows at the experts before and after their
-    products, both halves of SwiGLU's input and their gradient; queries, keys, values, made again, and their gradients;
-    logits on the last stage. (And codes of a layer's weights: `_Kinds.codes`.)"""
+    """Return the bytes of work buffers for one layer forward and one backward at the same time, in BF16.
+
+    These are rows at the experts before and after their products, both halves of SwiGLU's input and their gradients;
+    recomputed queries, keys and values and their gradients; and logits on the last stage. The codes of a layer's
+    weights come on top (`_Kinds.codes`).
+    """
     mla, hidden, moe = spec.attention, spec.hidden_size, spec.moe
     assert isinstance(mla, Mla)
     rows, width = (moe.num_experts_per_tok, moe.moe_intermediate_size) if moe else (1, spec.intermediate_size)

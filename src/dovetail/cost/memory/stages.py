@@ -1,11 +1,11 @@
-"""Which layers stand on which stage of a pipeline.
+"""Divides the layers of a model among the stages of a pipeline.
 
-Layers stay in order and every stage has at least one. Unless a layout says how many go where, the heaviest stage is
-made as light as can be, in forward FLOP per token, then the others as even as can be. The embedding (a look-up,
-without weight here) stands with the first layer; the head and the MTP modules, each of which runs a layer and the head
-once more, with the last [V3 §3.2.3]. For DeepSeek-V3 on 16 stages that is four layers on each but the last, which has
-one, the MTP module and the head: as much arithmetic as five layers; the profile of DeepSeek has four per chunk too
-[profile-data].
+Layers stay in order and every stage has at least one. Unless a layout says how many layers each stage has, the heaviest
+stage is made as light as possible, in forward FLOP per token, and then the others as equal as possible. The embedding
+(a look-up that counts as no work) is on the first stage; the head and the MTP modules, each of which runs a layer and
+the head once more, are on the last [V3 §3.2.3]. For DeepSeek-V3 on 16 stages that is four layers on each stage but the
+last, which has one layer, the MTP module and the head, as much arithmetic as five layers. DeepSeek's published profile
+has four layers per chunk too [profile-data].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dovetail.spec.model import ModelSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """Consecutive layers of the main model, and what else stands on the stage."""
+    """Consecutive layers of the main model, and what else is on their stage."""
 
     layers: tuple[int, ...]
     has_embedding: bool
@@ -32,7 +32,7 @@ class Stage:
 
 
 def stages(spec: ModelSpec, layout: Layout, context: int = 4096) -> tuple[Stage, ...]:
-    """All stages of the pipeline, first to last; `context` is the length of sequences, for attention's weight."""
+    """Return all stages, first to last. `context` is the length of sequences, which decides attention's FLOP."""
     counts = layout.stage_layers
     return _cut(_balanced_layers(spec, layout.num_stages, context) if counts is None else counts)
 
@@ -66,11 +66,14 @@ def _forward_flop(spec: ModelSpec, layer: int, context: int) -> float:
 
 
 def _balanced(weights: tuple[float, ...], end: float, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage: least largest sum, then least sum of squares; the last stage weighs `end` more."""
+    """Return the layers per stage with the smallest maximum, then the smallest sum of squares.
+
+    `weights` are the FLOP of each layer, and `end` those that the last stage has in addition.
+    """
     layers = len(weights)
     assert 0 < num_stages <= layers, (num_stages, layers)
     before = (0.0, *accumulate(weights))
-    # best[n]: of n layers on the stages so far, (largest, sum of squares, layers of each stage).
+    # best[n] is for n layers on the stages so far: (largest stage, sum of squares, layers of each stage).
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(num_stages):
         is_last = stage == num_stages - 1

@@ -1,14 +1,14 @@
-"""What one rank runs for a layer's latent attention, from the layer's input to the sum with the residual.
+"""The operations of a layer's latent attention on one rank, up to the sum with the residual.
 
     down   norm, q_a and kv_a as one product, the norms of both latents
     up     q_b, kv_b, rotation and the layout of heads, the attention core, o_proj
 
-Expanded attention (training, prompts) makes keys and values of the latents; absorbed attention (decoding) moves kv_b to
-the queries and the outputs, in BF16, and reads the cache of latents [V3 §2.1.1, day 6]. With tp > 1 a rank has all
-tokens in "up" for its share of the heads, and its share of the tokens elsewhere.
+Expanded attention (training, prompts) computes keys and values from the latents. Absorbed attention (decoding) applies
+kv_b to the queries and the outputs instead, in BF16, and reads the cache of latents [V3 §2.1.1, day 6]. With tp > 1 a
+rank runs "up" for all tokens and its share of the heads, and everything else for its share of the tokens.
 
-For the backward pass the up-projections and the layout of heads are made again, as are norms whose result a product
-in BF16 needs [V3 §3.2.3]; products in FP8 have kept their own input [V3 §3.3.3].
+For the backward pass the up-projections and the layout of heads are computed again, as are norms whose result a
+product in BF16 needs [V3 §3.2.3]; products in FP8 have kept their own input [V3 §3.3.3].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PART = "attention"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWork:
-    """One layer's attention for `tokens` tokens of `sequences` sequences, whose keys number `context` each."""
+    """One layer's attention for `tokens` tokens of `sequences` sequences with `context` keys each."""
 
     spec: ModelSpec
     mla: Mla
@@ -48,19 +48,19 @@ class AttentionWork:
 
     @property
     def latent_dims(self) -> int:
-        """Both latents, which are normed."""
+        """The width of both latents, which have norms."""
         return (self.mla.q_lora_rank or 0) + self.mla.kv_lora_rank
 
     @property
     def key_tokens(self) -> float:
-        """Tokens whose keys and values are made: those of a cached prefix too."""
+        """The number of tokens whose keys and values are computed, those of a cached prefix included."""
         return self.tokens if self.is_training else self.sequences * self.context
 
 
 def attention_work(
     spec: ModelSpec, layout: Layout, recipe: Recipe, tokens: float, context: float, sequences: float, is_training: bool
 ) -> AttentionWork:
-    """Raises ValueError where attention is not MLA."""
+    """Return the attention of one layer. Raises ValueError if it is not MLA."""
     if not isinstance(spec.attention, Mla):
         raise ValueError("grouped-query attention is described for counting; plans are made for latent attention")
     return AttentionWork(
@@ -76,7 +76,7 @@ def attention_work(
 
 
 def expanded_forward(work: AttentionWork) -> list[Op]:
-    """Training and prompts."""
+    """Return the forward pass in training and for prompts."""
     out = _out(work)
     ops = [*_down_forward(work), *_gather(work, "forward", _down(work).n_out)]
     for up in _ups(work):
@@ -87,14 +87,14 @@ def expanded_forward(work: AttentionWork) -> list[Op]:
 
 
 def absorbed_forward(work: AttentionWork) -> list[Op]:
-    """Decoding: `context` cached tokens per sequence, the new ones included."""
+    """Return the forward pass in decoding, with `context` cached tokens per sequence, new ones included."""
     mla, heads, out = work.mla, work.heads, _out(work)
     rank, nope, value = mla.kv_lora_rank, mla.qk_nope_head_dim, mla.v_head_dim
     ops = [*_down_forward(work), *_gather(work, "forward", _down(work).n_out)]
     query = _query(work)
     if query is not None:
         ops += [*query.cast_input(False), query.forward()]
-    rotated = 2 * heads * mla.qk_rope_head_dim * BF16  # into the absorbed query: read and written
+    rotated = 2 * heads * mla.qk_rope_head_dim * BF16  # copied into the absorbed query
     ops += [
         _headwise("absorb key into query", heads, work.tokens, rank, nope),
         Elementwise(name="rotate query", pass_="forward", bytes=work.tokens * rotated, part=PART),
@@ -116,7 +116,7 @@ def absorbed_forward(work: AttentionWork) -> list[Op]:
 
 
 def expanded_backward(work: AttentionWork) -> list[Op]:
-    """From the gradient of o_proj's output to that of the layer's input, and of all weights."""
+    """Return the backward pass, from the gradient of o_proj's output to those of the layer's input and weights."""
     out, down, ups = _out(work), _down(work), _ups(work)
     ops: list[Op] = [*_gather(work, "dgrad", out.n_out), *out.cast_grad(), *out.cast_weight("dgrad"), out.dgrad()]
     ops += [*out.cast_for_wgrad(), out.wgrad(), *_remade_latents(work)]
@@ -136,7 +136,7 @@ def expanded_backward(work: AttentionWork) -> list[Op]:
         *down.cast_for_wgrad(),
         down.wgrad(),
     ]
-    # The norm's input and its result's gradient, and the residual's, which is added.
+    # It reads the norm's input, the gradient of its result, and that of the residual, which is added.
     return ops + [_norm("attention norm's gradient", "dgrad", work.own_tokens, work.spec.hidden_size, reads=3)]
 
 
@@ -154,7 +154,7 @@ def _down_forward(work: AttentionWork) -> list[Op]:
 
 
 def _down(work: AttentionWork) -> Linear:
-    """q_a and kv_a read the same input and run as one product, 2112 wide in V3 [DeepGEMM]."""
+    """Return q_a and kv_a, which read the same input and run as one product, 2112 wide in V3 [DeepGEMM]."""
     query = work.mla.q_lora_rank or work.mla.num_attention_heads * work.mla.qk_head_dim
     return Linear(
         name="q_a and kv_a" if work.mla.q_lora_rank else "q_proj and kv_a",
@@ -221,13 +221,13 @@ def _core(work: AttentionWork, pass_: Pass) -> Attention:
 
 
 def _headwise(name: str, heads: int, tokens: float, n: int, k: int) -> Gemm:
-    """One product per head with its part of kv_b, in BF16 [day 6: core attention in BF16]."""
+    """Return a product per head with its part of kv_b, in BF16 [day 6: core attention in BF16]."""
     return Gemm(name=name, pass_="forward", m=tokens, n=n, k=k, groups=heads, part=PART)
 
 
 def _head_layout(work: AttentionWork, pass_: Pass, recomputed: bool = False) -> Elementwise:
-    """The rotary part of queries turned in place; whole keys written, of kv_b's output and the one rotated key. The
-    gradient goes the other way. Values are read where kv_b wrote them."""
+    """Return the work of rotating queries in place, and of writing whole keys from kv_b's output and the rotated key.
+    The gradient goes the other way. Values are used where kv_b wrote them."""
     mla, heads = work.mla, work.heads
     queries = work.tokens * heads * 2 * mla.qk_rope_head_dim
     keys = work.key_tokens * (heads * (mla.qk_nope_head_dim + mla.qk_head_dim) + mla.qk_rope_head_dim)
@@ -239,15 +239,15 @@ def _head_layout(work: AttentionWork, pass_: Pass, recomputed: bool = False) -> 
 
 
 def _around_core(work: AttentionWork) -> list[Op]:
-    """The two passes around FlashAttention's backward kernel: the dot of every output with its gradient before, and
-    the queries' gradient from its FP32 sum to BF16 after [FlashAttention]."""
+    """Return the two passes around FlashAttention's backward kernel: before it the dot product of every output with its
+    gradient, after it the conversion of the queries' gradient from FP32 to BF16 [FlashAttention]."""
     per_head = 2 * work.mla.v_head_dim * BF16 + FP32 + (FP32 + BF16) * work.mla.qk_head_dim
     bytes_ = work.tokens * work.heads * per_head
     return [Elementwise(name="around attention's gradient", pass_="dgrad", bytes=bytes_, part=PART)]
 
 
 def _output_back(work: AttentionWork) -> list[Op]:
-    """Attention's own backward pass takes its output, which is kept as o_proj's input [V3 §3.3.3]."""
+    """Return the conversion of attention's output, kept as o_proj's input, for its backward pass [V3 §3.3.3]."""
     precision = site_precision(work.recipe, "attention_out")
     if precision is None:
         return []
@@ -283,7 +283,7 @@ def _norm(name: str, pass_: Pass, tokens: float, width: int, reads: int = 1, rec
 
 
 def _gather(work: AttentionWork, pass_: Pass, width: int) -> list[Op]:
-    """All tokens of the tensor-parallel ranks to each of them; nothing for one rank."""
+    """Return the gathering of all tensor-parallel ranks' tokens on each of them; nothing for one rank."""
     if work.tp == 1:
         return []
     bytes_ = work.tokens * width * BF16
@@ -291,7 +291,7 @@ def _gather(work: AttentionWork, pass_: Pass, width: int) -> list[Op]:
 
 
 def _scatter(work: AttentionWork, pass_: Pass, width: int) -> list[Op]:
-    """Sums over the tensor-parallel ranks, each with its share of the tokens."""
+    """Return the sum over the tensor-parallel ranks, of which each gets its share of the tokens."""
     if work.tp == 1:
         return []
     bytes_ = work.tokens * width * BF16

@@ -1,13 +1,13 @@
-"""What one rank runs for a layer's feed-forward: dense, or gate, routed experts and shared ones.
+"""The operations of a layer's feed-forward on one rank: dense, or gate and experts.
 
-Experts are balanced: with ep ranks a rank computes tokens x K rows in its share of the experts. Rows arrive in FP8,
-once per rank, are laid out by expert, and are summed to one row per token before they go back in BF16 [DeepEP;
-TileKernels: expand_to_fused_with_sf, reduce_fused]. The gradient of the outputs is dispatched in FP8 too [V3 §3.3.3].
-The gate's weights are applied in the SwiGLU, whose backward pass makes their gradients, so that no expert's output is
-kept [TileKernels: swiglu_backward_and_per_token_cast].
+Experts are taken to be balanced: a rank computes tokens x K rows in its share of the experts. Rows arrive in FP8, once
+per rank; they are ordered by expert, and summed to one row per token before they go back in BF16 [DeepEP; TileKernels:
+expand_to_fused_with_sf, reduce_fused]. The gradient of the outputs is dispatched in FP8 too [V3 §3.3.3]. The gate's
+weights are applied in the SwiGLU, whose backward pass computes their gradients, so that no expert's output is kept
+[TileKernels: swiglu_backward_and_per_token_cast].
 
-In decoding rows arrive where the masked product reads them, and the sums are made at the token's origin [DeepEP low
-latency].
+In decoding, rows arrive where the masked product reads them, and they are summed on the rank that the token came from
+[DeepEP low latency].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dovetail.spec.model import ModelSpec, Moe
 from dovetail.spec.precision import Quantization, Recipe, Site
 
 HEADER_BYTES = 16  # before each low-latency message [DeepEP]
-CHOICE_BYTES = 8  # expert id and weight of each choice, sent along by the normal kernels [DeepEP]; widths unverified
+CHOICE_BYTES = 8  # an expert's id and weight, sent with each choice by the normal kernels [DeepEP]; widths unverified
 
 Phase = Literal["training", "prefill", "decode"]
 
@@ -44,7 +44,7 @@ class FfnWork:
         return self.phase == "training"
 
     def linears(self, part: str, width: int, up_site: Site, down_site: Site) -> tuple[Linear, Linear]:
-        """gate and up as one product, and down, of a SwiGLU that sees this rank's tokens."""
+        """Return both products of a SwiGLU on this rank's tokens: gate and up as one, and down."""
         hidden = self.spec.hidden_size
         up, down = site_precision(self.recipe, up_site), site_precision(self.recipe, down_site)
         return (
@@ -53,7 +53,7 @@ class FfnWork:
         )
 
     def experts(self, moe: Moe) -> tuple[Linear, Linear]:
-        """The same of the routed experts on this rank."""
+        """Return the same products of the routed experts on this rank."""
         hidden, width = self.spec.hidden_size, moe.moe_intermediate_size
         groups = self.layout.experts_per_rank(self.spec)
         rows = self.tokens * moe.num_experts_per_tok / groups
@@ -113,7 +113,7 @@ def experts_forward(work: FfnWork, moe: Moe) -> list[Op]:
     ops += [_exchange(work, moe, "combine", "forward", returned_bytes(work.spec.hidden_size, work.recipe))]
     if moe.n_shared_experts:
         shared_up, shared_down = _shared_linears(work, moe)
-        # The same values as are sent, where both are rounded alike.
+        # If both are rounded alike, shared experts take the values that were quantised for sending.
         if shared_up.precision is None or up.precision is None or shared_up.precision.input != up.precision.input:
             ops += shared_up.cast_input(work.is_training)
         ops += swiglu_forward(work, shared_up, shared_down)
@@ -130,9 +130,9 @@ def experts_backward(work: FfnWork, moe: Moe) -> list[Op]:
     ops += _expand(work, moe, "dgrad", sent)
     ops += _swiglu_backward(work, up, down, grad_from=sent / work.spec.hidden_size)
     ops += _reduce(work, moe, "dgrad")
-    weights = FP32 * moe.num_experts_per_tok  # their gradients go back with the rows
+    weights = FP32 * moe.num_experts_per_tok  # the weights' gradients go back with the rows
     ops += [_exchange(work, moe, "combine", "dgrad", _row(work) + weights)]
-    gradients = 2  # of the experts and of the gate
+    gradients = 2  # one from the experts and one from the gate
     if moe.n_shared_experts:
         shared_up, shared_down = _shared_linears(work, moe)
         ops += [*shared_down.cast_grad(), *_swiglu_backward(work, shared_up, shared_down)]
@@ -141,8 +141,8 @@ def experts_backward(work: FfnWork, moe: Moe) -> list[Op]:
 
 
 def swiglu_forward(work: FfnWork, up: Linear, down: Linear) -> list[Op]:
-    """Both products with what is between; the input of `up` is ready. SwiGLU writes what `down` takes; its own input is
-    kept for the backward pass, narrower where the recipe says so."""
+    """Return both products and what is between them; the input of `up` is ready. SwiGLU writes the operand of `down`.
+    Its own input is kept for the backward pass, in fewer bits if the recipe says so."""
     width = down.n_in
     ops: list[Op] = [*(up.cast_weight("forward") if work.is_training else ()), up.forward()]
     if work.is_training and up.precision is not None and work.recipe.saved_swiglu is not None:
@@ -154,8 +154,8 @@ def swiglu_forward(work: FfnWork, up: Linear, down: Linear) -> list[Op]:
 
 
 def returned_bytes(hidden: int, recipe: Recipe) -> float:
-    """One expert output on the wire: BF16, or as the recipe's `expert_output`: logfmt-N with two BF16 limits for every
-    128 values, eXmY with an FP32 scale [ISCA §3.2, DeepEP]."""
+    """Return the bytes of one expert output when it is sent: in BF16, or in the recipe's `expert_output`, which is
+    logfmt-N with two BF16 limits for every 128 values, or eXmY with an FP32 scale [ISCA §3.2, DeepEP]."""
     if recipe.expert_output is None:
         return BF16 * hidden
     logfmt = re.fullmatch(r"logfmt-([0-9]+)", recipe.expert_output)
@@ -165,9 +165,9 @@ def returned_bytes(hidden: int, recipe: Recipe) -> float:
 
 
 def _swiglu_backward(work: FfnWork, up: Linear, down: Linear, grad_from: float = BF16) -> list[Op]:
-    """From the gradient of the output, which is ready for dgrad, to that of the input, SwiGLU's output made again. Its
-    kernel reads its kept input and its output's gradient, and writes the output and its input's gradient in BF16 and
-    the latter as `up` takes it too [TileKernels]. `grad_from`: bytes per value of the kept output gradient."""
+    """Return the backward pass, which computes SwiGLU's output again; the gradient of the result is ready for dgrad.
+    SwiGLU's kernel reads its kept input and its output's gradient. It writes the output and the input's gradient in
+    BF16, and the latter quantised for `up` [TileKernels]. `grad_from` are bytes per value of the kept gradient."""
     width = down.n_in
     kept = coded_bytes(2 * width, work.recipe.saved_swiglu if up.precision else None)
     rounded = coded_bytes(2 * width, up.precision.grad) if up.precision else 0
@@ -190,13 +190,13 @@ def _shared_linears(work: FfnWork, moe: Moe) -> tuple[Linear, Linear]:
 
 
 def _gate(work: FfnWork, moe: Moe) -> Linear:
-    """In FP32 [ISCA Fig. 1]."""
+    """Return the gate's product, which is in FP32 [ISCA Fig. 1]."""
     hidden, experts = work.spec.hidden_size, moe.n_routed_experts
     return Linear(name="gate", part="gate", n_in=hidden, n_out=experts, rows=work.tokens, plain="fp32")
 
 
 def _gate_forward(work: FfnWork, moe: Moe) -> list[Op]:
-    """The product; scores of the logits, the choice, and its ids and weights."""
+    """Return the gate's product, and the choice: scores from logits, and the ids and weights of experts."""
     per_token = 2 * FP32 * moe.n_routed_experts + CHOICE_BYTES * moe.num_experts_per_tok
     return [
         _gate(work, moe).forward(),
@@ -212,7 +212,7 @@ def _gate_backward(work: FfnWork, moe: Moe) -> list[Op]:
 
 
 def _cast_to_send(work: FfnWork, pass_: Pass, taker: Linear) -> list[Op]:
-    """A token's vector as it is sent and then taken by the product: once per token, not per row."""
+    """Return the quantisation of each token's vector for sending, which the product then takes; once per token."""
     if taker.precision is None:
         return []
     kind = taker.precision.input if pass_ == "forward" else taker.precision.grad
@@ -237,7 +237,7 @@ def _exchange(
 
 
 def _expand(work: FfnWork, moe: Moe, pass_: Pass, row_bytes: float) -> list[Op]:
-    """Received vectors to one row for each choice, in the order of experts."""
+    """Return the copying of received vectors to one row per choice, in the order of experts."""
     if work.phase == "decode":
         return []
     bytes_ = work.tokens * moe.num_experts_per_tok * 2 * row_bytes
@@ -245,7 +245,7 @@ def _expand(work: FfnWork, moe: Moe, pass_: Pass, row_bytes: float) -> list[Op]:
 
 
 def _reduce(work: FfnWork, moe: Moe, pass_: Pass) -> list[Op]:
-    """Rows of one token on this rank to one, in BF16."""
+    """Return the summing of a token's rows on this rank to one, in BF16."""
     if work.phase == "decode":
         return []
     bytes_ = work.tokens * moe.num_experts_per_tok * 2 * _row(work)
@@ -253,7 +253,7 @@ def _reduce(work: FfnWork, moe: Moe, pass_: Pass) -> list[Op]:
 
 
 def _add_and_norm(work: FfnWork) -> Elementwise:
-    """Attention's output to the residual, and the norm of the sum: two vectors read, two written."""
+    """Return the sum of residual and attention's output, and its norm: two vectors are read, two written."""
     return _elementwise("add attention, ffn norm", "forward", work.tokens * 4 * _row(work), "attention", "norm")
 
 
@@ -262,7 +262,7 @@ def _add(work: FfnWork, name: str, addends: int) -> Elementwise:
 
 
 def _remade_norm(work: FfnWork, is_needed: bool) -> list[Op]:
-    """The norm's result for the weight gradients of what takes it in BF16, the gate first of all [V3 §3.2.3]."""
+    """Return the norm computed again, for the weight gradients of what takes it in BF16, as the gate [V3 §3.2.3]."""
     if not is_needed:
         return []
     bytes_ = work.tokens * 2 * _row(work)
@@ -270,7 +270,7 @@ def _remade_norm(work: FfnWork, is_needed: bool) -> list[Op]:
 
 
 def _norm_backward(work: FfnWork, gradients: int) -> Elementwise:
-    """The norm's input, the residual's gradient and `gradients` of the norm's result read; one written."""
+    """Return the norm's gradient: it reads the input, the residual's gradient and `gradients` more, and writes one."""
     return _elementwise(
         "ffn norm's gradient", "dgrad", work.tokens * (gradients + 3) * _row(work), "attention", "norm gradient"
     )

@@ -1,8 +1,8 @@
-"""What one rank runs for a layer, for the ends of the model and for MTP, in order.
+"""The operations of a layer, of the model's ends and of an MTP module on one rank, in order.
 
 Tokens are those of one micro-batch (training), one batch of prompts (prefill) or one step (decode) on one data-parallel
-rank; the lists hold each operation once, so a stage's time is the sum over its layers. Training lists hold the forward
-pass, then the backward one: "dgrad" (V3's 1B, recomputation included) and "wgrad" (1W).
+rank. The lists hold each operation once, so a stage's time is the sum over its layers. Training lists hold the forward
+pass, then the backward pass: "dgrad" (V3's 1B, recomputation included) and "wgrad" (1W).
 
 Left out: dropped or padded rows (experts are balanced), masks, random numbers, the update of the gate's bias.
 """
@@ -36,10 +36,10 @@ def layer_ops(
     context: float,
     sequences: float = 1,
 ) -> tuple[Op, ...]:
-    """Layer `layer` on `tokens` tokens of `sequences` sequences, each with `context` keys (its own tokens included; in
-    training the length of a sequence). Layers past the last stand for the MTP modules' blocks.
+    """Return the operations of layer `layer` on `tokens` tokens of `sequences` sequences with `context` keys each.
 
-    Raises ValueError where attention is not MLA.
+    The keys include the sequence's own tokens; in training they are its length. Numbers after the last layer mean the
+    blocks of MTP modules. Raises ValueError if attention is not MLA.
     """
     is_training = phase == "training"
     attention = attention_work(spec, layout, recipe, tokens, context, sequences, is_training)
@@ -54,7 +54,7 @@ def layer_ops(
 
 
 def embedding_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
-    """The look-up, and its gradient added to one in FP32."""
+    """Return the look-up, and in training the addition of its gradient to one in FP32."""
     own, row = tokens / layout.tp, BF16 * spec.hidden_size
     ops: list[Op] = [_pass("look up embeddings", "forward", own * 2 * row, "embedding")]
     if phase == "training":
@@ -63,8 +63,11 @@ def embedding_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) 
 
 
 def head_ops(spec: ModelSpec, layout: Layout, tokens: float, phase: Phase) -> tuple[Op, ...]:
-    """Final norm, head and, in training, the loss, whose one kernel reads the logits twice and leaves their gradient in
-    their place. In serving `tokens` are those that are sampled from; choosing one reads the logits once."""
+    """Return final norm, head and, in training, the loss.
+
+    The loss is one kernel that reads the logits twice and puts their gradient in their place. In serving `tokens` are
+    those that are sampled from, and choosing one reads the logits once.
+    """
     own, row = tokens / layout.tp, BF16 * spec.hidden_size
     logits = own * BF16 * spec.vocab_size
     head = Linear(name="head", part="head", n_in=spec.hidden_size, n_out=spec.vocab_size, rows=own)
@@ -88,8 +91,8 @@ def mtp_ops(
     context: float,
     sequences: float = 1,
 ) -> tuple[Op, ...]:
-    """One MTP module: embedding, both norms, the join of twice the width to one, a whole layer, final norm and head
-    once more [V3 §2.2]."""
+    """Return one MTP module: embedding, both norms, the projection of their results to the hidden size, a whole layer,
+    and final norm and head once more [V3 §2.2]."""
     own, row = tokens / layout.tp, BF16 * spec.hidden_size
     join = Linear(
         name="eh_proj",

@@ -1,11 +1,11 @@
-"""The records of what one rank runs: products, attention, memory-bound work, and exchanges between ranks.
+"""The kinds of operations that a rank runs: products, attention, memory-bound work, exchanges.
 
-Lists of them are made by `cost.ops.layer`; `cost.roofline` says how long each takes on a GPU and
+`cost.ops.layer` makes lists of them. `cost.roofline` says how long each takes on a GPU, and
 `network.demands.closed_forms` how long an exchange takes on a cluster. A record holds dims and formats only; FLOP and
-bytes are derived. All numbers are of one rank and one micro-batch (or one step of serving).
+bytes are derived. All numbers are for one rank and one micro-batch (or one step of serving).
 
-    pass_   "forward"; "dgrad": the gradient of inputs, with what is recomputed for it (`recomputed`); "wgrad": the
-            gradient of weights. V3's 1F, 1B and 1W [ISCA Table 4].
+    pass_   "forward"; "dgrad", the gradient of inputs, with what is recomputed for it (`recomputed`); "wgrad", the
+            gradient of weights. These are V3's 1F, 1B and 1W [ISCA Table 4].
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from dovetail.spec.measurements import ElementwiseKind
 
 Pass = Literal["forward", "dgrad", "wgrad"]
 GemmFormat = Literal["bf16", "fp8", "fp32"]
-GemmLayout = Literal["dense", "contiguous", "masked"]  # of rows of groups, as in [DeepGEMM]
+GemmLayout = Literal["dense", "contiguous", "masked"]  # how the rows of groups lie [DeepGEMM]
 
-OPERAND_BYTES = {"fp8": 1 + 4 / 128, "bf16": 2.0, "fp32": 4.0}  # an FP32 scale for every 128 FP8 values [V3 §3.3.2]
+OPERAND_BYTES = {"fp8": 1 + 4 / 128, "bf16": 2.0, "fp32": 4.0}  # FP8 has an FP32 scale for every 128 [V3 §3.3.2]
 BF16, FP32 = 2, 4  # bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemm:
-    """`groups` products [m, k] x [k, n]. For grouped products m (of wgrad: k) is the mean number of rows per group,
-    not their sum; it may be a fraction where tokens do not divide."""
+    """`groups` products [m, k] x [k, n].
+
+    With several groups m (in wgrad: k) is the mean number of rows per group, which need not be whole.
+    """
 
     name: str
     pass_: Pass
@@ -38,7 +40,7 @@ class Gemm:
     layout: GemmLayout = "dense"
     part: str = ""
     recomputed: bool = False  # run again for the backward pass
-    is_added: bool = True  # a weight gradient, to what other micro-batches or ranks have
+    is_added: bool = True  # for a weight gradient: it is added to those of other micro-batches or ranks
 
     @property
     def flop(self) -> float:
@@ -46,9 +48,11 @@ class Gemm:
 
     @property
     def bytes(self) -> float:
-        """Both operands read and the result written once: BF16, and FP32 where the product is itself FP32. A weight
-        gradient is added to one in FP32, which is read and written [V3 §3.3.3]; where there is none to add to, it is
-        written as other results are."""
+        """The bytes of both operands, read once, and of the result, written once, in BF16 or in FP32 for FP32 products.
+
+        A weight gradient is added to one in FP32, which is read and written [V3 §3.3.3]; if there is none to add to,
+        it is written like other results.
+        """
         operands = (self.m * self.k + self.k * self.n) * OPERAND_BYTES[self.format]
         is_added = self.pass_ == "wgrad" and self.is_added
         per_result = 2 * FP32 if is_added else FP32 if self.format == "fp32" else BF16
@@ -60,8 +64,8 @@ class Attention:
     """The attention core in BF16: scores, softmax, weighted values.
 
     `tokens` are the queries of all `sequences` together, `context` the keys of one sequence, its own tokens included.
-    `absorbed`: all heads share one key, the latent with its rotary part (qk_dim), whose first v_dim are the value; it
-    is read from the cache. Otherwise each head has keys and values of its own.
+    If `absorbed`, all heads share one key, which is read from the cache: the latent with its rotary part (qk_dim). Its
+    first v_dim elements are the value. Otherwise each head has keys and values of its own.
     """
 
     name: str
@@ -74,26 +78,34 @@ class Attention:
     causal: bool = True
     absorbed: bool = False
     sequences: float = 1
-    cache_element_bytes: float = BF16  # where absorbed
+    cache_element_bytes: float = BF16  # if absorbed
     part: str = "attention"
 
     @property
     def visible(self) -> float:
-        """Keys that a query sees in the mean: a causal one half of its own sequence's new tokens, and all before
-        them; the paper's rule [ISCA Table 4]."""
+        """The mean number of keys that a query sees; the rule is the paper's [ISCA Table 4].
+
+        A causal query sees all tokens before its sequence's new ones, and half of the new ones.
+        """
         return self.context - (self.tokens / self.sequences / 2 if self.causal else 0)
 
     @property
     def flop(self) -> float:
-        """Two products forward; five backward: scores again and the gradients of probabilities, values, queries and
-        keys, which is 2.6 times as much at 192 and 128."""
+        """The FLOP of two products forward, or of five backward.
+
+        The five are the scores once more and the gradients of probabilities, values, queries and keys. They are 2.6
+        times as many FLOP for widths of 192 and 128.
+        """
         widths = self.qk_dim + self.v_dim if self.pass_ == "forward" else 3 * self.qk_dim + 2 * self.v_dim
         return 2.0 * self.heads * self.tokens * self.visible * widths
 
     @property
     def bytes(self) -> float:
-        """Forward: q, k, v read, output and log-sum-exp written. Backward: these and the output's gradient read, the
-        gradients of q, k, v written."""
+        """The bytes read and written.
+
+        The forward pass reads q, k, v and writes the output and log-sum-exp. The backward pass reads these and the
+        output's gradient, and writes the gradients of q, k, v.
+        """
         queries = self.tokens * self.heads * self.qk_dim * BF16
         outputs = self.tokens * self.heads * self.v_dim * BF16
         keys = self.sequences * self.context
@@ -109,8 +121,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Elementwise:
-    """Work that is bound by memory; `bytes` are those read and written. `kind` tells apart what hardware may have been
-    measured at."""
+    """Memory-bound work. `bytes` are those read and written; `kind` is the kind of measurement that applies to it."""
 
     name: str
     pass_: Pass
@@ -122,9 +133,12 @@ class Elementwise:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchange:
-    """Expert-parallel all-to-all: each of `tokens` on this rank to the ranks (dispatch) or back from the ranks
-    (combine) of its `choices` experts among `experts`, in `groups` groups of which `kept_groups` are used. How many
-    distinct nodes and ranks that makes depends on the cluster: `network.demands.closed_forms`."""
+    """Expert-parallel all-to-all.
+
+    Each of `tokens` on this rank goes to the ranks of its `choices` experts (dispatch) or back from them (combine). The
+    choices are among `experts`, in `groups` groups of which `kept_groups` are used. The number of distinct nodes and
+    ranks depends on the cluster; `network.demands.closed_forms` computes it.
+    """
 
     name: Literal["dispatch", "combine"]
     pass_: Pass
@@ -134,14 +148,17 @@ class Exchange:
     experts: int
     groups: int = 1
     kept_groups: int = 1
-    ranks: int = 1  # that the experts are split over
+    ranks: int = 1  # number of ranks that the experts are split over
     part: str = "experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-    """What `ranks` ranks do together; `bytes` is the whole tensor. `stride`: how many ranks the next of them is away,
-    so that those of a stride of a node or more are on different nodes."""
+    """A collective of `ranks` ranks on a tensor of `bytes` in all.
+
+    Each of the ranks is `stride` ranks after the one before. With a stride of a node or more, all are on different
+    nodes.
+    """
 
     name: Literal["all_gather", "reduce_scatter", "all_reduce"]
     pass_: Pass
@@ -153,7 +170,7 @@ class Collective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Send:
-    """From each of `gpus` ranks to the one `distance` further, the last ones to none: the next stage of a pipeline."""
+    """A message from each of `gpus` ranks, except the last, to the rank `distance` further, on the next stage."""
 
     bytes: float
     distance: int

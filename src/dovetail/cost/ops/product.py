@@ -1,9 +1,9 @@
-"""One linear layer as records: its three products, and the casts that bring their operands into FP8.
+"""The operations of one linear layer: its three products, and the casts of their operands to FP8.
 
-What is read and written for a cast follows what DeepSeek describes. An activation is written in BF16 by whatever makes
-it, read again to be quantised in tiles of 1x128, written in FP8 and read once more by the product; for the weight
-gradient the saved FP8 tensor is read, and written again in tiles of 128x1 [V3 §3.5.2]. Only SwiGLU and its gradient
-quantise what they make [TileKernels: swiglu_forward_and_per_token_cast, swiglu_backward_and_per_token_cast,
+The bytes of a cast follow DeepSeek's description. An activation is written in BF16 by the operation that computes it,
+read again to be quantised in tiles of 1x128, written in FP8, and read once more by the product. For the weight gradient
+the saved FP8 tensor is read, and written again in tiles of 128x1 [V3 §3.5.2]. Only SwiGLU and its gradient quantise
+their own results [TileKernels: swiglu_forward_and_per_token_cast, swiglu_backward_and_per_token_cast,
 per_channel_cast_fused].
 """
 
@@ -19,7 +19,7 @@ from dovetail.spec.precision import GemmPrecision, Quantization, Recipe, Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Linear:
-    """A weight [n_out, n_in] (or `groups` of them) met by `rows` tokens (each group by that many, in the mean)."""
+    """A weight [n_out, n_in], or `groups` of them, that multiplies `rows` tokens (with groups: the mean of each)."""
 
     name: str
     part: str
@@ -29,7 +29,7 @@ class Linear:
     groups: int = 1
     layout: GemmLayout = "dense"
     precision: GemmPrecision | None = None  # None: BF16
-    plain: GemmFormat = "bf16"  # where there is no precision
+    plain: GemmFormat = "bf16"  # the format if there is no precision
 
     @property
     def format(self) -> GemmFormat:
@@ -64,9 +64,12 @@ class Linear:
         )
 
     def cast_weight(self, pass_: Pass, orders: int = 1) -> list[Elementwise]:
-        """BF16 to codes for `orders` products, which take operands along k only [DeepGEMM], so that dgrad's differ from
-        fprop's. In training each use makes them: kept from micro-batch to micro-batch they would take two bytes per
-        parameter that DeepSeek-V3's ranks do not have (`cost.memory.rank`). Serving has them from the start."""
+        """Return the quantisation of the weight from BF16, in `orders` orders.
+
+        Products take operands along k only [DeepGEMM], so that dgrad needs another order than fprop. In training each
+        use quantises anew: codes kept from micro-batch to micro-batch would take two bytes per parameter, which
+        DeepSeek-V3's ranks do not have (`cost.memory.rank`). In serving the weights are quantised beforehand.
+        """
         if self.precision is None:
             return []
         bytes_ = self.groups * self.n_in * self.n_out * (BF16 + orders * (1.0 + FP32 / TILE**2))
@@ -81,7 +84,7 @@ class Linear:
         ]
 
     def cast_input(self, is_training: bool) -> list[Elementwise]:
-        """BF16 to the product's input and, in training, to what is kept for the backward pass if that differs."""
+        """Return the quantisation of the input from BF16 and, in training, of the copy that is kept if it differs."""
         if self.precision is None:
             return []
         written = [self.precision.input]
@@ -91,14 +94,16 @@ class Linear:
         return [self._cast("quantise input of", "forward", self.n_in, BF16, *written)]
 
     def cast_grad(self) -> list[Elementwise]:
-        """The gradient of the output from BF16, for dgrad."""
+        """Return the quantisation of the output's gradient from BF16, for dgrad."""
         if self.precision is None:
             return []
         return [self._cast("quantise gradient of", "dgrad", self.n_out, BF16, self.precision.grad)]
 
     def cast_for_wgrad(self, input_from: float | None = None, grad_from: float = BF16) -> list[Elementwise]:
-        """Both operands of wgrad in column tiles, from sources of so many bytes per value; the input's is what was kept
-        unless told."""
+        """Return the quantisation of both operands of wgrad in column tiles.
+
+        `input_from` and `grad_from` are the bytes per value of what is read; by default the kept input, and BF16.
+        """
         precision = self.precision
         if precision is None:
             return []
@@ -121,7 +126,7 @@ def site_precision(recipe: Recipe, site: Site) -> GemmPrecision | None:
 
 
 def coded_bytes(width: int, quantization: Quantization | None) -> float:
-    """One row of `width` values with a scale for every 128; BF16 for None."""
+    """Return the bytes of a row of `width` values with a scale for every 128; None means BF16 without scales."""
     if quantization is None:
         return BF16 * width
     return code_bytes(width, quantization.format) + FP32 * -(-width // TILE)

@@ -1,15 +1,16 @@
-"""What one rank runs once per optimizer step: gradients summed, AdamW on its share of the weights, weights gathered.
+"""The operations of an optimizer step on one rank: sums of gradients, AdamW, gathering of weights.
 
-    reduce-scatter   gradients in FP32 over the ranks that hold the same weight
+    reduce-scatter   sums gradients in FP32 over the ranks that hold the same weight
     norm             of the rank's share, for clipping
-    AdamW            per parameter: gradient, master and moments read; master, moments and the BF16 weight written
-    all-gather       weights in BF16
-    zero             the gradients' accumulators
+    AdamW            reads gradient, master and moments of each parameter of its share; writes master, moments and the
+                     BF16 weight
+    all-gather       brings the weights, in BF16, to all ranks that hold them
+    zero             clears the accumulators of gradients
 
-A gradient that only one micro-batch on one rank has stays as the product wrote it, in BF16, and nothing is zeroed.
+A gradient that only one micro-batch on one rank has stays as the product wrote it, in BF16, and nothing is cleared.
 
-That gradients travel in FP32 is not in the paper (unverified). Sums over experts' replicas are far between: ep ranks
-apart. Where DualPipe has a stage twice, both copies are in the sum, the second on another rank of the pipeline.
+That gradients are sent in FP32 is not in the paper (unverified). The replicas of an expert are ep ranks apart. Where
+DualPipe has a stage twice, the sum is over both copies, and the second is on another rank of the pipeline.
 """
 
 from __future__ import annotations
@@ -25,17 +26,22 @@ from dovetail.spec.model import ModelSpec
 
 
 def adam_bytes(gradient_bytes: int, moment_bytes: int = BF16) -> int:
-    """Of an update of one parameter: gradient read, master and moments read and written, BF16 weight written."""
+    """Return the bytes that AdamW moves for one parameter.
+
+    It reads the gradient, reads and writes master and moments, and writes the BF16 weight.
+    """
     return gradient_bytes + 2 * (FP32 + 2 * moment_bytes) + BF16
 
 
 def step_ops(
     spec: ModelSpec, layout: Layout, rank: int = 0, context: int = 4096, moment_bytes: int = BF16
 ) -> tuple[Op, ...]:
-    """Of pipeline rank `rank`; `moment_bytes` are those of an element of AdamW's moments. Raises ValueError where
-    attention is not MLA."""
+    """Return the operations of a step on pipeline rank `rank`; `moment_bytes` are for an element of either moment.
+
+    Raises ValueError if attention is not MLA.
+    """
     trained = [each for each in held_by_rank(spec, layout, rank, context) if each.has_gradient]
-    by_replicas: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # elements, bytes as they compute
+    by_replicas: dict[int, tuple[int, int]] = defaultdict(lambda: (0, 0))  # elements, and bytes of the weights in use
     for each in trained:
         elements, weights = by_replicas[each.replicas]
         per_element = FP32 if each.is_wide else BF16
