@@ -25,7 +25,7 @@ def test_sizes(text: str, size: float) -> None:
         ("1e308B", "to 1073741824GiB"),
         ("1e-300B", "or 1B"),
         ("nanB", "expected a number"),
-        ("1.2.3B", "no number"),
+        ("1.2.3B", "is not a number"),
         ("", "expected a number"),
     ],
 )

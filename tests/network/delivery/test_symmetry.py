@@ -164,7 +164,7 @@ def test_classes_that_do_not_know_what_fails_are_wrong() -> None:
     fabric = fabric_of("mpft", endpoints=128, radix=8)
     changes, demand = failing(fabric, "nic:21"), all_to_all(range(128), 1e9)
     whole, unaware = deliver(fabric, demand, Adaptive(), changes=changes), folded_all_to_all(fabric, 1e9)
-    with pytest.raises(ValueError, match="at 0.0 s some links change of those folded into one"):
+    with pytest.raises(ValueError, match="at 0.0 s only some links of a class change"):
         simulate_folded(fabric, unaware, changes)
     up = np.ones(fabric.links, bool)
     up[changes[0].links] = False

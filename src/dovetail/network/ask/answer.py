@@ -1,10 +1,11 @@
-"""What came of a `Question`: each collective on each fabric, whole and with what fails.
+"""The answer to a question about networks: times, bandwidths and prices, healthy and with failures.
 
-algorithm bandwidth  size / time                      bus bandwidth  that x (n - 1) / n, twice it for all-reduce
-latency share        time of an empty message / time  price          of the whole fabric, per GPU and per GB/s of
-                                                                     bus bandwidth that a GPU gets
+    algorithm bandwidth  size / time
+    bus bandwidth        algorithm bandwidth x (n - 1) / n for n GPUs, twice that for an all-reduce
+    latency share        time of empty messages / time
+    price                of the whole fabric, per GPU, and per GB/s of bus bandwidth that a GPU gets
 
-Of dispatch and combine the size is that of a GPU's tokens, each counted once, and bus bandwidth goes by it.
+For dispatch and combine the size is that of a GPU's tokens, each counted once, and bus bandwidth is based on it.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from dovetail.network.flows.link_use import LinkUse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CutOff:
-    """What is never delivered; empty where all is."""
+    """The flows that are never delivered; empty if all are."""
 
     flows: int = 0
-    gpus: tuple[int, ...] = ()  # without which nothing would be cut off, as far as they are named
-    has_more_gpus: bool = False
-    delivered_share: float = 1.0  # of the bytes of the step in which it happened
+    gpus: tuple[int, ...] = ()  # some of the GPUs without which nothing would be cut off
+    has_more_gpus: bool = False  # whether there are more of them
+    delivered_share: float = 1.0  # of the bytes of the step in which flows were cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One collective on one fabric in one state. Bandwidths are bytes/s, and 0 where it is not delivered."""
+    """One collective on one fabric in one state. Bandwidths are bytes/s, and 0 if flows are cut off."""
 
-    seconds: float  # until all that arrives has
+    seconds: float  # until everything that arrives has arrived
     latency_seconds: float
     algorithm_bandwidth: float
     bus_bandwidth: float
-    flows: int  # simulated; 0: told from the loads of links
+    flows: int  # number simulated; 0 if the time follows from the loads of links
     is_folded: bool
     links: tuple[LinkUse, ...]
     cut_off: CutOff
@@ -52,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Of a share over trials."""
+    """A share's mean and range over trials."""
 
     mean: float
     low: float
@@ -61,39 +62,42 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One fabric, number of GPUs and size."""
+    """The results for one fabric, number of GPUs and size."""
 
     fabric: str
     gpus: int
     size: float  # bytes
     healthy: Run
-    failed: tuple[Run, ...]  # one for each trial; empty where nothing fails
-    cables_lost: int  # in each
-    late_failures: int  # that came only when all had arrived, of the first trial
-    lacks: str = ""  # what was to fail and this fabric has not, such as "plane 3"; then `failed` is empty
-    experts: ExpertCopies | None = None  # of dispatch and combine
-    contention: Contention | None = None  # with what runs beside it
+    failed: tuple[Run, ...]  # one for each trial; empty if nothing fails
+    cables_lost: int  # in each trial
+    late_failures: int  # failures of the first trial that came only after everything had arrived
+    lacks: str = ""  # the part that was to fail and that this fabric lacks, such as "plane 3"; then `failed` is empty
+    experts: ExpertCopies | None = None  # for dispatch and combine
+    contention: Contention | None = None  # if something runs at the same time
 
     def counted_bandwidth(self, run: Run) -> float | None:
-        """Bytes/s of dispatch and combine as DeepEP's benchmarks count copies; None of others and where cut off."""
+        """Return the bytes/s of dispatch or combine as DeepEP's benchmarks count copies, or None.
+
+        None is for other collectives, and if flows are cut off.
+        """
         if self.experts is None or not run.is_complete or not run.seconds:
             return None
         return self.experts.counted_bytes / run.seconds
 
     @property
     def num_cut_off(self) -> int:
-        """Trials in which something was never delivered."""
+        """The number of trials in which something was never delivered."""
         return sum(not run.is_complete for run in self.failed)
 
     @property
     def bandwidth_lost(self) -> Spread | None:
-        """Share of the bus bandwidth that failures take, in trials that cut nothing off; None where there are none."""
+        """The share of the bus bandwidth that failures take, over the trials that cut nothing off; None if none do."""
         whole = self.healthy.bus_bandwidth
         return _spread([1 - run.bus_bandwidth / whole for run in self.failed if run.is_complete and whole])
 
     @property
     def time_added(self) -> Spread | None:
-        """Share of the time of the whole fabric that failures add; None as above."""
+        """The time that failures add, as a share of the healthy fabric's time; None as above."""
         whole = self.healthy.seconds
         return _spread([run.seconds / whole - 1 for run in self.failed if run.is_complete and whole])
 
@@ -104,7 +108,7 @@ def _spread(shares: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FabricSummary:
-    """What does not depend on size and GPUs."""
+    """The figures of a fabric that do not depend on the size and the number of GPUs asked for."""
 
     name: str
     endpoints: int
@@ -116,10 +120,10 @@ class FabricSummary:
 class Answer:
     question: Question
     fabrics: tuple[FabricSummary, ...]
-    cases: tuple[Case, ...]  # fabric by fabric
+    cases: tuple[Case, ...]  # those of the first fabric, then those of the next
 
     def dollars_per_rate(self, case: Case) -> float | None:
-        """Dollars per GB/s of bus bandwidth of all GPUs, each having as much as those that take part; None for 0."""
+        """Return the fabric's dollars per GB/s of bus bandwidth that a GPU gets; None if that is 0."""
         rate = case.healthy.bus_bandwidth
         return self.summary(case).dollars_per_endpoint / rate * 1e9 if rate else None
 

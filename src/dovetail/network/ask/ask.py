@@ -1,8 +1,9 @@
-"""Answers to a `Question`: a collective on each fabric, whole and with what fails, sizes and GPU counts one by one.
+"""Answers a question about networks by simulating the collective on each fabric.
 
-All-to-all with sprayed packets is told from the loads of links alone on fabrics of one plane
-(`network.delivery.loads`), and folded by symmetry (`network.delivery.symmetry`) where nodes are alike; everything else
-is simulated flow by flow. What would take more than about 4 GiB is refused before anything is run.
+It is simulated healthy and with failures, for each size and number of GPUs. An all-to-all with sprayed packets needs
+only the loads of links on fabrics of one plane (`network.delivery.loads`), and is folded by symmetry where nodes are
+alike (`network.delivery.symmetry`); everything else is simulated flow by flow. A question that would take more than
+about 4 GiB is refused before anything is run.
 """
 
 from __future__ import annotations
@@ -26,30 +27,30 @@ from dovetail.network.flows.flows import Flows
 from dovetail.network.flows.link_use import link_uses
 from dovetail.network.flows.simulation import Change
 
-_NAMED = 8  # GPUs cut off that are named
+_NAMED = 8  # at most so many GPUs that are cut off are named
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Job:
-    """What is simulated for each size."""
+    """A collective on one fabric and number of GPUs, to be simulated for each size."""
 
     question: Question
     fabric: Fabric
     gpus: int
-    trials: list[tuple[Change, ...]]  # what fails in each; none where nothing does
-    lacks: str  # the part that is to fail and that this fabric has not; "": none
-    # With nothing failing, and in each trial: what tells the time, what flows are folded by; None: flow by flow.
+    trials: list[tuple[Change, ...]]  # the failures of each trial; empty if nothing fails
+    lacks: str  # the part that is to fail and that this fabric lacks; "" if it lacks none
+    # For the healthy fabric and for each trial: the loads, or the classes to fold flows by; None: flow by flow.
     ways: tuple[Loads | Classes | None, ...]
 
     @property
     def states(self) -> list[tuple[Change, ...]]:
-        """What fails: nothing, and then in each trial."""
+        """The failures of each state: none, and then those of each trial."""
         return [(), *self.trials]
 
 
 def ask(question: Question) -> Answer:
-    """Simulate all that is asked. Raises ValueError, one line, for what `question` has wrong, and for what would need
-    more than 4 GiB of memory."""
+    """Simulate all that is asked. Raises ValueError, one line, for a mistake in `question`, and for a simulation that
+    would need more than 4 GiB of memory."""
     fabrics = build_fabrics(question)
     for fabric in fabrics:
         for gpus in question.gpu_counts:
@@ -66,8 +67,8 @@ def ask(question: Question) -> Answer:
 
 
 def _changes(question: Question, fabrics: list[Fabric]) -> list[list[tuple[Change, ...]] | str]:
-    """Of each fabric what fails in each trial, or the part to fail that it has not. Raises ValueError where no fabric
-    has all of them."""
+    """Return for each fabric the failures of each trial, or the name of a part that is to fail and that it lacks.
+    Raises ValueError if no fabric has all of the parts."""
     trials = range(question.trials if question.has_failures else 0)
     found: list[list[tuple[Change, ...]] | str] = []
     missing: list[NotThereError] = []
@@ -93,25 +94,25 @@ def _summary(fabric: Fabric) -> FabricSummary:
 
 
 def _job(question: Question, fabric: Fabric, gpus: int, failing: list[tuple[Change, ...]] | str) -> Job:
-    """Raises ValueError for more memory than is allowed."""
+    """Prepare the simulation. Raises ValueError if it needs more memory than is allowed."""
     lacks, trials = (failing, []) if isinstance(failing, str) else ("", failing)
     job = Job(question=question, fabric=fabric, gpus=gpus, trials=trials, lacks=lacks, ways=())
     told = [_is_told(job, changes) for changes in job.states]
     _check_memory(job, told)
     pairs = list(zip(job.states, told, strict=True))
     loads = [all_to_all_loads(fabric, gpus, changes) if is_told else None for changes, is_told in pairs]
-    _check_memory(job, [each is not None for each in loads])  # where some are cut off, flows are needed after all
+    _check_memory(job, [each is not None for each in loads])  # no loads if some are cut off: flows are needed
     ways = (each or _folds(job, gpus, changes) for each, changes in zip(loads, job.states, strict=True))
     return replace(job, ways=tuple(ways))
 
 
 def _is_told(job: Job, changes: tuple[Change, ...]) -> bool:
-    """Whether loads of links may tell the time."""
+    """Return whether the loads of links may be enough to know the time."""
     return job.question.is_sprayed_to_all and has_loads(job.fabric, job.gpus, changes)
 
 
 def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
-    """What the first `gpus` are folded by; None where that makes no flow less."""
+    """Return the classes to fold the flows among the first `gpus` by, or None if that makes them no fewer."""
     if not job.question.is_sprayed_to_all:
         return None
     classes = classes_of(job.fabric, changes, gpus)
@@ -119,7 +120,7 @@ def _folds(job: Job, gpus: int, changes: tuple[Change, ...]) -> Classes | None:
 
 
 def _check_memory(job: Job, told: list[bool]) -> None:
-    """`told`: states in which no flows are simulated."""
+    """Raise ValueError if the simulation needs too much memory. `told` marks states that simulate no flows."""
     flows, needed = _needs(job, job.gpus, told)
     if needed <= MOST_BYTES:
         return
@@ -139,7 +140,7 @@ def _check_memory(job: Job, told: list[bool]) -> None:
 
 
 def _needs(job: Job, gpus: int, told: list[bool]) -> tuple[int, float]:
-    """Most flows that are simulated at once, and the bytes for them."""
+    """Return the most flows that are simulated at once, and the bytes for them."""
     question, fabric, needs = job.question, job.fabric, []
     each = [num_flows(question, name, fabric, gpus) for name in _names(question)]
     for changes, is_told in zip(job.states, told, strict=True):
@@ -148,13 +149,13 @@ def _needs(job: Job, gpus: int, told: list[bool]) -> tuple[int, float]:
         classes = _folds(job, gpus, changes)
         flows = classes.num_flows if classes else each[0]
         needs.append((flows, needed_bytes(fabric, gpus, flows, question.policy, changes, classes)))
-    if question.beside is not None:  # never folded, and routed once alone and once with the other
+    if question.beside is not None:  # never folded, and routed twice: alone and together
         needs.append((sum(each), 2 * needed_bytes(fabric, gpus, sum(each), question.policy)))
     return max(needs, key=lambda need: need[1], default=(0, 0.0))
 
 
 def _names(question: Question) -> list[str]:
-    """The collective, and what runs beside it."""
+    """Return the names of the collective and of what runs beside it."""
     return [question.collective, *(question.other[:1] if question.other else ())]
 
 
@@ -266,7 +267,7 @@ def _delivered_share(delivery: Delivery) -> float:
 
 
 def _cut_off(flows: Flows, delivered_share: float) -> CutOff:
-    """The GPU with most flows that are cut off first, then that of those left."""
+    """Name the GPU with the most flows that are cut off, then the one with the most of those left, and so on."""
     left = flows
     named: list[int] = []
     while len(left) and len(named) < _NAMED:

@@ -1,8 +1,8 @@
-"""What a question's dispatch and combine carry: sizes from a model and its precision recipe, tokens from scores or from
-a recording.
+"""The dispatch and combine of a question, from a model, a precision recipe and the experts chosen.
 
-Bytes of a copy are those of `cost.ops.ffn`: of prompts and training in normal mode, of decoding in low-latency mode.
-With skew S the expert of place k in a shuffled order is as popular as 1 / k^S (Zipf); places are drawn from the seed.
+The experts of each token are drawn from random scores, or read from a recording. The bytes of a copy are those of
+`cost.ops.ffn`: for prompts and training in normal mode, for decoding in low-latency mode. With skew S the expert at
+place k of a shuffled order has popularity 1 / k^S (Zipf); the order is drawn from the seed.
 """
 
 from __future__ import annotations
@@ -29,29 +29,32 @@ from dovetail.spec.layout import Layout, divisors
 from dovetail.spec.model import ModelSpec, Moe
 
 MODEL, PRECISION, TOKENS = "deepseek-v3", "deepseek-v3", 4096
-SCORE_BYTES = 26  # while experts of a GPU's tokens are drawn, for each expert; measured with 300,000 tokens
-CHOICE_BYTES = 80  # for each choice of all GPUs; measured with 256 GPUs
+SCORE_BYTES = 26  # memory per token and expert while a GPU's tokens are drawn; measured with 300,000 tokens
+CHOICE_BYTES = 80  # memory per choice of all GPUs; measured with 256 GPUs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertCopies:
-    """How often tokens are copied, in the mean over GPUs."""
+    """How often tokens are copied, as means over all GPUs."""
 
     model: str
     mode: str
     tokens: int  # per GPU
     bytes_per_copy: float
     across_nodes: float  # copies of a token that leave its node
-    within_nodes: float  # and that go over NVLink, those that were passed on included
-    busiest_gpu: float  # rows for the experts of the GPU that has most, over the mean
-    counted_bytes: float  # per GPU, as DeepEP's benchmarks count
+    within_nodes: float  # copies over NVLink, those that are passed on included
+    busiest_gpu: float  # rows for the experts of the GPU with the most, over the mean
+    counted_bytes: float  # per GPU, as DeepEP's benchmarks count them
 
 
 def exchange_demand(
     question: Question, name: str, fabric: Fabric, gpus: int, tokens: int
 ) -> tuple[Demand, ExpertCopies]:
-    """Dispatch or combine among the first `gpus`. Raises ValueError for experts that do not divide over them, for a
-    model without experts, and for a recording that does not fit."""
+    """Return dispatch or combine among the first `gpus`.
+
+    Raises ValueError for experts that do not divide among them, for a model without experts, and for a recording that
+    does not fit.
+    """
     exchange = _exchange(question, name, fabric, gpus, tokens)
     experts = Experts(
         gpus=np.arange(gpus, dtype=np.int32),
@@ -80,8 +83,7 @@ def exchange_demand(
 
 
 def check_exchange(question: Question, name: str, fabric: Fabric, gpus: int, tokens: int) -> None:
-    """Raises ValueError as `exchange_demand` does, before anything is drawn, and for more `tokens` per GPU than can be
-    drawn in 4 GiB."""
+    """Raise ValueError as `exchange_demand` does, before anything is drawn, and if drawing needs more than 4 GiB."""
     exchange = _exchange(question, name, fabric, gpus, tokens)
     if question.recorded is not None:
         _fitting(question, exchange)
@@ -89,13 +91,13 @@ def check_exchange(question: Question, name: str, fabric: Fabric, gpus: int, tok
     each = max(SCORE_BYTES * exchange.experts, CHOICE_BYTES * gpus * exchange.choices)
     if tokens * each > MOST_BYTES:
         raise ValueError(
-            f"tokens = {tokens} for each of {gpus} GPUs: to draw their experts would need about "
+            f"tokens = {tokens} for each of {gpus} GPUs: drawing their experts would need about "
             f"{tokens * each / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: use {MOST_BYTES // each} at most"
         )
 
 
 def recorded_tokens(question: Question) -> int | None:
-    """Tokens per GPU of the recording, if there is one. Raises ValueError where it cannot be read."""
+    """Return the tokens per GPU of the recording, if there is one. Raises ValueError if it cannot be read."""
     return None if question.recorded is None else _recording(question.recorded).shape[1]
 
 
@@ -107,7 +109,7 @@ def _moe(question: Question) -> tuple[ModelSpec, Moe]:
 
 
 def _exchange(question: Question, name: str, fabric: Fabric, gpus: int, tokens: int) -> Exchange:
-    """As the planner's operations have it."""
+    """Return the exchange as the planner's list of operations has it."""
     spec, moe = _moe(question)
     _check_split(question.model or MODEL, moe.n_routed_experts, fabric, gpus)
     work = FfnWork(
@@ -139,13 +141,13 @@ def _chosen(question: Question, exchange: Exchange) -> NDArray[np.integer]:
             (exchange.choices, exchange.experts, exchange.groups, exchange.kept_groups),
             question.skew or 0.0,
             question.seed,
-            2 if _moe(question)[1].topk_method == "noaux_tc" else 1,  # as `model.experts.gate.select` has it
+            2 if _moe(question)[1].topk_method == "noaux_tc" else 1,  # as in `model.experts.gate.select`
         )
     return _fitting(question, exchange)
 
 
 def _fitting(question: Question, exchange: Exchange) -> NDArray[np.integer]:
-    """The recording, checked."""
+    """Return the recording. Raises ValueError if it does not fit the question or the model."""
     assert question.recorded is not None
     chosen, tokens = _recording(question.recorded), int(exchange.tokens)
     where = f"--recorded {question.recorded}"
@@ -176,13 +178,13 @@ def _fitting(question: Question, exchange: Exchange) -> NDArray[np.integer]:
 def _sampled(
     ranks: int, tokens: int, gate: tuple[int, int, int, int], skew: float, seed: int, best_of_group: int
 ) -> NDArray[np.int32]:
-    """The same for each fabric, and for both ways."""
+    """Draw the experts of each token once, for all fabrics and for both directions."""
     popularity = zipf(gate[1], skew, seed) if skew else None
     return sample_choices(ranks, tokens, *gate, popularity=popularity, seed=seed, best_of_group=best_of_group)
 
 
 def zipf(experts: int, skew: float, seed: int) -> Floats:
-    """[experts] popularity, 1 that of the most popular."""
+    """Return the popularity of each expert [experts]; that of the most popular is 1."""
     order = np.random.default_rng([seed, 1]).permutation(experts)
     popularity: Floats = np.power(1.0 + order, -skew, dtype=np.float64)
     return popularity

@@ -1,4 +1,4 @@
-"""A question's collective as a demand: what is simulated for one fabric, number of GPUs, and size or tokens."""
+"""Turns a question's collective into the flows to simulate, for one fabric, number of GPUs and size."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from dovetail.network.demands import collectives, transfers
 from dovetail.network.demands.collectives import Demand
 from dovetail.network.fabric.topology import Fabric
 
-SIZE = 2.0**30  # bytes, where none are given
+SIZE = 2.0**30  # bytes, if none are given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Task:
-    """What is to be delivered; `copies` of dispatch and combine alone."""
+    """The demand to simulate; `copies` are for dispatch and combine only."""
 
     demand: Demand
     copies: ExpertCopies | None = None
 
 
 def amounts_of(question: Question) -> tuple[float, ...]:
-    """Bytes, or tokens per GPU of dispatch and combine, one after another. Raises ValueError for a recording that
-    cannot be read."""
+    """Return the sizes in bytes to simulate, or the tokens per GPU for dispatch and combine.
+
+    Raises ValueError for a recording that cannot be read.
+    """
     if not question.is_of_experts:
         return question.sizes or (SIZE,)
     recorded = recorded_tokens(question)
@@ -31,8 +33,10 @@ def amounts_of(question: Question) -> tuple[float, ...]:
 
 
 def task_of(question: Question, name: str, fabric: Fabric, gpus: int, amount: float) -> Task:
-    """`name` (of `question.BESIDE`) among the first `gpus`, with the question's options. Raises ValueError for GPUs
-    that it cannot be run on."""
+    """Return the collective `name` (one of `question.BESIDE`) among the first `gpus`, with the question's options.
+
+    Raises ValueError for GPUs that it cannot be run on.
+    """
     ranks, node = range(gpus), fabric.gpus_per_node
     if name in EXPERTS:
         demand, copies = exchange_demand(question, name, fabric, gpus, int(amount))
@@ -42,7 +46,7 @@ def task_of(question: Question, name: str, fabric: Fabric, gpus: int, amount: fl
     if name == "node-all-gather":
         return Task(demand=transfers.node_all_gather(fabric, ranks, amount))
     if name == "pipeline":
-        assert question.stages is not None  # as `Question` has checked
+        assert question.stages is not None  # `Question` has checked that
         return Task(demand=transfers.pipeline(ranks, amount, question.stages, question.both_ways))
     if name == "kv-transfer":
         senders = gpus // 2 if question.prefill_gpus is None else question.prefill_gpus
@@ -51,7 +55,7 @@ def task_of(question: Question, name: str, fabric: Fabric, gpus: int, amount: fl
 
 
 def check_task(question: Question, name: str, fabric: Fabric, gpus: int) -> None:
-    """Raises ValueError as `task_of` does, at little cost."""
+    """Raise ValueError as `task_of` does, at little cost."""
     if name in EXPERTS:
         own = amounts_of(question) if name == question.collective else ()
         other = question.other[1:] if question.other and name == question.other[0] else ()
@@ -61,7 +65,7 @@ def check_task(question: Question, name: str, fabric: Fabric, gpus: int) -> None
 
 
 def num_flows(question: Question, name: str, fabric: Fabric, gpus: int) -> int:
-    """At most, before there are any."""
+    """Return an upper bound of the number of flows, without making them."""
     node = fabric.gpus_per_node
     if name == "all-to-all":
         return gpus**2

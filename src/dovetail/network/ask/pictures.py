@@ -1,5 +1,8 @@
-"""A sweep as a picture: bus bandwidth over size, or tokens, or GPUs, dashed with what fails or runs beside; a line for
-each fabric and, where sizes or tokens are crossed with GPUs, for each number of GPUs."""
+"""Draws a sweep: bus bandwidth over size, tokens or GPUs, with a line for each fabric.
+
+If sizes or tokens are crossed with numbers of GPUs, there is a line for each number. A dashed line shows the bandwidth
+with failures, or beside another collective.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,14 @@ from dovetail.network.ask.question import Question, changes_text
 from dovetail.network.ask.report import size_text
 
 INKS = ("#5b94cf", "#4fa367", "#dfa23c", "#c0605a", "#8a6fc0", "#3fa3a3", "#b0719f", "#7d8a4c")
-MARKERS = "os^D"  # one for each time that the inks run out
+MARKERS = "os^D"  # the next one is used each time that the colours have run out
 _STYLE: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
 _TICKS = 12
-_LINES_INSIDE = 4  # whose names find room among them
+_LINES_INSIDE = 4  # so many names find room between the lines
 
 
 def check_picture(question: Question, picture: Path) -> None:
-    """Raises ValueError for a file that is neither .png nor .svg, for a folder that there is not, and where there is
-    nothing to draw a line through."""
+    """Raise ValueError if the file is neither .png nor .svg, its folder is missing, or there is no sweep to draw."""
     if picture.suffix not in (".png", ".svg"):
         raise ValueError(f"--picture {picture}: expected a name that ends in .png or .svg")
     if picture.is_dir():
@@ -67,7 +69,7 @@ def draw(answer: Answer, picture: Path) -> None:
 
 
 def _plot(axes: Any, answer: Answer) -> list[str]:
-    """Names of the lines."""
+    """Draw the lines, and return their names."""
     swept, fabrics = answer.question.swept, [each.name for each in answer.fabrics]
     lines = list(dict.fromkeys(_line(case, swept) for case in answer.cases))
     for index, label in enumerate(lines):
@@ -76,7 +78,7 @@ def _plot(axes: Any, answer: Answer) -> list[str]:
         places = [_place(case, swept) for case in cases]
         whole = [case.healthy.bus_bandwidth / 1e9 for case in cases]
         behind = fabrics.index(cases[0].fabric)
-        width = 1.6 + 1.4 * min(len(fabrics) - 1 - behind, 3)  # so that equal lines are seen below each other
+        width = 1.6 + 1.4 * min(len(fabrics) - 1 - behind, 3)  # so that a line shows under an equal one
         marker = MARKERS[index // len(INKS) % len(MARKERS)]
         axes.plot(places, whole, color=ink, linewidth=width, marker=marker, markersize=4 + width, label=label)
         reduced = [(_place(case, swept), rate / 1e9) for case in cases if (rate := _reduced(case)) is not None]
@@ -97,7 +99,7 @@ def _place(case: Case, swept: str) -> float:
 
 
 def _reduced(case: Case) -> float | None:
-    """Bus bandwidth with what fails, in the mean over trials, or with what shares the class."""
+    """Return the bus bandwidth with failures, as the mean over trials, or while sharing with what runs beside."""
     if case.failed:
         return sum(run.bus_bandwidth for run in case.failed) / len(case.failed)
     if case.contention is None or not case.contention.times.shared:

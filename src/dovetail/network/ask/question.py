@@ -1,4 +1,4 @@
-"""What a user asks of a network: a collective, how many GPUs, which routing, what fails, and what is swept."""
+"""A user's question about networks: a collective, the GPUs, the routing, failures, and sweeps."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EXPERTS = ("dispatch", "combine")
 SIZED = (*COLLECTIVES, "pipeline", "kv-transfer")
 KNOWN = (*SIZED, *EXPERTS)
 BESIDE = (*KNOWN, "host-copy", "node-all-gather")
-MOST_SEED = 2**63 - 1  # hashes are of 64 bits
-MOST_SKEW = 10  # beyond it all tokens choose the same experts
-_ONLY_FOR = {  # options that not all collectives have
+MOST_SEED = 2**63 - 1  # hashes have 64 bits
+MOST_SKEW = 10  # with more, all tokens choose the same experts
+_ONLY_FOR = {  # options that only some collectives have
     "sizes": SIZED,
     "tokens": EXPERTS,
     "model": EXPERTS,
@@ -42,36 +42,38 @@ _ONLY_FOR = {  # options that not all collectives have
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One collective on one fabric or several, for each of `sizes` (or `tokens`) and `gpu_counts`; lists of one are no
-    sweep. None and empty: not given."""
+    """One collective on one or several fabrics, for each of `sizes` (or `tokens`) and of `gpu_counts`.
 
-    fabrics: tuple[str, ...]  # of the catalog, or .toml files
+    A list of one is no sweep. None and empty mean that an option was not given.
+    """
+
+    fabrics: tuple[str, ...]  # names of the catalog, or .toml files
     collective: str = "all-to-all"
     sizes: tuple[float, ...] = ()  # bytes
-    tokens: tuple[int, ...] = ()  # per GPU, of dispatch and combine instead of sizes
+    tokens: tuple[int, ...] = ()  # per GPU, for dispatch and combine in place of sizes
     gpu_counts: tuple[int | None, ...] = (None,)  # None: all that the fabric has
-    model: str | None = None  # whose experts; a preset, a config.json or a checkpoint
-    precision: str | None = None  # recipe that says in which formats tokens are sent
-    mode: str | None = None  # of dispatch and combine: normal or low-latency
-    skew: float | None = None  # Zipf exponent of how popular experts are
-    recorded: str | None = None  # .npy file of which experts tokens go to
+    model: str | None = None  # the experts' model: a preset, a config.json or a checkpoint
+    precision: str | None = None  # the recipe with the formats that tokens are sent in
+    mode: str | None = None  # normal or low-latency, for dispatch and combine
+    skew: float | None = None  # Zipf exponent of the experts' popularity
+    recorded: str | None = None  # .npy file of the experts that tokens go to
     channels: int | None = None  # rings side by side; None: one for each NIC of a node
     stages: int | None = None  # of a pipeline
-    both_ways: bool = False  # a pipeline's stages send back as well
-    prefill_gpus: int | None = None  # that send caches; None: half
+    both_ways: bool = False  # a pipeline's stages also send backwards
+    prefill_gpus: int | None = None  # number of GPUs that send caches; None: half
     beside: str | None = None  # what else runs at the same time, such as host-copy:1GiB
     routing: str = "adaptive"
     queue_pairs: int = 1
-    seed: int = 0  # of ECMP's hash, of what fails at random, and of tokens
+    seed: int = 0  # for ECMP's hash, random failures and tokens
     failures: tuple[str, ...] = ()
     random_failures: tuple[str, ...] = ()  # such as 1%
     trials: int = 1  # of random failures, with seed, seed + 1, ...
     reroute_seconds: float = 0.0  # from a failure until routes avoid it
-    endpoints: int | None = None  # build the fabrics for so many GPUs; None: as in the catalog
+    endpoints: int | None = None  # build the fabrics for this many GPUs; None: as in the catalog
 
     @classmethod
     def of(cls, options: Mapping[str, Any], sweeps: Sequence[str] = ()) -> Question:
-        """Those of `options`, as they were typed, that are a question's and were given. Raises ValueError."""
+        """Make a question of those `options`, as typed, that are its own and were given. Raises ValueError."""
         names = {each.name for each in fields(cls)}
         given = {name: value for name, value in options.items() if name in names and value is not None}
         given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
@@ -84,7 +86,7 @@ class Question:
         return with_sweeps(cls(**given, gpu_counts=(options.get("gpus"),)), sweeps)
 
     def __post_init__(self) -> None:
-        """Raises ValueError, one line, for what no fabric could make right."""
+        """Raise ValueError, one line, for a mistake that does not depend on the fabric."""
         if not self.fabrics:
             raise ValueError("no fabric: give --fabric once or more")
         if self.collective not in KNOWN:
@@ -93,9 +95,9 @@ class Question:
         self._check_fitting()
         self._check_experts()
         if self.beside is not None and self.has_failures:
-            raise ValueError("--beside with failures is not simulated: ask for one of them at a time")
+            raise ValueError("--beside together with failures is not simulated: ask for one of them at a time")
         if self.stages is None and "pipeline" in (self.collective, *(self.other or ())[:1]):
-            raise ValueError("pipeline: give --stages, the parts that the GPUs are cut into, such as --stages 16")
+            raise ValueError("pipeline: give --stages, the number of stages the GPUs form, such as --stages 16")
 
     def _check_numbers(self) -> None:
         if self.queue_pairs != 1 and self.routing != "ecmp":
@@ -109,13 +111,13 @@ class Question:
         if not 0 <= self.reroute_seconds < np.inf:
             raise ValueError(f"reroute_seconds = {self.reroute_seconds}: must be finite and not negative")
         if self.reroute_seconds and not self.has_failures:
-            raise ValueError("--reroute-seconds is for what fails: add --fail or --fail-random, or leave it out")
+            raise ValueError("--reroute-seconds is for failures: add --fail or --fail-random, or leave it out")
         policy_of(self.routing, self.queue_pairs, self.seed)
         if any(tokens < 0 for tokens in self.tokens):
             raise ValueError(f"tokens = {min(self.tokens)}: use 0 or more")
 
     def _check_fitting(self) -> None:
-        """Options are those of the collective, or of what runs beside it."""
+        """Raise ValueError for an option that neither the collective nor what runs beside it has."""
         asked = {self.collective, self.other[0] if self.other else self.collective}
         for name, takers in _ONLY_FOR.items():
             if name in ("sizes", "tokens"):
@@ -131,11 +133,11 @@ class Question:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"no mode {self.mode!r}; {near_matches(self.mode, MODES)}")
         if self.skew is not None and not 0 <= self.skew <= MOST_SKEW:
-            raise ValueError(f"skew = {self.skew:g}: use 0, all alike, to {MOST_SKEW}; 1 is Zipf's law")
+            raise ValueError(f"skew = {self.skew:g}: use 0 (all experts alike) to {MOST_SKEW}; 1 is Zipf's law")
         for name in ("skew", "tokens") if self.recorded is not None else ():
             if getattr(self, name) not in (None, ()):
                 raise ValueError(
-                    f"--{name} with --recorded: a recording says itself which tokens go where; leave it out"
+                    f"--{name} with --recorded: the recording already says which tokens go where; leave it out"
                 )
 
     @property
@@ -148,17 +150,17 @@ class Question:
 
     @property
     def is_sprayed_to_all(self) -> bool:
-        """All-to-all over all paths, in which flows are alike."""
+        """Whether it is an all-to-all over all paths, in which flows are alike."""
         return self.collective == "all-to-all" and self.routing == "adaptive"
 
     @property
     def is_of_experts(self) -> bool:
-        """Asked for tokens instead of bytes."""
+        """Whether it is asked for tokens and not for bytes."""
         return self.collective in EXPERTS
 
     @property
     def other(self) -> tuple[str, float] | None:
-        """What runs beside the collective, and its bytes, or tokens per GPU. Raises ValueError for another form."""
+        """What runs beside the collective, and its bytes or tokens per GPU. Raises ValueError for another form."""
         if self.beside is None:
             return None
         name, colon, amount = self.beside.partition(":")
@@ -176,15 +178,17 @@ class Question:
 
     @property
     def swept(self) -> str:
-        """What a picture of it has from left to right: "sizes", "tokens", "gpus", or nothing."""
+        """The x-axis of its picture: "sizes", "tokens" or "gpus", or "" without a sweep."""
         several = {"sizes": self.sizes, "tokens": self.tokens, "gpus": self.gpu_counts}
         return next((name for name, values in several.items() if len(values) > 1), "")
 
 
 def with_sweeps(question: Question, sweeps: Sequence[str]) -> Question:
-    """`question` for each of the sizes "1MiB,64MiB", of the doublings "1MiB..1GiB", of "gpus=16..128" or of
-    "tokens=128..4096"; of several, for all combinations. Raises ValueError for another form, for an empty range, for
-    more than 64 cases, and for what is given otherwise too."""
+    """Add `sweeps` to `question`; several are combined in all ways.
+
+    A sweep is a list of sizes "1MiB,64MiB", a range of doublings "1MiB..1GiB", "gpus=16..128" or "tokens=128..4096".
+    Raises ValueError for another form, an empty range, more than 64 cases, and an option that is also given itself.
+    """
     for sweep in sweeps:
         what, is_named, text = sweep.partition("=")
         what, text = (what, text) if is_named else ("tokens" if question.is_of_experts else "size", sweep)
@@ -205,19 +209,21 @@ def with_sweeps(question: Question, sweeps: Sequence[str]) -> Question:
 
 
 def build_fabrics(question: Question) -> list[Fabric]:
-    """All fabrics of `question`, wired. Raises ValueError for an unknown one, for one that cannot be built, and where
-    one has fewer GPUs than are asked for."""
+    """Build all fabrics of `question`.
+
+    Raises ValueError for an unknown one, one that cannot be built, and one with fewer GPUs than are asked for.
+    """
     fabrics = [build(load_fabric(name, question.endpoints)) for name in question.fabrics]
     for index, fabric in enumerate(fabrics):
         if fabric.name in [other.name for other in fabrics[:index]]:
-            raise ValueError(f"two fabrics are named {fabric.name}: give each once, or a file its own name")
+            raise ValueError(f"two fabrics are named {fabric.name}: give each once, or give the file another name")
         for gpus in question.gpu_counts:
             check_gpus(fabric, gpus)
     return fabrics
 
 
 def check_gpus(fabric: Fabric, gpus: int | None) -> int:
-    """How many GPUs take part. Raises ValueError for fewer than 2 and for more than there are."""
+    """Return the number of GPUs that take part. Raises ValueError for fewer than 2 and for more than there are."""
     count = fabric.endpoints if gpus is None else gpus
     if count > fabric.endpoints:
         raise ValueError(
@@ -230,7 +236,7 @@ def check_gpus(fabric: Fabric, gpus: int | None) -> int:
 
 
 def changes_of(question: Question, fabric: Fabric, trial: int = 0) -> tuple[Change, ...]:
-    """What fails on this fabric in one trial, and when. Raises ValueError for parts that it does not have."""
+    """Return what fails on this fabric in one trial, and when. Raises ValueError for parts that it does not have."""
     found = [parse_failure(text, fabric) for text in question.failures]
     for number, text in enumerate(question.random_failures):
         share, at, time = text.partition("@")
@@ -246,5 +252,5 @@ def changes_of(question: Question, fabric: Fabric, trial: int = 0) -> tuple[Chan
 
 
 def changes_text(question: Question) -> str:
-    """What fails, as it was asked for."""
+    """Return what fails, in the words of the question."""
     return ", ".join([*question.failures, *(f"{share} of the cables" for share in question.random_failures)])

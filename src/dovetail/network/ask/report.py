@@ -1,4 +1,4 @@
-"""An `Answer` as tables, as notes and as plain data."""
+"""Prints an answer as tables with notes, or as plain data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, row
 
 
 def tables(answer: Answer) -> list[Table]:
-    """One case in full, or a row for each of several."""
+    """Return the tables: of a single case all figures, of several cases a row each."""
     beside = [_contention(answer)] if answer.question.beside else []
     if len(answer.cases) > 1:
         return [_side_by_side(answer), *beside]
@@ -23,40 +23,40 @@ def tables(answer: Answer) -> list[Table]:
 
 
 def notes(answer: Answer) -> list[str]:
-    """What stands below the tables: how it was simulated, what was cut off, what prices are."""
+    """Return the lines below the tables: how it was simulated, what was cut off, what the prices are."""
     lines = []
     runs = [run for case in answer.cases for run in (case.healthy, *case.failed)]
     if not all(run.flows for run in runs):
-        lines.append("flows of one size that start together end with the busiest link, so that none were simulated")
+        lines.append("no flows were simulated: equal flows that start together end when the busiest link is done")
     if any(run.is_folded for run in runs):
-        some = "" if all(run.is_folded for run in runs) else ", where there were such"
-        lines.append(f"flows that are alike were folded into one, by symmetry{some}")
+        some = "" if all(run.is_folded for run in runs) else ", where there are any"
+        lines.append(f"flows that are alike by symmetry were simulated as one{some}")
     for case in answer.cases:
         if case.late_failures:
             late = f"{case.late_failures} of {len(answer.question.failures + answer.question.random_failures)} failures"
-            lines.append(f"{_where(case)}: {late} came only when all had arrived")
+            lines.append(f"{_where(case)}: {late} came only after everything had arrived")
         broken = [(trial, run.cut_off) for trial, run in enumerate(case.failed) if not run.is_complete]
         for trial, cut in broken[:1]:
             number = f", seed {answer.question.seed + trial}" if len(case.failed) > 1 else ""
             lines.append(f"{_where(case)}{number}: {_cut_off_text(cut)}")
-    counting = "counts a token's vector once" if answer.question.is_of_experts else "as nccl-tests has it"
-    shares = "share: of the time, the latency's" if len(answer.cases) > 1 else "use: share of what a link could carry"
-    lines.append(f"bus bandwidth {counting}, GB/s of 10^9 bytes per GPU; {shares}")
+    counting = "counts a token's vector once" if answer.question.is_of_experts else "is counted as nccl-tests does"
+    shares = "share: latency over time" if len(answer.cases) > 1 else "use: bytes carried over what a link could carry"
+    lines.append(f"bus bandwidth {counting}, in GB/s of 10^9 bytes per GPU; {shares}")
     if answer.question.is_of_experts:
         lines.append(
-            "DeepEP counts it once for each node of its experts, the own one too; on a single node for each GPU, "
-            "low-latency for each expert"
+            "DeepEP counts it once for each node of its experts, its own node included; on a single node once for each "
+            "GPU, and in low-latency mode once for each expert"
         )
         if len(answer.cases) > 1:
             lines.append("to nodes, NVLink: copies of a token; busiest: rows of the busiest GPU over the mean")
     if answer.question.beside:
-        lines.append("first, last: in the class before the other, and in the one after, which gets what is left")
+        lines.append("first: its traffic class is before the other's; last: after it, and gets the bandwidth left")
     lines.extend(dict.fromkeys(f"prices: {each.price_basis}" for each in answer.fabrics))
     return lines
 
 
 def as_json(answer: Answer) -> dict[str, Any]:
-    """Plain data; seconds, bytes, bytes/s and dollars."""
+    """Return plain data, in seconds, bytes, bytes/s and dollars."""
     question = {key: value for key, value in asdict(answer.question).items() if value not in (None, ())}
     cases = [
         asdict(case)
@@ -82,7 +82,7 @@ def _in_full(answer: Answer, case: Case) -> Table:
         ("bus bandwidth", *(_rate(run, run.bus_bandwidth) for run in runs)),
         *(_expert_rows(case, runs) if case.experts else ()),
         ("latency", *(seconds_text(run.latency_seconds) for run in runs)),
-        ("its share of the time", *(f"{run.latency_share:.2%}" for run in runs)),
+        ("latency over time", *(f"{run.latency_share:.2%}" for run in runs)),
         ("flows simulated", *(f"{run.flows:,}" if run.flows else "none" for run in runs)),
     ]
     if case.failed:
@@ -115,7 +115,7 @@ def _expert_rows(case: Case, runs: list[Run]) -> list[tuple[str, ...]]:
 
 
 def _contention(answer: Answer) -> Table:
-    """Two rows for each case: the collective, and what runs beside it."""
+    """Return a table with two rows for each case: the collective, and what runs beside it."""
     several, name = len(answer.cases) > 1, answer.question.collective
     rows: list[tuple[str, ...]] = []
     for case in answer.cases:
@@ -141,7 +141,7 @@ def _fold(seconds: float, alone: float) -> str:
 
 
 def _links(case: Case) -> Table:
-    run, state = (case.failed[0], ", with what fails") if case.failed else (case.healthy, "")
+    run, state = (case.failed[0], ", with failures") if case.failed else (case.healthy, "")
     rows: list[tuple[str, ...]] = [
         (
             each.name,
@@ -231,7 +231,7 @@ def _cut_off_text(cut: CutOff) -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes in the largest unit of 2^10 that is whole, or with three digits."""
+    """Return bytes in the largest unit of 2^10 that they reach."""
     for unit in ("GiB", "MiB", "KiB"):
         if size >= UNITS[unit]:
             return f"{size / UNITS[unit]:.4g} {unit}"
@@ -239,7 +239,7 @@ def size_text(size: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Four digits in s, ms or us."""
+    """Return seconds with four digits in s, ms or us."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.4g} {unit}"
@@ -247,5 +247,5 @@ def seconds_text(seconds: float) -> str:
 
 
 def dollars_text(dollars: float | None) -> str:
-    """Whole dollars."""
+    """Return whole dollars, or "-" for None."""
     return "-" if dollars is None else f"${dollars:,.0f}"

@@ -1,10 +1,11 @@
-"""Two demands at once on the same links: each alone, both in one class, and one strictly before the other.
+"""Two demands at the same time on the same links, sharing them or one with priority.
 
-A class gets what the classes before it leave (`network.flows.flows`). In one class each flow has as much as any other;
-only a copy from the host is cut into as many flows as meet it on its GPU's lanes, for there it is the NIC and the host
-that take turns, however many flows the NIC has. Steps of rings follow one another as a stream here, so that both
-demands keep sending all the time; what waiting between steps adds to a demand alone is added to each time. Messages are
-posted while the wires do their part (`network.delivery.deliver`), so no time is less than that of empty ones.
+Each is simulated alone, both in one traffic class, and each in a class before the other. A class gets what the classes
+before it leave (`network.flows.flows`). In one class each flow gets as much as any other. Only a copy from the host is
+divided into as many flows as it meets on its GPU's lanes, because there the NIC and the host take turns, however many
+flows the NIC has. The steps of rings follow each other as a stream here, so that both demands send all the time; the
+time that a demand alone waits between its steps is added to each result. Messages are posted while bytes are on the
+links (`network.delivery.deliver`), so no time is shorter than that of empty messages.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from dovetail.network.flows.flows import Flows, joined
 from dovetail.network.flows.simulation import simulate
 from dovetail.network.routing.route import Policy, route
 
-WINDOW = 0.0005  # of the least time that links allow: how long what an ended flow leaves may lie idle, for speed
-SHORT = 0.01  # of the shorter demand's time, which that must not exceed
+# For speed, the bandwidth of flows that have ended may stay unused for WINDOW of the least time that links allow, but
+# for at most SHORT of the shorter demand's time.
+WINDOW = 0.0005
+SHORT = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,22 +33,22 @@ class Times:
 
     alone: float
     shared: float  # both in one class
-    first: float  # where the collective asked for is in the class before the other
-    last: float  # where it is in the class after
+    first: float  # the collective asked for is in the class before the other
+    last: float  # it is in the class after the other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contention:
-    """A collective and what runs beside it."""
+    """The times of a collective and of what runs beside it."""
 
     beside: str
-    amount: float  # bytes; tokens per GPU of dispatch and combine
+    amount: float  # bytes, or tokens per GPU for dispatch and combine
     times: Times  # of the collective
     beside_times: Times
 
 
 def contend(fabric: Fabric, policy: Policy, demand: Demand, other: Demand, amount: float) -> Contention:
-    """Both from time 0 on. Raises ValueError for what `route` raises it."""
+    """Simulate both demands from time 0 on. Raises ValueError as `route` does."""
     both = demand, other
     streams = [_stream(each) for each in both]
     if (streams[1].source >= fabric.endpoints).any():
@@ -72,8 +75,10 @@ def contend(fabric: Fabric, policy: Policy, demand: Demand, other: Demand, amoun
 
 
 def window_of(fabric: Fabric, policy: Policy, demand: Demand) -> float:
-    """Seconds that `deliver` may wait before it finds rates anew: 0 where all flows have the same bytes, for these end
-    in few groups."""
+    """Return the seconds for which `deliver` may keep rates after flows have ended.
+
+    They are 0 if all flows have the same bytes, because these end in few groups.
+    """
     longest = 0.0
     for step in demand.steps:
         sizes = step.flows.bytes
@@ -88,7 +93,7 @@ def _stream(demand: Demand) -> Flows:
 
 
 def _as_turns(fabric: Fabric, policy: Policy, flows: Flows, copies: Flows) -> Flows:
-    """`copies` from hosts, each in as many equal parts as there are `flows` on the lanes that it takes."""
+    """Divide each of `copies` from hosts into as many equal parts as there are `flows` on its lanes."""
     lanes = fabric.pcie_link[copies.destination] ^ 1
     meeting = route(fabric, flows, policy).carried(np.ones(len(flows)))[lanes]
     parts = np.maximum(np.rint(meeting), 1).astype(np.int64)
@@ -97,7 +102,7 @@ def _as_turns(fabric: Fabric, policy: Policy, flows: Flows, copies: Flows) -> Fl
 
 
 def _waiting(fabric: Fabric, policy: Policy, alone: Delivery) -> float:
-    """What waiting for one another adds to the stream of a demand."""
+    """Return the seconds that waiting between its steps adds to the stream of a demand."""
     demand = alone.demand
     if all(step.times == step.hops == 1 for step in demand.steps):
         return 0.0

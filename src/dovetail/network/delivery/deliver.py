@@ -1,15 +1,16 @@
-"""How long a demand takes on a fabric: its flows simulated step by step, and what a message costs beside its bytes.
+"""Simulates a demand on a fabric: its flows step by step, and the cost of messages beside their bytes.
 
-A flow is there when its last byte is, after the latency of its path (links' latencies: an end at each NIC, and a hop
-for each cable between switches). Messages to other nodes are posted to a NIC one after another, `gap` seconds apart
-(`spec.fabric.Posting`), while the wires do their part; small ones are bound by that and by latency, as in LogGP, where
-the latency of a first message has its own posting in it:
+A flow has arrived when its last byte has, after the latency of its path (that of both NICs, and a hop for each cable
+between switches). Messages to other nodes are posted to a NIC one after another, `gap` seconds apart
+(`spec.fabric.Posting`), while bytes are on the links. Small messages are limited by that and by latency, as in the
+LogGP model, where the latency of the first message includes its own posting:
 
     step = max(last flow's end, latency, latency to other nodes + (messages - 1) x gap) + (hops - 1) x latency
 
-Messages are those of the GPU that sends most. What is forwarded over NVLink first is posted by a NIC's own GPU; among
-GPUs that send alike that is as many. Left out: the pieces that a large message is cut into (their bytes take the wire
-longer than posting them), the receiver's side, kernels' start, copies from and to hosts and storage.
+The messages are those of the GPU that sends the most. Bytes that first go over NVLink to another GPU count as messages
+of their sender, though the other GPU posts them; if all GPUs send alike, the number is the same. Left out: the pieces
+of a large message (its bytes take the link longer than posting them), the receiver's side, the start of kernels,
+copies from and to hosts and storage.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from dovetail.spec.fabric import Poster
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Delivery:
-    """A demand, delivered but for flows cut off."""
+    """The outcome of a demand."""
 
     demand: Demand
     seconds: float
-    latency_seconds: float  # of `seconds`, what would be left of empty messages
+    latency_seconds: float  # the time of empty messages
     link_bytes: Floats  # [links]
-    cut_off: Flows  # of the step that it ended with, those that never finish; usually none
-    outcomes: tuple[Outcome, ...]  # of each step; more where changes make repetitions differ
+    cut_off: Flows  # flows of its last step that never finish; usually none
+    outcomes: tuple[Outcome, ...]  # one per step; more where changes make repetitions of a step differ
 
     @property
     def is_complete(self) -> bool:
@@ -45,7 +46,7 @@ class Delivery:
 
     @property
     def algorithm_bandwidth(self) -> float:
-        """Bytes/s, as nccl-tests has it; 0 for a demand that is not delivered."""
+        """The bytes/s as nccl-tests counts them; 0 for a demand that is not delivered."""
         return self.demand.size / self.seconds if self.is_complete and self.seconds else 0.0
 
     @property
@@ -63,10 +64,10 @@ def deliver(
     window: float = 0.0,
     reroute_seconds: float = 0.0,
 ) -> Delivery:
-    """Simulate `demand` from time 0 on, with `changes` of links. Steps that begin after a change are routed around it
-    from their start. It ends at the first step of which flows are cut off.
+    """Simulate `demand` from time 0 on, with `changes` of links.
 
-    Raises ValueError for what `route` and `simulate` raise it.
+    Steps that begin after a change are routed around it from their start. The demand ends with the first step that has
+    flows cut off. Raises ValueError as `route` and `simulate` do.
     """
     run = _Run(fabric, policy, changes, forwarding, window, reroute_seconds)
     for step in demand.steps:
@@ -84,30 +85,35 @@ def deliver(
 
 
 def is_posted(fabric: Fabric, flows: Flows) -> Bools:
-    """Which flows are posted to a NIC: those between GPUs on different nodes, all between GPUs without NVLink."""
+    """Return which flows are posted to a NIC: those between nodes, and without NVLink all between GPUs."""
     each = fabric.gpus_per_node if fabric.spec.nvlink is not None else 1
     leaves_node: Bools = flows.source // each != flows.destination // each
     return leaves_node & (flows.source < fabric.endpoints) & (flows.destination < fabric.endpoints)
 
 
 def most_messages(fabric: Fabric, step: Step) -> float:
-    """Of all GPUs, the most that one posts in a step."""
+    """Return the most messages that a single GPU posts in a step."""
     posted = is_posted(fabric, step.flows)
     counts = np.broadcast_to(np.asarray(step.messages, np.float64), len(step.flows))[posted]
     return float(np.bincount(step.flows.source[posted], counts).max(initial=0.0))
 
 
 def most_messages_to_all(fabric: Fabric, gpus: int) -> int:
-    """The same of an all-to-all among the first `gpus`: those of the last node, of which the fewest take part, have the
-    most others to write to; without NVLink all have as many."""
+    """Return the same for an all-to-all among the first `gpus`.
+
+    GPUs of the last node, where the fewest take part, have the most others to write to; without NVLink all have as
+    many.
+    """
     return gpus - ((gpus - 1) % fabric.gpus_per_node + 1 if fabric.spec.nvlink is not None else 1)
 
 
 def empty_seconds(
     fabric: Fabric, flows: Flows, latency: Floats, messages: float, posted_by: Poster = "host"
 ) -> tuple[float, float]:
-    """What flows would take without bytes, of paths that take `latency` [flows]: the longest of them, and all with
-    `messages` posted in a row by one GPU."""
+    """Return the seconds that empty flows take, whose paths have `latency` [flows].
+
+    The first figure is the longest path's, the second includes the posting of `messages` in a row by one GPU.
+    """
     longest = float(latency.max(initial=0.0))
     outside = float(latency[is_posted(fabric, flows)].max(initial=0.0))
     return longest, max(longest, outside + fabric.spec.posting_seconds(messages, posted_by))
@@ -131,7 +137,7 @@ class _Run:
         self.cut_off = Flows.of([], [], 0.0)
 
     def add(self, step: Step) -> None:
-        """All repetitions: those that no change interrupts are alike, and simulated once."""
+        """Simulate all repetitions of a step. Those that no change interrupts are alike, and are simulated once."""
         left, messages = step.times, most_messages(self.fabric, step)
         while left:
             up = self._up()
@@ -176,7 +182,7 @@ class _Run:
         )
 
     def _time(self, step: Step, messages: float, routes: Routes, outcome: Outcome) -> tuple[float, float]:
-        """Seconds of one repetition, and of one with empty messages."""
+        """Return the seconds of one repetition, and of one with empty messages."""
         path, fixed = empty_seconds(self.fabric, step.flows, routes.latency, messages, step.posted_by)
         waiting = (step.hops - 1) * path
         return max(outcome.seconds, fixed) + waiting, fixed + waiting

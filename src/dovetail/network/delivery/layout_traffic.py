@@ -1,16 +1,16 @@
-"""What all groups of a layout send at once, simulated on a network as it is wired.
+"""Simulates the exchanges of all groups of a layout at the same time on a fabric.
 
-Closed forms (`network.demands.closed_forms`) give an exchange the links of its own ranks. Here every group of the
-layout has its exchange at the same time, on GPUs where its ranks are, over paths that a routing picks, and with parts
-that fail:
+In closed forms (`network.demands.closed_forms`) an exchange has the links of its own ranks to itself. Here every group
+of the layout has its exchange at the same time, on the GPUs of its ranks, over paths that a routing chooses, and with
+failures:
 
-    slowdown = seconds of all groups at once / seconds of one group alone, packets sprayed, nothing failing
+    slowdown = seconds of all groups at once / seconds of one group alone, with sprayed packets and no failures
 
-It multiplies the closed form, so that what was measured of kernels stays in, and is 1 where the network has room for
-all. The one group is the first that stays in its node, or leaves it, as the closed form has it; where groups do not
-divide nodes others may do otherwise. Loads are equal: each rank sends the mean.
+The closed form is multiplied by it, so that it keeps what was measured of kernels. It is 1 if the network has room for
+all groups. The group alone is the first one that stays in its node, or leaves it, as the closed form assumes; where
+groups do not divide nodes, other groups may differ in that. Loads are equal: each rank sends the mean.
 
-Ranks are numbered through stages, and in a stage as `cost.ops.step` has them: experts are shared by neighbours, ranks
+Ranks are numbered through all stages, and within a stage as in `cost.ops.step`: neighbours share the experts, the ranks
 of a collective are `stride` apart, and a pipeline's next stage is gpus / pp ranks further. The first GPUs are used.
 """
 
@@ -38,7 +38,7 @@ from dovetail.network.flows.simulation import Change
 from dovetail.network.routing.route import Adaptive, Policy, policy_of
 from dovetail.spec.hardware import Cluster
 
-LONE_NODE = "ft2"  # what a single node is put on, which uses none of it
+LONE_NODE = "ft2"  # the fabric of a single node, which does not use it
 
 Sent = Exchange | Collective | Send
 
@@ -48,10 +48,10 @@ class AtOnce:
     """One kind of exchange: simulated seconds of one group alone, and of all of them together."""
 
     groups: int
-    ranks: int  # of a group
+    ranks: int  # in a group
     alone: float
     together: float
-    busiest: str  # kind of link that all together use most
+    busiest: str  # the kind of link that is used most by all together
 
     @property
     def slowdown(self) -> float:
@@ -74,7 +74,7 @@ class LayoutTraffic:
         return ", ".join([self.fabric.name, self.routing, *(f"without {each}" for each in self.failures)])
 
     def slowed(self, transfer: Transfer, sent: Sent, mode: Mode = "normal") -> Transfer:
-        """`transfer`, of a closed form, with all groups at once. Raises ValueError as `at_once` does."""
+        """Return `transfer`, from a closed form, slowed by all groups at once. Raises ValueError as `at_once` does."""
         if not self.is_sent(sent):
             return transfer
         ratio = self.at_once(sent, mode).slowdown
@@ -82,14 +82,17 @@ class LayoutTraffic:
         return replace(transfer, seconds=ratio * transfer.seconds, formula=formula)
 
     def is_sent(self, sent: Sent) -> bool:
-        """Whether anything leaves a rank."""
+        """Return whether anything leaves a rank."""
         if isinstance(sent, Send):
             return sent.bytes > 0 and sent.distance < self.gpus
         return sent.ranks > 1 and (sent.tokens if isinstance(sent, Exchange) else sent.bytes) > 0
 
     def at_once(self, sent: Sent, mode: Mode = "normal") -> AtOnce:
-        """Of ranks that do send. Raises ValueError where failures cut GPUs off, and for more than 4 GiB of memory."""
-        key = replace(sent, name="dispatch") if isinstance(sent, Exchange) else sent, mode  # the way back is alike
+        """Simulate one group alone and all groups at once; `sent` must not be empty.
+
+        Raises ValueError if failures cut GPUs off, and if more than 4 GiB of memory are needed.
+        """
+        key = replace(sent, name="dispatch") if isinstance(sent, Exchange) else sent, mode  # combine takes as long
         if key not in self._known:
             self._known[key] = self._simulated(sent, mode)
         return self._known[key]
@@ -117,8 +120,8 @@ class LayoutTraffic:
         if needed > MOST_BYTES:
             raise ValueError(
                 f"exchanges of {self.gpus} GPUs on {self.fabric.name} are {flows:,} flows at once and would need about "
-                f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: plan with fewer --gpus, or by closed "
-                "forms"
+                f"{needed / 2**30:,.1f} GiB, more than {MOST_BYTES / 2**30:.0f}: plan with fewer --gpus, or with "
+                "--network closed-forms"
             )
 
     def _cut_off(self, delivery: Delivery) -> str:
@@ -134,10 +137,10 @@ class LayoutTraffic:
 def layout_traffic(
     cluster: Cluster, gpus: int, fabric: str | None = None, routing: str = "adaptive", failures: Sequence[str] = ()
 ) -> LayoutTraffic:
-    """The first `gpus` of `cluster` on its fabric, or another one of the catalog, with the cluster's own bandwidths.
+    """Put the first `gpus` of `cluster` on its fabric, or on another of the catalog, with the cluster's own bandwidths.
 
-    Raises ValueError for a cluster without a fabric, one that cannot be built for it, an unknown routing, and failures
-    of parts that there are not, or that come during a step.
+    Raises ValueError for a cluster without a fabric, a fabric that cannot be built for it, an unknown routing, and
+    failures of parts that do not exist or that begin during a step.
     """
     policy = policy_of(routing)
     wired = build_for(cluster, fabric)
@@ -145,7 +148,7 @@ def layout_traffic(
     for text, change in zip(failures, changes, strict=True):
         if change.seconds:
             raise ValueError(
-                f"--fail {text}: a plan is of many steps, and failures are there from the first on; "
+                f"--fail {text}: a plan is for many steps, and failures are present from the first one on; "
                 f"write {text.partition('@')[0]}"
             )
     return LayoutTraffic(
@@ -159,16 +162,16 @@ def layout_traffic(
 
 
 def build_for(cluster: Cluster, fabric: str | None = None) -> Fabric:
-    """The fabric that joins the nodes of `cluster`, or the one named, for its GPUs and with its bandwidths."""
+    """Build the fabric that joins the nodes of `cluster`, or the one named, for its GPUs and with its bandwidths."""
     name = LONE_NODE if cluster.nodes == 1 and fabric is None else fabric or cluster.fabric
     if name is None:
         raise ValueError(
-            f'{cluster.name} does not say how its nodes are joined: add fabric = "mpft", or what '
+            f'{cluster.name} does not say how its nodes are joined: add fabric = "mpft", or another name that '
             "`dovetail network show` knows, to its file, or give --fabric"
         )
     spec = load_fabric(name)
     nic = spec.nic
-    if cluster.scale_out is not None:  # a fabric's latencies are by path, the cluster's one figure for all
+    if cluster.scale_out is not None:  # keep the fabric's latency: the cluster's is one figure for all paths
         nic = cluster.scale_out.model_copy(update={"latency_us": spec.nic.latency_us})
     changes = {"endpoints": cluster.gpus, "gpus_per_node": cluster.gpus_per_node, "nvlink": cluster.scale_up}
     return build(resized(spec, nic=nic, **changes))
@@ -179,7 +182,7 @@ def _demand(step: Step) -> Demand:
 
 
 def _first_ranks(sent: Sent, gpus: int) -> Longs:
-    """Of each group, the first rank."""
+    """Return the first rank of each group."""
     if isinstance(sent, Send):
         return np.arange(gpus - sent.distance)
     stride = sent.stride if isinstance(sent, Collective) else 1
@@ -189,8 +192,10 @@ def _first_ranks(sent: Sent, gpus: int) -> Longs:
 
 
 def _like_closed_form(sent: Sent, first_ranks: Longs, gpus_per_node: int) -> int:
-    """The first rank of a group that stays in one node where `network.demands.closed_forms` takes it to, else of one
-    that does not."""
+    """Return the first rank of a group that stays in one node if `network.demands.closed_forms` assumes so.
+
+    Otherwise it is that of a group that leaves its node.
+    """
     if isinstance(sent, Send):
         span, leaves = sent.distance, sent.gpus > gpus_per_node
     else:
@@ -201,7 +206,7 @@ def _like_closed_form(sent: Sent, first_ranks: Longs, gpus_per_node: int) -> int
 
 
 def _group_step(sent: Sent, mode: Mode, first: int, gpus_per_node: int) -> Step:
-    """Of the group whose first rank that is."""
+    """Return the exchange of the group whose first rank is `first`."""
     if isinstance(sent, Send):
         return Step(flows=Flows.of([first], [first + sent.distance], sent.bytes))
     if isinstance(sent, Exchange):
@@ -215,7 +220,7 @@ def _group_step(sent: Sent, mode: Mode, first: int, gpus_per_node: int) -> Step:
 
 
 def _all_groups(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) -> Step:
-    """Of all groups. Those that begin at the same place of their node are alike but for which nodes."""
+    """Return the exchange of all groups. Those that begin at the same place of a node differ only in their nodes."""
     flows, messages = [], []
     for place in np.unique(first_ranks % gpus_per_node):
         firsts = first_ranks[first_ranks % gpus_per_node == place]
@@ -228,8 +233,10 @@ def _all_groups(sent: Sent, mode: Mode, first_ranks: Longs, gpus_per_node: int) 
 
 
 def _by_node(members: Longs, gpus_per_node: int, sent: Exchange) -> Flows:
-    """Copies to the GPU of the same index (or the next there is) on every other node, and from there, and from the
-    sender, to all others of the node."""
+    """Return copies to the GPU of the same index on every other node, and on to all others of that node.
+
+    If that node has no such index, it is the next one that it has. On its own node the sender passes copies on itself.
+    """
     node = members // gpus_per_node
     nodes, start, count = np.unique(node, return_index=True, return_counts=True)
     index = np.arange(len(members)) - start[np.searchsorted(nodes, node)]
@@ -237,19 +244,21 @@ def _by_node(members: Longs, gpus_per_node: int, sent: Exchange) -> Flows:
     to_node = np.array([_copies_to(sent, int(ranks)) for ranks in count])
     row, column = np.nonzero(node[:, None] != nodes[None, :])
     across = Flows.of(members[row], members[mate[row, column]], to_node[column])
-    served = np.bincount(mate.ravel(), minlength=len(members)).astype(np.float64)  # ranks whose tokens one hands on
+    served = np.bincount(mate.ravel(), minlength=len(members)).astype(
+        np.float64
+    )  # ranks whose tokens each rank passes on
     row, column = np.nonzero((node[:, None] == node[None, :]) & ~np.eye(len(members), dtype=bool))
     within = Flows.of(members[row], members[column], _copies_to(sent, 1) * served[row])
     return joined([across, within])
 
 
 def _copies_to(sent: Exchange, ranks: int) -> float:
-    """Of a rank's tokens, those with an expert on any of `ranks` neighbours."""
+    """Return the number of a rank's tokens that have an expert on any of `ranks` neighbouring ranks."""
     bins = sent.ranks / ranks
     return sent.tokens * distinct_bins(sent, bins) / bins
 
 
 def _straight(members: Longs, sent: Exchange) -> Flows:
-    """A copy for each expert, to every rank as many."""
+    """Return a copy for each expert, with the same number to every rank."""
     row, column = np.nonzero(~np.eye(len(members), dtype=bool))
     return Flows.of(members[row], members[column], sent.tokens * sent.choices / sent.ranks)

@@ -1,16 +1,17 @@
-"""All-to-all among any number of GPUs from the loads of links alone, without its flows.
+"""Computes an all-to-all among any number of GPUs from the loads of links, without simulating flows.
 
-Flows of equal size that start together never change their rates (`network.flows.simulation`). So those over the busiest
-link, whose share of it is the smallest rate there is, end last, when that link has carried all that it has to:
+Flows of equal size that start together never change their rates (`network.flows.simulation`). Those over the busiest
+link have the smallest rate, so they end last, when that link has carried all its bytes:
 
     seconds = most bytes over bandwidth of any link + latency of the longest path
 
-The latency may be that of another path than the busiest link is on, which is then too long by the difference. Loads are
-summed leaf by leaf: what all others send there is pushed over all shortest paths, shares as
-`network.routing.paths.spray` has them. A dragonfly that is whole is the same seen from each of its groups, so its first
-group's leaves stand for all.
+The longest path need not be one over the busiest link; the result is then too long by the difference. Loads are summed
+leaf by leaf: what all others send to the leaf goes over all shortest paths, in the shares of
+`network.routing.paths.spray`. A dragonfly without failures looks the same from each of its groups, so the leaves of its
+first group stand for all.
 
-For fabrics of one plane without rails, where bytes leave by their own GPU's NIC, and for failures between switches.
+This holds for fabrics of one plane without rails, where bytes leave by their own GPU's NIC, with or without failures
+between switches.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ from dovetail.network.flows.flows import Bools, Floats, Longs
 from dovetail.network.flows.simulation import Change
 from dovetail.network.routing.paths import lengths
 
-LEAVES = 64  # that are looked at together, for memory's sake
+LEAVES = 64  # leaves treated together, to limit memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Loads:
-    """Of an all-to-all in which each GPU has `part` bytes for each other."""
+    """The loads of an all-to-all."""
 
     fabric: Fabric
-    link_flows: Floats  # [links] flows over each, in shares
+    link_flows: Floats  # [links] the number of flows over each, as a sum of shares
     path_seconds: float  # latency of the longest path
-    latency_seconds: float  # of empty messages
+    latency_seconds: float  # time of empty messages
 
     def seconds(self, part: float) -> float:
-        """Until all have everything."""
+        """Return the seconds until everything has arrived, if each GPU has `part` bytes for each other."""
         busiest = float((self.link_flows / self.fabric.capacity).max())
         return max(busiest * part + self.path_seconds, self.latency_seconds)
 
 
 def has_loads(fabric: Fabric, gpus: int, changes: Sequence[Change]) -> bool:
-    """Whether loads of the first `gpus` can be summed: all send by their own NICs from the start to the end."""
+    """Return whether this applies to the first `gpus`: all send by their own NICs from the start to the end."""
     if fabric.planes > 1 or fabric.spec.by_rail or any(change.seconds > 0 for change in changes):
         return False
     up, node = _up(fabric, changes), fabric.gpus_per_node
@@ -54,7 +55,10 @@ def has_loads(fabric: Fabric, gpus: int, changes: Sequence[Change]) -> bool:
 
 
 def all_to_all_loads(fabric: Fabric, gpus: int, changes: Sequence[Change] = ()) -> Loads | None:
-    """Among the first `gpus`, where `has_loads`. None: some have no path to each other."""
+    """Sum the loads of an all-to-all among the first `gpus`, for which `has_loads` must hold.
+
+    Returns None if some of them have no path to each other.
+    """
     from dovetail.network.delivery.loads_numba import CUT_OFF, add_loads
 
     assert has_loads(fabric, gpus, changes)
@@ -97,20 +101,20 @@ def _by_end(end: np.ndarray, links: Longs, count: int) -> tuple[Longs, Longs]:  
 
 
 def _leave_out_nodes(fabric: Fabric, leaf_of: Longs, leaves: Longs, amounts: Floats) -> None:
-    """Pairs that share a node stay on NVLink, where there is some."""
+    """Take out of `amounts` the pairs that share a node, because they use NVLink if there is one."""
     if (fabric.nvlink_link < 0).any():
         return
     node = np.arange(len(leaf_of)) // fabric.gpus_per_node
     row = np.full(fabric.switches, -1)
     row[leaves] = np.arange(len(leaves))
-    for step in range(fabric.gpus_per_node):  # each GPU with the one `step` behind it in its node
+    for step in range(fabric.gpus_per_node):  # pairs each GPU with the one `step` after it in its node
         mate = node * fabric.gpus_per_node + (np.arange(len(leaf_of)) + step) % fabric.gpus_per_node
         here = np.flatnonzero((mate < len(leaf_of)) & (row[leaf_of] >= 0))
         np.subtract.at(amounts, (row[leaf_of[here]], leaf_of[mate[here]]), 1.0)
 
 
 def _at_the_ends(fabric: Fabric, gpus: int) -> Floats:
-    """Over NICs, PCIe and NVLink of the GPUs that take part."""
+    """Return the flows over NICs, PCIe and NVLink of the GPUs that take part [links]."""
     load = np.zeros(fabric.links)
     node = np.arange(gpus) // fabric.gpus_per_node
     mates = np.bincount(node)[node] - 1 if (fabric.nvlink_link >= 0).all() else np.zeros(gpus, np.int64)
@@ -126,8 +130,10 @@ def _at_the_ends(fabric: Fabric, gpus: int) -> Floats:
 
 
 def _latencies(fabric: Fabric, gpus: int, longest: int) -> tuple[float, float]:
-    """Of the longest path, and with messages posted one after another, as `network.delivery.deliver` has it. All NICs
-    are alike, as are all cables between switches."""
+    """Return the latency of the longest path, and the seconds of empty messages posted one after another.
+
+    Messages are posted as in `network.delivery.deliver`. All NICs are alike, and so are all cables between switches.
+    """
     hop = float(fabric.latency[fabric.kind == SWITCH].max(initial=0.0))
     outside = 2 * float(fabric.latency[fabric.kind == NIC].max()) + longest * hop
     within = 2 * float(fabric.latency[fabric.nvlink_link[0]]) if fabric.nvlink_link[0] >= 0 else 0.0
@@ -136,7 +142,7 @@ def _latencies(fabric: Fabric, gpus: int, longest: int) -> tuple[float, float]:
 
 
 def _is_turned(fabric: Fabric, gpus: int, changes: Sequence[Change]) -> bool:
-    """Whether each group can take the next one's place: all GPUs take part, as many on each switch, nothing fails."""
+    """Return whether a dragonfly looks the same from each group: all GPUs take part, evenly, and nothing fails."""
     counts = np.bincount(fabric.leaf[:, 0] - fabric.first_switch, minlength=fabric.switches)
     nodes = fabric.leaf[:, 0].reshape(fabric.nodes, -1)
     return (
@@ -148,8 +154,10 @@ def _is_turned(fabric: Fabric, gpus: int, changes: Sequence[Change]) -> bool:
 
 
 def _turned(fabric: Fabric, load: Floats) -> Floats:
-    """Loads towards the leaves of all groups from those towards the first one's: links between switches of the same
-    places in their groups, as far apart, have the sum of all of these."""
+    """Return the loads towards the leaves of all groups from those towards the leaves of the first group.
+
+    Links between the same two places in groups at the same distance are alike. Each gets the sum over these links.
+    """
     groups = int(fabric.switch_group.max()) + 1
     size = fabric.switches // groups
     links = np.flatnonzero(fabric.kind == SWITCH)
@@ -158,6 +166,6 @@ def _turned(fabric: Fabric, load: Floats) -> Floats:
     kind = (one % size * size + other % size) * groups + apart
     _, place, number = np.unique(kind, return_inverse=True, return_counts=True)
     found = np.zeros(fabric.links)
-    # Parallel cables are alike, so that each of a kind has its mean.
+    # Parallel cables are alike, so each link of a kind gets the kind's mean.
     found[links] = (np.bincount(place, load[links]) * groups / number)[place]
     return found

@@ -1,4 +1,4 @@
-"""Loads of links towards one leaf after another, compiled; `network.delivery.loads` says what they are."""
+"""CPU kernel of `loads`: sums the flows towards one leaf after another over links."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ CUT_OFF = -1
 
 @njit(cache=True)
 def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # type: ignore[no-untyped-def]
-    """Add to `load` [links] what `amounts` [leaves, switches] of flows to each of `leaves` put on links, sprayed over
-    all shortest paths. `into` and `out` are links by the switch that they lead to and leave, as CSR; `ends` the
-    switches that each link is from and to, `lengths` as `paths.lengths` has them. Returns links on the path of most, or
-    CUT_OFF."""
+    """Add the flows from all switches to each of `leaves`, sprayed over all shortest paths, to `load` [links].
+
+    `amounts` [leaves, switches] are the flows. `into` and `out` are the links by the switch that they lead to and by
+    the one that they leave, as CSR; `ends` are the switches at both ends of each link, and `lengths` those of
+    `paths.lengths`. Returns the number of links on the longest path, or CUT_OFF.
+    """
     switches, most = len(into[0]) - 1, 0
     distance, order, links = np.empty(switches, np.int32), np.empty(switches, np.int32), np.empty(switches, np.int32)
     width, left = np.empty(switches), np.empty(switches)
@@ -24,7 +26,7 @@ def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # typ
                 return CUT_OFF
         width[:], left[:], links[:] = 0.0, amounts[index], 0
         width[leaves[index]] = np.inf
-        for place in range(1, reached):  # from near to far: what each switch can carry
+        for place in range(1, reached):  # from near to far: the bandwidth that each switch has towards the leaf
             u = order[place]
             for q in range(out[0][u], out[0][u + 1]):
                 link = out[1][q]
@@ -34,7 +36,7 @@ def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # typ
                     links[u] = max(links[u], links[v] + 1)
             if left[u] > 0:
                 most = max(most, links[u])
-        for place in range(reached - 1, 0, -1):  # from far to near: what each passes on
+        for place in range(reached - 1, 0, -1):  # from far to near: the flows that each switch passes on
             u = order[place]
             if left[u] > 0:
                 for q in range(out[0][u], out[0][u + 1]):
@@ -49,7 +51,8 @@ def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # typ
 
 @njit(cache=True)
 def _search(into, ends, lengths, leaf, distance, order):  # type: ignore[no-untyped-def]
-    """Lengths of shortest paths to `leaf` (-1: no way) in `distance`, switches by that in `order`, and how many."""
+    """Write the lengths of shortest paths to `leaf` into `distance` (-1 without a path), and the switches, nearest
+    first, into `order`. Returns how many are reached."""
     distance[:] = -1
     distance[leaf] = 0
     reached, far, farthest = 0, 0, 0

@@ -1,14 +1,14 @@
-"""Flows that are alike, folded into one, so that demands among many thousands of GPUs can be simulated.
+"""Folds flows that are alike into one, so that many thousands of GPUs can be simulated.
 
-Nodes can be swapped without changing the fabric if their GPUs are on the same leaves, the same links of theirs fail and
-come back at the same times, and as many of their GPUs take part. Where packets are sprayed, routes are swapped with
-them, detours too, so GPUs with one index in such nodes are a class, flows between two classes are (those that stay in
-their node apart from others), and so are their links. Parallel cables between two switches that are up at the same
-times are a class as well. All of a class have the same rate; one stands for them:
+Nodes can be swapped without changing the fabric if their GPUs are on the same leaves, the same of their links fail and
+come back at the same times, and the same number of their GPUs take part. Where packets are sprayed, routes and detours
+are swapped with the nodes. So GPUs of the same index in such nodes form a class; so do the flows between two classes
+(those within a node apart from the others), and their links. Parallel cables between two switches that are up at the
+same times are a class as well. All flows of a class have the same rate, and one stands for all:
 
     share of a link's class = (flows that this one stands for) x (shares it has of links in the class) / (links in it)
 
-A hash tells alike flows apart, so ECMP and static tables cannot be folded.
+ECMP and static tables send such flows over different paths, so they cannot be folded.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from dovetail.network.routing.route import Adaptive, route
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Classes:
-    """Of the GPUs and links of a fabric."""
+    """The classes of a fabric's GPUs, links and nodes."""
 
     gpu_class: Ints  # [endpoints]
     link_class: Ints  # [links]
     link_count: Longs  # [classes]
     example: Longs  # [classes] a link of each
-    node_class: Longs  # [nodes] from 0 on
+    node_class: Longs  # [nodes] numbered from 0
     members: Longs  # [classes of nodes] GPUs of each such node that take part
-    number: Longs  # [classes of nodes] how many nodes
+    number: Longs  # [classes of nodes] number of nodes
 
     @property
     def num_flows(self) -> int:
-        """Of an all-to-all, folded."""
+        """The number of flows of a folded all-to-all."""
         members, alone = self.members, self.number == 1
         return int(members.sum() ** 2 - (members[alone] ** 2).sum() + (members * (members - 1)).sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldedFlows:
-    """Flows, and how many each stands for."""
+    """Flows, and the number that each stands for."""
 
     flows: Flows
     counts: Floats
@@ -56,11 +56,11 @@ class FoldedFlows:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FoldedOutcome:
-    """`outcome` has one entry per folded flow, and its links are classes."""
+    """The outcome of folded flows. `outcome` has one entry per folded flow, and its links are classes."""
 
     folded: FoldedFlows
     outcome: Outcome
-    latency_seconds: float  # of empty messages, before anything fails on the way
+    latency_seconds: float  # time of empty messages, before anything fails
 
     @property
     def seconds(self) -> float:
@@ -68,17 +68,17 @@ class FoldedOutcome:
 
     @property
     def link_bytes(self) -> Floats:
-        """[links of the fabric]"""
+        """The bytes over each link of the fabric [links]."""
         return self.outcome.link_bytes[self.folded.classes.link_class]
 
     @property
     def num_cut_off(self) -> int:
-        """Flows of the whole demand that never finish."""
+        """The number of flows of the whole demand that never finish."""
         return round(float(self.folded.counts[self.outcome.is_cut_off].sum()))
 
     @property
     def delivered_share(self) -> float:
-        """Of all bytes."""
+        """The share of all bytes that was delivered."""
         if not self.outcome.is_cut_off.any():
             return 1.0
         meant = self.folded.flows.bytes @ self.folded.counts
@@ -86,7 +86,7 @@ class FoldedOutcome:
 
 
 def classes_of(fabric: Fabric, changes: Sequence[Change] = (), gpus: int | None = None) -> Classes:
-    """With these `changes` of links, the first `gpus` taking part (None: all)."""
+    """Find the classes for these `changes` of links, if the first `gpus` take part (None: all)."""
     each, fate = fabric.gpus_per_node, _fates(fabric, changes)
     members = np.clip((fabric.endpoints if gpus is None else gpus) - np.arange(fabric.nodes) * each, 0, each)
     links = np.column_stack([fabric.nic_link, fabric.pcie_link, fabric.host_link, fabric.nvlink_link])
@@ -94,7 +94,7 @@ def classes_of(fabric: Fabric, changes: Sequence[Change] = (), gpus: int | None 
     marks = np.column_stack([fabric.leaf, *fates]).reshape(fabric.nodes, -1)
     node_class = np.unique(np.column_stack([marks, members]), axis=0, return_inverse=True)[1].reshape(-1)
     gpu_class = (node_class[:, None] * each + np.arange(each)).ravel()
-    vertex = np.arange(fabric.vertices, dtype=np.int64) + fabric.endpoints + fabric.nodes  # of its own
+    vertex = np.arange(fabric.vertices, dtype=np.int64) + fabric.endpoints + fabric.nodes  # each a class of its own
     vertex[: fabric.endpoints] = gpu_class
     node_vertex = fabric.endpoints + node_class
     if fabric.first_switch > fabric.first_hub:
@@ -119,7 +119,7 @@ def classes_of(fabric: Fabric, changes: Sequence[Change] = (), gpus: int | None 
 
 
 def _states(fabric: Fabric, changes: Sequence[Change]) -> Iterator[tuple[float, Bools]]:
-    """Times of changes, and which links are up from then on."""
+    """Yield the times of changes, and which links are up from then on."""
     up = np.ones(fabric.links, bool)
     for seconds in sorted({change.seconds for change in changes}):
         for change in changes:
@@ -129,7 +129,7 @@ def _states(fabric: Fabric, changes: Sequence[Change]) -> Iterator[tuple[float, 
 
 
 def _fates(fabric: Fabric, changes: Sequence[Change]) -> Longs:
-    """[links] the same number for links that are up at the same times."""
+    """Return a number for each link [links], the same for links that are up at the same times."""
     fate = np.zeros(fabric.links, np.int64)
     for _, up in _states(fabric, changes):
         fate = np.unique(2 * fate + up, return_inverse=True)[1].reshape(-1)
@@ -139,10 +139,10 @@ def _fates(fabric: Fabric, changes: Sequence[Change]) -> Longs:
 def folded_all_to_all(
     fabric: Fabric, size: float, changes: Sequence[Change] = (), gpus: int | None = None
 ) -> FoldedFlows:
-    """All-to-all among the first `gpus` (None: all), `size` bytes per rank, for `changes` that are still to come."""
+    """Return an all-to-all among the first `gpus` (None: all), `size` bytes per rank, for the `changes` to come."""
     each, classes = fabric.gpus_per_node, classes_of(fabric, changes, gpus)
     kinds = np.flatnonzero(classes.members)
-    # The first node of each class, and the second, for flows between two nodes of it.
+    # The first node of each class, and the second for flows between two nodes of one class.
     order = np.argsort(classes.node_class, kind="stable")
     begins = (np.cumsum(classes.number) - classes.number)[kinds]
     first, second = order[begins], order[np.minimum(begins + 1, len(order) - 1)]
@@ -162,8 +162,10 @@ def folded_all_to_all(
 def _flows_between(
     each: int, from_nodes: tuple[Longs, Longs], to_nodes: tuple[Longs, Longs], counts: Floats
 ) -> tuple[Longs, Longs, Floats]:
-    """Sources and destinations of all flows between pairs of nodes, and the counts of these; nodes are given with how
-    many of their `each` GPUs take part."""
+    """Return the sources, destinations and counts of all flows between pairs of nodes.
+
+    Nodes are given with the number of their `each` GPUs that take part.
+    """
     index, mate = (grid.ravel() for grid in np.indices((each, each)))
     (one, members), (other, mates) = from_nodes, to_nodes
     takes_part = (index < members[:, None]) & (mate < mates[:, None])
@@ -181,12 +183,12 @@ def simulate_folded(
     forwarding: Forwarding = "source",
     window: float = 0.0,
 ) -> FoldedOutcome:
-    """Adaptive routing, as `network.delivery.deliver` has it of the whole demand.
+    """Simulate folded flows with adaptive routing, with the result that the whole demand would have.
 
-    Raises ValueError for `changes` that are other than those that `folded` was folded for, and as `simulate` does.
+    Raises ValueError for other `changes` than those that `folded` was folded for, and as `simulate` does.
     """
     classes = folded.classes
-    # One of parallel cables between switches stands for all.
+    # One of several parallel cables between switches stands for all.
     cables = np.zeros(fabric.links)
     cables[classes.example] = classes.link_count
     up, later = _changes_of(classes, fabric, changes)
@@ -211,13 +213,15 @@ def simulate_folded(
 
 
 def _changes_of(classes: Classes, fabric: Fabric, changes: Sequence[Change]) -> tuple[Bools, list[Change]]:
-    """Which classes of links are up at first, and what changes of them later. Raises ValueError for other changes than
-    those that the classes are of."""
+    """Return which classes of links are up at first, and their later changes.
+
+    Raises ValueError for other changes than those of the classes.
+    """
     up, later = np.ones(len(classes.example), bool), []
     for seconds, is_up in _states(fabric, changes):
         now = is_up[classes.example]
         if (is_up != now[classes.link_class]).any():
-            raise ValueError(f"at {seconds} s some links change of those folded into one: fold for these changes")
+            raise ValueError(f"at {seconds} s only some links of a class change: fold for these changes")
         if seconds > 0:
             states = (now, True), (~now, False)
             later += [Change(seconds=seconds, links=_indices(of), is_up=state) for of, state in states]
@@ -231,14 +235,14 @@ def _indices(chosen: Bools) -> Ints:
 
 
 def fold(routes: Routes, counts: Floats, classes: Classes) -> Routes:
-    """`routes` of flows that stand for `counts` each, over classes of links."""
+    """Return `routes` over classes of links, for flows that stand for `counts` each."""
     num_classes, bundles = len(classes.example), routes.bundles
     becomes = np.concatenate([classes.link_class, num_classes + np.arange(len(bundles))]).astype(np.int32)
     part = np.concatenate([1.0 / classes.link_count[classes.link_class], np.ones(len(bundles))])
     shares = np.repeat(counts, np.diff(routes.offsets))
     if len(routes.shares):
         shares *= routes.shares
-    for low in range(0, len(shares), 1 << 20):  # not all at once, for memory's sake
+    for low in range(0, len(shares), 1 << 20):  # in blocks, to limit memory
         shares[low : low + (1 << 20)] *= part[routes.items[low : low + (1 << 20)]]
     return replace(
         routes,
@@ -250,8 +254,10 @@ def fold(routes: Routes, counts: Floats, classes: Classes) -> Routes:
 
 
 def named_gpus(result: FoldedOutcome, most: int) -> tuple[list[int], bool]:
-    """GPUs of the whole demand without which nothing would be cut off: the one with most flows that are, then that of
-    those left, `most` at most; and whether there are others."""
+    """Return up to `most` GPUs without which nothing would be cut off, and whether there are others.
+
+    The first has the most flows that are cut off, the next the most of those left, and so on.
+    """
     folded, classes = result.folded, result.folded.classes
     each = len(classes.gpu_class) // len(classes.node_class)
     chosen = result.outcome.is_cut_off
@@ -262,7 +268,7 @@ def named_gpus(result: FoldedOutcome, most: int) -> tuple[list[int], bool]:
     load = np.zeros(len(number))
     for side in sides:
         load += np.bincount(side, folded.counts[chosen] / number[side], minlength=len(number))
-    left = load[classes.gpu_class]  # flows of each GPU that are cut off
+    left = load[classes.gpu_class]  # each GPU's flows that are cut off
     node = np.arange(len(left)) // each
     named: list[int] = []
     while left.max(initial=0.0) > 0.5 and len(named) < most:
