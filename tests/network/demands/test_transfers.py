@@ -75,9 +75,9 @@ def test_hosts_copy_over_pcie() -> None:
 
 def test_mistakes() -> None:
     mpft = build(load_fabric("mpft", 64))
-    with pytest.raises(ValueError, match="64 GPUs are not 5 equal stages: use --stages 4, or --gpus 65"):
+    with pytest.raises(ValueError, match="64 GPUs do not make 5 equal stages: use --stages 4, or --gpus 65"):
         pipeline(range(64), 1.0, 5)
-    with pytest.raises(ValueError, match="7 GPUs are not 3 equal stages: use --stages 7, or --gpus 6"):
+    with pytest.raises(ValueError, match="7 GPUs do not make 3 equal stages: use --stages 7, or --gpus 6"):
         pipeline(range(7), 1.0, 3)
     with pytest.raises(ValueError, match="a pipeline has 2 or more"):
         pipeline(range(64), 1.0, 1)

@@ -1,17 +1,17 @@
-"""How long ranks take to exchange tokens, sums and activations: bytes per link, over what the link reaches.
+"""Closed forms for the time of exchanges between ranks: the bytes of a link over its achieved rate.
 
-Tokens to experts and back (all numbers per GPU, one way):
+Tokens go to experts and back in one of two ways (all numbers are per GPU and one way):
 
     normal       a vector crosses the network once per node that has an expert of its token, to the GPU of the same
                  index there, which passes it on inside the node, once per rank [V3 §3.2.2, DeepEP]
-    low-latency  one message per expert, straight to its rank, with no one in between [DeepEP]
+    low-latency  one message per expert goes directly to its rank [DeepEP]
 
-Where the GPU's file has measured exchanges of this kind over links of this cluster's bandwidth, their rate is taken: of
-the same number of ranks as it is, of others interpolated, beyond them at the nearest one's rate in a wider band. Where
-there are none, the links' achieved bandwidths bound it. A part of a measured time that does not shrink with the bytes
-is the links' latency.
+If the GPU's file has measured exchanges of this kind over links of this cluster's bandwidth, their rate is taken. For a
+number of ranks that was not measured it is interpolated, and beyond the measured numbers it is the nearest one's rate
+in a wider band. If there are no such measurements, the time follows from the links' achieved bandwidths. The part of a
+measured time that does not shrink with the bytes is the links' latency.
 
-Sums and gathers run as rings, within nodes and then, each GPU with its part, across them.
+Sums and gathers run as rings, within nodes and then, each GPU with its part, across nodes.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from dovetail.spec.measurements import ExchangePoint
 Mode = Literal["normal", "low-latency"]
 Bound = Literal["scale-up", "scale-out", "latency"]
 
-MEASURED = 1.05  # band around a measured rate, as a ratio: repeated runs; unverified
-SAME_LINK = 0.02  # datasheets round: 400 Gb/s are 50 GB/s
-EXTRAPOLATED = 1.25  # the same beyond the ranks that were measured; unverified
+MEASURED = 1.05  # band around a measured rate, as a ratio, for the spread of repeated runs; unverified
+SAME_LINK = 0.02  # bandwidths that differ by less are the same, because datasheets round
+EXTRAPOLATED = 1.25  # the band beyond the measured numbers of ranks; unverified
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Seconds of one exchange, what binds it, the formula with its numbers, and who measured what it rests on."""
+    """One exchange: its seconds, what limits it, the formula with its numbers, and the measurements' source."""
 
     seconds: Band
     bound: Bound
     formula: str
     source: str
-    is_measured: bool = False  # at this number of ranks
+    is_measured: bool = False  # whether this number of ranks was measured
 
 
 NOTHING = Transfer(seconds=Band.exact(0.0), bound="latency", formula="nothing to send", source="")
@@ -58,7 +58,7 @@ class LinkBytes:
 
 
 def exchange_bytes(exchange: Exchange, gpus_per_node: int, mode: Mode = "normal") -> LinkBytes:
-    """What one exchange sends per GPU, after deduplication (and, back from the experts, after sums on the way)."""
+    """Return the bytes of one exchange per GPU, with copies shared, and sums on the way back, as the mode does."""
     ranks = exchange.ranks
     each = exchange.tokens * exchange.bytes_per_copy
     within = min(gpus_per_node, ranks)
@@ -75,9 +75,9 @@ def exchange_bytes(exchange: Exchange, gpus_per_node: int, mode: Mode = "normal"
 
 @lru_cache(maxsize=1 << 14)
 def exchange_time(exchange: Exchange, cluster: Cluster, mode: Mode = "normal") -> Transfer:
-    """Seconds of one dispatch or combine among its `ranks`, all GPUs at once and their loads equal.
+    """Return the time of one dispatch or combine among its `ranks`, all GPUs at once with equal loads.
 
-    Raises ValueError where the cluster has fewer GPUs than the exchange has ranks.
+    Raises ValueError if the cluster has fewer GPUs than the exchange has ranks.
     """
     if exchange.ranks > cluster.gpus:
         raise ValueError(f"experts over {exchange.ranks} ranks, but {cluster.name} has {cluster.gpus} GPUs")
@@ -88,10 +88,10 @@ def exchange_time(exchange: Exchange, cluster: Cluster, mode: Mode = "normal") -
 
 
 def collective_time(collective: Collective, cluster: Cluster) -> Transfer:
-    """Seconds in rings: of n ranks (n - 1) / n of the bytes and n - 1 latencies, twice that for a sum that all get.
-    Ranks that share a node go first, so that each then takes its part across nodes.
+    """Return the time in rings: (n - 1) / n of the bytes and n - 1 latencies for n ranks, or twice that for all-reduce.
 
-    Raises ValueError where the ranks span more nodes than are joined.
+    Ranks that share a node go first, so that each then takes its part across nodes. Raises ValueError if the ranks are
+    on several nodes that no link joins.
     """
     ranks, bytes = collective.ranks, collective.bytes
     if ranks == 1 or bytes == 0:
@@ -111,7 +111,7 @@ def collective_time(collective: Collective, cluster: Cluster) -> Transfer:
 
 
 def send_time(bytes: float, cluster: Cluster, is_within_node: bool = False) -> Transfer:
-    """Seconds from one GPU to another, as between the stages of a pipeline."""
+    """Return the time from one GPU to another, as between the stages of a pipeline."""
     link = cluster.scale_up if is_within_node or cluster.scale_out is None else cluster.scale_out
     bound: Bound = "scale-up" if link is cluster.scale_up else "scale-out"
     return Transfer(
@@ -123,8 +123,7 @@ def send_time(bytes: float, cluster: Cluster, is_within_node: bool = False) -> T
 
 
 def _comparable(exchange: Exchange, cluster: Cluster, mode: Mode) -> list[ExchangePoint]:
-    """Measured exchanges over the same kind of link, by ranks; not over one of another bandwidth than this cluster's,
-    which says nothing about its own."""
+    """Return the measured exchanges over a link of the same kind and bandwidth as this cluster's, by ranks."""
     over = "scale-up" if exchange.ranks <= cluster.gpus_per_node else "scale-out"
     link = cluster.scale_up if over == "scale-up" else _scale_out(cluster)
     points = [
@@ -145,7 +144,7 @@ def _from_points(exchange: Exchange, cluster: Cluster, mode: Mode, points: list[
         copies = distinct_bins(exchange, -(-exchange.ranks // cluster.gpus_per_node) if is_out else exchange.ranks)
     sent = exchange.tokens * copies * exchange.bytes_per_copy
     rate, near, is_measured = _rate(exchange.ranks, points, copies)
-    # Through the measured time: latency + bytes x slope.
+    # The line through the measured time is latency + bytes x slope.
     measured_bytes = near.tokens * copies * near.bytes_per_token
     latency = min(link.latency.value, 0.5 * measured_bytes / rate.value)
     slope = (measured_bytes / rate - latency) / measured_bytes
@@ -161,7 +160,7 @@ def _from_points(exchange: Exchange, cluster: Cluster, mode: Mode, points: list[
 
 
 def _rate(ranks: int, points: list[ExchangePoint], copies: float) -> tuple[Band, ExchangePoint, bool]:
-    """Bytes/s at `ranks`, as their source counts bytes; the nearest point; whether it is of this number of ranks."""
+    """Return the bytes/s at `ranks`, as the source counts bytes, the nearest point, and whether it is for `ranks`."""
     near = min(points, key=lambda point: abs(math.log(point.ranks / ranks)))
     if near.ranks == ranks:
         return _point_rate(near, copies).widened(MEASURED), near, True
@@ -183,7 +182,7 @@ def _point_rate(point: ExchangePoint, copies: float) -> Band:
 
 
 def _from_links(exchange: Exchange, cluster: Cluster, mode: Mode) -> Transfer:
-    """Both links carry their part at once."""
+    """Return the time if both links carry their part at the same time."""
     carried = exchange_bytes(exchange, cluster.gpus_per_node, mode)
     up = carried.scale_up / cluster.scale_up.bandwidth
     formula = f"{carried.scale_up:.4g} B / {cluster.scale_up.achieved_gbs.value:g} GB/s within the node"
@@ -196,7 +195,7 @@ def _from_links(exchange: Exchange, cluster: Cluster, mode: Mode) -> Transfer:
         formula = f"the longer of {carried.scale_out:.4g} B / {link.achieved_gbs.value:g} GB/s and {formula}"
     wire: Bound = "scale-up" if seconds.value == up.value else "scale-out"
     return Transfer(
-        # The links' bands are of long streams; nothing says how near this cluster's kernels come.
+        # The links' bands are those of long streams; how near this cluster's kernels come to them is not known.
         seconds=seconds.widened(EXTRAPOLATED) + latency,
         bound="latency" if latency.value > seconds.value else wire,
         formula=f"{formula}, + {latency.value * 1e6:.3g} us",
@@ -212,7 +211,7 @@ def _ring(link: Link, bytes: float, ranks: int) -> Band:
 
 def _scale_out(cluster: Cluster) -> Link:
     if cluster.scale_out is None:
-        raise ValueError(f"{cluster.name} has no [scale_out] link, but ranks on several nodes are to exchange")
+        raise ValueError(f"{cluster.name} has no [scale_out] link for an exchange between nodes: add it to its file")
     return cluster.scale_out
 
 

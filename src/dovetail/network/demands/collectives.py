@@ -1,13 +1,14 @@
-"""What collectives ask of the network: flows, in steps that follow each other.
+"""Collectives as flows in steps: all-to-all, rings, trees and point-to-point.
 
     all-to-all          each rank sends size / n to every rank
-    ring                n - 1 steps to gather or to reduce-scatter, 2 (n - 1) to all-reduce, of size / n to the next
-    tree                reduce up and broadcast down two binary trees, half of the bytes each, pieces in a pipeline;
-                        a rank is inside one tree and a leaf of the other
+    ring                each rank sends size / n to the next one, in n - 1 steps to gather or to reduce-scatter, and in
+                        2 (n - 1) steps to all-reduce
+    tree                sums go up and results down two binary trees with half of the bytes each, in pieces that follow
+                        each other; a rank is inside one tree and a leaf of the other
 
-`size` is what nccl-tests calls so: of all-to-all what one rank holds, of the others the whole tensor; algorithm
-bandwidth is size over time, and bus bandwidth that times `bus_factor`. For experts see `network.demands.experts`, for
-what goes from one part of the GPUs to another `network.demands.transfers`.
+`size` is what nccl-tests calls size: for an all-to-all the bytes of one rank, for the others the whole tensor. The
+algorithm bandwidth is size over time, and the bus bandwidth is that times `bus_factor`. Expert exchanges are in
+`network.demands.experts`, sends between parts of the GPUs in `network.demands.transfers`.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ COLLECTIVES = ("all-to-all", *RINGS, "tree-all-reduce", "point-to-point")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Step:
-    """Flows that start together; the step is over when all have ended, and is run `times` times in a row."""
+    """Flows that start together. The step is over when all have ended, and runs `times` times in a row."""
 
     flows: Flows
     times: int = 1
-    messages: Floats | float = 1.0  # that each flow is posted as
+    messages: Floats | float = 1.0  # the number of messages that each flow is posted as
     posted_by: Poster = "host"
-    hops: int = 1  # messages that wait for one another: levels of a tree
+    hops: int = 1  # messages in a row that wait for each other, as on the levels of a tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,13 +52,15 @@ class Demand:
 
     @property
     def bytes_sent(self) -> float:
-        """By all ranks together."""
+        """The bytes that all ranks together send."""
         return float(sum(step.times * step.flows.bytes.sum() for step in self.steps))
 
 
 def collective(name: str, gpus: Sequence[int], size: float, gpus_per_node: int = 1, channels: int = 1) -> Demand:
-    """The collective called `name` (of COLLECTIVES) among `gpus`. Raises ValueError for another name, for a negative
-    size and for fewer than two GPUs, or one twice."""
+    """Return the collective `name` (one of COLLECTIVES) among `gpus`.
+
+    Raises ValueError for another name, a negative size, fewer than two GPUs, and a GPU given twice.
+    """
     if name not in COLLECTIVES:
         raise ValueError(f"no collective {name!r}; {near_matches(name, COLLECTIVES)}")
     ring = ring_orders(gpus, gpus_per_node, channels)
@@ -71,7 +74,7 @@ def collective(name: str, gpus: Sequence[int], size: float, gpus_per_node: int =
 
 
 def all_to_all(gpus: Sequence[int], size: float) -> Demand:
-    """Each rank's `size` bytes in equal parts to all ranks, itself included: that part stays where it is."""
+    """Return each rank's `size` bytes in equal parts to all ranks. Its part to itself stays where it is."""
     ranks = checked_ranks(gpus, size)
     count = len(ranks)
     source, destination = np.divmod(np.arange(count * count, dtype=np.int64), count)
@@ -82,17 +85,20 @@ def all_to_all(gpus: Sequence[int], size: float) -> Demand:
 
 
 def ring_orders(gpus: Sequence[int], gpus_per_node: int = 1, channels: int = 1) -> list[NDArray[np.int32]]:
-    """The GPUs in a ring for each channel: node by node, and within nodes from GPU `channel` on, so that channels
-    leave nodes through different NICs. Raises ValueError for channels below 1."""
+    """Return the order of the GPUs in each channel's ring.
+
+    A ring goes node by node, and within a node it starts with GPU `channel`, so that channels leave nodes through
+    different NICs. Raises ValueError for less than one channel.
+    """
     ranks = checked_ranks(gpus, 0.0)
     if channels < 1:
-        raise ValueError(f"channels = {channels}: at least 1")
+        raise ValueError(f"channels = {channels}: use 1 or more")
     nodes = [ranks[ranks // gpus_per_node == node] for node in np.unique(ranks // gpus_per_node)]
     return [np.concatenate([np.roll(each, -channel) for each in nodes]) for channel in range(channels)]
 
 
 def in_rings(name: Ring, rings: Sequence[NDArray[np.int32]], size: float) -> Demand:
-    """Bytes cut evenly over the rings, and in each over its ranks."""
+    """Return the collective with its bytes divided evenly among the rings, and in each ring among its ranks."""
     count = len(checked_ranks(rings[0], size))
     part = size / count / len(rings)
     flows = joined([Flows.of(ring, np.roll(ring, -1), part, queue_pair=index) for index, ring in enumerate(rings)])
@@ -107,13 +113,16 @@ def in_rings(name: Ring, rings: Sequence[NDArray[np.int32]], size: float) -> Dem
 
 
 def tree_all_reduce(gpus: Sequence[int], size: float) -> Demand:
-    """Both trees, and both directions of each, at once; the levels add their latencies."""
+    """Return both trees, and both directions of each, at the same time; the levels add their latencies."""
     ranks = checked_ranks(gpus, size)
     count = len(ranks)
     parents = _tree(count)
     child = np.flatnonzero(parents >= 0)
     parts = []
-    for order in (ranks, np.roll(ranks[::-1], 1 if count % 2 else 0)):  # mirrored, so that leaves become inner ranks
+    for order in (
+        ranks,
+        np.roll(ranks[::-1], 1 if count % 2 else 0),
+    ):  # the second is mirrored, so that leaves become inner ranks
         up = Flows.of(order[child], order[parents[child]], size / 2)
         parts += [up, up.reversed()]
     levels = 2 * max(1, int(np.ceil(np.log2(count))))
@@ -122,8 +131,10 @@ def tree_all_reduce(gpus: Sequence[int], size: float) -> Demand:
 
 
 def _tree(count: int) -> NDArray[np.int64]:
-    """Parent of each rank in a binary tree whose odd ranks are leaves: clear the lowest bit that is set, set the next;
-    -1 for the root, rank 0."""
+    """Return the parent of each rank in a binary tree whose odd ranks are leaves; the root, rank 0, has -1.
+
+    The parent has the lowest set bit cleared and the next bit set.
+    """
     parents = np.full(count, -1)
     for rank in range(1, count):
         low = rank & -rank
@@ -133,7 +144,7 @@ def _tree(count: int) -> NDArray[np.int64]:
 
 
 def point_to_point(pairs: Sequence[tuple[int, int]], size: float) -> Demand:
-    """`size` bytes for each pair of source and destination."""
+    """Return `size` bytes for each pair of source and destination. Raises ValueError without pairs."""
     if not pairs:
         raise ValueError("point-to-point between no pairs: give at least one")
     check_size(size)
@@ -144,7 +155,7 @@ def point_to_point(pairs: Sequence[tuple[int, int]], size: float) -> Demand:
 
 
 def checked_ranks(gpus: Sequence[int] | NDArray[np.int32], size: float) -> NDArray[np.int32]:
-    """`gpus` as an array. Raises ValueError for fewer than two, for one twice and for a size that is none."""
+    """Return `gpus` as an array. Raises ValueError for fewer than two, a GPU given twice, and an illegal size."""
     ranks = np.asarray(gpus, np.int32)
     if len(ranks) < 2 or len(np.unique(ranks)) < len(ranks):
         raise ValueError(f"{len(ranks)} GPUs, {len(np.unique(ranks))} of them different: give at least 2, each once")
@@ -153,6 +164,6 @@ def checked_ranks(gpus: Sequence[int] | NDArray[np.int32], size: float) -> NDArr
 
 
 def check_size(size: float) -> None:
-    """Raises ValueError for bytes that are negative or not finite."""
+    """Raise ValueError for bytes that are negative or not finite."""
     if not 0 <= size < np.inf:
         raise ValueError(f"size = {size} bytes: must be finite and not negative")

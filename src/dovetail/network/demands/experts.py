@@ -1,15 +1,16 @@
-"""Expert dispatch and combine as flows, from who chose which expert.
+"""Expert dispatch and combine as flows, from the experts that each token chose.
 
-    normal        a token's vector goes once to each node that has an expert of it, to the GPU with the sender's index
-                  there, and over NVLink from there once to each rank that has one [V3 §3.2.2, DeepEP]
-    low-latency   one message per expert, straight to its rank [DeepEP]
-    combine       the way back, sums being taken where copies were made
+    normal        a token's vector goes once to each node that has one of its experts, to the GPU with the sender's
+                  index there, and from there over NVLink once to each rank that has one [V3 §3.2.2, DeepEP]
+    low-latency   one message per expert goes directly to its rank [DeepEP]
+    combine       the way back, with sums where dispatch made copies
 
-Messages are counted as DeepEP posts them to a NIC. Normal: a CPU proxy posts chunks of tokens, here of CHUNK. Low
-latency: warps of the GPU post one for each token and expert, and one to each expert that says how many came.
+Messages are counted as DeepEP posts them to a NIC. In normal mode a CPU proxy posts chunks of CHUNK tokens. In
+low-latency mode warps of the GPU post one message for each token and expert, and one to each expert with the number of
+its tokens.
 
-What is forwarded is sent on as it arrives, so both parts are one step. `network.demands.distinct` has the mean number
-of copies in closed form.
+Copies are passed on as they arrive, so both parts are one step. `network.demands.distinct` has the mean number of
+copies in closed form.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from dovetail.network.demands.collectives import Demand, Step, check_size, check
 from dovetail.network.flows.flows import Flows, joined
 
 MODES = get_args(Mode)
-CHUNK = 8  # tokens of a message: DeepEP's choice for 24 to 64 GPUs; on others more tokens, and so fewer messages
+CHUNK = 8  # tokens in a message: DeepEP's choice for 24 to 64 GPUs; with other numbers of GPUs it takes more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Experts:
-    """Who has which expert, and which experts each token of each rank is sent to."""
+    """The GPUs that hold the experts, and the experts that each token of each rank is sent to."""
 
     gpus: NDArray[np.int32]  # [ranks], node by node
     gpus_per_node: int
     experts: int  # split evenly over the ranks, in order
-    chosen: NDArray[np.integer]  # [ranks, tokens, choices]; -1: none
+    chosen: NDArray[np.integer]  # [ranks, tokens, choices]; -1 is no choice
 
     def __post_init__(self) -> None:
         ranks = len(checked_ranks(self.gpus, 0.0))
@@ -51,12 +52,12 @@ class Experts:
 
     @property
     def tokens(self) -> int:
-        """Per rank."""
+        """The number of tokens per rank."""
         return int(self.chosen.shape[1])
 
 
 def dispatch(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> Demand:
-    """Tokens to their experts. Raises ValueError for an unknown mode and for negative bytes."""
+    """Return the flows of tokens to their experts. Raises ValueError for an unknown mode and for negative bytes."""
     if mode not in MODES:
         raise ValueError(f"mode = {mode!r}: {near_matches(mode, MODES)}")
     check_size(bytes_per_copy)
@@ -68,7 +69,7 @@ def dispatch(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> 
 
 
 def posted(copies: Flows, bytes_per_copy: float, mode: Mode, experts_per_rank: int) -> Step:
-    """Flows that have copies for bytes, as messages."""
+    """Return the step of `copies`, whose bytes are numbers of copies, with its bytes and messages."""
     flows = replace(copies, bytes=copies.bytes * bytes_per_copy)
     if mode == "low-latency":
         return Step(flows=flows, messages=copies.bytes + experts_per_rank, posted_by="gpu")
@@ -76,14 +77,14 @@ def posted(copies: Flows, bytes_per_copy: float, mode: Mode, experts_per_rank: i
 
 
 def combine(experts: Experts, bytes_per_copy: float, mode: Mode = "normal") -> Demand:
-    """The way back of `dispatch`: the same copies, the other way round."""
+    """Return the way back of `dispatch`: the same copies in the other direction."""
     there = dispatch(experts, bytes_per_copy, mode)
     step = there.steps[0]
     return replace(there, name="combine", steps=(replace(step, flows=step.flows.reversed()),))
 
 
 def _one_by_one(experts: Experts) -> Flows:
-    """With copies as bytes, as below."""
+    """Return a flow per pair of ranks, with its number of copies as bytes, one copy for each choice."""
     count, per_rank = len(experts.gpus), experts.experts // len(experts.gpus)
     source = np.repeat(np.arange(count), experts.chosen[0].size)
     flat = experts.chosen.reshape(-1).astype(np.int64)
@@ -103,7 +104,7 @@ def _once_per_node(experts: Experts) -> Flows:
     to_node = _distinct(np.where(rank >= 0, rank // within, -1))
     node_copies = _counts(np.repeat(source, tokens)[to_node[0]], to_node[1], count, count // within)
     owner = np.repeat(source, tokens)[to_rank[0]]
-    # Within a node from the GPU of the sender's index: in the sender's own node that is the sender.
+    # Within a node copies come from the GPU with the sender's index, which in the sender's own node is the sender.
     forwarder = to_rank[1] // within * within + owner % within
     rank_copies = _counts(forwarder, to_rank[1], count, count)
     mates = (np.arange(count // within) * within)[None, :] + (source % within)[:, None]
@@ -113,7 +114,10 @@ def _once_per_node(experts: Experts) -> Flows:
 
 
 def _distinct(bins: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of [ranks, tokens, choices] bins, the pairs (token, bin) without repetition; tokens counted through."""
+    """Return the pairs (token, bin) without repetition for bins [ranks, tokens, choices].
+
+    Tokens are numbered through all ranks.
+    """
     flat = np.sort(bins.reshape(-1, bins.shape[-1]), axis=1)
     is_new = (flat >= 0) & (np.diff(flat, axis=1, prepend=-2) != 0)
     token, place = np.nonzero(is_new)
@@ -125,7 +129,7 @@ def _counts(row: NDArray[np.int64], column: NDArray[np.int64], rows: int, column
 
 
 def _copies(source: NDArray[np.int32], destination: NDArray[np.int32], copies: NDArray[np.float64]) -> Flows:
-    """A flow for each count above 0 whose ends differ."""
+    """Return a flow for each count above 0 between two different ranks."""
     row, column = np.nonzero((copies > 0) & (source[:, None] != destination[None, :]))
     return Flows.of(source[row], destination[column], copies[row, column])
 
@@ -141,10 +145,12 @@ def sample_choices(
     seed: int = 0,
     best_of_group: int = 2,
 ) -> NDArray[np.int32]:
-    """[ranks, tokens, choices] experts as a gate picks them from independent scores: the best of the groups that are
-    kept, which are those with the largest sum of their `best_of_group` best scores: 2 in V3 [V3 eq 14-16], 1 in V2.
-    `popularity`: how much more often than others an expert is the best. Raises ValueError for numbers that do not fit
-    together."""
+    """Draw the experts that a gate chooses from independent scores [ranks, tokens, choices].
+
+    They are the best of the kept groups, which are those with the largest sum of their `best_of_group` best scores: 2
+    in V3 [V3 eq 14-16], 1 in V2. `popularity` says how much more often than others an expert is the best. Raises
+    ValueError for numbers that do not fit together.
+    """
     size = experts // max(groups, 1)
     if not 1 <= kept_groups <= groups or experts % groups or not 1 <= choices <= kept_groups * size:
         raise ValueError(
@@ -154,7 +160,7 @@ def sample_choices(
     random = np.random.default_rng(seed)
     chosen = np.empty((ranks, tokens, choices), np.int32)
     bias = np.zeros(experts) if popularity is None else np.log(popularity)
-    for rank in range(ranks):  # one at a time, for memory's sake
+    for rank in range(ranks):  # one at a time, to limit memory
         scores = random.gumbel(size=(tokens, experts)) + bias
         if kept_groups < groups:
             grouped = scores.reshape(tokens, groups, size)
@@ -167,8 +173,11 @@ def sample_choices(
 
 
 def counted_copies(experts: Experts, mode: Mode = "normal") -> float:
-    """Copies of vectors per rank that DeepEP's benchmarks divide by the time: of each token one for each distinct node
-    of its experts, its own among them; on a single node one for each distinct rank; low-latency one for each choice."""
+    """Return the copies of vectors per rank that DeepEP's benchmarks divide by the time.
+
+    A token counts one copy for each distinct node of its experts, its own included; on a single node one for each
+    distinct rank; and in low-latency mode one for each choice.
+    """
     if mode == "low-latency":
         return np.count_nonzero(experts.chosen >= 0) / len(experts.gpus)
     ranks, per_rank = len(experts.gpus), experts.experts // len(experts.gpus)

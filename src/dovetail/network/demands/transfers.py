@@ -1,9 +1,10 @@
-"""Sends from one part of the GPUs to another, and what stays within nodes.
+"""Transfers as flows: between pipeline stages, of caches, within nodes, and from the host.
 
-pipeline          each GPU of a stage to its like in the next, all at once; or back as well [DualPipe]
-kv-transfer       caches from GPUs that read prompts to those that write outputs
+pipeline          each GPU of a stage sends to the GPU of the same place in the next stage, all at once; or also
+                  back, as with DualPipe
+kv-transfer       caches go from GPUs that read prompts to those that write outputs
 node-all-gather   a ring within each node, over NVLink
-host-copy         from the host's memory to its GPUs, over PCIe [ISCA §4.5]
+host-copy         bytes go from the host's memory to its GPUs, over PCIe [ISCA §4.5]
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from dovetail.spec.layout import divisors
 
 
 def pipeline(gpus: Sequence[int], size: float, stages: int, both_ways: bool = False) -> Demand:
-    """`size` bytes from each GPU of a stage to that of the same place in the next; `both_ways`: and back. Raises
-    ValueError for fewer than two stages, and for GPUs that do not divide into them."""
+    """Return `size` bytes from each GPU of a stage to the one at the same place in the next, or in both directions.
+
+    Raises ValueError for fewer than two stages, and for GPUs that do not divide into them.
+    """
     ranks = checked_ranks(gpus, size)
     count = len(ranks)
     if stages < 2:
@@ -30,7 +33,7 @@ def pipeline(gpus: Sequence[int], size: float, stages: int, both_ways: bool = Fa
     if count % stages:
         nearest = min(divisors(count)[1:], key=lambda divisor: abs(divisor - stages))
         raise ValueError(
-            f"{count} GPUs are not {stages} equal stages: use --stages {nearest}, or --gpus "
+            f"{count} GPUs do not make {stages} equal stages: use --stages {nearest}, or --gpus "
             f"{max(1, round(count / stages)) * stages}"
         )
     each = count // stages
@@ -41,15 +44,18 @@ def pipeline(gpus: Sequence[int], size: float, stages: int, both_ways: bool = Fa
 
 
 def kv_transfer(gpus: Sequence[int], size: float, senders: int, gpus_per_node: int = 1) -> Demand:
-    """`size` bytes from each of the first `senders` GPUs, cut so that all others get the same amount: senders and
-    receivers are laid side by side, ordered by their index in the node so that bytes keep to their rail, and each
-    sends what lies beside it. Raises ValueError where there is no sender or no receiver."""
+    """Return `size` bytes from each of the first `senders` GPUs, divided so that all others get the same amount.
+
+    The bytes of senders and receivers are laid side by side, ordered by their GPUs' index in the node so that bytes
+    keep to their rail, and each sender sends to the receivers beside it. Raises ValueError without a sender or a
+    receiver.
+    """
     ranks = checked_ranks(gpus, size)
     receivers = len(ranks) - senders
     if senders < 1 or receivers < 1:
         raise ValueError(f"{senders} of {len(ranks)} GPUs send caches: use --prefill-gpus 1 to {len(ranks) - 1}")
     by_index = [part[np.argsort(part % gpus_per_node, kind="stable")] for part in (ranks[:senders], ranks[senders:])]
-    # In units of 1 / (senders x receivers) of all bytes, so that the cuts are whole numbers.
+    # The unit is 1 / (senders x receivers) of all bytes, so that the cuts are whole numbers.
     cuts = np.unique(np.concatenate([np.arange(senders + 1) * receivers, np.arange(receivers + 1) * senders]))
     source, destination = cuts[:-1] // receivers, cuts[:-1] // senders
     flows = Flows.of(by_index[0][source], by_index[1][destination], size * np.diff(cuts) / receivers)
@@ -57,15 +63,17 @@ def kv_transfer(gpus: Sequence[int], size: float, senders: int, gpus_per_node: i
 
 
 def node_all_gather(fabric: Fabric, gpus: Sequence[int], size: float) -> Demand:
-    """Within each node those of `gpus` that are there gather `size` bytes. Raises ValueError without NVLink, and where
-    no two share a node."""
+    """Return the gathering of `size` bytes by those of `gpus` that share a node, in each node.
+
+    Raises ValueError without NVLink, and if no two GPUs share a node.
+    """
     ranks = checked_ranks(gpus, size)
     node = ranks // fabric.gpus_per_node
     groups = [ranks[node == each] for each in np.unique(node)]
     rings = [group for group in groups if len(group) > 1]
     if not rings or (fabric.nvlink_link < 0).any():
         raise ValueError(f"node-all-gather: no two of these GPUs of {fabric.name} share a node with NVLink")
-    # Rings of unequal length run through as one stream each: a step for each part but one's own.
+    # Rings may differ in length, so the steps of a ring are joined into one stream: all parts but the rank's own.
     flows = joined([Flows.of(ring, np.roll(ring, -1), size * (len(ring) - 1) / len(ring)) for ring in rings])
     longest = max(map(len, rings))
     step = Step(flows=replace(flows, bytes=flows.bytes / (longest - 1)), times=longest - 1)
@@ -74,7 +82,7 @@ def node_all_gather(fabric: Fabric, gpus: Sequence[int], size: float) -> Demand:
 
 
 def host_copy(fabric: Fabric, gpus: Sequence[int], size: float) -> Demand:
-    """`size` bytes to each GPU from its own host. Raises ValueError where PCIe is not modelled."""
+    """Return `size` bytes to each GPU from its own host. Raises ValueError if PCIe is not modelled."""
     check_size(size)
     if (fabric.host_link < 0).any():
         raise ValueError(

@@ -1,12 +1,13 @@
-"""What a wired network is as a graph: ports, neighbours, hops, and the narrowest cut through its middle.
+"""Measures a fabric as a graph: ports, neighbours, hops, and the bisection.
 
-Bisection is in cables (each carries both ways) between two halves of the endpoints, never more than half of their NICs:
+The bisection is the number of cables (each carries both ways) between two halves of the endpoints, and never more than
+half of their NICs:
 
-    fat tree  exact: any leaf has as many cables up as down, spread evenly, so all endpoints can send at full rate to
-              any others, and half of the NICs is both what a cut must carry and what one can cut
-    others    halves of the switches, for endpoints are spread evenly over them: a lower bound by the spectrum (second
-              smallest eigenvalue of the Laplacian x switches / 4), and an upper bound by a cut in hand (halves along
-              that eigenvector, or of whole groups, improved by Kernighan and Lin's exchanges)
+    fat tree  is exact: every leaf has as many cables up as down, spread evenly, so all endpoints can send at full rate
+              to any others; a cut through the middle has half of the NICs' bandwidth
+    others    are cut into halves of the switches, over which endpoints are spread evenly; the lower bound is from the
+              spectrum (second smallest eigenvalue of the Laplacian x switches / 4), the upper bound is a cut that was
+              found (halves along that eigenvector, or of whole groups, improved by Kernighan and Lin's exchanges)
 """
 
 from __future__ import annotations
@@ -20,36 +21,36 @@ from dovetail.network.fabric.topology import SWITCH, Fabric
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float64]
-_AT_ONCE = 512  # switches searched from: eight words for each switch
-_PATIENCE = 100  # exchanges without a smaller cut that end a pass
+_AT_ONCE = 512  # switches searched from at once: eight words for each switch
+_PATIENCE = 100  # a pass ends after this many exchanges without a smaller cut
 _ONES = np.array([bin(byte).count("1") for byte in range(256)], np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bisection:
-    """Cables, of all planes together; at least and at most."""
+    """The number of cables through the middle, of all planes together, at least and at most."""
 
     low: float
     high: float
-    share: float  # low, of half of the endpoints: 1 where every endpoint can send at full rate to the other half
+    share: float  # low over half of the endpoints; 1 if every endpoint can send at full rate to the other half
     method: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphReport:
-    """Of the GPUs' planes. Hops are cables between switches, from any that has endpoints to any other on its plane."""
+    """The figures of the GPUs' planes. Hops are cables between any two switches with endpoints on one plane."""
 
-    ports: int  # most that a switch uses
+    ports: int  # the most that a switch uses
     radix: int
-    neighbours: tuple[int, int]  # fewest and most cables to other switches
-    is_connected: bool  # every plane is
-    diameter: int  # hops; -1 where not connected
+    neighbours: tuple[int, int]  # the fewest and the most cables to other switches
+    is_connected: bool  # whether every plane is
+    diameter: int  # in hops; -1 if not connected
     mean_hops: float  # over ordered pairs of different switches
-    bisection: Bisection | None  # None where not asked for
+    bisection: Bisection | None  # None if not asked for
 
 
 def check_graph(fabric: Fabric, with_bisection: bool = True) -> GraphReport:
-    """Measured on the arrays, not taken from formulas (but a fat tree's bisection)."""
+    """Measure the graph on its arrays; only a fat tree's bisection is from a formula."""
     first, last = fabric.first_switch, fabric.first_switch + fabric.switches
     used = np.bincount(fabric.link_from, minlength=fabric.vertices)[first:last]
     own = fabric.kind == SWITCH
@@ -73,11 +74,14 @@ def check_graph(fabric: Fabric, with_bisection: bool = True) -> GraphReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlaneGraph:
-    """Switches of one plane, from 0: `neighbour[start[s] : start[s + 1]]`, as often as there are cables."""
+    """The graph of one plane.
+
+    Switch s, numbered from 0, has the neighbours `neighbour[start[s] : start[s + 1]]`, each as often as it has cables.
+    """
 
     start: Ids
     neighbour: Ids
-    leaves: Ids  # those with endpoints
+    leaves: Ids  # the switches with endpoints
     group: NDArray[np.int32]
 
     @property
@@ -89,7 +93,7 @@ class PlaneGraph:
 
 
 def plane_graph(fabric: Fabric, plane: int) -> PlaneGraph:
-    """The switches of one plane and the cables between them."""
+    """Return the switches of one plane and the cables between them."""
     members = np.flatnonzero(fabric.switch_plane == plane)
     first = fabric.first_switch + int(members[0])
     of_plane = (fabric.kind == SWITCH) & (fabric.link_from >= first) & (fabric.link_from < first + len(members))
@@ -105,7 +109,7 @@ def plane_graph(fabric: Fabric, plane: int) -> PlaneGraph:
 
 
 def _hops(plane: PlaneGraph) -> tuple[int, float] | None:
-    """Largest and mean number of hops between different switches with endpoints; None where some cannot be reached."""
+    """Return the largest and the mean number of hops between switches with endpoints; None if not connected."""
     leaves = plane.leaves
     if len(leaves) == 1:
         return 0, 0.0
@@ -129,7 +133,7 @@ def _hops(plane: PlaneGraph) -> tuple[int, float] | None:
 
 
 def _representatives(plane: PlaneGraph) -> Ids:
-    """Switches with endpoints, or, where the graph is the same one group further on, those of one group."""
+    """Return the switches with endpoints, or only those of one group if the graph looks the same from the next."""
     size = int(np.count_nonzero(plane.group == plane.group[0]))
     if len(plane.leaves) == plane.switches and 0 < size < plane.switches:
         one = np.repeat(np.arange(plane.switches), np.diff(plane.start))
@@ -141,7 +145,7 @@ def _representatives(plane: PlaneGraph) -> Ids:
 
 
 def _of_neighbours(plane: PlaneGraph, words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Bitwise or over each switch's neighbours."""
+    """Return the bitwise or over each switch's neighbours."""
     some = np.flatnonzero(np.diff(plane.start))
     result = np.zeros_like(words)
     if len(some):
@@ -150,8 +154,8 @@ def _of_neighbours(plane: PlaneGraph, words: NDArray[np.uint64]) -> NDArray[np.u
 
 
 def bisection(fabric: Fabric) -> Bisection:
-    """Of connected planes; bundles of one port each where NICs are on all planes."""
-    ports = np.count_nonzero(fabric.leaf >= 0) / fabric.planes  # of one plane
+    """Return the bisection of all planes, which must be connected."""
+    ports = np.count_nonzero(fabric.leaf >= 0) / fabric.planes  # on one plane
     half = ports // 2
     if fabric.spec.kind == "fat-tree":
         cables = float(half * fabric.planes)
@@ -170,13 +174,15 @@ def bisection(fabric: Fabric) -> Bisection:
 
 
 def second_eigenvalue(plane: PlaneGraph, steps: int = 120) -> tuple[float, Floats]:
-    """Of the Laplacian, the second smallest eigenvalue less what is left of its error, and its vector, by Lanczos with
-    full orthogonalisation."""
+    """Return a lower bound of the Laplacian's second smallest eigenvalue, and its vector.
+
+    The bound is the value found by Lanczos iteration with full orthogonalisation, less its remaining error.
+    """
     size = plane.switches
     degree = np.diff(plane.start).astype(np.float64)
     basis = np.zeros((min(steps, size - 1) + 1, size))
     basis[0] = size**-0.5  # the eigenvector of 0
-    vector = np.cos(np.arange(size) * 2.4)  # any that is not special; a fixed one gives the same result each time
+    vector = np.cos(np.arange(size) * 2.4)  # any vector would do; a fixed one gives the same result each time
     diagonal: list[float] = []
     beside: list[float] = []
     for index in range(1, len(basis)):
@@ -198,8 +204,10 @@ def second_eigenvalue(plane: PlaneGraph, steps: int = 120) -> tuple[float, Float
 
 
 def _improved_cut(plane: PlaneGraph, order: Ids, passes: int = 4) -> int:
-    """Cables between halves of the switches: the first and last of `order`, then with pairs exchanged as long as a
-    sequence of exchanges makes it smaller."""
+    """Return the number of cables between two halves of the switches.
+
+    The halves are the first and the last of `order`; pairs are exchanged as long as that makes the number smaller.
+    """
     side = np.ones(plane.switches)
     side[order[: plane.switches // 2]] = -1
     best = _cut(plane, side)
@@ -212,9 +220,9 @@ def _improved_cut(plane: PlaneGraph, order: Ids, passes: int = 4) -> int:
 
 
 def _exchanged(plane: PlaneGraph, side: Floats, cut: int) -> tuple[int, Floats]:
-    """The best of the sides met while exchanging the pair of largest gains, again and again, none twice."""
+    """Return the best cut found while exchanging the pair with the largest gains again and again, none twice."""
     side, kept, best = side.copy(), side.copy(), cut
-    gain = -side * np.add.reduceat(side[plane.neighbour], plane.start[:-1])  # cables cut less cables kept
+    gain = -side * np.add.reduceat(side[plane.neighbour], plane.start[:-1])  # cables cut minus cables kept
     free = np.ones(plane.switches, dtype=bool)
     since = 0
     while since < _PATIENCE and free.sum() >= 2:

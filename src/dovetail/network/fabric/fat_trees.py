@@ -1,11 +1,13 @@
-"""Fat trees of two and three layers of switches with k ports, half of them down and half up but at the top.
+"""Builds fat trees of two and three layers of switches.
+
+Switches have k ports, half of them down and half up, except at the top:
 
     full          endpoints   switches   cables between switches
     two layers    k^2 / 2     3 k / 2    k^2 / 2                   [ISCA Table 3: FT2]
     three layers  k^3 / 4     5 k^2 / 4  k^3 / 2                   [ISCA Table 3: FT3]
 
 With fewer endpoints there are as few leaves (and pods) as hold them, and above them the smallest number of switches
-that takes every cable upwards evenly: the cables of a leaf are bundled, so no bandwidth is lost.
+that takes every cable up evenly. The cables of a leaf are bundled then, so no bandwidth is lost.
 """
 
 from __future__ import annotations
@@ -19,11 +21,10 @@ Ids = NDArray[np.int64]
 
 
 def fat_tree(endpoints: int, radix: int, layers: int, rails: int) -> Plane:
-    """Endpoints fill leaves in order; with `rails` above 1, endpoint i is on the leaves of rail i mod rails, and the
-    spines join all rails.
+    """Build a fat tree. Endpoints fill leaves in order.
 
-    Raises ValueError for an odd radix, for more endpoints than fit, and for rails that do not divide the leaves of a
-    pod.
+    With `rails` above 1, endpoint i is on the leaves of rail i mod rails, and the spines join all rails. Raises
+    ValueError for an odd radix, more endpoints than fit, and rails that do not divide the leaves of a pod.
     """
     if radix % 2 or radix < 4:
         nearest = f"{radix - 1} or {radix + 1}" if radix > 4 else "4"
@@ -77,12 +78,12 @@ def _three_layers(endpoints: int, radix: int, rails: int) -> Plane:
         nearest = min(legal, key=lambda each: abs(each - rails))
         raise ValueError(f"{rails} rails do not divide the {half} leaves of a pod of radix = {radix}: use {nearest}")
     pod_size = half * half
-    if endpoints <= pod_size:  # a third layer would join nothing
+    if endpoints <= pod_size:  # one pod needs no third layer
         return _two_layers(endpoints, radix, rails)
     pod, place = np.divmod(np.arange(endpoints), pod_size)
     node, rail = np.divmod(place, rails)
     leaf_in_pod = place // half if rails == 1 else rail * (half // rails) + node // half
-    # Leaves that no endpoint is on are not bought.
+    # Leaves without an endpoint are left out.
     used, attached = np.unique(pod * half + leaf_in_pod, return_inverse=True)
     leaf_pod = used // half
     pods, leaves = int(leaf_pod[-1]) + 1, len(used)
@@ -104,7 +105,7 @@ def _three_layers(endpoints: int, radix: int, rails: int) -> Plane:
 
 
 def _evenly(cables_each: int, below: int, radix: int) -> int:
-    """Fewest switches that take `cables_each` cables of each of `below` switches, as many from each one."""
+    """Return the fewest switches that take `cables_each` cables of each of `below` switches, evenly from each."""
     return next(
         above
         for above in range(1, cables_each + 1)
@@ -113,7 +114,7 @@ def _evenly(cables_each: int, below: int, radix: int) -> int:
 
 
 def _bundles(below: Ids, above: Ids, cables_each: int) -> Ids:
-    """Cables of each switch below, spread evenly over those above."""
+    """Return the cables of each switch below, spread evenly over those above."""
     if not len(above):
         return np.zeros((0, 2), np.int64)
     ends = np.tile(np.repeat(above, cables_each // len(above)), len(below))

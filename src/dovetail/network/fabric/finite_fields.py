@@ -1,5 +1,7 @@
-"""Fields of q = p^n elements as tables; element number i is the polynomial over p whose coefficients are i's digits
-in base p, lowest first."""
+"""Finite fields of q = p^n elements as tables of sums and products, for slim flies.
+
+Element number i is the polynomial over the prime p whose coefficients are i's digits in base p, the lowest first.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ Table = NDArray[np.int32]
 
 
 def prime_power(q: int) -> tuple[int, int] | None:
-    """(p, n) of q = p^n with p prime, or None."""
+    """Return (p, n) for q = p^n with p prime, or None for another q."""
     if q < 2:
         return None
     prime = next((each for each in range(2, int(q**0.5) + 1) if q % each == 0), q)
@@ -23,7 +25,7 @@ def prime_power(q: int) -> tuple[int, int] | None:
 
 
 def field(q: int) -> tuple[Table, Table]:
-    """[q, q] sums and products. `q` is a prime power."""
+    """Return the sums and the products of all elements, [q, q] each. `q` is a prime power."""
     parts = prime_power(q)
     assert parts is not None, q
     prime, degree = parts
@@ -34,7 +36,7 @@ def field(q: int) -> tuple[Table, Table]:
     for i in range(degree):
         for j in range(degree):
             raw[:, :, i + j] += digits[:, None, i] * digits[None, :, j]
-    for low in product(range(prime), repeat=degree):  # x^degree + low is irreducible if no product of non-zeros is 0
+    for low in product(range(prime), repeat=degree):  # x^degree + low is irreducible if no product of nonzeros is 0
         products = _reduced(raw, low, degree, prime) @ weights
         if (products[1:, 1:] > 0).all():
             return sums.astype(np.int32), products.astype(np.int32)
@@ -42,7 +44,7 @@ def field(q: int) -> tuple[Table, Table]:
 
 
 def _reduced(raw: NDArray[np.int64], low: tuple[int, ...], degree: int, prime: int) -> NDArray[np.int64]:
-    """`raw` modulo x^degree + sum low_i x^i."""
+    """Return `raw` modulo x^degree + sum low_i x^i."""
     rest = raw.copy()
     for power in range(2 * degree - 2, degree - 1, -1):
         for i, coefficient in enumerate(low):
@@ -51,7 +53,7 @@ def _reduced(raw: NDArray[np.int64], low: tuple[int, ...], degree: int, prime: i
 
 
 def powers_of_a_generator(products: Table) -> list[int]:
-    """1, x, x^2 ... x^(q - 2) for the first x whose powers are all non-zero elements."""
+    """Return 1, x, x^2 ... x^(q - 2) for the first x whose powers are all nonzero elements."""
     q = len(products)
     for generator in range(1, q):
         powers = [1]

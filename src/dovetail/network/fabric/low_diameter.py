@@ -1,4 +1,4 @@
-"""Slim flies and dragonflies: few hops between any two switches.
+"""Builds slim flies and dragonflies, in which any two switches are few hops apart.
 
 Slim fly (graphs of McKay, Miller and Siran; Besta and Hoefler, SC'14): q = 4 w + d a prime power, d in {-1, 0, 1}.
 Switches are (0, x, y) and (1, m, c) over the field of q elements, 2 q^2 in all, with
@@ -7,12 +7,12 @@ Switches are (0, x, y) and (1, m, c) over the field of q elements, 2 q^2 in all,
     (1, m, c) = (1, m, c')  if c - c' is in X'         X' = odd powers (for d = -1 both closed under negation)
     (0, x, y) = (1, m, c)   if y = m x + c
 
-so each has (3 q - d) / 2 others as neighbours and reaches all in two hops. Half as many endpoints per switch, rounded
-up, keep bandwidth and load in balance.
+so each has (3 q - d) / 2 others as neighbours and reaches all in two hops. With half as many endpoints per switch,
+rounded up, bandwidth and load are in balance.
 
-Dragonfly (Kim et al., ISCA'08): g groups of a switches, all joined within the group; h ports of a switch lead to other
-groups, p to endpoints. In balance a = 2 p = 2 h. At most a h + 1 groups, each pair then joined once; with fewer, the
-ports that are left join groups of near numbers again.
+Dragonfly (Kim et al., ISCA'08): g groups of a switches, which are all joined within the group. h ports of a switch lead
+to other groups, and p to endpoints; in balance a = 2 p = 2 h. There are at most a h + 1 groups, with one cable between
+each two. With fewer groups the remaining ports join groups of near numbers once more.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from dovetail.network.fabric.planes import Plane
 
 
 def slim_fly(endpoints: int, radix: int, q: int | None = None, endpoints_per_switch: int | None = None) -> Plane:
-    """Of the smallest q that holds the endpoints, or of `q`. Endpoints spread evenly.
+    """Build a slim fly of the smallest q that holds the endpoints, or of `q`, with endpoints spread evenly.
 
-    Raises ValueError for q that is no prime power (or 2), for more ports than `radix`, and for endpoints that do not
-    fit.
+    Raises ValueError for a q that is 2 or not a prime power, for more ports than `radix`, and for endpoints that do
+    not fit.
     """
     if q is not None and not is_slim_fly_size(q):
         raise ValueError(f"q = {q}: a slim fly needs a prime power above 2; use {_nearest_sizes(q)}")
@@ -57,12 +57,12 @@ def slim_fly(endpoints: int, radix: int, q: int | None = None, endpoints_per_swi
 
 
 def slim_fly_degree(q: int) -> int:
-    """Neighbours of a switch: (3 q - d) / 2."""
+    """Return the number of neighbours of a switch, (3 q - d) / 2."""
     return (3 * q - _delta(q)) // 2
 
 
 def slim_fly_endpoints(q: int, radix: int, wanted: int | None = None) -> int:
-    """Per switch: `wanted`, or half as many as neighbours, or what ports are left."""
+    """Return the endpoints per switch: `wanted`, or half the number of neighbours if enough ports are left."""
     neighbours = slim_fly_degree(q)
     return wanted or max(0, min(-(-neighbours // 2), radix - neighbours))
 
@@ -118,7 +118,7 @@ def _slim_fly_cables(q: int) -> NDArray[np.int64]:
     ]
     across = [np.column_stack([x * q + sums[products[m, x], y], q * q + m * q + y]) for m in range(q)]
     inside = np.concatenate(within)
-    return np.concatenate([inside[inside[:, 0] < inside[:, 1]], *across])  # X = -X, so each is there twice
+    return np.concatenate([inside[inside[:, 0] < inside[:, 1]], *across])  # X = -X, so each cable is found twice
 
 
 def dragonfly(
@@ -130,10 +130,10 @@ def dragonfly(
     global_per_switch: int | None = None,
     endpoints_per_switch: int | None = None,
 ) -> Plane:
-    """The balanced one of `radix` with as few groups as hold the endpoints, but for what is given. Endpoints spread
-    evenly.
+    """Build the balanced dragonfly of `radix` with as few groups as hold the endpoints, which are spread evenly.
 
-    Raises ValueError for more ports than `radix`, more groups than can be joined, and endpoints that do not fit.
+    Sizes that are given replace the balanced ones. Raises ValueError for more ports than `radix`, more groups than can
+    be joined, and endpoints that do not fit.
     """
     h = global_per_switch or (switches_per_group // 2 if switches_per_group else (radix + 1) // 4)
     a, p = switches_per_group or 2 * h, endpoints_per_switch or max(h, 1)
@@ -167,21 +167,27 @@ def _dragonfly_remedy(endpoints: int, a: int, h: int, p: int) -> str:
 
 
 def _global_cables(g: int, a: int, h: int) -> NDArray[np.int64]:
-    """Group i's ports lead to groups i + offset, for offsets that with each have its negative: what is the port to
-    +offset here is the one to -offset there."""
+    """Return the cables between groups: those of group i lead to groups i + offset.
+
+    The offsets contain the negative of each, so that the port to +offset in one group is the port to -offset in the
+    other.
+    """
     offsets = np.sort(_offsets(g, a * h))
-    back = len(offsets) - 1 - np.arange(len(offsets))  # of the negative, by symmetry of the sorted offsets
+    back = len(offsets) - 1 - np.arange(len(offsets))  # index of the negative: the sorted offsets are symmetric
     index = np.arange(len(offsets))
     group = np.arange(g)[:, None]
     here = group * a + index // h
     there = (group + offsets) % g * a + back // h
     cables = np.column_stack([here.ravel(), there.ravel()])
     ports = np.column_stack([(group * a * h + index).ravel(), ((group + offsets) % g * a * h + back).ravel()])
-    return cables[ports[:, 0] < ports[:, 1]]  # each is there from both of its ends
+    return cables[ports[:, 0] < ports[:, 1]]  # each cable is found from both of its ends
 
 
 def _offsets(g: int, ports: int) -> NDArray[np.int64]:
-    """As many offsets as ports, all others as often as they go, then near ones; one fewer if nothing pairs the last."""
+    """Return as many offsets as ports, or one fewer if the last has no partner.
+
+    All other groups are taken as often as they all fit, then the near ones once more.
+    """
     times, left = divmod(ports, g - 1)
     offsets = list(range(1, g)) * times
     for near in range(1, (g - 1) // 2 + 1):
@@ -189,7 +195,7 @@ def _offsets(g: int, ports: int) -> NDArray[np.int64]:
             offsets += [near, g - near]
             left -= 2
     if left == 1 and g % 2 == 0:
-        offsets.append(g // 2)  # its own negative
+        offsets.append(g // 2)  # the offset that is its own negative
     return np.array(offsets, np.int64)
 
 

@@ -1,4 +1,4 @@
-"""One network of switches and where its endpoints are attached, before vertices, capacities and nodes."""
+"""One plane of a fabric: its switches, its cables, and the switch of each endpoint."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Plane:
-    """Switches are numbered from 0; two that are joined by several cables appear as often."""
+    """One plane. Switches are numbered from 0; two that are joined by several cables appear that often."""
 
     switches: int
-    cables: Ints  # [cables, 2] switches at both ends
-    layer: NDArray[np.int8]  # [switches] 0 has endpoints
-    group: Ints  # [switches] pod, group or column; -1 in none
-    attached: Ints  # [endpoints] the switch of each
+    cables: Ints  # [cables, 2] the switches at both ends
+    layer: NDArray[np.int8]  # [switches] layer 0 has the endpoints
+    group: Ints  # [switches] pod, group or column; -1 without one
+    attached: Ints  # [endpoints] the switch of each endpoint
 
 
 def ports_used(plane: Plane) -> NDArray[np.int64]:
-    """[switches] ports with a cable in them."""
+    """Return the number of ports with a cable at each switch [switches]."""
     ends = np.concatenate([plane.cables.ravel(), plane.attached])
     return np.bincount(ends, minlength=plane.switches)

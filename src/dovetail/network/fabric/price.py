@@ -1,9 +1,9 @@
-"""What a fabric is made of, and what that costs on a stated basis.
+"""The parts of a fabric, and their price on a stated basis.
 
 Networks are compared as in the Slim Fly paper of NSDI'24, which [ISCA Table 3] follows: switches and the cables between
-them at a price each, NICs and their cables left out. Neither paper's unit prices are in our hands, so `TABLE_3` holds
-those that [ISCA Table 3] itself solves to: with two prices for cables, by length, all of its ten costs come out to the
-printed digits; with one price for all cables no price of a switch gives both its fat trees and its dragonfly.
+them have a price each, NICs and their cables are left out. Neither paper prints its unit prices, so `TABLE_3` has those
+that follow from the costs in [ISCA Table 3]: with two prices for cables, by length, all of its ten costs are reproduced
+to the printed digits. With one price for all cables no price of a switch gives both its fat trees and its dragonfly.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dovetail.network.fabric.topology import NIC, SWITCH, Fabric
 
 
 class PriceBasis(Record):
-    """Dollars apiece; parts without a price are listed and not counted."""
+    """Prices in dollars for each part; parts without a price are listed but not counted."""
 
     name: str = Field(min_length=1)
     source: str = Field(min_length=1)
     switch_dollars: NonNegativeFloat
-    switch_ports: PositiveInt | None = None  # of a switch at that price, others in proportion; None: all cost that
-    cable_dollars: NonNegativeFloat  # between switches, with what it plugs in
-    group_cable_dollars: NonNegativeFloat | None = None  # between switches of one group; None: as any other
+    switch_ports: PositiveInt | None = None  # ports of a switch at that price, others in proportion; None: all cost it
+    cable_dollars: NonNegativeFloat  # between switches, with its plugs
+    group_cable_dollars: NonNegativeFloat | None = None  # between switches of one group; None: like any other
     nic_cable_dollars: NonNegativeFloat | None = None  # from a NIC to its switch
     nic_dollars: NonNegativeFloat | None = None
     transceiver_dollars: NonNegativeFloat | None = None  # for an end of a cable that leaves its group
@@ -46,12 +46,12 @@ TABLE_3 = PriceBasis(
 class Part:
     name: str
     quantity: int
-    dollars: float | None  # apiece; None: not in the basis
+    dollars: float | None  # for one; None if the basis has no price
     note: str = ""
 
     @property
     def total(self) -> float:
-        """Dollars; 0 for what has no price."""
+        """The dollars for all of them; 0 without a price."""
         return self.quantity * (self.dollars or 0.0)
 
 
@@ -70,20 +70,22 @@ class Bill:
         return self.dollars / self.endpoints
 
     def dollars_per_rate(self, bytes_per_second: float) -> float:
-        """Dollars per GB/s (1e9 bytes/s) that is delivered to all endpoints together."""
+        """Return the dollars per GB/s (1e9 bytes/s) that all endpoints together get. Raises ValueError for none."""
         if not bytes_per_second > 0:
             raise ValueError(f"delivered rate = {bytes_per_second:g} bytes/s: expected more than 0")
         return self.dollars / bytes_per_second * 1e9
 
 
 def bill(fabric: Fabric, basis: PriceBasis = TABLE_3) -> Bill:
-    """Parts of `fabric` and their prices, the storage network's too."""
+    """Return the parts of `fabric` and their prices, those of the storage network included."""
     return Bill(parts=tuple(_parts(fabric, basis)), endpoints=fabric.endpoints, basis=basis)
 
 
 def dollars(switches: int, cables: int, group_cables: int, basis: PriceBasis = TABLE_3) -> float:
-    """Of a network known by its numbers alone, of switches at the basis's price; `group_cables` of the `cables` stay
-    within a group."""
+    """Return the price of a network of which only the numbers of parts are known.
+
+    Switches have the basis's price; `group_cables` of the `cables` stay within a group.
+    """
     short = basis.cable_dollars if basis.group_cable_dollars is None else basis.group_cable_dollars
     return switches * basis.switch_dollars + (cables - group_cables) * basis.cable_dollars + group_cables * short
 
@@ -120,14 +122,14 @@ def _switches(name: str, count: int, radix: int, basis: PriceBasis) -> Part:
 
 
 def cables_by_length(fabric: Fabric) -> tuple[int, int]:
-    """Cables between switches within a group of a dragonfly or a column of a slim fly, and all others."""
+    """Return the number of cables within a dragonfly's groups or a slim fly's columns, and of all other cables."""
     one = fabric.link_from[::2][fabric.kind[::2] == SWITCH] - fabric.first_switch
     other = fabric.link_to[::2][fabric.kind[::2] == SWITCH] - fabric.first_switch
     if fabric.spec.kind == "fat-tree":
         return 0, len(one)
     same = fabric.switch_plane[one] == fabric.switch_plane[other]
     is_short = same & (fabric.switch_group[one] == fabric.switch_group[other]) & (fabric.switch_group[one] >= 0)
-    # A fat tree of storage has groups of its own, and no short cables.
+    # The storage network is a fat tree: its groups are pods, and it has no short cables.
     is_short &= fabric.switch_plane[one] < fabric.planes
     return int(np.count_nonzero(is_short)), int(np.count_nonzero(~is_short))
 

@@ -1,4 +1,4 @@
-"""A network as text and as a picture: layers or groups, the node, the parts and their price, what the graph is."""
+"""Describes a fabric as text and as a picture: layers or groups, a node, parts and prices, checks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dovetail.network.fabric.topology import KINDS, SWITCH, Fabric
 
 INK, MUTED, PAPER = "#22272e", "#6b7280", "#ffffff"
 PLANE_INKS = ("#5b94cf", "#4fa367", "#dfa23c", "#c0605a", "#8a6fc0", "#3fa3a3", "#b0719f", "#7d8a4c")
-_DRAWN = 8  # switches of a layer, in a picture of one plane
-_CIRCLE = 64  # groups
+_DRAWN = 8  # at most so many switches of a layer are drawn
+_CIRCLE = 64  # at most so many groups are drawn
 _MARGIN = 150.0  # pixels for labels
 _ORDER = {2: ("leaf", "spine"), 3: ("leaf", "spine", "core")}
 
 
 def as_json(fabric: Fabric) -> dict[str, Any]:
-    """Sizes, parts, price and checks as plain data."""
+    """Return sizes, parts, price and checks as plain data."""
     priced = bill(fabric)
     cables = np.bincount(fabric.kind, minlength=len(KINDS)) // 2
     return {
@@ -42,7 +42,7 @@ def as_json(fabric: Fabric) -> dict[str, Any]:
 
 
 def show(fabric: Fabric) -> str:
-    """What a person reads: a drawing, the parts with their prices, and the checks."""
+    """Return the text: a drawing, the parts with their prices, and the checks."""
     spec = fabric.spec
     drawing = _fat_tree_text(fabric) if spec.kind == "fat-tree" else _groups_text(fabric)
     head = [
@@ -60,7 +60,7 @@ def _switch_cables(fabric: Fabric) -> int:
 
 
 def _fat_tree_text(fabric: Fabric) -> list[str]:
-    """One plane from the top; a row of dots is a layer."""
+    """Draw one plane from the top; a row of circles is a layer."""
     layers = fabric.switch_layer[fabric.switch_plane == 0]
     lines = [f"plane 0 of {fabric.planes}, the others alike:" if fabric.planes > 1 else "one network:"]
     for layer in range(int(layers.max()), -1, -1):
@@ -74,7 +74,7 @@ def _fat_tree_text(fabric: Fabric) -> list[str]:
 
 
 def _cables_up_and_down(fabric: Fabric, layer: int) -> tuple[int, int]:
-    """Most that a switch of the layer has, on plane 0."""
+    """Return the most cables up and down that a switch of the layer has, on plane 0."""
     first = fabric.first_switch
     members = first + np.flatnonzero((fabric.switch_plane == 0) & (fabric.switch_layer == layer))
     leaving = np.isin(fabric.link_from, members)
@@ -150,10 +150,12 @@ def _checks_text(graph: GraphReport) -> list[str]:
 
 
 def draw_svg(fabric: Fabric, width: int = 1000) -> str:
-    """A self-contained picture: the planes of a fat tree side by side over one node, or the groups in a circle. Of
-    large layers a few switches are drawn, and the labels have the numbers. Raises ValueError for a width below 400."""
+    """Return a self-contained picture: the planes of a fat tree side by side over one node, or the groups in a circle.
+
+    Of large layers only a few switches are drawn; the labels have the numbers. Raises ValueError for a width below 400.
+    """
     if width < 400:
-        raise ValueError(f"width = {width}: a picture takes at least 400 pixels")
+        raise ValueError(f"width = {width}: a picture needs at least 400 pixels")
     body, height = _fat_tree_picture(fabric, width) if fabric.spec.kind == "fat-tree" else _circle(fabric, width)
     title = f"{fabric.name}: {fabric.endpoints:,} GPUs, {fabric.switches:,} switches"
     return "\n".join(
@@ -201,7 +203,7 @@ def _fat_tree_picture(fabric: Fabric, width: int) -> tuple[list[str], float]:
 def _node_picture(
     fabric: Fabric, width: int, leaves: list[list[float]], leaf_y: float, count: int
 ) -> tuple[list[str], float]:
-    """Node 0: GPUs, their way to a leaf (the nearest one that is drawn), and the NVLink bar that joins them."""
+    """Draw node 0: its GPUs, their link to a leaf (the nearest one that is drawn), and the NVLink that joins them."""
     y = leaf_y + 110
     places = _row(_MARGIN, width - _MARGIN - 20, min(fabric.gpus_per_node, 16))
     marks = []
@@ -223,7 +225,7 @@ def _node_picture(
 
 
 def _circle(fabric: Fabric, width: int) -> tuple[list[str], float]:
-    """Groups around a circle, a chord for each two that are joined; evenly chosen ones where there are many."""
+    """Draw the groups around a circle, with a chord for each two that are joined; of many groups only some."""
     groups = fabric.switch_group[fabric.switch_plane == 0]
     number = int(groups.max()) + 1
     shown = np.unique(np.linspace(0, number - 1, min(number, _CIRCLE)).astype(int))
@@ -240,7 +242,7 @@ def _circle(fabric: Fabric, width: int) -> tuple[list[str], float]:
     dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{INK}"/>' for x, y in place.values()]
     word = "groups" if fabric.spec.kind == "dragonfly" else "columns"
     size = len(groups) // number
-    label = f"{number} {word} of {size} switches, {len(shown)} drawn; a line: joined by at least one cable"
+    label = f"{number} {word} of {size} switches, {len(shown)} drawn; a line stands for one or more cables"
     y = middle[1] + radius + 36
     return [*lines, *dots, _text(20, y, label, MUTED), _text(20, y + 18, _node_text(fabric), MUTED)], y + 36
 

@@ -1,16 +1,17 @@
-"""Networks as arrays: vertices, and links of one direction with capacity (bytes/s) and latency (seconds).
+"""A fabric as arrays of links with capacity and latency, built from its description.
 
-Vertices are numbered in this order, some blocks empty:
+Links have one direction; capacities are bytes/s, latencies seconds. Vertices are numbered in this order, where some
+blocks may be empty:
 
     GPUs | NVLink hubs, one per node | switches, plane by plane, then storage | NICs | hosts | storage servers
 
-A cable is two links, 2 c and 2 c + 1, so the way back of a link is `link ^ 1`. Without PCIe lanes a GPU is its own NIC;
-with them traffic of the NIC and copies from and to the host share the GPU's lanes [ISCA §4.5]:
+Cable c is two links, 2 c and 2 c + 1, so the opposite link is `link ^ 1`. If PCIe is not modelled, a GPU is its own
+NIC; if it is, traffic of the NIC and copies from and to the host share the GPU's lanes [ISCA §4.5]:
 
     GPU = NVLink hub        GPU = NIC = leaf switch        host = NIC = GPU        host = storage leaf
 
-Latencies are such that their sum over a path is what was measured end to end [ISCA Table 5]: half of the time on one
-switch at each NIC, and what one more cable between switches takes for each of those.
+The latencies along a path add up to what was measured end to end [ISCA Table 5]: each NIC has half of the latency over
+one switch, and each cable between switches has the latency that one more switch adds.
 """
 
 from __future__ import annotations
@@ -37,33 +38,33 @@ NIC, SWITCH, NVLINK, PCIE = range(4)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fabric:
-    """One network, wired. `spec` is what it was built from. Nobody writes to the arrays, some of which are shared."""
+    """One fabric, built from `spec`. Its arrays must not be written to, because some are shared."""
 
     name: str
     spec: FabricSpec
     endpoints: int  # GPUs
     nodes: int
-    planes: int  # of GPUs; storage switches have plane = planes
+    planes: int  # for GPUs; storage switches have plane = planes
     switches: int
     vertices: int
-    first_hub: int  # vertex of node 0's NVLink hub; = first_switch where there are none
+    first_hub: int  # vertex of node 0's NVLink hub; = first_switch without NVLink
     first_switch: int
-    first_host: int  # = vertices where PCIe is not modelled
+    first_host: int  # = vertices if PCIe is not modelled
     link_from: Ints
     link_to: Ints
     capacity: Floats  # bytes/s
     latency: Floats  # seconds
     kind: NDArray[np.int8]  # index into KINDS; cables of the storage network count as nic and switch
-    # One entry per switch, in order of vertices.
+    # These have one entry per switch, in order of vertices.
     switch_plane: NDArray[np.int16]
-    switch_layer: NDArray[np.int8]  # 0 has endpoints; 1 and 2 are above
+    switch_layer: NDArray[np.int8]  # layer 0 has the endpoints; 1 and 2 are above
     switch_group: Ints  # fat tree: pod (-1 above pods); dragonfly: group; slim fly: column, 0 to 2 q - 1
-    # One row per GPU.
-    leaf: Ints  # [endpoints, planes] vertex of its switch in each plane; -1: its NIC has no port there
-    nic_link: Ints  # [endpoints, planes] link from the NIC (or GPU) to that switch; -1 where there is none
-    pcie_link: Ints  # [endpoints] link from the GPU to its NIC; -1: a GPU is its own NIC
-    host_link: Ints  # [endpoints] link from the node's host to the GPU's NIC; -1: not modelled
-    nvlink_link: Ints  # [endpoints] link from the GPU to its node's hub; -1: not modelled
+    # These have one row per GPU, or per what the shape says.
+    leaf: Ints  # [endpoints, planes] vertex of its switch in each plane; -1 if its NIC has no port there
+    nic_link: Ints  # [endpoints, planes] link from the NIC (or GPU) to that switch; -1 if there is none
+    pcie_link: Ints  # [endpoints] link from the GPU to its NIC; -1 if a GPU is its own NIC
+    host_link: Ints  # [endpoints] link from the node's host to the GPU's NIC; -1 if not modelled
+    nvlink_link: Ints  # [endpoints] link from the GPU to its node's hub; -1 if not modelled
     storage_link: Ints  # [nodes] link from the host to the storage switch; empty without storage
     server_link: Ints  # [servers, NICs] link from a storage server to its switch
 
@@ -73,12 +74,12 @@ class Fabric:
 
     @property
     def links(self) -> int:
-        """Of one direction."""
+        """The number of links, each of one direction."""
         return len(self.link_from)
 
     @property
     def home_plane(self) -> NDArray[np.int64]:
-        """[endpoints] the plane that a GPU's NIC is on, the first of them where it is on all."""
+        """The plane of each GPU's NIC [endpoints]; the first plane if it is on all."""
         return np.asarray(np.argmax(self.leaf >= 0, axis=1), np.int64)
 
     def is_switch(self, vertex: int) -> bool:
@@ -86,10 +87,10 @@ class Fabric:
 
 
 def build(spec: FabricSpec, rates: Rates = "achieved") -> Fabric:
-    """`spec`, wired. Capacities are what the links achieve, or their datasheets'.
+    """Build the fabric of `spec`. Capacities are those that the links achieve, or those of their datasheets.
 
-    Raises ValueError with the nearest legal value where it cannot be: an odd radix, more endpoints than fit, q no
-    prime power, more ports than a switch has.
+    Raises ValueError with the nearest legal value for an odd radix, more endpoints than fit, a q that is not a prime
+    power, and more ports than a switch has.
     """
     planes = _planes(spec)
     storage = _storage_plane(spec, spec.storage) if spec.storage else None
@@ -112,7 +113,7 @@ def build(spec: FabricSpec, rates: Rates = "achieved") -> Fabric:
         nvlink_link = cables.add(gpus, spec.endpoints + node, spec.nvlink, spec.nvlink.latency.value / 2, NVLINK)
     nics = first_nic + gpus if has_pcie else gpus
     if spec.pcie is not None:
-        # The NIC's latency is end to end and has the GPU's lanes in it.
+        # The NIC's latency is measured end to end, so it includes the GPU's lanes.
         pcie_link = cables.add(gpus, nics, spec.pcie, 0.0, PCIE)
         host_link = cables.add(first_host + node, nics, spec.pcie, spec.pcie.latency.value, PCIE)
     leaf, nic_link = _attach(spec, planes, first_switch, nics, cables)
@@ -155,7 +156,7 @@ class _Cables:
         self.blocks: list[tuple[NDArray[np.int64], NDArray[np.int64], float, float, int]] = []
 
     def add(self, one: NDArray[np.int64], other: NDArray[np.int64], link: Link, seconds: float, kind: int) -> Ints:
-        """Cables from `one` to `other`, vertex by vertex. Returns the links in that direction."""
+        """Add cables from `one` to `other`, vertex by vertex, and return the links in that direction."""
         rate = link.bandwidth.value if self.rates == "achieved" else link.gbs * 1e9
         return self.add_at(one, other, rate, seconds, kind)
 
@@ -178,7 +179,7 @@ class _Cables:
 
 
 def _planes(spec: FabricSpec) -> list[Plane]:
-    """The networks of switches; they are alike, for each has as many endpoints."""
+    """Return the planes. They are alike, because each has the same number of endpoints."""
     share = spec.endpoints if spec.planes_per_nic == spec.planes else spec.endpoints // spec.planes
     if spec.kind == "fat-tree":
         plane = fat_tree(share, spec.radix, spec.layers, spec.gpus_per_node if spec.by_rail else 1)

@@ -1,8 +1,9 @@
-"""What fails, named: links of a plane, a switch, a NIC or a cable, and some at random.
+"""Turns names of failures, such as `plane:3`, into the links that fail, and draws random ones.
 
-plane:3     all switches of plane 3            nic:17    every port of GPU 17's NIC
-switch:40   switch 40, counted from 0          link:123  the cable of link 123, both ways
-each with @SECONDS behind it: from then on; without, from the start
+    plane:3     all switches of plane 3            nic:17    every port of GPU 17's NIC
+    switch:40   switch 40, counted from 0          link:123  the cable of link 123, both ways
+
+Each may be followed by @SECONDS, the time of the failure; without it the part is down from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dovetail.network.flows.simulation import Change
 
 
 class NotThereError(ValueError):
-    """A part that this fabric has not, and another may have."""
+    """A part that this fabric lacks, and that another may have."""
 
     def __init__(self, part: str, message: str) -> None:
         super().__init__(message)
@@ -27,8 +28,10 @@ class NotThereError(ValueError):
 
 
 def parse_failure(text: str, fabric: Fabric) -> Change:
-    """The failure that `text` names. Raises ValueError for another form, and NotThereError, which is one too, for parts
-    that the fabric has not."""
+    """Return the failure that `text` names.
+
+    Raises ValueError for another form, and NotThereError, which is a ValueError, for a part that the fabric lacks.
+    """
     what, at, time = text.partition("@")
     kind, colon, number = what.partition(":")
     if kind not in FAILURES:
@@ -43,25 +46,25 @@ def parse_failure(text: str, fabric: Fabric) -> Change:
 
 
 def links_at(fabric: Fabric, vertices: NDArray[np.integer] | list[int]) -> Ints:
-    """Links from and to these vertices."""
+    """Return the links from and to these vertices."""
     is_lost = np.isin(fabric.link_from, vertices) | np.isin(fabric.link_to, vertices)
     return np.flatnonzero(is_lost).astype(np.int32)
 
 
 def links_of_plane(fabric: Fabric, plane: int) -> Ints:
-    """All links of the switches of one plane."""
+    """Return all links of the switches of one plane. Raises NotThereError for an unknown plane."""
     _check("plane", plane, fabric.planes, fabric)
     return links_at(fabric, fabric.first_switch + np.flatnonzero(fabric.switch_plane == plane))
 
 
 def links_of_switch(fabric: Fabric, switch: int) -> Ints:
-    """All links of one switch, counted from 0."""
+    """Return all links of one switch, counted from 0. Raises NotThereError for an unknown switch."""
     _check("switch", switch, fabric.switches, fabric)
     return links_at(fabric, [fabric.first_switch + switch])
 
 
 def links_of_nic(fabric: Fabric, gpu: int) -> Ints:
-    """Both ways of every port of a GPU's NIC."""
+    """Return both directions of every port of a GPU's NIC. Raises NotThereError for an unknown GPU."""
     _check("nic", gpu, fabric.endpoints, fabric)
     ports = fabric.nic_link[gpu]
     ports = ports[ports >= 0]
@@ -69,14 +72,16 @@ def links_of_nic(fabric: Fabric, gpu: int) -> Ints:
 
 
 def links_of_cable(fabric: Fabric, link: int) -> Ints:
-    """A link and its way back."""
+    """Return a link and its opposite. Raises NotThereError for an unknown link."""
     _check("link", link, fabric.links, fabric)
     return np.array([link & ~1, link | 1], np.int32)
 
 
 def random_links(fabric: Fabric, share: float, seed: int = 0) -> Ints:
-    """Both ways of a share of the cables between NICs and switches and between switches, rounded to the nearest
-    number of cables. Raises ValueError for a share outside 0 to 1."""
+    """Return both directions of a random share of the cables between NICs and switches and between switches.
+
+    The number of cables is rounded. Raises ValueError for a share outside 0 to 1.
+    """
     if not 0 <= share <= 1:
         raise ValueError(f"{share:g} of the cables: must be from 0 to 1, such as 0.01")
     cables = np.flatnonzero(np.isin(fabric.kind[::2], (NIC, SWITCH)))

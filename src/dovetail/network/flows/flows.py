@@ -1,17 +1,17 @@
-"""Rates of flows that share links max-min fairly.
+"""The rates of flows that share links max-min fairly.
 
-A flow takes a share of each link on its route, per byte that it sends: 1 where there is one path, fractions where its
-packets are sprayed over several. Its rate is raised together with all others' until a link on its route is full; so no
-flow can have more without taking from one that has no more than it (the bottleneck property). Priority classes are
-strict: a class gets what the classes before it leave.
+Per byte that it sends, a flow takes a share of each link on its route: 1 if there is one path, fractions if its packets
+are sprayed over several. All rates are raised together, and a flow's rate is final when a link on its route is full.
+So no flow can get more without taking from one that has no more than itself (the bottleneck property). Priority classes
+are strict: a class gets what the classes before it leave.
 
     share of link l = (what is left of its capacity) / (sum of the shares of flows on it that have no rate yet)
     repeat: the link with the least share gives its flows that rate, which leaves the other links less to give
 
-A route lists links and bundles; a bundle is a set of links with shares that many flows have in common, such as all
+A route lists links and bundles. A bundle is a set of links with shares that many flows have in common, such as all
 shortest paths between two switches, and is stored once.
 
-Left out: congestion control that takes time, packets, buffers and lost ones.
+Left out: the time that congestion control takes, packets, buffers and lost packets.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Bools = NDArray[np.bool_]
 Engine = Literal["kernel", "reference"]
 Csr = tuple[Longs, Ints]
 
-NOTHING_LEFT = 1e-9  # of a link's capacity: what rounding leaves of a full link is no bandwidth for the next class
+NOTHING_LEFT = 1e-9  # a link with less than this share of its capacity left is full; rounding may leave that much
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Flows:
-    """One entry per flow. Raises ValueError for bytes that are negative or not finite, and for a time before 0."""
+    """Flows, one entry each. Raises ValueError for bytes that are negative or not finite, and for a time before 0."""
 
     source: Ints  # endpoint
     destination: Ints
     bytes: Floats
-    priority: NDArray[np.int8]  # strict, 0 first
+    priority: NDArray[np.int8]  # strict classes, 0 first
     start: Floats  # seconds
-    queue_pair: Ints  # of its connection; what ECMP tells flows between the same endpoints apart by
+    queue_pair: Ints  # number within its connection, by which ECMP tells flows between the same endpoints apart
 
     @staticmethod
     def of(
@@ -53,7 +53,7 @@ class Flows:
         start: float | Sequence[float] | Floats = 0.0,
         queue_pair: int | Sequence[int] | NDArray[np.integer] = 0,
     ) -> Flows:
-        """Flows from arrays; a single number goes for all of them."""
+        """Make flows from arrays; a single number is for all of them."""
         count = len(source)
 
         def column(values: object, dtype: type) -> np.ndarray:  # type: ignore[type-arg]
@@ -82,24 +82,24 @@ class Flows:
         return replace(self, **{each.name: getattr(self, each.name)[chosen] for each in fields(self)})
 
     def reversed(self) -> Flows:
-        """The same bytes the way back."""
+        """Return the same bytes in the opposite direction."""
         return replace(self, source=self.destination, destination=self.source)
 
     def split(self, queue_pairs: int) -> Flows:
-        """Each flow as `queue_pairs` equal ones, one after another, that need not keep pace with each other."""
+        """Return each flow as `queue_pairs` equal flows, one after another, whose rates are independent."""
         many = self.take(np.repeat(np.arange(len(self)), queue_pairs))
         pairs = np.tile(np.arange(queue_pairs, dtype=np.int32), len(self))
         return replace(many, bytes=many.bytes / queue_pairs, queue_pair=many.queue_pair * np.int32(queue_pairs) + pairs)
 
 
 def joined(parts: Sequence[Flows]) -> Flows:
-    """All flows of `parts`, in their order."""
+    """Return all flows of `parts`, in their order."""
     return Flows(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Flows)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bundles:
-    """Bundle b has the links[offsets[b] : offsets[b + 1]], and sends those shares of its bytes over them."""
+    """Bundle b has the links[offsets[b] : offsets[b + 1]], and the shares at the same places are those of its bytes."""
 
     offsets: Longs
     links: Ints
@@ -114,15 +114,15 @@ NO_BUNDLES = Bundles(offsets=np.zeros(1, np.int64), links=np.zeros(0, np.int32),
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Routes:
-    """Where flows go: flow f uses items[offsets[f] : offsets[f + 1]], links and (from num_links on) bundles."""
+    """The routes of flows: flow f uses items[offsets[f] : offsets[f + 1]], links and (from num_links on) bundles."""
 
     num_links: int
     offsets: Longs
     items: Ints
-    shares: Floats = field(default_factory=lambda: np.zeros(0))  # one per item; empty: all 1
+    shares: Floats = field(default_factory=lambda: np.zeros(0))  # one per item; empty if all are 1
     bundles: Bundles = NO_BUNDLES
-    latency: Floats  # [flows] seconds of the longest path; of a flow without one 0
-    is_cut_off: Bools  # [flows] no path is left
+    latency: Floats  # [flows] seconds of the longest path; 0 without one
+    is_cut_off: Bools  # [flows] whether no path is left
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -131,9 +131,9 @@ class Routes:
         return self.shares if len(self.shares) else np.ones(len(self.items))
 
     def carried(self, values: Floats) -> Floats:
-        """[links] sum over flows of their value times their share of the link: bytes where values are bytes."""
+        """Return for each link the sum over flows of value times share of the link [links]."""
         total = np.zeros(self.num_links + len(self.bundles))
-        step = 1 << 20  # flows at once, for memory's sake
+        step = 1 << 20  # flows at once, to limit memory
         for first in range(0, len(self), step):
             bounds = self.offsets[first : first + step + 1]
             inside = slice(int(bounds[0]), int(bounds[-1]))
@@ -147,12 +147,12 @@ class Routes:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sharing:
-    """Routes and, for each link and bundle, who uses it: what finding rates again and again starts from."""
+    """Routes and, for each link and bundle, the flows that use it; prepared once to find rates many times."""
 
     routes: Routes
     flows_of: Csr
     bundles_of: Csr
-    state: NDArray[np.uint8]  # the kernel's, all 0 between calls
+    state: NDArray[np.uint8]  # for the kernel, all 0 between calls
 
     @staticmethod
     def of(routes: Routes) -> Sharing:
@@ -167,13 +167,13 @@ class Sharing:
         )
 
     def fill(self, left: Floats, wanted: Longs, rates: Floats, level: float) -> None:
-        """Write `rates` of the flows `wanted`; reduce `left` by what they take."""
+        """Write the `rates` of the flows `wanted`, and reduce `left` by what they take."""
         from dovetail.network.flows import flows_numba
 
         flows_numba.fill(left, *self._arrays(), self.flows_of, self.bundles_of, wanted, self.state, rates, level)
 
     def carried(self, values: Floats, chosen: Longs) -> Floats:
-        """`Routes.carried` of the flows `chosen` alone."""
+        """Return `Routes.carried` for the flows `chosen` alone."""
         from dovetail.network.flows import flows_numba
 
         return flows_numba.carry(values, chosen, *self._arrays(), self.routes.num_links)  # type: ignore[no-any-return]
@@ -186,8 +186,11 @@ class Sharing:
 def max_min_rates(
     capacity: Floats, routes: Routes, priority: NDArray[np.int8] | None = None, engine: Engine = "kernel"
 ) -> Floats:
-    """[flows] bytes/s with all flows sending. Those cut off have 0, as have those on a link of no capacity; those
-    whose route is empty, for they stay where they are, have 0 too and need none."""
+    """Return the bytes/s of each flow when all send [flows].
+
+    The rate is 0 for flows that are cut off or on a link of no capacity, and for flows with an empty route, which stay
+    where they are and need none.
+    """
     rates = np.zeros(len(routes))
     goes = ~routes.is_cut_off & (np.diff(routes.offsets) > 0)
     classes = np.zeros(len(routes), np.int8) if priority is None else priority
@@ -204,7 +207,7 @@ def max_min_rates(
 
 
 def fill_reference(left: Floats, routes: Routes, wanted: Longs, rates: Floats) -> None:
-    """`Sharing.fill` as the module's docstring has it, in plain NumPy: each bottleneck looks at all links."""
+    """Do what `Sharing.fill` does in plain NumPy, step by step as the module's docstring says."""
     share_of = share_matrix(routes)[wanted]
     is_open = np.ones(len(wanted), bool)
     while is_open.any():
@@ -219,7 +222,7 @@ def fill_reference(left: Floats, routes: Routes, wanted: Longs, rates: Floats) -
 
 
 def share_matrix(routes: Routes) -> Floats:
-    """[flows, links] shares, bundles unpacked: for small networks."""
+    """Return the shares of all flows on all links [flows, links], with bundles unpacked; for small networks."""
     matrix = np.zeros((len(routes), routes.num_links + len(routes.bundles)))
     flow = np.repeat(np.arange(len(routes)), np.diff(routes.offsets))
     np.add.at(matrix, (flow, routes.items), routes.item_shares())
@@ -230,7 +233,7 @@ def share_matrix(routes: Routes) -> Floats:
 
 
 def routes_of(paths: Sequence[Sequence[int | tuple[int, float]] | None], num_links: int) -> Routes:
-    """Routes written out by hand: links, or pairs (link, share); None for a flow that is cut off. No latency."""
+    """Make routes without latency from lists of links or pairs (link, share); None is a flow that is cut off."""
     pairs = [[each if isinstance(each, tuple) else (each, 1.0) for each in path or ()] for path in paths]
     flat = [pair for path in pairs for pair in path]
     return Routes(

@@ -1,9 +1,9 @@
-"""Kernels of `network.flows.flows`: max-min rates by filling one bottleneck link after another, and a transpose.
+"""CPU kernels of `flows`: max-min rates, the bytes of links, and a transpose.
 
-Legend: L links, B bundles, F flows. An item is a link (id < L) or a bundle (id - L). `state` of a flow: 1 while its
-rate is wanted, 0 otherwise. The first kernel follows `flows.fill_reference` line by line, with a heap of links whose
-keys may be too low: a link's share of what is left only grows as others are filled, so the least true share is found
-by looking at the least key again.
+Legend: L links, B bundles, F flows. An item is a link (id < L) or a bundle (id - L). The `state` of a flow is 1 while
+its rate is wanted, and 0 otherwise. The first kernel follows `flows.fill_reference` line by line, with a heap of links
+whose keys may be too low: a link's share of what is left only grows as others are filled, so the least true share is
+found by computing the least key again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import heapq
 import numpy as np
 from numba import njit
 
-AGAIN = 1e-3  # sums of what is left are taken anew when they have shrunk by this: subtraction loses digits
-SAME = 1e-12  # shares that differ by less than this count as the key itself
+AGAIN = 1e-3  # a sum that has shrunk to this share is computed anew, because subtraction loses digits
+SAME = 1e-12  # a share that differs from its key by less than this counts as equal
 
 
 @njit(cache=True)
 def fill(left, routes, bundles, flows_of, bundles_of, wanted, state, rates, level):  # type: ignore[no-untyped-def]
-    """Fill `rates` of the flows `wanted` within `left` bytes/s per link, which is reduced by what they take.
-    No rate is below `level`, but for links that have nothing left."""
+    """Write the `rates` of the flows `wanted` within `left` bytes/s per link, which is reduced by what they take.
+    No rate is below `level`, except on links that have nothing left."""
     num_links = len(left)
     offsets, items, shares = routes
     load = np.zeros(num_links + len(bundles[0]) - 1)
@@ -80,7 +80,7 @@ def fill(left, routes, bundles, flows_of, bundles_of, wanted, state, rates, leve
 def _fix(  # type: ignore[no-untyped-def]
     flows_of, item, rate, routes, num_links, state, rates, left, load, taken, dropped, touched, num_touched
 ):
-    """Give the flows over `item` that still want a rate this one; bundles are noted, for their links to follow."""
+    """Give `rate` to the flows over `item` that still want one, and note their bundles, whose links follow later."""
     offsets, items, shares = routes
     for q in range(flows_of[0][item], flows_of[0][item + 1]):
         f = flows_of[1][q]
@@ -105,8 +105,8 @@ def _fix(  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def _load(link, routes, bundles, flows_of, bundles_of, state, num_links):  # type: ignore[no-untyped-def]
-    """What the flows that still want a rate take of `link` per unit of their rate. One that has an item more than once
-    is there as often, and looked at once."""
+    """Return what the flows that still want a rate take of `link` per unit of rate. A flow that has an item more than
+    once is listed that often, and looked at once."""
     offsets, items, shares = routes
     total = 0.0
     for q in range(flows_of[0][link], flows_of[0][link + 1]):
@@ -126,7 +126,7 @@ def _load(link, routes, bundles, flows_of, bundles_of, state, num_links):  # typ
                 for p in range(offsets[f], offsets[f + 1]):
                     if items[p] == num_links + b:
                         wants += shares[p] if len(shares) else 1.0
-        if wants == 0.0:  # as most do when loads are taken anew
+        if wants == 0.0:  # true of most when loads are computed anew
             continue
         for q in range(bundles[0][b], bundles[0][b + 1]):
             if bundles[1][q] == link:
@@ -136,7 +136,7 @@ def _load(link, routes, bundles, flows_of, bundles_of, state, num_links):  # typ
 
 @njit(cache=True)
 def _is_first(place, rows_of, item):  # type: ignore[no-untyped-def]
-    """Rows are in order, so one that is there again is behind itself."""
+    """Return whether this is the first place of its row; rows are in order, so a repeated one follows itself."""
     return place == rows_of[0][item] or rows_of[1][place] != rows_of[1][place - 1]
 
 
@@ -150,7 +150,7 @@ def _spread(load, bundles, num_links):  # type: ignore[no-untyped-def]
 
 @njit(cache=True)
 def carry(values, chosen, routes, bundles, num_links):  # type: ignore[no-untyped-def]
-    """Per link, the sum of values[f] times the share that flow f has on it, over the flows `chosen`."""
+    """Return for each link the sum over the flows `chosen` of values[f] times the share of flow f on it."""
     offsets, items, shares = routes
     total = np.zeros(num_links + len(bundles[0]) - 1)
     for f in chosen:
@@ -162,7 +162,7 @@ def carry(values, chosen, routes, bundles, num_links):  # type: ignore[no-untype
 
 @njit(cache=True)
 def transpose(offsets, items, num_items):  # type: ignore[no-untyped-def]
-    """For each item its rows, as CSR."""
+    """Return the rows of each item, as CSR."""
     starts = np.zeros(num_items + 1, dtype=np.int64)
     for p in range(len(items)):
         starts[items[p] + 1] += 1

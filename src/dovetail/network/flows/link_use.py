@@ -1,4 +1,4 @@
-"""Which links a demand keeps busy: by kind, the busiest of each by name."""
+"""How busy a demand keeps the links of each kind, and which one is the busiest."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ HUB, LEAF, NIC_PART, HOST, SERVER = 1, 2, 5, 6, 7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkUse:
-    """Links of one kind, from one kind of part to another, as far as they carried anything. Use is bytes carried over
-    what capacity and time would have allowed."""
+    """Links of one kind, from one kind of part to another, that carried anything.
+
+    Their use is the bytes carried over those that capacity and time would have allowed.
+    """
 
     name: str  # such as "leaf to spine"
     links: int
     mean_use: float
     busiest_use: float
-    busiest_link: int  # as --fail link: takes it
+    busiest_link: int  # the number that --fail link: takes
     busiest_name: str
 
 
 def link_uses(fabric: Fabric, link_bytes: Floats, seconds: float) -> tuple[LinkUse, ...]:
-    """Links by kind, the busiest kind first; none where no time passes."""
+    """Return the use of links by kind, the busiest kind first; nothing if no time passes."""
     if not seconds:
         return ()
     use = link_bytes / (fabric.capacity * seconds)
@@ -39,7 +41,7 @@ def link_uses(fabric: Fabric, link_bytes: Floats, seconds: float) -> tuple[LinkU
 
 
 def _parts(fabric: Fabric) -> NDArray[np.int64]:
-    """[vertices] index into PARTS."""
+    """Return the kind of each vertex as an index into PARTS [vertices]."""
     first_nic, first_host = fabric.first_switch + fabric.switches, fabric.first_host
     parts = np.zeros(fabric.vertices, np.int64)
     parts[fabric.first_hub : fabric.first_switch] = HUB
@@ -66,12 +68,12 @@ def _use(fabric: Fabric, parts: NDArray[np.int64], use: Floats, chosen: Bools) -
 
 
 def _kind_of(fabric: Fabric, part: int) -> str:
-    """Slim flies and dragonflies have one kind of switch."""
+    """Return the kind's name. Slim flies and dragonflies have one kind of switch."""
     return "switch" if part == LEAF and fabric.spec.kind != "fat-tree" else PARTS[part]
 
 
 def _name_of(fabric: Fabric, parts: NDArray[np.int64], vertex: int) -> str:
-    """Switches are counted from 0 over all planes, as --fail switch: takes them."""
+    """Return the vertex's name. Switches are counted from 0 over all planes, as for --fail switch:."""
     part = int(parts[vertex])
     first = {
         0: 0,

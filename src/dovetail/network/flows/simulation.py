@@ -1,16 +1,16 @@
-"""Flows over time: when each one ends, with links and switches that fail and come back.
+"""Simulates flows over time, with links that fail and come back: when does each flow end?
 
-Rates are max-min fair (`network.flows.flows`) and change when a flow starts or ends and when links change. What an end
-changes is bounded, and that is what makes millions of flows quick:
+Rates are max-min fair (`network.flows.flows`). They change when a flow starts or ends and when links change. The end of
+a flow changes few other rates, which makes millions of flows quick to simulate:
 
-    when flows of rate r or more end, flows slower than r keep their rates: each has a link that is full and on which
-    none is faster than it, so no ended flow was on it.
+    when flows of rate r or more end, flows slower than r keep their rates: each has a full link on which no flow is
+    faster than itself, so no ended flow was on it.
 
-Flows of equal size that start together end the fastest first, and so never change their rates. Of several classes,
-those after the one in which flows ended are shared anew.
+Of flows of equal size that start together the fastest end first, so their rates never change. If there are several
+classes, those after the one in which flows ended get new rates.
 
-A flow whose path is lost stands still until it is routed anew or its links are back; one that never gets there is
-reported as cut off, with the bytes that did arrive.
+A flow whose path is lost stands still until it is routed anew or its links are back. A flow that never ends is reported
+as cut off, with the bytes that did arrive.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 
 from dovetail.network.flows.flows import NOTHING_LEFT, Bools, Floats, Flows, Ints, Longs, Routes, Sharing
 
-SAME_TIME = 1e-11  # ends that differ by less than this, relatively, are one event: rounding
+SAME_TIME = 1e-11  # ends that differ by less than this share are one event, because of rounding
 
-Route = Callable[[Bools], Routes]  # from which links are up
+Route = Callable[[Bools], Routes]  # makes routes from which links are up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Change:
-    """Links that go down, or come back, at a time in seconds."""
+    """Links that go down or come back, and the time in seconds."""
 
     seconds: float
     links: Ints
@@ -42,23 +42,23 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """What became of each flow, and of each link."""
+    """The result for each flow and each link."""
 
-    end: Floats  # [flows] seconds when the last byte arrived; of a flow cut off, when it last moved or was to start
-    is_cut_off: Bools  # [flows] never finished
+    end: Floats  # [flows] seconds when the last byte arrived; for a flow cut off, when it last moved or was to start
+    is_cut_off: Bools  # [flows] whether it never finished
     delivered: Floats  # [flows] bytes
-    link_bytes: Floats  # [links] carried
-    shared: int  # how often rates were found
+    link_bytes: Floats  # [links] bytes carried
+    shared: int  # how often rates were computed
 
     @property
     def seconds(self) -> float:
-        """Until all flows that finish have."""
+        """The seconds until all flows that finish have finished."""
         finished = self.end[~self.is_cut_off]
         return float(finished.max()) if len(finished) else 0.0
 
     @property
     def cut_off(self) -> Longs:
-        """Flows that never finished."""
+        """The flows that never finished."""
         return np.flatnonzero(self.is_cut_off)
 
 
@@ -72,14 +72,16 @@ def simulate(
     reroute_seconds: float = 0.0,
     window: float = 0.0,
 ) -> Outcome:
-    """Run `flows` to their ends. `route` gives routes for the links that are up, asked again `reroute_seconds` after
-    a change; routes that are given once stay, and flows on links that are down wait. `up`: links that are at the start
-    (None: all); the last change of a link counts.
+    """Simulate `flows` to their ends.
 
-    With `window` seconds above 0, rates are found anew at most once in so many: flows that end meanwhile do so at
-    their own time, but what they leave stays unused until then, so times are too long, never too short.
+    `route` is a function that makes routes for the links that are up, and is called again `reroute_seconds` after a
+    change; or it is fixed routes, and flows on links that are down wait. `up` are the links that are up at the start
+    (None: all). Of several changes of a link at one time the last counts.
 
-    Raises ValueError for flows and routes of different number, and for a change of links that there are not.
+    With `window` above 0, rates are computed at most once in that many seconds. Flows that end in between do so at
+    their own time, but their bandwidth stays unused until then, so times may be too long, but never too short.
+
+    Raises ValueError if the numbers of flows and routes differ, and for a change of links that do not exist.
     """
     return _Run(capacity, flows, route, changes, up, reroute_seconds, window).outcome()
 
@@ -105,14 +107,14 @@ class _Run:
         count = len(flows)
         self.rates = np.zeros(count)
         self.left = flows.bytes.astype(np.float64)
-        self.since = flows.start.astype(np.float64)  # when `left` was true
-        self.finish = np.full(count, np.inf)  # expected at these rates
+        self.since = flows.start.astype(np.float64)  # the time that `left` is for
+        self.finish = np.full(count, np.inf)  # expected at the present rates
         self.end = flows.start.astype(np.float64)
         self.is_done = np.zeros(count, bool)
         self.up = np.ones(len(capacity), bool) if up is None else up.copy()
         self.live = np.where(self.up, capacity, 0.0)
         self.link_bytes = np.zeros(len(capacity))
-        self.booked = self.left.copy()  # bytes left that `link_bytes` knows of
+        self.booked = self.left.copy()  # bytes left when `link_bytes` was last updated
         self.shared = 0
         self._reroute()
 
@@ -150,12 +152,12 @@ class _Run:
         self.routes, self.sharing = routes, Sharing.of(routes)
 
     def _book(self) -> None:
-        """Count what moved on these routes."""
+        """Add the bytes that moved on the present routes to `link_bytes`."""
         self.link_bytes += self.routes.carried(self.booked - self.left)
         self.booked = self.left.copy()
 
     def _begin(self, now: float) -> None:
-        """All flows that have started, their rates found anew."""
+        """Compute the rates of all flows that have started."""
         self.active = np.flatnonzero((self.flows.start <= now) & ~self.is_done)
         is_still = (np.diff(self.routes.offsets)[self.active] == 0) | (self.left[self.active] == 0)
         is_still &= ~self.routes.is_cut_off[self.active]
@@ -169,14 +171,14 @@ class _Run:
         self.end[ended] = when + self.routes.latency[ended]
 
     def _settle(self, now: float, chosen: Longs) -> None:
-        """Bring what is left of these flows up to now."""
+        """Update the bytes that are left of these flows to `now`."""
         moving = chosen[self.rates[chosen] > 0]
         self.left[moving] = np.maximum(self.left[moving] - self.rates[moving] * (now - self.since[moving]), 0.0)
         self.end[moving] = now
         self.since[chosen] = now
 
     def _share(self, now: float, anew: Longs, kept: Longs, least: float, first_class: int) -> None:
-        """Rates of `anew`, those of `kept` being as they are; those of the first class are at least `least`."""
+        """Compute the rates of `anew`; those of `kept` stay. In the first class all are at least `least`."""
         self._settle(now, anew)
         self.shared += 1
         left = self.live - self.sharing.carried(self.rates, kept) if len(kept) else self.live.copy()
@@ -185,17 +187,17 @@ class _Run:
             wanted = anew[(self.flows.priority[anew] == each) & ~self.routes.is_cut_off[anew]]
             self.sharing.fill(left, wanted, self.rates, least if each == first_class else 0.0)
             left[left < NOTHING_LEFT * self.capacity] = 0.0
-        with np.errstate(divide="ignore", invalid="ignore"):  # flows that stand still, some of them without bytes
+        with np.errstate(divide="ignore", invalid="ignore"):  # for flows that stand still, some of them without bytes
             self.finish[anew] = np.where(self.rates[anew] > 0, now + self.left[anew] / self.rates[anew], np.inf)
 
     def _run(self, now: float, until: float) -> None:
-        """From event to event, to the next start or change."""
+        """Go from event to event, until the next start or change."""
         while len(self.active):
             ended, now, level, first_class = self._next_event(until)
             self._complete(ended, self.finish[ended])
             self.active = self.active[~self.is_done[self.active]]
             if now == until:
-                if until < np.inf:  # what is left now stands still for ever
+                if until < np.inf:  # after the last change, the flows that are left stand still for ever
                     self._settle(now, self.active)
                 return
             classes = self.flows.priority[self.active]
@@ -203,8 +205,8 @@ class _Run:
             self._share(now, self.active[is_anew], self.active[~is_anew], level, first_class)
 
     def _next_event(self, until: float) -> tuple[Longs, float, float, int]:
-        """The flows that end up to the first end after which rates change, when that is, the least rate that ended
-        with it, and its class. The time is `until` if nothing changes before."""
+        """Return the flows that end up to the first end that changes rates, its time, the least rate that ended with
+        it, and its class. The time is `until` if nothing changes before."""
         moving = self.active[np.isfinite(self.finish[self.active])]
         order = moving[np.argsort(self.finish[moving])]
         finish, rate, classes = self.finish[order], self.rates[order], self.flows.priority[order]
@@ -214,7 +216,7 @@ class _Run:
             mine = np.where(classes == each, rate, 0.0)
             fastest_after = np.append(np.maximum.accumulate(mine[::-1])[::-1], 0.0)[group_end]
             changes |= (classes == each) & (rate <= fastest_after)
-        # Classes behind the one of an end, those that stand still among them.
+        # Classes after the one of an end, including flows that stand still.
         last = int(self.flows.priority[self.active].max())
         changes |= classes < last
         first = int(np.argmax(changes)) if changes.any() else len(order)

@@ -1,4 +1,4 @@
-"""What flows use, gathered in columns of one item per flow, packed flow by flow into `Routes`."""
+"""Packs columns of one link or bundle per flow into routes, flow by flow."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from dovetail.network.routing.paths import Hops, spray
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Column:
-    """One item for each flow, -1: none. Of a pair it is switch * switches + switch, a bundle that is still to be made.
-    `leg` is -1 for what all legs have in common."""
+    """One item for each flow, or -1 for none.
+
+    In a column of pairs the item is switch * switches + switch, for a bundle that is still to be made. `leg` is -1 for
+    items that all legs have in common.
+    """
 
     items: Ints | Longs
     share: float | Floats = 1.0
@@ -26,7 +29,7 @@ class Column:
 class Part:
     """Flows that are routed together."""
 
-    rows: Longs  # which they are, ascending
+    rows: Longs  # the flows' numbers, ascending
     columns: list[Column]
     is_cut_off: Bools
 
@@ -44,7 +47,7 @@ def part_of(part: Part, chosen: Longs) -> Part:
 
 
 def pack(parts: list[Part], count: int, fabric: Fabric, hops: Hops) -> Routes:
-    """Parts of `count` flows in one, with a bundle for each pair of leaves that packets are sprayed between."""
+    """Join the parts of `count` flows, with a bundle for each pair of leaves that packets are sprayed between."""
     pairs = [np.unique(column.items) for part in parts for column in part.columns if column.is_pair]
     known = np.unique(np.concatenate([np.zeros(0, np.int64), *pairs]))
     known = known[known >= 0]
@@ -77,7 +80,7 @@ def pack(parts: list[Part], count: int, fabric: Fabric, hops: Hops) -> Routes:
 
 
 def _places_of(rows: Longs, numbers: Longs, offsets: Longs) -> Longs | slice:
-    """Where the items of flows `rows` are, `numbers` of each."""
+    """Return the places of the items of flows `rows`, which have `numbers` items each."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(offsets[rows[0]]), int(offsets[rows[-1] + 1]))
     return np.repeat(offsets[rows] - np.cumsum(numbers) + numbers, numbers) + np.arange(numbers.sum())
@@ -86,8 +89,8 @@ def _places_of(rows: Longs, numbers: Longs, offsets: Longs) -> Longs | slice:
 def _packed(
     columns: list[Column], count: int, known: Longs, num_links: int, latency_of: Floats
 ) -> tuple[Longs, Ints, Floats | None, Floats]:
-    """Number of items of each flow; items, flow by flow; their shares, None if all are 1; latency of the longest
-    leg."""
+    """Return the number of items of each flow, the items flow by flow, their shares (None if all are 1), and the
+    latency of the longest leg."""
     table = np.full((count, len(columns)), -1, np.int32)
     common, longest = np.zeros(count), np.zeros(count)
     legs: dict[int, Floats] = {}

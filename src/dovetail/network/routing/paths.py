@@ -1,16 +1,18 @@
-"""Shortest paths between switches: which links lead on towards a leaf, and ways to choose among them.
+"""Shortest paths between switches, and the ways to choose among them.
 
-    hashed    each switch picks one of the n links that lead on by a hash of the flow and of itself   [ECMP]
-    static    the link depends on the destination alone: the (D / h^layer mod n)-th, D counting endpoints leaf by leaf,
-              h being the cables up from a leaf and layer that of the cable's lower end, so that the endpoints of a
-              leaf are reached over different spines and cables                                       [d-mod-k]
-    sprayed   packets go over all, in proportion to what each link and those behind it can carry
+At each switch n links lead on towards the destination's leaf:
 
-Shortest are those with the fewest cables, but that a dragonfly's cable between groups counts as three: a path goes over
-one of them if it can, where two without the switches on either side would be as few cables and twice the load [Kim et
-al., Technology-Driven, Highly-Scalable Dragonfly Topology, §4.1: minimal routing].
+    hashed    each switch picks one of them by a hash of the flow and of itself [ECMP]
+    static    the destination alone decides: link D / h^layer mod n, where D counts endpoints leaf by leaf, h is the
+              number of cables up from a leaf, and layer is that of the cable's lower end; so the endpoints of a leaf
+              are reached over different spines and cables [d-mod-k]
+    sprayed   packets go over all of them, in proportion to what each link and those behind it can carry
 
-Left out: longer ways round (Valiant), and hashes that survive failures: ECMP picks anew among the links left.
+The shortest paths are those with the fewest cables, where a dragonfly's cable between groups counts as three. So a path
+goes over one such cable if it can; a path over two of them may have as few cables, but is twice the load [Kim et al.,
+Technology-Driven, Highly-Scalable Dragonfly Topology, §4.1: minimal routing].
+
+Left out: longer detours (Valiant), and hashes that survive failures: ECMP chooses anew among the links left.
 """
 
 from __future__ import annotations
@@ -24,34 +26,40 @@ from numpy.typing import NDArray
 from dovetail.network.fabric.topology import SWITCH, Fabric
 from dovetail.network.flows.flows import Bools, Bundles, Floats, Ints, Longs
 
-CELLS = 1 << 25  # leaves times links looked at together, for memory's sake
+CELLS = 1 << 25  # leaves times links treated at once, to limit memory
 BETWEEN_GROUPS = 3
 FARTHEST = 127
-PAIRS = 1 << 10  # of switches whose paths are found together, for memory's sake
+PAIRS = 1 << 10  # pairs of switches whose paths are found at once, to limit memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hops:
-    """Links on shortest paths from switches to some leaves. Switches are numbered from 0 here, leaves in the order
-    of `leaf_of`: row t S + u, of S switches, is from switch u to leaf t."""
+    """Links on shortest paths from switches to some leaves.
+
+    Switches are numbered from 0 here, leaves in the order of `leaf_of`. With S switches, row t S + u is from switch u
+    to leaf t.
+    """
 
     switches: int
-    leaf_of: Ints  # [leaves] its switch
-    index: Ints  # [switches] which leaf it is; -1: none
-    distance: NDArray[np.int8]  # [leaves, switches] sum of `lengths`; -1: no way
+    leaf_of: Ints  # [leaves] the leaf's switch
+    index: Ints  # [switches] the number of the leaf; -1 if it is none
+    distance: NDArray[np.int8]  # [leaves, switches] sum of `lengths`; -1 without a path
     start: Longs  # [leaves * switches + 1]
-    link: Ints  # of the fabric
-    to: Ints  # [links of the fabric] switch at the end; meaningless for other kinds
+    link: Ints  # links of the fabric, row by row
+    to: Ints  # [links of the fabric] the switch at the end; without meaning for links of other kinds
     layer: NDArray[np.int8]  # [switches]
-    cables: Floats  # [links of the fabric] parallel ones that a link stands for
+    cables: Floats  # [links of the fabric] number of parallel cables that a link stands for
 
     def row(self, at: Ints, leaf: Ints) -> Longs:
         return self.index[leaf].astype(np.int64) * self.switches + at
 
 
 def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None, cables: Floats | None = None) -> Hops:
-    """Towards `leaves` (vertices), over links that are up. `cables`: how many parallel ones each link stands for, 0 for
-    those that others stand for (None: each for itself)."""
+    """Find the shortest paths towards `leaves` (vertices), over links that are up.
+
+    `cables` is the number of parallel cables that each link stands for, 0 for those that another link stands for
+    (None: each stands for itself).
+    """
     first, count = fabric.first_switch, fabric.switches
     cables = np.ones(fabric.links) if cables is None else cables
     is_open = (fabric.kind == SWITCH) & (cables > 0)
@@ -88,7 +96,7 @@ def find_hops(fabric: Fabric, leaves: Ints, up: Bools | None = None, cables: Flo
 
 
 def lengths(fabric: Fabric) -> NDArray[np.int8]:
-    """[links] what a link between switches adds to a path's length."""
+    """Return what each link between switches adds to the length of a path [links]."""
     found = np.ones(fabric.links, np.int8)
     if fabric.spec.kind == "dragonfly":
         links = np.flatnonzero(fabric.kind == SWITCH)
@@ -100,7 +108,7 @@ def lengths(fabric: Fabric) -> NDArray[np.int8]:
 
 
 def _measure(distance: NDArray[np.int8], link_from: Ints, link_to: Ints, length: NDArray[np.int8]) -> None:
-    """From each leaf to what is a step farther, all leaves at once. `link_from` is sorted."""
+    """Fill `distance` from each leaf outwards, for all leaves at once. `link_from` is sorted."""
     if not len(link_from):
         return
     begins = np.flatnonzero(np.diff(link_from, prepend=-1))
@@ -117,7 +125,7 @@ def _measure(distance: NDArray[np.int8], link_from: Ints, link_to: Ints, length:
 
 
 def hash_of(*columns: NDArray[np.integer] | int) -> NDArray[np.uint64]:
-    """64 bits mixed from integers, element by element (splitmix64)."""
+    """Return 64 bits mixed from integers, element by element (SplitMix64)."""
     mixed = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for column in columns:
@@ -129,8 +137,11 @@ def hash_of(*columns: NDArray[np.integer] | int) -> NDArray[np.uint64]:
 
 
 def walk_hashed(hops: Hops, at: Ints, leaf: Ints, label: NDArray[np.uint64]) -> list[Ints]:
-    """One path for each pair of switches `at` and `leaf`: the first link of each, the second, ...; -1 behind the end.
-    `label` is the hash of what tells flows apart."""
+    """Return one path for each pair of switches `at` and `leaf`, chosen by hashes.
+
+    The result has the first link of each path, then the second, and so on, with -1 after the end. `label` is a hash of
+    what tells flows apart.
+    """
 
     def choose(switch: Ints, number: Longs, chosen: Longs) -> Longs:
         return (hash_of(label[chosen], switch) % number.astype(np.uint64)).astype(np.int64)
@@ -139,7 +150,7 @@ def walk_hashed(hops: Hops, at: Ints, leaf: Ints, label: NDArray[np.uint64]) -> 
 
 
 def walk_static(hops: Hops, at: Ints, leaf: Ints, place: Longs, cables_up: int) -> list[Ints]:
-    """The same by destination: `place` is D, `cables_up` h."""
+    """Return the same, chosen by destination; `place` is D and `cables_up` is h."""
 
     def choose(switch: Ints, number: Longs, chosen: Longs) -> Longs:
         following = hops.to[hops.link[hops.start[hops.row(switch, leaf[chosen])]]]
@@ -167,7 +178,7 @@ def _walk(hops: Hops, at: Ints, leaf: Ints, choose: Callable[[Ints, Longs, Longs
 
 
 def spray(hops: Hops, fabric: Fabric, at: Ints, leaf: Ints) -> tuple[Bundles, Floats]:
-    """A bundle for each pair of switches, with its latency: packets over all shortest paths."""
+    """Return a bundle of all shortest paths for each pair of switches, with its latency."""
     weight = _widths(hops, fabric)
     blocks = [slice(low, low + PAIRS) for low in range(0, len(at), PAIRS)]
     found = [_sprayed(hops, fabric, weight, at[block], leaf[block]) for block in blocks]
@@ -177,7 +188,7 @@ def spray(hops: Hops, fabric: Fabric, at: Ints, leaf: Ints) -> tuple[Bundles, Fl
 
 
 def _sprayed(hops: Hops, fabric: Fabric, weight: Floats, at: Ints, leaf: Ints) -> tuple[Longs, Ints, Floats, Floats]:
-    """Number of links of each pair; links and their shares, pair by pair; latency of each pair."""
+    """Return the number of links of each pair, the links and their shares pair by pair, and each pair's latency."""
     pair, switch = np.arange(len(at)), at.astype(np.int64)
     share: Floats = np.ones(len(at))
     latency = np.zeros(len(at))
@@ -198,7 +209,7 @@ def _sprayed(hops: Hops, fabric: Fabric, weight: Floats, at: Ints, leaf: Ints) -
         longest = np.zeros(len(at))
         np.maximum.at(longest, pair, fabric.latency[link])
         latency += longest
-        # Paths that meet again go on as one.
+        # Paths that meet continue as one.
         met, inverse = np.unique(pair * hops.switches + hops.to[link], return_inverse=True)
         pair, switch = np.divmod(met, hops.switches)
         share = np.asarray(np.bincount(inverse.reshape(-1), share), np.float64)
@@ -213,8 +224,10 @@ def _sprayed(hops: Hops, fabric: Fabric, weight: Floats, at: Ints, leaf: Ints) -
 
 
 def _widths(hops: Hops, fabric: Fabric) -> Floats:
-    """For each entry of `hops.link`, the bytes/s that it and the links behind it carry towards the leaf, times the
-    cables that it stands for."""
+    """Return the bytes/s that each entry of `hops.link`, and the links behind it, can carry towards the leaf.
+
+    They are multiplied by the number of cables that the link stands for.
+    """
     rows = np.repeat(np.arange(len(hops.start) - 1), np.diff(hops.start))
     behind = rows // hops.switches * hops.switches + hops.to[hops.link]
     steps = hops.distance.ravel()[rows]

@@ -1,14 +1,14 @@
-"""Between which two NICs, and on which plane, a flow crosses the switches; see `network.routing.route`.
+"""Chooses the two NICs, and the plane, over which a flow crosses the switches.
 
-Attempts in order of preference, the first that works for a flow is taken:
+The ways are tried in this order, and the first that works is taken:
 
-    1. its own two NICs, where they are on one plane, and on one rail if rails are to be kept
-    2. forwarded over NVLink, at the sender's or at the receiver's node
+    1. the flow's own two NICs, if they are on one plane, and on one rail if rails are to be kept
+    2. forwarding over NVLink, at the sender's or at the receiver's node
     3. its own two NICs across rails
-    4. NICs of any other index at both nodes, over NVLink at both: what is left when NICs or planes are down
+    4. a detour over NICs of any other index, with NVLink at both nodes, if NICs or planes are down
 
-Of the ways of the last kind hashes and tables take one by turns, and sprayed packets all: nothing that spraying does
-hangs on the numbers of GPUs, so flows that are alike have routes that are (`network.delivery.symmetry`).
+Of the detours, flows with hashes and tables take one in turn, and sprayed packets take all. So with spraying nothing
+depends on the numbers of GPUs, and flows that are alike have routes that are alike (`network.delivery.symmetry`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FORWARDING: tuple[Forwarding, ...] = ("source", "destination", "none")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ports:
-    """One entry per flow. Where `plane` is -1 the flow stays in its node (`is_within`) or has no way."""
+    """NICs and planes, one entry per flow. With `plane` -1 a flow stays in its node (`is_within`) or has no path."""
 
     sender: Longs  # GPU whose NIC sends
     receiver: Longs
@@ -40,7 +40,7 @@ class Ports:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Working:
-    """A fabric, its links that are up, and what is left of the paths between its switches."""
+    """A fabric, its links that are up, and the paths between switches that are left."""
 
     fabric: Fabric
     up: Bools
@@ -52,8 +52,10 @@ Attempt = tuple[Longs, Longs, Longs]  # sender, receiver, plane
 
 
 def choose_ports(working: Working, ends: Ends, turn: Longs, forwarding: Forwarding, *, detours: bool = True) -> Ports:
-    """`turn` says which plane or index a flow tries first where several are as good. Without `detours` the fourth
-    attempt is left out."""
+    """Choose NICs and plane for each flow. `turn` says which of several equally good planes or indices it tries first.
+
+    Without `detours` the fourth way is left out.
+    """
     fabric, (source, destination) = working.fabric, ends
     chosen = Ports(
         sender=source.copy(),
@@ -64,7 +66,7 @@ def choose_ports(working: Working, ends: Ends, turn: Longs, forwarding: Forwardi
     open_ = np.flatnonzero(~chosen.is_within)
 
     def take(attempt: Attempt, works: Bools) -> Longs:
-        """Note the ways of those that are still open, and return those that still are."""
+        """Note the flows that this way works for, and return those that are still open."""
         taken = open_[works]
         chosen.sender[taken], chosen.receiver[taken], chosen.plane[taken] = (column[works] for column in attempt)
         return open_[~works]
@@ -100,7 +102,7 @@ def _attempts(fabric: Fabric, ends: Ends, turn: Longs, forwarding: Forwarding) -
 
 
 def detour_ways(fabric: Fabric) -> list[tuple[int, int]]:
-    """Indices in their nodes and planes of the NICs that detours may take."""
+    """Return the (index in the node, plane) of each NIC that a detour may take."""
     each, planes = fabric.gpus_per_node, fabric.planes
     if fabric.spec.planes_per_nic > 1:
         return [(index, plane) for index in range(each) for plane in range(planes)]
@@ -108,7 +110,7 @@ def detour_ways(fabric: Fabric) -> list[tuple[int, int]]:
 
 
 def detours(working: Working, ends: Ends) -> tuple[list[Attempt], NDArray[np.bool_]]:
-    """NICs of the same index at both nodes, each of them in turn; [ways, flows] which work."""
+    """Return all detours, each over NICs of one index at both nodes, and which of them work [ways, flows]."""
     each, (source, destination) = working.fabric.gpus_per_node, ends
     senders, receivers = source // each * each, destination // each * each
     attempts = [
@@ -119,7 +121,7 @@ def detours(working: Working, ends: Ends) -> tuple[list[Attempt], NDArray[np.boo
 
 
 def _detour_by_turn(working: Working, ends: Ends, turn: Longs) -> tuple[Attempt, Bools]:
-    """One of those that work, and whether any does."""
+    """Return one of the detours that work, and whether any does."""
     attempts, works = detours(working, ends)
     number = works.sum(axis=0)
     chosen = np.argmax(np.cumsum(works, axis=0) > turn % np.maximum(number, 1), axis=0)
@@ -129,7 +131,7 @@ def _detour_by_turn(working: Working, ends: Ends, turn: Longs) -> tuple[Attempt,
 
 
 def _is_within(working: Working, ends: Ends) -> Bools:
-    """Stays where it is, or goes over NVLink of the node that both are in."""
+    """Return whether a flow stays on its GPU, or goes over the NVLink of the node that has both ends."""
     fabric, (source, destination) = working.fabric, ends
     each = fabric.gpus_per_node
     over_nvlink = (source // each == destination // each) & (fabric.nvlink_link[source] >= 0)
@@ -138,7 +140,7 @@ def _is_within(working: Working, ends: Ends) -> Bools:
 
 
 def usable(working: Working, ends: Ends, attempt: Attempt) -> Bools:
-    """Whether all links of this way are up, and switches between the NICs join them."""
+    """Return whether all links of this way are up, and the NICs are joined by switches."""
     fabric, up, hops = working.fabric, working.up, working.hops
     (source, destination), (sender, receiver, plane) = ends, attempt
     out, back = fabric.nic_link[sender, plane], fabric.nic_link[receiver, plane]
@@ -164,7 +166,7 @@ def _nvlink_is_up(working: Working, one: Longs, other: Longs) -> Bools:
 
 
 def columns_within(fabric: Fabric, source: Longs, destination: Longs, goes: Bools) -> list[Ints]:
-    """Links over NVLink from each source to its destination where it `goes` there, -1 elsewhere."""
+    """Return the NVLink links from each source to its destination for flows that have `goes`; -1 for others."""
     goes = goes & (source != destination)
     if not goes.any():
         return []
@@ -173,7 +175,7 @@ def columns_within(fabric: Fabric, source: Longs, destination: Longs, goes: Bool
 
 
 def columns_outside(fabric: Fabric, source: Longs, destination: Longs, ports: Ports) -> list[Ints]:
-    """What flows that leave their node use of both nodes: NVLink where forwarded, PCIe, the ports of NICs."""
+    """Return the links of both nodes that flows between nodes use: NVLink where forwarded, PCIe, ports of NICs."""
     crosses = ports.plane >= 0
     found = [fabric.nic_link[ports.sender, ports.plane], fabric.nic_link[ports.receiver, ports.plane] ^ 1]
     if (fabric.pcie_link >= 0).any():

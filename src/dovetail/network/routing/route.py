@@ -1,14 +1,15 @@
-"""Which links a flow takes: over NVLink within a node, else through NICs and switches, on a plane that both are on.
+"""Routes flows: it finds the links that each one takes.
 
-Where the two GPUs' NICs are on different planes, a GPU of the sender's node whose NIC is on the receiver's plane passes
-the bytes on, having got them over NVLink (PXN) [ISCA §5.1]; or one of the receiver's node does:
+Within a node a flow goes over NVLink, otherwise through NICs and switches on a plane that both NICs are on. If the two
+GPUs' NICs are on different planes, the bytes go over NVLink to a GPU of the sender's node whose NIC is on the
+receiver's plane, which passes them on (PXN) [ISCA §5.1]; or a GPU of the receiver's node does so:
 
     source        GPU = NVLink = GPU with the receiver's index = its NIC = switches = the receiver's NIC
     destination   the sender's NIC = switches = NIC of the GPU with the sender's index = NVLink = GPU
 
-The same is done between rails that share spines, for it saves two switches. Where a NIC, a leaf or a plane is down,
-both ends go through GPUs of another index, whose NICs still reach each other: of one of them, by turns of the flows'
-numbers, or where packets are sprayed evenly over all. Bytes are passed on as they come, so one flow has all of these
+The same is done between rails that share spines, because it saves two switches. If a NIC, a leaf or a plane is down,
+both ends use GPUs of another index whose NICs still reach each other: one of these, chosen in turn by the flows'
+numbers, or evenly all of them if packets are sprayed. Bytes are passed on as they arrive, so a flow uses all of these
 links at once.
 
 Choices among shortest paths are those of `network.routing.paths`.
@@ -42,13 +43,13 @@ from dovetail.network.routing.ports import (
 
 Labels = NDArray[np.uint64]
 NO_LABELS = np.zeros(0, np.uint64)
-ROWS = 1 << 19  # flows that are routed together, for memory's sake
+ROWS = 1 << 19  # flows that are routed at once, to limit memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ecmp:
-    """Hashed, per queue pair: a flow's bytes are cut evenly over them, and it is as fast as its slowest part allows.
-    For queue pairs that do not wait for each other see `Flows.split`. Raises ValueError for none."""
+    """A hash picks a path for each queue pair. A flow's bytes are divided evenly among them, and its slowest part
+    decides. For queue pairs that do not wait for each other see `Flows.split`. Raises ValueError for less than one."""
 
     queue_pairs: int = 1
     seed: int = 0
@@ -60,13 +61,13 @@ class Ecmp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Static:
-    """Tables by destination, made anew where links are down."""
+    """Tables decide by destination, and avoid links that are down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptive:
-    """Each packet over any of the shortest paths, and over all ports of a NIC that has several. What has to take a
-    detour takes all that work, evenly."""
+    """Packets go over all shortest paths, and over all ports of a NIC that has several. A flow that needs a detour
+    takes all that work, evenly."""
 
 
 Policy = Ecmp | Static | Adaptive
@@ -74,7 +75,7 @@ ROUTINGS = ("adaptive", "ecmp", "static")
 
 
 def policy_of(routing: str, queue_pairs: int = 1, seed: int = 0) -> Policy:
-    """The policy called `routing`; the rest is for ECMP. Raises ValueError for another name."""
+    """Return the policy called `routing`; the other arguments are for ECMP. Raises ValueError for an unknown name."""
     if routing not in ROUTINGS:
         raise ValueError(f"no routing {routing!r}; {near_matches(routing, ROUTINGS)}")
     if routing == "ecmp":
@@ -90,10 +91,10 @@ def route(
     forwarding: Forwarding = "source",
     cables: Floats | None = None,
 ) -> Routes:
-    """Routes of `flows` between GPUs over links that are `up` (None: all). Where packets are sprayed, links may stand
-    for `cables` parallel ones (`network.routing.paths`), and have the shares of all of them.
+    """Route `flows` between GPUs over links that are `up` (None: all).
 
-    Raises ValueError for GPUs that there are not, and for an unknown forwarding.
+    If packets are sprayed, a link may stand for several parallel `cables` (`network.routing.paths`), and then has the
+    shares of all of them. Raises ValueError for GPUs that do not exist, and for an unknown forwarding.
     """
     if forwarding not in FORWARDING:
         raise ValueError(f"forwarding = {forwarding!r}: {near_matches(forwarding, FORWARDING)}")
@@ -116,15 +117,20 @@ def route(
 
 
 def host_of(fabric: Fabric, node: int) -> int:
-    """What flows name as their source or destination for copies between a node's host and its GPUs. Raises
-    ValueError where the fabric has no PCIe or no such node."""
+    """Return the source or destination of copies between a node's host and its GPUs.
+
+    Raises ValueError if the fabric has no PCIe or no such node.
+    """
     if fabric.first_host >= fabric.vertices or not 0 <= node < fabric.nodes:
         raise ValueError(f"host {node}: {fabric.name} has {fabric.nodes} nodes, and PCIe only with a [pcie] link")
     return fabric.first_host + node
 
 
 def _gpus_of(fabric: Fabric, flows: Flows) -> tuple[Longs, Longs, Bools, Bools]:
-    """GPUs at both ends, and whether the flow comes from, or goes to, the host of that GPU (then given twice)."""
+    """Return the GPUs at both ends, and whether a flow comes from or goes to the host of its GPU.
+
+    In that case the GPU is at both ends.
+    """
     ends = flows.source.astype(np.int64), flows.destination.astype(np.int64)
     is_gpu = [(end >= 0) & (end < fabric.endpoints) for end in ends]
     for name, end, is_known, other in zip(("source", "destination"), ends, is_gpu, ends[::-1], strict=True):
@@ -141,8 +147,7 @@ def _gpus_of(fabric: Fabric, flows: Flows) -> tuple[Longs, Longs, Bools, Bools]:
 
 
 def _places(fabric: Fabric) -> Longs:
-    """[endpoints, planes] D of `network.routing.paths`: endpoints in order of leaves, each leaf with room for the
-    most."""
+    """Return D of `network.routing.paths` [endpoints, planes]: endpoints numbered leaf by leaf, all leaves alike."""
     places = np.zeros(fabric.leaf.shape, np.int64)
     for plane in range(fabric.planes):
         leaf = fabric.leaf[:, plane]
@@ -157,11 +162,11 @@ def _places(fabric: Fabric) -> Longs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Leg:
-    """One of the ways that flows are split over."""
+    """One of the ways that flows are divided among."""
 
     ports: Ports
     share: float | Floats
-    label: Labels  # what a hash tells flows apart by
+    label: Labels  # by which a hash tells flows apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -180,7 +185,7 @@ class _Router:
         return self.working.hops
 
     def parts(self, flows: Flows, rows: Longs) -> list[Part]:
-        """What flows use; where packets are sprayed, those that take detours apart, for they have many more items."""
+        """Return what flows use. Sprayed flows on detours are a part of their own, because they have far more items."""
         source, destination, from_host, to_host = _gpus_of(self.fabric, flows)
         legs = self._legs(source, destination, flows.queue_pair)
         within = legs[0].ports.is_within & self._host_is_up(source, from_host, to_host)
@@ -202,7 +207,7 @@ class _Router:
         return [part_of(whole, kept), *around]
 
     def _around(self, ends: Ends, rows: Longs) -> Part:
-        """Evenly over all detours that work."""
+        """Return flows that go evenly over all detours that work."""
         attempts, works = detours(self.working, ends)
         number = works.sum(axis=0)
         share = 1.0 / np.maximum(number, 1)
@@ -213,7 +218,7 @@ class _Router:
         return Part(rows=rows, columns=self._columns(legs, ends, False), is_cut_off=number == 0)
 
     def _columns(self, legs: list[_Leg], ends: Ends, has_common_ends: bool) -> list[Column]:
-        """Of what leaves its node; `has_common_ends`: all legs go through the same two NICs."""
+        """Return what flows between nodes use. With `has_common_ends` all legs go through the same two NICs."""
         found = []
         for number, leg in enumerate(legs):
             if number == 0 or not has_common_ends:
@@ -244,7 +249,7 @@ class _Router:
         if isinstance(policy, Ecmp):
             share, pairs = 1.0 / policy.queue_pairs, range(policy.queue_pairs)
             if fabric.spec.planes_per_nic == 1:
-                # A connection is between NICs: what a GPU passes on for its node to one receiver shares it.
+                # A connection is between NICs, so all that a GPU passes on to one receiver shares it.
                 same = ports(rotation)
                 labels = [hash_of(same.sender, same.receiver, queue_pair, k, policy.seed) for k in pairs]
                 return [_Leg(ports=same, share=share, label=label) for label in labels]
@@ -257,7 +262,7 @@ class _Router:
         return self._on_all_planes(source, destination, first)
 
     def _on_all_planes(self, source: Longs, destination: Longs, first: Ports) -> list[_Leg]:
-        """Evenly over the planes on which the flow's own two NICs reach each other."""
+        """Return a leg for each plane on which the flow's own two NICs reach each other, with even shares."""
         is_direct, ends = first.plane >= 0, (source, destination)
         works = [
             is_direct & usable(self.working, ends, (*ends, np.full(len(source), plane)))
