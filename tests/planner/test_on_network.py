@@ -116,7 +116,7 @@ def test_pools_on_two_clusters_are_on_two_networks() -> None:
     found = answer(Request(**plain, **pools, network="simulate"))  # type: ignore[arg-type]
     head, *rest = tables(found)
     assert ("network", "simulated on mpft, adaptive and ft2, adaptive") in head.rows
-    assert rest[-1].title == "exchanges on mpft, adaptive and ft2, adaptive, from links alone"
+    assert rest[-1].title == "exchanges simulated on mpft, adaptive and ft2, adaptive (links only, no kernels)"
     assert as_json(found)["plans"][0]["network"]["fabrics"] == ["mpft", "ft2"]
 
 
@@ -124,8 +124,8 @@ def test_pools_on_two_clusters_are_on_two_networks() -> None:
     ("options", "message"),
     [
         ({"network": "simulated"}, "--network simulated: did you mean simulate"),
-        ({"fail": ["plane:3"]}, "--fail is of --network simulate"),
-        ({"routing": "ecmp"}, "--routing is of --network simulate"),
+        ({"fail": ["plane:3"]}, "--fail is for --network simulate"),
+        ({"routing": "ecmp"}, "--routing is for --network simulate"),
         ({"network": "simulate", "clusters": ["template.toml"]}, "template.toml"),
     ],
 )

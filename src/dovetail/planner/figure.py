@@ -1,4 +1,4 @@
-"""A number of a plan with all that is behind it: band, unit, formula with its numbers, inputs and their sources."""
+"""A number of a plan with its band, unit, formula, inputs and sources."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dovetail.spec.band import Band
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """What a formula takes: a figure, or a value with its source."""
+    """One input of a formula: a figure, or a value with its source."""
 
     name: str
     value: str
@@ -20,7 +20,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """`key` is the name that --explain takes; `band` is in `unit`."""
+    """One number. `key` is the name that --explain takes; `band` is in `unit`."""
 
     key: str
     title: str
@@ -31,7 +31,7 @@ class Figure:
 
     @property
     def text(self) -> str:
-        """The value with its band, as a person reads it."""
+        """The value with its unit, as it is printed."""
         return f"{number(self.band.value)} {self.unit}".rstrip()
 
     @property
@@ -42,14 +42,14 @@ class Figure:
 
 
 def number(value: float) -> str:
-    """Four digits, with thousands separated."""
+    """Return four digits, with thousands separated."""
     if value and abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
 def find_figure(figures: Sequence[Figure], key: str) -> Figure:
-    """Raises `ValueError` with near matches for a key that no figure has."""
+    """Return the figure `key`. Raises ValueError with near matches for a key that no figure has."""
     for figure in figures:
         if figure.key == key:
             return figure
@@ -57,7 +57,7 @@ def find_figure(figures: Sequence[Figure], key: str) -> Figure:
 
 
 def explanation(figure: Figure) -> Iterable[str]:
-    """What `--explain` prints."""
+    """Yield the lines that `--explain` prints."""
     yield f"{figure.title} ({figure.key}): {figure.text} ({figure.interval})"
     yield f"  = {figure.formula}"
     for each in figure.inputs:

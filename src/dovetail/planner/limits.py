@@ -1,13 +1,12 @@
-"""How fast a token can follow the last where nothing but the exchanges with experts takes time, and how large a
-deployment is by arithmetic alone.
+"""The speed limit of decoding if only exchanges take time, and the arithmetic of deployments.
 
     one exchange   dispatch and combine of one micro-batch: tokens x copies x hidden x (1 + 2 bytes) / bandwidth
     one layer      two micro-batches, one after the other on the network
     one token      all layers                                                                   [ISCA §2.3.2]
 
 With the paper's assumptions (50 GB/s of a 400G card, 32 tokens per device, 8 routed experts and a shared one, hidden
-"7K" = 7000, 61 layers, computation hidden, no latency) a token takes 14.76 ms, 67 tokens/s; over the 900 GB/s of a
-GB200 NVL72 0.82 ms, about 1,200 tokens/s.
+"7K" = 7000, 61 layers, computation hidden, no latency) a token takes 14.76 ms, which is 67 tokens/s. Over the 900 GB/s
+of a GB200 NVL72 it takes 0.82 ms, about 1,200 tokens/s.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from dovetail.spec.model import ModelSpec
 
 PAPER_HIDDEN = 7000  # "7K" [ISCA §2.3.2]; the model's is 7168
 PAPER_TOKENS = 32  # per device and step
-DISPATCH_BYTES, COMBINE_BYTES = 1, 2  # per value: FP8 there, BF16 back
+DISPATCH_BYTES, COMBINE_BYTES = 1, 2  # per value: dispatch in FP8, combine in BF16
 MICROBATCHES = 2
 DAY = 86400.0
 Number = TypeVar("Number", float, Band)
@@ -29,11 +28,11 @@ Number = TypeVar("Number", float, Band)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeedLimit:
-    """Seconds, and what they are made of."""
+    """The time of a token in seconds, and its parts."""
 
     exchange: Band  # dispatch and combine of one micro-batch, without latency
     layers: int
-    latency: Band  # of one way
+    latency: Band  # in one direction
     bandwidth: Band  # bytes/s
 
     @property
@@ -42,7 +41,7 @@ class SpeedLimit:
 
     @property
     def token(self) -> Band:
-        """Time per output token without latency, as the paper counts."""
+        """The time per output token without latency, as the paper counts it."""
         return self.layers * self.layer
 
     @property
@@ -51,7 +50,7 @@ class SpeedLimit:
 
     @property
     def waits(self) -> int:
-        """Exchanges that a token waits for: two per layer and micro-batch."""
+        """The number of exchanges that a token waits for: two per layer and micro-batch."""
         return 2 * MICROBATCHES * self.layers
 
     @property
@@ -69,10 +68,10 @@ def speed_limit(
     achieved: bool = False,
     ranks: int | None = None,
 ) -> SpeedLimit:
-    """Of the link that joins the experts' `ranks` (None: the whole cluster). `hidden`: None is the model's; `achieved`:
-    at the bandwidth that is reached, not the datasheet's.
+    """Return the limit that the link between the experts' `ranks` (None: the whole cluster) sets.
 
-    Raises ValueError for a model without experts.
+    `hidden` None is the model's. With `achieved` the bandwidth is the one that is reached, not the datasheet's. Raises
+    ValueError for a model without experts.
     """
     if spec.moe is None:
         raise ValueError("the model has no experts, so no exchange limits its speed")
@@ -86,16 +85,16 @@ def speed_limit(
 
 
 def joining_link(cluster: Cluster, ranks: int | None = None) -> Link:
-    """Scale-out where the ranks are on several nodes, scale-up in one."""
+    """Return the scale-out link if the ranks are on several nodes, and the scale-up link if they are on one."""
     is_one_node = (ranks or cluster.gpus) <= cluster.gpus_per_node
     return cluster.scale_up if is_one_node or cluster.scale_out is None else cluster.scale_out
 
 
 def nodes_for(tokens: Number, seconds: float, tokens_per_second: Number) -> Number:
-    """Nodes that handle `tokens` in `seconds`, each at `tokens_per_second`, always busy."""
+    """Return the number of nodes that handle `tokens` in `seconds`, each always busy at `tokens_per_second`."""
     return tokens / seconds / tokens_per_second
 
 
 def rent(nodes: float, gpus_per_node: int, dollars_per_gpu_hour: float, seconds: float = DAY) -> float:
-    """Dollars for `nodes` over `seconds`."""
+    """Return the dollars for `nodes` over `seconds`."""
     return nodes * gpus_per_node * dollars_per_gpu_hour * seconds / 3600

@@ -1,4 +1,4 @@
-"""The exchanges of a plan on a simulated network: each group alone, and all groups at once."""
+"""Lists the simulated exchanges of a plan: one group alone, and all groups at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dovetail.planner.serving.plan import ServingPlan
 from dovetail.planner.training.chunks import Workload, operations
 from dovetail.planner.training.plan import TrainingPlan, slowest_update, stage_send
 
-if TYPE_CHECKING:  # it loads NumPy, which plans by closed forms do without
+if TYPE_CHECKING:  # it loads NumPy, which closed forms do not need
     from dovetail.network.delivery.layout_traffic import AtOnce, LayoutTraffic
 
 PASS = {"forward": "forward", "dgrad": "backward", "wgrad": "backward"}
@@ -21,7 +21,7 @@ PASS = {"forward": "forward", "dgrad": "backward", "wgrad": "backward"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
-    """One exchange of a plan, and what it is part of."""
+    """One exchange of a plan, and the part of the plan that it belongs to."""
 
     name: str
     part: str
@@ -29,20 +29,24 @@ class Simulated:
 
 
 def networks_of(plan: TrainingPlan | ServingPlan) -> list[LayoutTraffic]:
-    """On which exchanges were simulated, where a plan serves that of prompts before that of outputs, and once where
-    they are alike; none: closed forms."""
+    """Return the networks on which exchanges were simulated, or none if closed forms were used.
+
+    For serving it is the prompts' network and then the outputs', or one if they are alike.
+    """
     works = [plan.work] if isinstance(plan, TrainingPlan) else [plan.prefill.work, plan.decode.work]
     return list({str(work.traffic): work.traffic for work in works if work.traffic}.values())
 
 
 def networks_text(plan: TrainingPlan | ServingPlan) -> str:
-    """Their names, with routing and failures; "": closed forms."""
+    """Return the names of these networks, with routing and failures, or "" for closed forms."""
     return " and ".join(map(str, networks_of(plan)))
 
 
 def simulated(plan: TrainingPlan | ServingPlan) -> list[Simulated]:
-    """Each kind of exchange of a plan, in the order in which they come, the longest of those between the same groups;
-    none where closed forms were taken."""
+    """Return each kind of exchange of a plan in its order, and of those between the same groups the longest.
+
+    There are none if closed forms were used.
+    """
     if not networks_of(plan):
         return []
     longest: dict[tuple[object, ...], Simulated] = {}

@@ -1,4 +1,4 @@
-"""How long one operation of a plan takes on a cluster, whichever kind it is of."""
+"""How long one operation of a plan takes on a cluster, whatever its kind."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dovetail.cost.roofline import Timed, op_time
 from dovetail.network.demands.closed_forms import Mode, Transfer, collective_time, exchange_time, send_time
 from dovetail.spec.hardware import Cluster
 
-if TYPE_CHECKING:  # it loads NumPy, which plans by closed forms do without
+if TYPE_CHECKING:  # it loads NumPy, which closed forms do not need
     from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 
@@ -20,10 +20,11 @@ def operation_time(
     mode: Mode = "normal",
     traffic: LayoutTraffic | None = None,
 ) -> Timed | Transfer:
-    """`multiprocessors` (None: all) are those left to arithmetic; `mode` is that of exchanges with experts; with
-    `traffic` exchanges take as much longer as all groups of the layout at once make them.
+    """Return the time of `op`.
 
-    Raises ValueError as `op_time`, `exchange_time`, `collective_time` and `LayoutTraffic.slowed` do.
+    `multiprocessors` (None: all) are those left to arithmetic, and `mode` is that of exchanges with experts. With
+    `traffic` an exchange is slowed as if all groups of the layout had theirs at once. Raises ValueError as `op_time`,
+    `exchange_time`, `collective_time` and `LayoutTraffic.slowed` do.
     """
     if isinstance(op, Exchange):
         alone = exchange_time(op, cluster, mode)

@@ -1,7 +1,7 @@
-"""What a user asks of the planner, as `dovetail plan` takes it, and the plans that answer it.
+"""A user's request, as `dovetail plan` takes it, and the plans that answer it.
 
-Text becomes numbers here ("14.8T" is 1.48e13), and what does not belong together is refused; the plans themselves are
-made by `planner.training.search`, `planner.training.plan` and `planner.serving.plan`.
+Text becomes numbers here ("14.8T" is 1.48e13), and options that do not belong together are refused. The plans are made
+by `planner.training.search`, `planner.training.plan` and `planner.serving.plan`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEQUENCE_LENGTH = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Options as they were typed; None and empty: not given."""
+    """Options as they were typed; None and empty mean that an option was not given."""
 
     model: str
     clusters: Sequence[str]
@@ -71,13 +71,13 @@ class Request:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Request:
-        """Those of `options` that are a request's and were given."""
+        """Make a request of those `options` that are its own and were given."""
         names = {each.name for each in fields(cls)}
         return cls(**{name: value for name, value in options.items() if name in names and value is not None})
 
     @property
     def layout(self) -> dict[str, Any]:
-        """What of a training layout is fixed."""
+        """The parts of a training layout that were given."""
         names = ("pp", "ep", "tp", "schedule", "microbatch_size")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
@@ -88,13 +88,13 @@ class Choice:
 
     cluster: Cluster
     plan: TrainingPlan | ServingPlan
-    tried: int = 1  # layouts
-    fitting: int = 1
+    tried: int = 1  # number of layouts
+    fitting: int = 1  # number of layouts that fit in memory
     others: tuple[TrainingPlan, ...] = ()  # the next fastest
-    front: tuple[Candidate, ...] = ()  # Pareto's, of time and memory
+    front: tuple[Candidate, ...] = ()  # the Pareto front of time and memory
 
     def figures(self) -> tuple[Figure, ...]:
-        """Every number of the plan; what `--explain` knows."""
+        """Return every number of the plan, which are those that `--explain` knows."""
         if isinstance(self.plan, TrainingPlan):
             return training_figures(self.plan)
         return serving_figures(self.plan)
@@ -102,7 +102,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A choice for each cluster, in the order in which they were named."""
+    """A choice for each cluster, in the order in which the clusters were named."""
 
     request: Request
     spec: ModelSpec
@@ -110,8 +110,8 @@ class Answer:
 
 
 def answer(request: Request) -> Answer:
-    """Raises ValueError, one line, for names that are none, numbers that cannot be, options of the other goal, and
-    where nothing fits."""
+    """Make the plans. Raises ValueError, one line, for unknown names, illegal numbers, options of the other goal, and
+    if nothing fits."""
     _check(request)
     spec = inspect(request.model).spec
     make = _train if request.goal == "train" else _serve
@@ -120,7 +120,7 @@ def answer(request: Request) -> Answer:
 
 
 def amount(text: str, name: str) -> float:
-    """ "14.8T", "2.5B", "4,096" or "1e12" as a number above 0."""
+    """Return "14.8T", "2.5B", "4,096" or "1e12" as a number. Raises ValueError for one that is not above 0."""
     digits = text.strip().replace(",", "").replace("_", "")
     unit = UNITS.get(digits[-1:].upper(), 0.0)
     try:
@@ -148,12 +148,12 @@ def _check(request: Request) -> None:
         if getattr(request, name):
             option = "set" if name == "change" else name.replace("_", "-")
             other = "serve" if request.goal == "train" else "train"
-            raise ValueError(f"--{option} is of --goal {other}, and the goal is {request.goal}: leave it out")
+            raise ValueError(f"--{option} is for --goal {other}, and the goal is {request.goal}: leave it out")
     if request.network not in NETWORKS:
         raise ValueError(f"--network {request.network}: {near_matches(request.network, NETWORKS)}")
     for name in ("fabric", "routing", "fail"):
         if getattr(request, name) and request.network != "simulate":
-            raise ValueError(f"--{name} is of --network simulate: add it, or leave --{name} out")
+            raise ValueError(f"--{name} is for --network simulate: add that, or leave --{name} out")
     for name in ("gpus", "ep", "tp", "pp", "microbatch_size", "prefill_ep"):
         value = getattr(request, name)
         if value is not None and value < 1:
@@ -197,7 +197,7 @@ def _train(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
 
 
 def _check_fixed(fixed: dict[str, Any], work: Workload, batch: int, gpus: int) -> None:
-    """Raises ValueError with what is wrong with the values that were fixed, the others being plain."""
+    """Raise ValueError if the given values are wrong by themselves, whatever the search chooses for the others."""
     pp, tp, size = (fixed.get(name, 1) for name in ("pp", "tp", "microbatch_size"))
     if gpus % (pp * tp):
         raise ValueError(
@@ -239,7 +239,7 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
 
 
 def _traffic(request: Request, cluster: Cluster, gpus: int) -> LayoutTraffic | None:
-    """All exchanges of the first `gpus`, where they are to be simulated."""
+    """Return the traffic of the first `gpus` if exchanges are to be simulated, else None."""
     if request.network == "closed-forms":
         return None
     from dovetail.network.delivery.layout_traffic import layout_traffic
@@ -248,14 +248,14 @@ def _traffic(request: Request, cluster: Cluster, gpus: int) -> LayoutTraffic | N
 
 
 def _pools_traffic(request: Request, cluster: Cluster, layout: Layout) -> LayoutTraffic:
-    """As many pools at once as the cluster has room for."""
+    """Return the traffic of as many pools as the cluster has room for, all at once."""
     traffic = _traffic(request, cluster, cluster.gpus // layout.gpus * layout.gpus)
     assert traffic is not None
     return traffic
 
 
 def _pool(spec: ModelSpec, ep: int | None, tp: int) -> Layout | None:
-    """With as few redundant experts as divide evenly; None where nothing is fixed."""
+    """Return a pool's layout with as few redundant experts as divide evenly; None without a given `ep`."""
     if ep is None:
         return None
     if ep % tp:
@@ -274,7 +274,7 @@ def _check_gpus(gpus: int | None, cluster: Cluster) -> None:
 
 
 def _of(cluster: Cluster, gpus: int | None) -> Cluster:
-    """The cluster with whole nodes of `gpus` GPUs, or a part of one node."""
+    """Return the cluster cut to `gpus` GPUs, which are whole nodes or a part of one node."""
     if gpus is None:
         return cluster
     if gpus < cluster.gpus_per_node:

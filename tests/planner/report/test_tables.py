@@ -188,7 +188,7 @@ def test_a_gpu_without_a_runtime_has_all_of_its_memory(small):
 def test_both_pools_say_whose_efficiency_they_borrow():
     request = Request(**SERVE | {"clusters": ["h800-2048"], "decode_cluster": "gb200-nvl72"})
     rows = tables.tables(answer(request))[0].rows
-    assert ("efficiency", "nobody measured gb200: shares are those of h800, in a wider band") in rows
+    assert ("efficiency", "gb200 was not measured: its shares are those of h800, in a wider band") in rows
 
 
 def test_clusters_stand_side_by_side():
@@ -288,7 +288,7 @@ def test_bars_of_memory_end_where_the_sum_says(training):
         ({"pp": 64, "schedule": "dualpipe"}, "64 stages .* for 61 layers"),
         ({"pp": 0}, "--pp 0: expected at least 1"),
         ({"schedule": "dualpip"}, "did you mean dualpipe"),
-        ({"context": "5000"}, "--context is of --goal serve"),
+        ({"context": "5000"}, "--context is for --goal serve"),
         ({"precision": "deepseek"}, "did you mean deepseek-v3"),
         ({"vary": ["topk_grp=2"]}, "did you mean topk_group"),
     ],
@@ -304,7 +304,7 @@ def test_bad_input_is_one_line_with_a_remedy(change, message):
     [
         ({"change": ["cache_hitt=0.5"]}, "unknown key 'cache_hitt'; did you mean cache_hit"),
         ({"context": None}, "expected context"),
-        ({"batch": "4"}, "--batch is of --goal train"),
+        ({"batch": "4"}, "--batch is for --goal train"),
         ({"ep": 12, "tp": 8}, "--tp 8 does not divide --ep 12"),
         ({"gpus": 12}, "nearest: 8 and 16"),
         ({"output_speed": "2000"}, "the best is"),

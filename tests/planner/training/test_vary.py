@@ -103,5 +103,5 @@ def test_a_dense_model_has_no_experts_to_vary() -> None:
 
 
 def test_what_is_fixed_is_not_varied() -> None:
-    with pytest.raises(ValueError, match="--vary pp: already held to 16"):
+    with pytest.raises(ValueError, match="--vary pp: it is already fixed to 16"):
         vary(work_of(), ["pp=8,16"], Choices.of({"pp": 16}))

@@ -1,4 +1,4 @@
-"""A timeline as text for a terminal, as a self-contained SVG, and as a trace for chrome://tracing or Perfetto."""
+"""Draws a timeline as text, as SVG, and as a trace for chrome://tracing or Perfetto."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dovetail.planner.training.plan import TrainingPlan
 from dovetail.planner.training.timeline import Timeline
 
 INK, MUTED, GRID, IDLE = "#22272e", "#6b7280", "#d1d5db", "#f1f3f5"
-# Of a rank's first stage, and of its others: the second direction of DualPipe, later chunks.
+# Colours of a rank's first stage, and of its others (the second direction of DualPipe, later chunks).
 FILL = {
     "F": ("#9cc3ea", "#5b94cf"),
     "B": ("#8fcf9f", "#4fa367"),
@@ -25,7 +25,7 @@ FILL = {
 NAMES = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
 ROW, GAP, LEFT, RIGHT, TOP, FONT = 26.0, 4.0, 62.0, 74.0, 62.0, 11.0  # pixels
 UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
-DIGIT = 0.62  # width of a digit of the font, of its size
+DIGIT = 0.62  # width of a digit over the font's size
 
 
 def planned_timeline(answer: Answer, option: str) -> Timeline:
@@ -37,13 +37,13 @@ def planned_timeline(answer: Answer, option: str) -> Timeline:
 
 
 def draw_text(timeline: Timeline, width: int = 100) -> str:
-    """A title, one line per rank, `width` characters at most, and a scale; raises ValueError below 40.
+    """Return a title, a line per rank of at most `width` characters, and a scale. Raises ValueError for a width below 40.
 
-    Where there is room every step shows its micro-batch ("F3--", a pair "F7&b2-"), elsewhere each column shows what
-    takes most of it, with X for a pair. Lower case: on another than the rank's first stage.
+    If there is room every step shows its micro-batch ("F3--", a pair "F7&b2-"); otherwise each column shows the kind of
+    work that takes most of it, with X for a pair. Lower case is for other stages than the rank's first.
     """
     if width < 40:
-        raise ValueError(f"width = {width}: a timeline takes at least 40 columns")
+        raise ValueError(f"width = {width}: a timeline needs at least 40 columns")
     ranks = timeline.schedule.ranks
     head = len(f"rank {ranks - 1} ")
     columns = width - head - len(" 100.0%")
@@ -64,13 +64,13 @@ def draw_text(timeline: Timeline, width: int = 100) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Three digits and a unit."""
+    """Return seconds with three digits and a unit."""
     unit, size = next((pair for pair in UNITS if seconds >= pair[1]), UNITS[-1])
     return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds / size:.0f} {unit}"
 
 
 def chrome_trace(timeline: Timeline) -> str:
-    """JSON of trace events in microseconds: a thread per rank, and how many activations it holds as a counter."""
+    """Return JSON of trace events in microseconds: a thread per rank, with the activations it holds as a counter."""
     events: list[dict[str, Any]] = []
     for rank, steps in enumerate(timeline.schedule.actions):
         name = {"name": "thread_name", "ph": "M", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}}
@@ -98,12 +98,12 @@ def chrome_trace(timeline: Timeline) -> str:
 
 
 def draw_svg(timeline: Timeline, title: str = "", width: int = 1200) -> str:
-    """A self-contained picture, `width` pixels wide: a row per rank, a colour per kind, micro-batches where they fit.
+    """Return a self-contained picture, `width` pixels wide: a row per rank, a colour per kind of work.
 
-    Raises ValueError for a width below 400.
+    Micro-batches have their numbers where these fit. Raises ValueError for a width below 400.
     """
     if width < 400:
-        raise ValueError(f"width = {width}: a picture takes at least 400 pixels")
+        raise ValueError(f"width = {width}: a picture needs at least 400 pixels")
     schedule, title = timeline.schedule, escape(title or _title(timeline))
     bottom = TOP + schedule.ranks * (ROW + GAP)
     height = bottom + 28
@@ -180,7 +180,7 @@ def _title(timeline: Timeline) -> str:
 
 
 def _shades(timeline: Timeline, rank: int) -> dict[tuple[int, int], int]:
-    """Which of the two shades each (stage, direction) that `rank` holds has; direction 0 is light everywhere."""
+    """Return the shade, 0 or 1, of each (stage, direction) that `rank` holds; direction 0 is light everywhere."""
     held = sorted(timeline.schedule.held_by(rank), key=lambda place: (place[1], place[0]))
     return {place: min(index, 1) for index, place in enumerate(held)}
 
@@ -208,10 +208,10 @@ def _rows(timeline: Timeline, width: int) -> list[str]:
 
 
 def _cells(timeline: Timeline, scale: float) -> list[str]:
-    """All steps: one path for each colour, then the micro-batches of those that have room."""
+    """Draw all steps: one path for each colour, then the numbers of micro-batches where they fit."""
     paths: dict[str, list[str]] = defaultdict(list)
     numbers: dict[float, list[str]] = defaultdict(list)  # by font size
-    longest = len(str(timeline.schedule.microbatches - 1))  # all of one width or none: some numbers puzzle
+    longest = len(str(timeline.schedule.microbatches - 1))  # a row shows all its numbers or none
     for rank, steps in enumerate(timeline.schedule.actions):
         shades = _shades(timeline, rank)
         top = TOP + rank * (ROW + GAP)
@@ -260,7 +260,7 @@ def _swatch(x: float, y: float, fills: tuple[str, ...], name: str) -> list[str]:
 
 
 def _axis(timeline: Timeline, scale: float, bottom: float) -> list[str]:
-    """Ticks at round times, five to ten."""
+    """Draw five to ten ticks at round times."""
     total = timeline.seconds
     if not total:
         return []

@@ -1,5 +1,8 @@
-"""A plan as one page of HTML that needs nothing else: no script, no font, no network; light or dark as its reader's
-machine is. Every figure opens to its formula, inputs and sources."""
+"""Writes a plan as one self-contained HTML page, and a step's trace.
+
+The page needs no script, no font and no network, and is light or dark as the reader's system is. Every figure opens to
+its formula, inputs and sources.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,18 @@ TILES = {
     "train": ("step_time", "tokens_per_day", "mfu_causal", "memory", "days", "dollars"),
     "serve": ("prefill.ttft", "decode.tpot", "decode.speed", "decode.tokens", "dollars_input", "dollars_output"),
 }
-REQUESTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)  # of those that fit, in the curve
+REQUESTS = (
+    1 / 32,
+    1 / 16,
+    1 / 8,
+    1 / 4,
+    3 / 8,
+    1 / 2,
+    5 / 8,
+    3 / 4,
+    7 / 8,
+    1,
+)  # points of the curve, as shares of the requests that fit
 
 PAGE_STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbfa; --card: #ffffff; --ink: #1f2328; --muted: #667080; --grid: #e3e6ea;
@@ -87,7 +101,7 @@ pre { background: var(--paper); border: 1px solid var(--grid); border-radius: 6p
   font-size: 13px; }
 .note { color: var(--muted); font-size: 13.5px; margin: 6px 0 0; }
 """
-# Of `drawing`'s picture all but the cells and their numbers follow the page.
+# Everything in `drawing`'s picture except the cells and their numbers takes the page's colours.
 DRAWING_STYLE = (
     "".join(
         f'.timeline [{attribute}="{colour}"] {{ {attribute}: var(--{name}); }}\n'
@@ -104,12 +118,12 @@ DRAWING_STYLE = (
 
 
 def write(answer: Answer, path: Path) -> None:
-    """Raises ValueError for a path that no file can be written at."""
+    """Write the page to `path`. Raises ValueError if no file can be written there."""
     _write(page(answer), path, "--html")
 
 
 def write_trace(answer: Answer, path: Path) -> None:
-    """The step's timeline on one cluster, for chrome://tracing. Raises ValueError for other plans, and as `write`."""
+    """Write the step's timeline for chrome://tracing. Raises ValueError for plans without one, and as `write`."""
     _write(chrome_trace(planned_timeline(answer, "--trace")), path, "--trace")
 
 
@@ -121,7 +135,7 @@ def _write(text: str, path: Path, option: str) -> None:
 
 
 def page(answer: Answer) -> str:
-    """The whole file."""
+    """Return the whole page."""
     choices = answer.choices
     title = heading(answer, choices[0]) if len(choices) == 1 else comparison(answer).title
     body = "".join(_one(answer) if len(choices) == 1 else _several(answer))
@@ -180,7 +194,7 @@ def _training(choice: Choice, plan: TrainingPlan) -> Iterator[str]:
         ]
         needed = (plan.largest_memory.total + gpu.runtime_bytes) / 1e9
         dots.append(Point(plan.step_seconds.value, needed, candidate_text(plan.work), is_plan=True))
-        note = "Layouts that no other beats in time and memory at once. Point at one to read it."
+        note = "Layouts that no other beats in both time and memory. Point at one to read it."
         if plan.work.traffic:
             note += " The plan is simulated, the others by closed forms."
         picture = scatter(dots, "seconds per step", "GB on the fullest rank")
@@ -210,13 +224,13 @@ def _serving(plan: ServingPlan) -> Iterator[str]:
 
 
 def _curve(plan: DecodePlan) -> Iterator[DecodePlan]:
-    """The same pool with other numbers of requests."""
+    """Yield the same pool with other numbers of requests."""
     work = plan.work
     pool = replace(decode_pool(work.spec, work.cluster, plan.layout, work.recipe, plan.goal), traffic=work.traffic)
     for requests in sorted({max(1, int(share * plan.requests_that_fit)) for share in REQUESTS}):
         try:
             yield step_of(pool, requests)
-        except ValueError:  # buffers grow with requests: the last may not fit
+        except ValueError:  # buffers grow with requests, so the last may not fit
             continue
 
 

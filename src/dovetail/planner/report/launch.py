@@ -1,8 +1,9 @@
-"""What carries a plan out: a run file for `dovetail train`, or the lines that start an engine.
+"""The commands that carry a plan out: a run file for `dovetail train`, or those that start an engine.
 
-`dovetail train` splits data only; a layout with pipelines, tensor or expert parallelism it cannot run, and that is said
-instead of a command. Engines are vLLM and SGLang, flags as their documentation has them in 2025 ("Expert Parallel
-Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert Parallelism"); none of the lines was run here.
+`dovetail train` has data parallelism only. It cannot run a layout with pipelines, tensor or expert parallelism; for
+such a layout the reason stands in place of a command. The engines are vLLM and SGLang, with the flags of their
+documentation of 2025 ("Expert Parallel Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert
+Parallelism"). None of these commands was run here.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ PUBLISHED = {
     "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
     "deepseek-v3": "deepseek-ai/DeepSeek-V3",
 }
-STEPS = 1000  # where the goal has no tokens
+STEPS = 1000  # if the goal has no tokens
 UNTRIED = "Not run here. Flags are those of the engine's documentation of 2025; --help of your version decides."
 TRANSFER = json.dumps({"kv_connector": "NixlConnector", "kv_role": "kv_both"}, separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """A file or commands."""
+    """A file's content, or commands."""
 
     kind: Literal["toml", "sh"]
     text: str
@@ -51,21 +52,21 @@ class Launch:
 
 
 def launches(request: Request, choice: Choice) -> list[Launch]:
-    """Of the plan on one cluster."""
+    """Return what carries out the plan on one cluster."""
     if isinstance(choice.plan, TrainingPlan):
         return [training_launch(choice.plan, request.model)]
     return serving_launches(choice.plan, request.model)
 
 
 def training_launch(plan: TrainingPlan, model: str) -> Launch:
-    """The run file and its command, or why there is none."""
+    """Return the run file and its command, or the reason why there is none."""
     layout = plan.work.layout
     split = [f"{name} = {value}" for name, value in _split(layout) if value > 1]
     if split:
         return Launch(title="to carry it out", notes=(_cannot(plan, split),))
     name = Path(model).name.removesuffix(".json") or "model"
     file = f"{name}.toml"
-    notes = [f"Save the first as {file}; [data] is Python's own library until you name your text."]
+    notes = [f"Save the first block as {file}; its [data] is Python's own library until you name your own text."]
     held, own, gpu = _unsharded(plan), plan.largest_memory.total, plan.work.cluster.gpu
     if layout.dp > 1 and held > own:
         notes.append(
@@ -80,7 +81,7 @@ def training_launch(plan: TrainingPlan, model: str) -> Launch:
 
 
 def run_file(plan: TrainingPlan, model: str, name: str) -> str:
-    """TOML that `dovetail train` reads: this plan's batch, steps, micro-batches and precision."""
+    """Return a run file for `dovetail train` with the plan's batch, steps, micro-batches and precision."""
     work, layout = plan.work, plan.work.layout
     steps = math.ceil(plan.goal.tokens / plan.tokens_per_step) if plan.goal.tokens else STEPS
     path = Path(model)
@@ -97,7 +98,7 @@ def run_file(plan: TrainingPlan, model: str, name: str) -> str:
 
 
 def serving_launches(plan: ServingPlan, model: str) -> list[Launch]:
-    """vLLM's lines and SGLang's, for both pools."""
+    """Return the commands of vLLM and of SGLang, for both pools."""
     target = PUBLISHED.get(model, model)
     notes = [UNTRIED]
     if target == model and not Path(model).is_dir():
@@ -126,7 +127,7 @@ def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
 
 
 def _unsharded(plan: TrainingPlan) -> int:
-    """Bytes with the optimizer's states of one rank whole, as `train.step.optim` keeps them."""
+    """Return the bytes of a rank that keeps the optimizer's whole state, as `train.step.optim` does."""
     lone = plan.work.layout.model_copy(update={"dp": 1})
     (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length, plan.work.recompute)
     return rank.total
@@ -139,7 +140,7 @@ def _cannot(plan: TrainingPlan, split: list[str]) -> str:
     needed, has = (rank.total + work.cluster.gpu.runtime_bytes) / 1e9, work.cluster.gpu.memory_bytes / 1e9
     way = "ask for --pp 1 --ep 1 --tp 1" if needed <= has else "this model is too large for it"
     return (
-        f"dovetail train cannot run this layout: it splits data over processes and nothing else so far, and this has "
+        f"dovetail train cannot run this layout: it has data parallelism only, and this layout has "
         f"{', '.join(split)}. With data parallelism alone a GPU needs {needed:,.1f} GB and has {has:.1f}: {way}."
     )
 
@@ -159,7 +160,7 @@ def _command(plan: TrainingPlan, file: str) -> str:
 
 
 def _vllm(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
-    """One command for each node; all but the first have two flags more."""
+    """Return the command of the first node; the others have two flags more."""
     layout, cluster = pool.layout, pool.work.cluster
     local = min(layout.dp, cluster.gpus_per_node // layout.tp)
     flags = [f"vllm serve {target} --port {8000 + index}", f"--tensor-parallel-size {layout.tp}"]
@@ -189,7 +190,7 @@ def _vllm(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
 
 
 def _sglang(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
-    """--tp counts all GPUs of the pool, --dp the groups that split attention's requests."""
+    """Return SGLang's command. Its --tp counts all GPUs of the pool, its --dp the groups with requests of their own."""
     layout, cluster = pool.layout, pool.work.cluster
     is_prefill, gpus = isinstance(pool, PrefillPlan), layout.dp * layout.tp
     flags = [f"python -m sglang.launch_server --model-path {target} --port {30000 + index}", f"--tp {gpus}"]

@@ -1,4 +1,4 @@
-"""What `dovetail calibrate` found, as tables, and what to do with it."""
+"""Prints what `dovetail calibrate` measured as tables, and the command that plans with it."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from dovetail.planner.report.tables import Table
 from dovetail.spec.hardware import Cluster
 from dovetail.spec.measurements import Estimate, GemmPoint
 
-SHARES = {  # fields of Efficiency that are shares, and what of
-    "memory": "norms, sums, losses, of the bandwidth",
-    "attention_prefill": "attention forward, of the fastest BF16 product",
-    "attention_backward": "attention backward, of the fastest BF16 product",
-    "attention_decode_flop": "absorbed attention, of the fastest BF16 product",
-    "attention_decode_memory": "absorbed attention, of the bandwidth",
+SHARES = {  # fields of Efficiency that are shares, with their titles
+    "memory": "norms, sums and losses: share of the bandwidth",
+    "attention_prefill": "attention forward: share of the fastest BF16 product",
+    "attention_backward": "attention backward: share of the fastest BF16 product",
+    "attention_decode_flop": "absorbed attention: share of the fastest BF16 product",
+    "attention_decode_memory": "absorbed attention: share of the bandwidth",
 }
 
 
 def tables(cluster: Cluster) -> list[Table]:
-    """The machine, then every product."""
+    """Return a table of the machine, and one of every product."""
     header = (">format", "layout", ">groups", ">m", ">k", ">n", ">TFLOPS", ">from", ">to")
     products = sorted(cluster.gpu.efficiency.products, key=lambda each: (each.format, each.layout, each.flop))
     return [
@@ -32,7 +32,7 @@ def tables(cluster: Cluster) -> list[Table]:
 
 
 def next_commands(path: Path) -> Iterator[str]:
-    """What reads the file."""
+    """Yield the lines that say what to do with the file."""
     run = "--batch 32 --tokens 10M --sequence-length 256 --precision bf16"
     yield f"wrote {path}; plan on it with:"
     yield f"  dovetail plan quickstart --cluster {path} --goal train {run}"
@@ -45,7 +45,7 @@ def _rows(cluster: Cluster) -> Iterator[tuple[str, ...]]:
         if peak is not None:
             yield f"fastest {name} product", f"{number(peak)} TFLOPS", "", ""
     yield "memory", f"{gpu.memory_bytes / 1e9:.1f} GB", "", ""
-    yield "memory bandwidth, a copy past the caches", f"{number(gpu.bandwidth_gbs)} GB/s", "", ""
+    yield "memory bandwidth, by a copy larger than the caches", f"{number(gpu.bandwidth_gbs)} GB/s", "", ""
     for name, title in SHARES.items():
         yield title, *_estimate(getattr(reached, name), "%", 100)
     yield "launch", *_estimate(reached.launch_us, "us")

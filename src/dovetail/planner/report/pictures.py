@@ -1,7 +1,7 @@
-"""Pictures of a plan as SVG for a page: bars, memory by rank, Pareto's front, and speed against throughput.
+"""Draws the pictures of a plan's page as SVG: bars, memory by rank, and scatter plots.
 
 Colours are the page's CSS variables (--ink, --muted, --grid, --c0 to --c8), so that a picture is light or dark as the
-page is. The timeline is `planner.report.drawing`'s.
+page is. The timeline is drawn by `planner.report.drawing`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ USES = ("weights", "gradients", "master_weights", "moments", "activations", "buf
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A dot: where, what a pointer over it reads, and whether it is the plan."""
+    """A dot: its place, the text that a pointer over it shows, and whether it is the plan."""
 
     x: float
     y: float
@@ -30,7 +30,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A value with its band, and how it reads; all bars of a picture in one unit."""
+    """A value with its band and its text. All bars of a picture have the same unit."""
 
     name: str
     band: Band
@@ -38,7 +38,7 @@ class Bar:
 
 
 def bars(items: Sequence[Bar]) -> str:
-    """One horizontal bar each, from 0, with the band as a whisker."""
+    """Draw a horizontal bar for each item, from 0, with the band as a whisker."""
     left, right, row = 290.0, 110.0, 30.0
     most = max((item.band.high for item in items), default=0.0) or 1.0
     scale = (WIDTH - left - right) / most
@@ -58,21 +58,21 @@ def bars(items: Sequence[Bar]) -> str:
 
 
 def memory_bars(memory: Sequence[RankMemory], capacity: float, runtime: float) -> str:
-    """Stacked by use, a bar for each pipeline rank, and a line where the GPU is full."""
+    """Draw a bar for each pipeline rank, stacked by use, and a line where the GPU is full."""
     names = [*(name.replace("_", " ") for name in USES), "runtime"]
     bars_of = [[*(float(getattr(rank, name)) for name in USES), runtime] for rank in memory]
     return _stacked([f"rank {rank.rank}" for rank in memory], names, bars_of, capacity)
 
 
 def pool_memory(rows: Sequence[tuple[str, dict[str, float]]], capacity: float) -> str:
-    """The same for pools of serving: bytes by use, the uses of all alike."""
+    """Draw the same for pools of serving, given as bytes by use; all pools have the same uses."""
     names = list(dict.fromkeys(name for _, uses in rows for name in uses))
     bars_of = [[uses.get(name, 0.0) for name in names] for _, uses in rows]
     return _stacked([title for title, _ in rows], names, bars_of, capacity)
 
 
 def scatter(points: Sequence[Point], x_title: str, y_title: str, is_joined: bool = True) -> str:
-    """Dots in the plane, joined in the order of x; the plan's is larger and has its label beside it."""
+    """Draw dots, joined in the order of x; the plan's dot is larger and has its label beside it."""
     left, right, top, height = 70.0, 40.0, 16.0, 330.0
     bottom = top + height
     xs, ys = _range([point.x for point in points]), _range([point.y for point in points])
@@ -155,14 +155,14 @@ def _title(label: str) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """With a margin on both sides; never empty, never below 0."""
+    """Return the range of `values` with a margin on both sides; it is never empty, and never below 0."""
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     return max(0.0, low - margin), high + margin
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers, four to ten of them."""
+    """Return four to ten round numbers."""
     decade = 10.0 ** int(f"{(high - low) / 5:e}".split("e")[1])
     step = next(decade * factor for factor in (1, 2, 5, 10) if (high - low) / (decade * factor) <= 8)
     first = int(low / step) + (low > 0)

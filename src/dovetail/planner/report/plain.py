@@ -1,4 +1,4 @@
-"""Plans as plain data, what `--json` prints: every figure in the unit that stands with it."""
+"""Turns plans into plain data for `--json`; every figure is in the unit that stands with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def as_json(answer: Answer) -> dict[str, Any]:
 
 
 def explained_json(answer: Answer, key: str) -> list[dict[str, Any]]:
-    """The figure `key` on every cluster, with formula, inputs and sources. Raises ValueError with near matches."""
+    """Return the figure `key` on every cluster, with formula, inputs and sources.
+
+    Raises ValueError with near matches for an unknown key.
+    """
     found = ((choice.cluster.name, find_figure(choice.figures(), key)) for choice in answer.choices)
     return [
         {"cluster": name, "key": key, **_figure_json(figure), "formula": figure.formula}

@@ -1,4 +1,4 @@
-"""Plans as tables, for a terminal and as Markdown; `planner.report.plain` has the same as data."""
+"""Prints plans as tables, for a terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ SMALLER = {  # unit: (below, size, name), the smallest first
     "s": ((0.1, 1e-3, "ms"),),
     "days": ((1 / 24, 1 / 1440, "minutes"), (1.0, 1 / 24, "hours")),
 }
-NOTHING = 1e-9  # rounding of sums that are 0, in any unit
+NOTHING = 1e-9  # sums that should be 0 may be this large by rounding, in any unit
 STEP = ("step_time", "forward", "input_backward", "weight_backward", "pair", "bubble", "optimizer")
 RUN = ("tokens_per_day", "tflops", "tflops_causal", "mfu", "mfu_causal", "memory", "gpu_hours", "dollars", "days")
 POOLS = {"prefill": "reading prompts", "decode": "writing outputs", "limit": "what exchanges alone allow"}
 MEMORY = ("weights", "gradients", "master_weights", "moments", "activations", "buffers")
-OTHERS = 6  # of the next fastest layouts and of Pareto's front that are listed
+OTHERS = 6  # of the next fastest layouts, at most so many are listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A column whose header opens with ">" is aligned right."""
+    """A table to print. A column whose header starts with ">" is aligned right."""
 
     title: str
     header: tuple[str, ...]
@@ -40,7 +40,7 @@ class Table:
 
 
 def tables(answer: Answer) -> list[Table]:
-    """All of one plan, or the figures of several side by side."""
+    """Return all tables of one plan, or the figures of several side by side."""
     if len(answer.choices) > 1:
         return [comparison(answer)]
     (choice,) = answer.choices
@@ -52,13 +52,13 @@ def tables(answer: Answer) -> list[Table]:
 
 
 def heading(answer: Answer, choice: Choice) -> str:
-    """What is planned, and on what."""
+    """Return what is planned, and on which cluster."""
     verb = "training" if answer.request.goal == "train" else "serving"
     return f"{verb} {answer.request.model} on {choice.cluster.name}"
 
 
 def comparison(answer: Answer) -> Table:
-    """A row for each figure, a column for each cluster."""
+    """Return a table with a row for each figure and a column for each cluster."""
     of = [{figure.key: figure for figure in choice.figures()} for choice in answer.choices]
     keys = [figure.key for figure in summary(answer.choices[0])]
     keys += [each.key for choice in answer.choices[1:] for each in summary(choice) if each.key not in keys]
@@ -77,13 +77,13 @@ def comparison(answer: Answer) -> Table:
 
 
 def full_title(figure: Figure) -> str:
-    """With the pool that it is of, where tables do not say."""
+    """Return the figure's title with its pool, for where no table says it."""
     pool, dot, _ = figure.key.partition(".")
     return f"{pool}: {figure.title}" if dot and pool != "limit" else figure.title
 
 
 def summary(choice: Choice) -> list[Figure]:
-    """The figures that are printed unasked; the others are for --explain."""
+    """Return the figures that are always printed; the others are for --explain."""
     figures = choice.figures()
     if isinstance(choice.plan, TrainingPlan):
         by_key = {figure.key: figure for figure in figures}
@@ -92,7 +92,7 @@ def summary(choice: Choice) -> list[Figure]:
 
 
 def explained(answer: Answer, key: str) -> list[str]:
-    """Formula, inputs and sources of the figure `key` on every cluster. Raises ValueError with near matches."""
+    """Return formula, inputs and sources of the figure `key` on every cluster. Raises ValueError if it is unknown."""
     lines: list[str] = []
     for choice in answer.choices:
         if len(answer.choices) > 1:
@@ -102,7 +102,7 @@ def explained(answer: Answer, key: str) -> list[str]:
 
 
 def markdown(answer: Answer) -> str:
-    """The tables, and what carries the plan out."""
+    """Return the tables and the launch as Markdown."""
     parts = []
     for table in tables(answer):
         names = [name.removeprefix(">") for name in table.header]
@@ -116,12 +116,12 @@ def markdown(answer: Answer) -> str:
 
 
 def answer_launches(answer: Answer) -> list[Launch]:
-    """What carries out the plan, where there is one; several are for comparing."""
+    """Return what carries out the plan, if there is one; several plans are for comparing."""
     return launches(answer.request, answer.choices[0]) if len(answer.choices) == 1 else []
 
 
 def printed_launch(launch: Launch) -> Iterator[str]:
-    """Lines for a terminal."""
+    """Yield the lines of a launch for a terminal."""
     yield f"\n{launch.title}"
     for block in launch.blocks:
         yield from (f"  {line}".rstrip() for line in block.text.splitlines())
@@ -130,7 +130,7 @@ def printed_launch(launch: Launch) -> Iterator[str]:
 
 
 def shown(band: Band, unit: str) -> tuple[str, str]:
-    """Value and interval, in millions and so on where they are large, in smaller units of time where they are small."""
+    """Return value and interval; large ones are in millions and the like, short times in smaller units."""
     scale, name = next(((size, each) for most, size, each in SMALLER.get(unit, ()) if band.value < most), (1.0, unit))
     scale, letter = next(((size, f" {each}") for size, each in SCALES if band.value >= size), (scale, ""))
     if abs(band.value) < NOTHING:
@@ -142,7 +142,7 @@ def shown(band: Band, unit: str) -> tuple[str, str]:
 
 
 def layout_text(layout: Layout) -> str:
-    """In the words of the options; what is 1 and could not be otherwise is left out."""
+    """Return the layout in the words of the options."""
     text = f"pp {layout.pp}, ep {layout.ep}, tp {layout.tp}, dp {layout.dp}"
     if layout.redundant_experts:
         text += f", {layout.redundant_experts} redundant experts"
@@ -150,12 +150,12 @@ def layout_text(layout: Layout) -> str:
 
 
 def candidate_text(work: Workload) -> str:
-    """Layout, with what was varied."""
+    """Return the layout, with what was varied."""
     return ", ".join(each for each in (work.label, training_layout_text(work.layout)) if each)
 
 
 def training_layout_text(layout: Layout) -> str:
-    """With schedule and micro-batches."""
+    """Return the layout with its schedule and micro-batches."""
     size = f" of {layout.microbatch_size}" if layout.microbatch_size > 1 else ""
     count = f"{layout.microbatches} micro-batch{'es' if layout.microbatches > 1 else ''}"
     return f"{layout_text(layout)}, {layout.schedule}, {count}{size}"
@@ -194,11 +194,11 @@ def _about(choice: Choice) -> Iterator[tuple[str, str]]:
         yield "found", best if choice.tried > 1 else "as given"
         most, has = plan.largest_memory.band[1] + cluster.gpu.runtime_bytes, cluster.gpu.memory_bytes
         if most > has:
-            yield "memory", f"fits as expected, not at the upper end: {most / 1e9:.1f} GB of {has / 1e9:.1f}"
+            yield "memory", f"fits as expected, but not at the upper end: {most / 1e9:.1f} GB of {has / 1e9:.1f}"
     if networks := networks_text(plan):
         yield "network", f"simulated on {networks}{_by_closed_forms(plan)}"
     for name, lender in _borrowed(choice).items():
-        yield "efficiency", f"nobody measured {name}: shares are those of {lender}, in a wider band"
+        yield "efficiency", f"{name} was not measured: its shares are those of {lender}, in a wider band"
 
 
 def _by_closed_forms(plan: TrainingPlan | ServingPlan) -> str:
@@ -209,7 +209,7 @@ def _by_closed_forms(plan: TrainingPlan | ServingPlan) -> str:
 
 
 def _borrowed(choice: Choice) -> dict[str, str]:
-    """GPUs of the plan that nobody measured, and whose shares they have."""
+    """Return the plan's GPUs without measurements of their own, and the GPUs whose shares they have."""
     plan = choice.plan
     works = (plan.work,) if isinstance(plan, TrainingPlan) else (plan.prefill.work, plan.decode.work)
     gpus = (work.cluster.gpu for work in works)
@@ -217,7 +217,7 @@ def _borrowed(choice: Choice) -> dict[str, str]:
 
 
 def _figure_rows(figures: Sequence[Figure], whole: float | None = None) -> tuple[tuple[str, ...], ...]:
-    """With `whole`, the share of it in a last column."""
+    """Return a row for each figure. With `whole`, the last column is the figure's share of it."""
     rows = []
     for figure in figures:
         share = () if whole is None else (f"{max(0.0, figure.band.value) / whole:.1%}",)
@@ -238,7 +238,7 @@ def _training_tables(choice: Choice, plan: TrainingPlan) -> Iterator[Table]:
 
 
 def memory_table(plan: TrainingPlan) -> Table:
-    """GB of every pipeline rank; neighbours that hold as much are one row."""
+    """Return the GB of every pipeline rank; neighbours that hold the same are one row."""
     gpu = plan.work.cluster.gpu
     rows: list[tuple[str, ...]] = []
     for sizes, alike in groupby(plan.memory, key=lambda rank: _sizes(rank, gpu.runtime_bytes)):
@@ -262,18 +262,18 @@ def _sizes(rank: RankMemory, runtime: float) -> tuple[str, ...]:
 
 
 def others_table(choice: Choice, plan: TrainingPlan) -> Table:
-    """The finalists behind the best."""
+    """Return the finalists after the best."""
     rows = []
     for other in choice.others[:OTHERS]:
         text = candidate_text(other.work)
-        slower = max(0.0, other.step_seconds.value / plan.step_seconds.value - 1)  # not -0.0 %
+        slower = max(0.0, other.step_seconds.value / plan.step_seconds.value - 1)  # never -0.0 %
         memory = (other.largest_memory.total + other.work.cluster.gpu.runtime_bytes) / 1e9
         rows.append((text, shown(other.step_seconds, "s")[0], f"{slower:+.1%}", f"{memory:.1f} GB"))
     return Table(title="the next fastest", header=("", ">step", ">", ">memory"), rows=tuple(rows))
 
 
 def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
-    """Each kind of exchange alone and at once, where they were simulated."""
+    """Yield a table of each kind of exchange alone and all at once, if exchanges were simulated."""
     rows = []
     for each in simulated(plan):
         found = each.seconds
@@ -282,7 +282,9 @@ def network_tables(plan: TrainingPlan | ServingPlan) -> Iterator[Table]:
         rows.append((each.part, each.name, f"{found.groups:,} of {found.ranks}", *times, slower, found.busiest))
     header = ("", "", ">groups", ">one alone", ">all at once", ">", "busiest links")
     if networks := networks_text(plan):
-        yield Table(title=f"exchanges on {networks}, from links alone", header=header, rows=tuple(rows))
+        yield Table(
+            title=f"exchanges simulated on {networks} (links only, no kernels)", header=header, rows=tuple(rows)
+        )
 
 
 def _serving_tables(choice: Choice) -> Iterator[Table]:

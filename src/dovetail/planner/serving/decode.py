@@ -1,12 +1,12 @@
-"""A pool of GPUs that write outputs: how long a step takes, how many requests share it, and what fits.
+"""Plans a pool of GPUs that writes outputs: the time of a step, and the requests in it.
 
     step    = embedding + dense layers + layers with experts, two micro-batches overlapped + head
-    TPOT    = step / tokens of one request in it: 1, with MTP 1 + acceptance; MTP's step runs two tokens per request
+    TPOT    = step / tokens of one request in it: 1, or 1 + acceptance with MTP, whose step runs two tokens per request
               through the model and then its module [V3 §5.4.3]
     tokens  = requests / TPOT per GPU
 
-All ranks run in step, so the slowest sets the time; loads are equal but for the goal's `expert_imbalance`. Left out:
-sampling parameters, the CPU's time between steps, arrivals and departures (a batch that is not always full).
+All ranks work in step, so the slowest one sets the time; loads are equal except for the goal's `expert_imbalance`. Left
+out: sampling parameters, the CPU's time between steps, requests that come and go (a batch that is not always full).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodePlan:
-    """Times in seconds; requests are those of one GPU."""
+    """A decoding pool's step. Times are in seconds; requests are those of one GPU."""
 
     work: Work  # of one micro-batch
     goal: ServingGoal
@@ -62,17 +62,17 @@ class DecodePlan:
 
     @property
     def tpot(self) -> Band:
-        """Seconds per output token of one user."""
+        """The seconds per output token of one user."""
         return self.step_seconds / self.goal.tokens_per_step
 
     @property
     def speed(self) -> Band:
-        """Output tokens per second of one user."""
+        """The output tokens per second of one user."""
         return self.tpot.inverse()
 
     @property
     def tokens_per_second(self) -> Band:
-        """Of one GPU."""
+        """The output tokens per second of one GPU."""
         return self.requests / self.tpot
 
     @property
@@ -81,18 +81,18 @@ class DecodePlan:
 
     @property
     def cache_bytes(self) -> float:
-        """Latents of all requests at their mean length."""
+        """The bytes of the latents of all requests at their mean length."""
         return self.requests * self.goal.mean_context * self.memory.cache_per_token
 
     @property
     def communication_seconds(self) -> Band:
-        """The floor: all exchanges of a step one after the other, were all computation free."""
+        """The seconds of all exchanges of a step one after the other, without any computation: a lower bound."""
         layer = sum_bands(op.seconds for op in timed_layer(self.work) if op.piece in ("dispatch", "combine"))
         return self.work.spec.num_moe_layers * self.goal.microbatches * layer
 
     @property
     def seconds_by_use(self) -> dict[str, Band]:
-        """Where a step goes; sums to it."""
+        """The parts of a step's time, which add up to it."""
         count, pieces = self.work.spec.num_moe_layers * self.goal.microbatches, self.pieces
         kernels = (pieces.issue_dispatch, pieces.take_dispatch, pieces.issue_combine, pieces.take_combine)
         parts = {
@@ -109,7 +109,7 @@ class DecodePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """GPUs that decode, before it is known how many requests each has."""
+    """GPUs that decode, before the number of their requests is known."""
 
     spec: ModelSpec
     cluster: Cluster
@@ -117,7 +117,7 @@ class Pool:
     recipe: Recipe
     goal: ServingGoal
     held: InferenceMemory  # without buffers
-    traffic: LayoutTraffic | None = None  # exchanges of all such pools at once; None: closed forms
+    traffic: LayoutTraffic | None = None  # the exchanges of all such pools at once; None: closed forms
 
     @property
     def exchanges(self) -> bool:
@@ -125,11 +125,11 @@ class Pool:
 
     @property
     def tokens_per_request(self) -> int:
-        """That a step runs through the model: with MTP the last one and its guess."""
+        """The tokens of a request that a step runs through the model: with MTP the last one and its draft."""
         return 1 if self.goal.mtp_acceptance is None else 2
 
     def memory(self, requests: int) -> InferenceMemory:
-        """With buffers for `requests` in a step."""
+        """Return the bytes with buffers for `requests` in a step."""
         if self.spec.moe is None or not self.exchanges or self.goal.exchange == "normal":
             return self.held
         slots = self.spec.moe.n_routed_experts + self.layout.redundant_experts
@@ -137,12 +137,12 @@ class Pool:
         return replace(self.held, buffers=low_latency_buffer(self.spec.hidden_size, tokens, slots))
 
     def fit(self, requests: int) -> int:
-        """Requests whose latents, at their mean length, fit beside weights and buffers for `requests`."""
+        """Return how many requests' latents, at mean length, fit beside weights and buffers for `requests`."""
         tokens = self.memory(requests).tokens_that_fit(self.cluster.gpu.usable_bytes)
         return min(self.goal.max_requests_per_gpu, int(tokens / (self.goal.mean_context * self.layout.tp)))
 
     def most_that_fit(self) -> int:
-        """Buffers grow with requests, so by bisection."""
+        """Return the most requests that fit, found by bisection, because buffers grow with requests."""
         low, high = 0, self.goal.max_requests_per_gpu
         while low < high:
             middle = (low + high + 1) // 2
@@ -151,7 +151,7 @@ class Pool:
 
 
 def decode_pool(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recipe, goal: ServingGoal) -> Pool:
-    """Raises ValueError for a layout that no pool of serving can have, and MTP without a module."""
+    """Return the pool. Raises ValueError for a layout that no serving pool can have, and for MTP without a module."""
     check_pool(layout, spec)
     if goal.mtp_acceptance is not None and not spec.num_nextn_predict_layers:
         raise ValueError("mtp_acceptance is given, but the model has no MTP module: leave it out")
@@ -160,17 +160,17 @@ def decode_pool(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recip
 
 
 def evaluate_decode(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recipe, goal: ServingGoal) -> DecodePlan:
-    """With `requests_per_gpu`, what these reach; without, as many as memory holds and `output_speed` allows.
+    """Plan the pool with the goal's `requests_per_gpu`, or as many as memory holds and `output_speed` allows.
 
-    Raises ValueError for a layout that cannot be, a model or requests that do not fit, and a speed that one request
-    per micro-batch does not reach either.
+    Raises ValueError for an illegal layout, a model or requests that do not fit, and a speed that even one request
+    per micro-batch does not reach.
     """
     check_layout(layout, spec, cluster.gpus)
     return fullest(decode_pool(spec, cluster, layout, recipe, goal))
 
 
 def fullest(pool: Pool) -> DecodePlan:
-    """The pool with the requests asked for, or as many as memory and speed allow. Raises ValueError for either."""
+    """Plan `pool` with the requests asked for, or as many as memory and speed allow. Raises ValueError if none are."""
     goal, ep = pool.goal, pool.layout.ep
     if goal.requests_per_gpu is not None:
         return step_of(pool, goal.requests_per_gpu)
@@ -189,11 +189,11 @@ def fullest(pool: Pool) -> DecodePlan:
 
 
 def _most_requests(pool: Pool, low: DecodePlan, high: DecodePlan, allowed: float) -> DecodePlan:
-    """The plan with most requests whose step takes at most `allowed` seconds, as `low`'s does."""
+    """Return the plan with the most requests whose step takes at most `allowed` seconds, as `low`'s does."""
     if high.step_seconds.value <= allowed:
         return high
     while high.requests - low.requests > 1:
-        # A step is nearly a straight line in requests: the secant's place, and the one after it, enclose the answer.
+        # A step's time is nearly linear in requests, so the secant's place and the next one enclose the answer.
         slope = (high.step_seconds.value - low.step_seconds.value) / (high.requests - low.requests)
         guess = low.requests + int((allowed - low.step_seconds.value) / slope) if slope > 0 else 0
         for requests in (guess, guess + 1):
@@ -207,7 +207,7 @@ def _most_requests(pool: Pool, low: DecodePlan, high: DecodePlan, allowed: float
 
 
 def step_of(pool: Pool, requests: int) -> DecodePlan:
-    """A step of `requests` per GPU. Raises ValueError where these do not fit."""
+    """Plan a step of `requests` per GPU. Raises ValueError if these do not fit."""
     fit = pool.fit(requests)
     if fit < requests:
         raise ValueError(_no_fit(pool, requests))
@@ -246,8 +246,8 @@ def step_of(pool: Pool, requests: int) -> DecodePlan:
 
 
 def fitting_gpus(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, requests: int = 1) -> int | None:
-    """The smallest ep, a whole number of nodes beyond one, that holds the model and `requests` per GPU, whatever the
-    cluster's size; None if no number does."""
+    """Return the smallest ep that holds the model and `requests` per GPU, whatever the cluster's size, or None.
+    Beyond one node it is a whole number of nodes."""
     experts = spec.moe.n_routed_experts if spec.moe else 1
     for ep in _sizes(cluster.gpus_per_node, experts):
         layout = Layout(ep=ep, dp=ep, redundant_experts=-experts % ep if spec.moe else 0)

@@ -1,4 +1,4 @@
-"""Every number of a serving plan with its formula, its inputs and their sources: what `--explain` prints."""
+"""The figures of a serving plan, each with its formula, inputs and sources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CACHED = "latent and rotary key of all layers, BF16 [V3 §2.1.1]"
 
 
 def serving_figures(plan: ServingPlan) -> tuple[Figure, ...]:
-    """Of the whole plan, both pools first."""
+    """Return the figures of the whole plan, those of both pools first."""
     found = [*prefill_figures(plan.prefill), *decode_figures(plan.decode)]
     if plan.limit is not None:
         found += _limit(plan.limit, plan.decode)

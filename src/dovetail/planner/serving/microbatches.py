@@ -1,6 +1,6 @@
-"""Two micro-batches that take turns, so that one computes while the other's tokens travel.
+"""Times two micro-batches that take turns: one computes while the other's tokens are sent.
 
-A rank has two resources, its multiprocessors and its network, and each does its work in a fixed order; a piece starts
+A rank has two resources, its multiprocessors and its network, and each does its work in a fixed order. A piece starts
 when its resource is free and what it needs is done. The orders are DeepSeek's [day 6], for each layer:
 
     prompts    compute   ATTN(1) SHARED(0) ATTN(0) MLP(1) MLP(0) SHARED(1)       108 of 132 multiprocessors
@@ -8,11 +8,12 @@ when its resource is free and what it needs is done. The orders are DeepSeek's [
     decoding   compute   SHARED(0) ATTN-0(1) | MLP(0) | ATTN-1(1), and the same with 0 and 1 exchanged    all 132
                network   DISPATCH(0)                  | COMBINE(0)
 
-SHARED(0) and COMBINE(0) of prompts are of the layer before. ATTN-0 is what lies between a combine and the attention
-core, ATTN-1 the core and what follows up to the gate. In decoding, messages are issued by a short kernel, travel while
-the multiprocessors do something else, and are taken in by another short kernel [day 6; DeepEP's receive hook].
+SHARED(0) and COMBINE(0) of prompts are those of the layer before. ATTN-0 is the work between a combine and the
+attention core, ATTN-1 the core and what follows up to the gate. In decoding, a short kernel issues messages, which are
+on the network while the multiprocessors do something else, and another short kernel receives them [day 6; DeepEP's
+receive hook].
 
-Every resource's order is given, so one pass over the pieces gives exact times; nothing is searched.
+Because the order of each resource is given, one pass over the pieces gives exact times.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from dovetail.spec.band import Band
 
 Resource = Literal["compute", "network"]
 NOTHING = Band.exact(0.0)
-TRIED = (6, 16)  # layers
+TRIED = (6, 16)  # numbers of layers to simulate first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pieces:
-    """Seconds of one layer with experts and one micro-batch. Each is of compute but `dispatch` and `combine`."""
+    """Seconds of one layer with experts and one micro-batch; all but `dispatch` and `combine` are computation."""
 
-    before: Band  # up to the attention core (ATTN-0), with what joins the experts' outputs to the residual
-    core: Band  # the attention core, o_proj, gate (ATTN-1); prompts run both together (ATTN)
+    before: Band  # up to the attention core (ATTN-0), with the sum of experts' outputs and residual
+    core: Band  # the attention core, o_proj, gate (ATTN-1); for prompts both are one (ATTN)
     experts: Band = NOTHING
     shared: Band = NOTHING
     dispatch: Band = NOTHING  # on the network
@@ -46,7 +47,7 @@ class Pieces:
 
     @property
     def compute(self) -> Band:
-        """What the multiprocessors do, all of it."""
+        """The seconds of all computation."""
         names = (name for name in PIECES if name not in ("dispatch", "combine"))
         return sum((getattr(self, name) for name in names), NOTHING)
 
@@ -55,7 +56,7 @@ PIECES = tuple(field.name for field in fields(Pieces))
 
 
 class Task(NamedTuple):
-    """One piece of one micro-batch; `after` are the tasks, by their place in the list, that it needs."""
+    """One piece of one micro-batch; `after` are the places in the list of the tasks that it needs."""
 
     resource: Resource
     piece: str
@@ -64,31 +65,31 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlapped:
-    """All layers with experts, all micro-batches: their time, and how long the multiprocessors work in it."""
+    """The seconds of all layers with experts and all micro-batches, and those in which the multiprocessors work."""
 
     seconds: Band
     compute: Band
 
     @property
     def exposed(self) -> Band:
-        """Seconds that the multiprocessors wait."""
+        """The seconds in which the multiprocessors wait."""
         value = self.seconds.value - self.compute.value
         ends = (self.seconds.low - self.compute.low, self.seconds.high - self.compute.high)
         return Band(value, min(value, *ends), max(value, *ends))
 
 
 def overlap(pieces: Pieces, phase: Literal["prefill", "decode"], layers: int, microbatches: int) -> Overlapped:
-    """Time of `layers` equal layers for one or two micro-batches, each with these pieces."""
+    """Return the time of `layers` equal layers for one or two micro-batches, each with these pieces."""
     each = ({name: getattr(getattr(pieces, name), end) for name in PIECES} for end in ("low", "value", "high"))
     low, value, high = (finish(seconds, phase, layers, microbatches) for seconds in each)
     return Overlapped(seconds=Band(value, low, high), compute=layers * microbatches * pieces.compute)
 
 
 def finish(seconds: Mapping[str, float], phase: Literal["prefill", "decode"], layers: int, microbatches: int) -> float:
-    """When the last task of `layers` layers ends.
+    """Return when the last task of `layers` layers ends, in seconds.
 
-    A layer's times follow from those of the layer before alone. So once all tasks of a layer end by the same time after
-    their like in the layer before, every further layer adds that time too, and fewer layers than there are tell all.
+    The times of a layer follow from those of the layer before. So once all tasks of a layer end by the same time after
+    the same tasks of the layer before, every further layer adds that time too, and need not be simulated.
     """
     for fewer in TRIED:
         if fewer >= layers:
@@ -104,7 +105,7 @@ def finish(seconds: Mapping[str, float], phase: Literal["prefill", "decode"], la
 
 
 def ends(seconds: Mapping[str, float], tasks: tuple[Task, ...]) -> list[float]:
-    """When each task ends: it starts when its resource has done those listed before it, and what it needs is done."""
+    """Return when each task ends. It starts when its resource has done the tasks before it, and its inputs are there."""
     free = {"compute": 0.0, "network": 0.0}
     done: list[float] = []
     for resource, piece, after in tasks:
@@ -119,7 +120,7 @@ def ends(seconds: Mapping[str, float], tasks: tuple[Task, ...]) -> list[float]:
 
 @lru_cache(maxsize=256)
 def schedule(phase: Literal["prefill", "decode"], layers: int, microbatches: int) -> tuple[Task, ...]:
-    """The tasks of `layers` layers with experts, in the order of their resource."""
+    """Return the tasks of `layers` layers with experts, in the order of their resource."""
     assert microbatches in (1, 2), microbatches
     if layers == 0:
         return ()
@@ -129,24 +130,24 @@ def schedule(phase: Literal["prefill", "decode"], layers: int, microbatches: int
 
 
 class _List:
-    """Tasks under construction."""
+    """A list of tasks being made."""
 
     def __init__(self) -> None:
         self.tasks: list[Task] = []
 
     def add(self, piece: str, *after: int) -> int:
-        """Returns the task's place."""
+        """Add a task, and return its place."""
         resource: Resource = "network" if piece in ("dispatch", "combine") else "compute"
         self.tasks.append(Task(resource, piece, tuple(index for index in after if index >= 0)))
         return len(self.tasks) - 1
 
     def send(self, piece: str, *after: int) -> int:
-        """Issued, and on its way."""
+        """Add the kernel that issues messages and then the messages, and return their place."""
         return self.add(piece, self.add(f"issue_{piece}", *after))
 
 
 def _alone(layers: int) -> tuple[Task, ...]:
-    """One micro-batch: shared experts alone run while tokens travel."""
+    """Return the tasks of a single micro-batch: only shared experts run while tokens are sent."""
     tasks, combined = _List(), -1
     for _ in range(layers):
         attention = tasks.add("core", tasks.add("before", combined))

@@ -1,9 +1,10 @@
-"""What a rank runs in a step of serving, as the pieces of `planner.serving.microbatches`, each timed.
+"""Times what a rank runs in a step of serving, as the pieces that two micro-batches overlap.
 
-Decoding's exchanges take the multiprocessors too, for the kernels that issue messages and take them in. DeepEP's own
-test prints how long they run when nothing is waited for. A multiprocessor handles one token at a time [DeepEP,
-internode_ll.cu], so the kernels are taken to last as long for few tokens as for one per multiprocessor; the band's low
-end has them shrink in proportion. They quantise what is dispatched and sum what is combined: not counted again.
+In decoding, exchanges need the multiprocessors too, for the kernels that issue and receive messages. DeepEP's own test
+prints how long these run when nothing is waited for. A multiprocessor handles one token at a time [DeepEP,
+internode_ll.cu], so the kernels are taken to last as long for few tokens as for one token per multiprocessor; at the
+band's low end they shrink in proportion. They also quantise what is dispatched and sum what is combined, which is not
+counted again.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 Phase = Literal["prefill", "decode"]
 
-COMMUNICATION_SHARE = 24 / 132  # of multiprocessors that exchanges of prompts take [day 6]
+COMMUNICATION_SHARE = 24 / 132  # share of the multiprocessors that exchanges of prompts take [day 6]
 KERNEL_SOURCE = (
     "unverified: DeepEP's test_low_latency with receive hooks, 128 tokens, top-8, sums of send and receive as users "
     "printed them: dispatch 35 to 40 us and combine 37 to 44 (16 ranks, Hopper); 27 + 8 and 32 + 9 (8 B200); 37 + 32 "
@@ -37,13 +38,13 @@ KERNEL_SOURCE = (
 KERNEL_TOKENS = 128
 DISPATCH_KERNELS = Band(40e-6, 35e-6, 69e-6)  # seconds, send and receive
 COMBINE_KERNELS = Band(41e-6, 37e-6, 50e-6)
-ISSUE_SHARE = 0.78  # of them before the messages travel: 27.25 of 34.96 and 32.48 of 41.93 us, same source
-FUSED = ("quantise to dispatch", "sum of expert outputs")  # in DeepEP's kernels
+ISSUE_SHARE = 0.78  # of that before messages are sent: 27.25 of 34.96 and 32.48 of 41.93 us, same source
+FUSED = ("quantise to dispatch", "sum of expert outputs")  # part of DeepEP's kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One rank's micro-batch. `tokens` are computed, of `sequences`, each with `context` keys, its own included."""
+    """One rank's micro-batch: `tokens` are computed of `sequences` with `context` keys each, their own included."""
 
     spec: ModelSpec
     cluster: Cluster
@@ -63,12 +64,12 @@ class Work:
 
     @property
     def mode(self) -> Mode:
-        """Of exchanges with experts."""
+        """The mode of exchanges with experts."""
         return "low-latency" if self.low_latency else "normal"
 
     @property
     def multiprocessors(self) -> int:
-        """Left to computation: all but those of the kernels that carry exchanges."""
+        """The multiprocessors left to computation, without those of the kernels of exchanges."""
         count = self.cluster.gpu.multiprocessors
         if self.low_latency or not self.exchanges:
             return count
@@ -87,42 +88,42 @@ class TimedOp:
 
 
 def layer_pieces(work: Work) -> Pieces:
-    """One layer with experts; a dense one has `before` and `core` only, its feed-forward in `core`."""
+    """Return one layer with experts. A dense layer has only `before` and `core`, with its feed-forward in `core`."""
     return _pieces(work, _ops(work, is_moe=work.spec.moe is not None))
 
 
 def dense_layer_seconds(work: Work) -> Band:
-    """One layer without experts."""
+    """Return the seconds of one layer without experts."""
     return sum_bands(op.seconds for op in timed_dense_layer(work))
 
 
 def ends_seconds(work: Work, sampled: float) -> Band:
-    """Embedding of all tokens; final norm, head and sampling of `sampled` of them."""
+    """Return the seconds of the embedding of all tokens, and of final norm, head and sampling for `sampled` of them."""
     return sum_bands(op.seconds for op in timed_ends(work, sampled))
 
 
 def mtp_pieces(work: Work) -> Pieces:
-    """The MTP module with its own ends."""
+    """Return the MTP module with its own embedding and head."""
     return _pieces(work, _mtp_ops(work))
 
 
 def timed_layer(work: Work) -> tuple[TimedOp, ...]:
-    """The operations behind `layer_pieces`."""
+    """Return the operations of `layer_pieces`."""
     return _timed(work, _ops(work, is_moe=work.spec.moe is not None))
 
 
 def layer_ops_of(work: Work) -> tuple[Op, ...]:
-    """Of one layer with experts, untimed."""
+    """Return the operations of one layer with experts, without their times."""
     return _ops(work, is_moe=work.spec.moe is not None)
 
 
 def timed_dense_layer(work: Work) -> tuple[TimedOp, ...]:
-    """The operations behind `dense_layer_seconds`."""
+    """Return the operations of `dense_layer_seconds`."""
     return _timed(work, _ops(work, is_moe=False))
 
 
 def timed_mtp(work: Work) -> tuple[TimedOp, ...]:
-    """The operations behind `mtp_pieces`."""
+    """Return the operations of `mtp_pieces`."""
     return _timed(work, _mtp_ops(work))
 
 
@@ -132,7 +133,7 @@ def timed_ends(work: Work, sampled: float) -> tuple[TimedOp, ...]:
 
 
 def kernel_seconds(total: Band, tokens: float, multiprocessors: int) -> Band:
-    """Of an exchange's kernels for `tokens` of a rank."""
+    """Return the seconds of an exchange's kernels for `tokens` of a rank."""
     rounds = max(1.0, tokens / multiprocessors)
     least = total.low * min(rounds, tokens / KERNEL_TOKENS)
     return Band(total.value * rounds, min(least, total.value * rounds), total.high * rounds)
@@ -145,7 +146,7 @@ def _mtp_ops(work: Work) -> tuple[Op, ...]:
 def _ops(work: Work, is_moe: bool) -> tuple[Op, ...]:
     layer = work.spec.num_hidden_layers if is_moe else 0
     spec = work.spec
-    if not is_moe and spec.is_moe_layer(0):  # no dense layer to ask for
+    if not is_moe and spec.is_moe_layer(0):  # the model has no dense layer
         return ()
     return layer_ops(spec, layer, work.layout, work.recipe, work.tokens, work.phase, work.context, work.sequences)
 
@@ -160,7 +161,7 @@ def _pieces(work: Work, ops: Sequence[Op]) -> Pieces:
 
 
 def _with_kernels(work: Work, pieces: Pieces) -> Pieces:
-    """The kernels, and what is left of the measured exchange when they have run."""
+    """Return the pieces with the kernels, and with exchanges shortened by what the kernels take."""
     count = work.cluster.gpu.multiprocessors
     dispatch = kernel_seconds(DISPATCH_KERNELS, work.tokens, count)
     combine = kernel_seconds(COMBINE_KERNELS, work.tokens, count)
@@ -176,14 +177,14 @@ def _with_kernels(work: Work, pieces: Pieces) -> Pieces:
 
 
 def _rest(exchange: Band, kernels: Band) -> Band:
-    """End by end: slow kernels are part of a slow exchange."""
+    """Return the exchange without its kernels, end by end, since slow kernels are part of a slow exchange."""
     parts = (getattr(exchange, end) - getattr(kernels, end) for end in ("value", "low", "high"))
     value, low, high = (max(0.0, part) for part in parts)
     return Band(value, min(value, low), max(value, high))
 
 
 def _timed(work: Work, ops: Iterable[Op]) -> tuple[TimedOp, ...]:
-    """Each operation with the piece that it belongs to, by its place between the core and the exchanges."""
+    """Time each operation, and find the piece that it belongs to by its place between the core and the exchanges."""
     result, place = [], "before"
     skipped = FUSED if work.exchanges and work.low_latency else ()
     for op in ops:
@@ -203,6 +204,6 @@ def _timed(work: Work, ops: Iterable[Op]) -> tuple[TimedOp, ...]:
 def _time(work: Work, op: Op, piece: str) -> TimedOp:
     timed = operation_time(op, work.cluster, work.multiprocessors, work.mode, work.traffic)
     seconds = timed.seconds
-    if piece in ("dispatch", "combine", "experts"):  # all wait for the rank that has most
+    if piece in ("dispatch", "combine", "experts"):  # all wait for the rank with the largest load
         seconds = work.imbalance * seconds
     return TimedOp(name=op.name, piece=piece, seconds=seconds, formula=timed.formula, source=timed.source)

@@ -1,11 +1,10 @@
-"""Serving a model: a pool that reads prompts, a pool that writes outputs, how large one is to the other, and the price.
+"""Plans the serving of a model: a pool for prompts, a pool for outputs, their ratio and the price.
 
     GPUs of prefill per GPU of decoding = (prompt / output tokens) x decode tokens/s / input tokens/s
     dollars per million tokens          = price per GPU and hour / 3600 / tokens/s x 10^6
 
-`best_decode` tries sizes of the expert-parallel group with few redundant experts, and for each the most requests that
-the output speed and memory allow. Redundant experts are there to even out loads; loads here are equal, so the search
-takes as few as divide evenly.
+`best_decode` tries sizes of the expert-parallel group, and for each the most requests that the output speed and memory
+allow. Redundant experts serve to balance loads; loads are equal here, so the search takes as few as divide evenly.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from dovetail.spec.precision import Recipe
 if TYPE_CHECKING:
     from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
-EXPERTS_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # tried
-REDUNDANT_SHARE = 1 / 8  # of the experts, tried beside none: DeepSeek's 32 of 256 [V3 §3.4]
+EXPERTS_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers that are tried
+REDUNDANT_SHARE = 1 / 8  # of the experts; none is tried too. DeepSeek has 32 of 256 [V3 §3.4]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingPlan:
-    """Both pools; rates are per GPU."""
+    """The plan of both pools. Rates are per GPU."""
 
     prefill: PrefillPlan
     decode: DecodePlan
-    limit: SpeedLimit | None  # what exchanges alone allow, for these tokens per micro-batch, at the achieved bandwidth
+    limit: SpeedLimit | None  # what exchanges alone allow for decoding's micro-batches at the achieved bandwidth
 
     @property
     def goal(self) -> ServingGoal:
@@ -45,7 +44,7 @@ class ServingPlan:
 
     @property
     def prefill_per_decode(self) -> Band | None:
-        """GPUs that read for each that writes; None where the goal has no output length."""
+        """The number of prefill GPUs for each decode GPU; None if the goal has no output length."""
         output = self.goal.output
         if output is None:
             return None
@@ -53,12 +52,12 @@ class ServingPlan:
 
     @property
     def dollars_per_million_input(self) -> Band | None:
-        """Tokens found in the cache included."""
+        """The price of input tokens, those found in the cache included."""
         return _dollars(self.prefill.work.cluster, self.prefill.input_per_second)
 
     @property
     def dollars_per_million_output(self) -> Band | None:
-        """Of decoding alone."""
+        """The price of output tokens, for decoding alone."""
         return _dollars(self.decode.work.cluster, self.decode.tokens_per_second)
 
 
@@ -71,7 +70,8 @@ def evaluate(
     goal: ServingGoal,
     decode_cluster: Cluster | None = None,
 ) -> ServingPlan:
-    """Both pools on `cluster`, or decoding on another. Raises ValueError as either pool's `evaluate_...` does."""
+    """Plan both pools on `cluster`, or decoding on another one. Raises ValueError as `evaluate_prefill` and
+    `evaluate_decode` do."""
     own = decode_cluster or cluster
     prefill = evaluate_prefill(spec, cluster, prefill_layout, recipe, goal)
     decode = evaluate_decode(spec, own, decode_layout, recipe, goal)
@@ -87,8 +87,8 @@ def best_pools(
     prefill_layout: Layout | None = None,
     decode_layout: Layout | None = None,
 ) -> ServingPlan:
-    """Both pools with most tokens/s per GPU; a layout that is given is kept. Raises ValueError as `best_decode` and
-    `best_prefill` do."""
+    """Find both pools with the most tokens/s per GPU; a layout that is given is kept. Raises ValueError as
+    `best_decode` and `best_prefill` do."""
     own = decode_cluster or cluster
     if prefill_layout is not None:
         prefill = evaluate_prefill(spec, cluster, prefill_layout, recipe, goal)
@@ -99,8 +99,10 @@ def best_pools(
 
 
 def on_network(plan: ServingPlan, prefill: LayoutTraffic, decode: LayoutTraffic) -> ServingPlan:
-    """The layouts of `plan` with exchanges simulated, and as many requests as then fit the goal. Raises ValueError
-    where the output speed is no longer reached, and where failures cut GPUs off."""
+    """Plan the layouts of `plan` again with simulated exchanges, and as many requests as then meet the goal.
+
+    Raises ValueError if the output speed is no longer reached, and if failures cut GPUs off.
+    """
     reads, writes = plan.prefill, plan.decode
     work = reads.work
     pool = decode_pool(writes.work.spec, writes.work.cluster, writes.layout, writes.work.recipe, writes.goal)
@@ -110,7 +112,8 @@ def on_network(plan: ServingPlan, prefill: LayoutTraffic, decode: LayoutTraffic)
 
 
 def best_prefill(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal) -> PrefillPlan:
-    """The plan with most input tokens/s per GPU. Raises ValueError where none fits, as the largest group's says."""
+    """Find the plan with the most input tokens/s per GPU. Raises ValueError if none fits, with the reason for the
+    largest group."""
     plans: list[PrefillPlan] = []
     problems: dict[int, ValueError] = {}
     for layout in decode_layouts(spec, cluster):
@@ -126,11 +129,10 @@ def best_prefill(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: Servin
 def best_decode(
     spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, given: Layout | None = None
 ) -> DecodePlan:
-    """The plan with most tokens/s per GPU among sizes of the expert-parallel group (or of the layout that is given),
-    one or two micro-batches.
+    """Find the plan with the most tokens/s per GPU, with one or two micro-batches.
 
-    Raises ValueError where no size holds the model, with how many GPUs would, and where none is fast enough, with the
-    best there is.
+    It tries sizes of the expert-parallel group, or only the layout that is given. Raises ValueError if no size holds
+    the model, with the number of GPUs that would, and if none is fast enough, with the best speed.
     """
     best: DecodePlan | None = None
     problems: list[str] = []
@@ -155,8 +157,8 @@ def best_decode(
 
 
 def decode_layouts(spec: ModelSpec, cluster: Cluster) -> Iterator[Layout]:
-    """For each number of experts per rank, without and with an eighth redundant: the ep that is a whole number of
-    nodes, or a divisor of one."""
+    """Yield for each number of experts per rank, without and with an eighth redundant, the layout whose ep is a whole
+    number of nodes or a divisor of one."""
     experts = spec.moe.n_routed_experts if spec.moe else 0
     if not experts:
         yield Layout()

@@ -1,9 +1,9 @@
-"""A pool of GPUs that read prompts: how long a step takes, how many tokens it reads, and when a first token comes.
+"""Plans a pool of GPUs that reads prompts: the time of a step, its tokens, and the time to first token.
 
     step    = embedding + dense layers + layers with experts, two micro-batches overlapped + head of a token per prompt
-    tokens  = computed tokens / step; input tokens count those found in the cache too: computed / (1 - hits)
-    TTFT    = the wait for the step that runs (half of one, in the mean), a prompt's own steps, and its latents' way to
-              the pool that decodes
+    tokens  = computed tokens / step; input tokens include those found in the cache: computed / (1 - hits)
+    TTFT    = the wait for the running step (half a step on average), the prompt's own steps, and the transfer of its
+              latents to the pool that decodes
 
 Left out: queues of more prompts than a step takes, and reading stored latents, which 3FS does at up to 40 GB/s per
 client beside the computation [3FS].
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
-    """Times in seconds; tokens are those of one GPU."""
+    """A prefill pool's step. Times are in seconds; tokens are those of one GPU."""
 
     work: Work  # of one micro-batch
     goal: ServingGoal
     pieces: Pieces  # of one layer with experts and one micro-batch
     layers: Overlapped  # all layers with experts
-    dense_seconds: Band  # all layers without
+    dense_seconds: Band  # all layers without experts
     ends_seconds: Band
     mtp_seconds: Band
     memory: InferenceMemory
@@ -50,7 +50,7 @@ class PrefillPlan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Computed, by one GPU."""
+        """The tokens that one GPU computes in a step."""
         return self.goal.prefill_tokens
 
     @property
@@ -59,12 +59,12 @@ class PrefillPlan:
 
     @property
     def computed_per_second(self) -> Band:
-        """Of one GPU."""
+        """The computed tokens per second of one GPU."""
         return self.tokens_per_step / self.step_seconds
 
     @property
     def input_per_second(self) -> Band:
-        """Of one GPU, tokens found in the cache included."""
+        """The input tokens per second of one GPU, those found in the cache included."""
         return self.computed_per_second / (1 - self.goal.cache_hit)
 
     @property
@@ -81,24 +81,24 @@ class PrefillPlan:
 
     @property
     def sampled(self) -> float:
-        """Prompts whose last token the head sees in a step."""
+        """The number of prompts whose last token goes through the head in a step."""
         return max(1.0, self.tokens_per_step / self.goal.computed_per_prompt)
 
     @property
     def transfer_seconds(self) -> Band:
-        """A prompt's latents to the pool that decodes, over one GPU's link."""
+        """The seconds to send a prompt's latents to the pool that decodes, over one GPU's link."""
         return send_time(self.goal.prompt * self.memory.cache_per_token, self.work.cluster).seconds
 
     @property
     def ttft(self) -> Band:
-        """From no wait at all to a whole step's."""
+        """The seconds to the first token; its band goes from no wait to a wait of a whole step."""
         step, own = self.step_seconds, self.steps_per_prompt
         waited = Band((own + 0.5) * step.value, own * step.low, (own + 1) * step.high)
         return waited + self.transfer_seconds
 
     @property
     def seconds_by_use(self) -> dict[str, Band]:
-        """Where a step goes; sums to it."""
+        """The parts of a step's time, which add up to it."""
         count, pieces = self.work.spec.num_moe_layers * self.goal.microbatches, self.pieces
         return {
             "attention and gate": count * (pieces.before + pieces.core),
@@ -119,7 +119,7 @@ def evaluate_prefill(
     goal: ServingGoal,
     traffic: LayoutTraffic | None = None,
 ) -> PrefillPlan:
-    """Raises ValueError for a layout that cannot be, and for a model that does not fit."""
+    """Plan the pool. Raises ValueError for an illegal layout, and for a model that does not fit."""
     check_layout(layout, spec, cluster.gpus)
     check_pool(layout, spec)
     sequences, dense = goal.prefill_tokens / goal.computed_per_prompt, spec.num_hidden_layers - spec.num_moe_layers
@@ -154,8 +154,11 @@ def evaluate_prefill(
 
 
 def activation_bytes(spec: ModelSpec, layout: Layout, tokens: float, keys: float) -> float:
-    """Of one micro-batch at its largest: attention's queries, keys and values, or the experts' rows (FP8 in, both
-    SwiGLU inputs, its output, BF16 out), whichever is more, and the residuals of both micro-batches."""
+    """Return the most bytes of activations.
+
+    These are, for one micro-batch, attention's queries, keys and values or the experts' rows (FP8 in, both SwiGLU
+    inputs, its output, BF16 out), whichever are more, and the residuals of both micro-batches.
+    """
     mla = spec.attention
     assert isinstance(mla, Mla)
     core = 2 * mla.num_attention_heads / layout.tp * (tokens + keys) * (mla.qk_head_dim + mla.v_head_dim)
@@ -167,7 +170,7 @@ def activation_bytes(spec: ModelSpec, layout: Layout, tokens: float, keys: float
 
 
 def check_pool(layout: Layout, spec: ModelSpec) -> None:
-    """Raises ValueError for what pools of serving have not: pipelines, and attention that is not latent."""
+    """Raise ValueError for what serving pools do not have: pipelines, and attention that is not latent."""
     if not isinstance(spec.attention, Mla):
         raise ValueError("grouped-query attention is described for counting; plans are made for latent attention")
     if layout.pp > 1:

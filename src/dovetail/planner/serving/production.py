@@ -1,24 +1,24 @@
-"""DeepSeek's published serving figures beside predictions from operations alone [day 6; profile-data].
+"""DeepSeek's published serving figures beside predictions from single operations.
 
-Two kinds of figures are published. Profiles were taken of full batches with experts evenly loaded, and are what a
-prediction of this kind can be held against. Production figures are means over 24 hours. Of these:
+Two kinds of figures are published [day 6; profile-data]. Profiles were taken of full batches with evenly loaded
+experts, so a prediction of this kind can be compared with them. Production figures are means over 24 hours:
 
-    decoding   at a given output speed the number of requests, and so the throughput, is a prediction; the step that
-               follows from 84 to 92 live requests per GPU is another way to read the same one. That 1,850 tokens/s per
+    decoding   At a given output speed the number of requests, and so the throughput, is a prediction. The time of a
+               step with 84 to 92 live requests per GPU is the same prediction in another form. That 1,850 tokens/s per
                GPU at 20 to 22 tokens/s are 84 to 92 requests is arithmetic.
-               About two thirds of a step do not depend on the number of requests, so that a step 10 % longer leaves a
-               third fewer of them at the same speed: the step is what is predicted well, the throughput is not.
-    prompts    73.7k input tokens/s per node, 56.3 % of them hits, are 32.2k computed: half of what the profile of the
-               same layout computes. No time of an operation gives that: the pool was not full, or held back for the
-               time to first token; how full is not published.
+               About two thirds of a step do not depend on the number of requests, so a step that is 10 % longer leaves
+               a third fewer of them at the same speed: the step can be predicted well, the throughput cannot.
+    prompts    73.7k input tokens/s per node with 56.3 % hits are 32.2k computed, half of what the profile of the same
+               layout computes. That does not follow from the time of any operation: the pool was not full, or was held
+               back for the time to first token. How full it was is not published.
 
-Whether MTP was on is not said; both are shown.
+It is not published whether MTP was on, so both cases are shown.
 
-How much of this is a prediction: that of prompts, all of it. In decoding one assumption decides, that DeepEP's kernels
-occupy the multiprocessors for a time that does not shrink with few tokens (`planner.serving.pieces`): it is a fifth of
-a step. It was looked for after decoding had come out too fast, and has its figures from DeepEP's users, so that an
-agreement in decoding is hindsight; `dovetail reproduce production` says what comes out without it. The requests per GPU
-and the nodes of the published day are arithmetic.
+The figures of prompts are predictions throughout. In decoding one assumption decides: that DeepEP's kernels occupy the
+multiprocessors for a time that does not shrink with few tokens (`planner.serving.pieces`), which is a fifth of a step.
+It was made after decoding had been predicted too fast, with figures from DeepEP's users, so an agreement in decoding is
+hindsight; `dovetail reproduce production` prints the result without it. The requests per GPU and the nodes of the
+published day are arithmetic.
 """
 
 from __future__ import annotations
@@ -50,31 +50,34 @@ class Reading:
     """One published figure beside ours, in `unit`."""
 
     name: str
-    published: tuple[float, float]  # from, to
+    published: tuple[float, float]  # the least and the most
     ours: Band
     unit: str
     source: str
-    is_prediction: bool  # of what was measured: not of a pool that is partly idle
+    is_prediction: bool  # False if what was measured is a pool that is partly idle
     note: str = ""
 
     @property
     def difference(self) -> float:
-        """Relative, to the nearer end of what is published."""
+        """The relative difference to the nearer end of the published range."""
         low, high = self.published
         nearest = min(max(self.ours.value, low), high)
         return self.ours.value / nearest - 1
 
 
 def mean_lengths(context: float, input_tokens: float, output_tokens: float) -> tuple[float, float]:
-    """Prompt and output of a mean request: the ratio is that of all tokens, and an output token has the prompt and half
-    the output before it, requests taken as alike. 4,383 and 1,211 for the published day."""
+    """Return the prompt and output lengths of a mean request: 4,383 and 1,211 for the published day.
+
+    Their ratio is that of all tokens, and an output token has the prompt and half of the output before it, if requests
+    are alike.
+    """
     ratio = input_tokens / output_tokens
     output = context / (ratio + 0.5)
     return ratio * output, output
 
 
 def production_goal(output_speed: float | None = None, mtp: bool = False) -> ServingGoal:
-    """The published day's."""
+    """Return the goal of the published day."""
     prompt, output = mean_lengths(CONTEXT, INPUT_TOKENS, OUTPUT_TOKENS)
     return ServingGoal(
         context=CONTEXT,
@@ -87,7 +90,7 @@ def production_goal(output_speed: float | None = None, mtp: bool = False) -> Ser
 
 
 def readings(spec: ModelSpec) -> tuple[Reading, ...]:
-    """All of them, for DeepSeek-V3 on H800."""
+    """Return all figures, for DeepSeek-V3 on H800."""
     return (*_profile_readings(spec), *_decode_readings(spec), _prefill_reading(spec))
 
 
@@ -144,7 +147,7 @@ def _decode_readings(spec: ModelSpec) -> tuple[Reading, ...]:
         unit="tokens/s per user",
         source="day 6",
         is_prediction=True,
-        note="the same prediction read the other way; 88 is 1,850 tokens/s per GPU at 21 per user",
+        note="the same prediction in another form; 88 requests are 1,850 tokens/s per GPU at 21 per user",
     )
     return (*found, reading)
 

@@ -1,4 +1,4 @@
-"""Where a step of either pool goes: each use of its time with the operations behind it."""
+"""The uses of a step's time in either pool, each with its operations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dovetail.planner.serving.prefill import PrefillPlan
 
 Pool = PrefillPlan | DecodePlan
 
-PIECES_OF = {  # uses of a step's time, and the pieces whose operations they are
+PIECES_OF = {  # uses of a step's time, and the pieces with their operations
     "attention and gate": ("before", "core"),
     "attention projections": ("before",),
     "attention core, o_proj, gate": ("core",),
@@ -31,7 +31,7 @@ KERNELS = ("issue_dispatch", "take_dispatch", "issue_combine", "take_combine")
 
 
 def use_figures(plan: Pool, pool: str, unit: str, scale: float) -> Iterator[Figure]:
-    """Of `pool`, `scale` of them to a second."""
+    """Yield the uses of a step of `pool` in `unit`, of which a second has `scale`."""
     for name, band in plan.seconds_by_use.items():
         formula, inputs = _use(plan, name, unit, scale)
         key = f"{pool}.{name.replace(',', '').replace(' ', '_')}"
@@ -39,7 +39,7 @@ def use_figures(plan: Pool, pool: str, unit: str, scale: float) -> Iterator[Figu
 
 
 def _use(plan: Pool, name: str, unit: str, scale: float) -> tuple[str, Iterable[Input]]:
-    """Formula and inputs of one use of a step's time."""
+    """Return formula and inputs of one use of a step's time."""
     spec, work = plan.work.spec, plan.work
     if name == "waiting for exchanges":
         both, compute = (scale * each.value for each in (plan.layers.seconds, plan.layers.compute))

@@ -1,20 +1,21 @@
-"""What a pipeline idles, in closed form: the published formulas, and an estimate that builds no schedule.
+"""The idle time of pipelines in closed form: published formulas, and an estimate without a schedule.
 
-With F, I, W, B = I + W and FB (a pair) the same on every stage, and h = PP/2 [V3 Table 2]:
+If F, I, W, B = I + W and FB (a pair) are the same on every stage, with h = PP/2 [V3 Table 2]:
 
     1F1B                 (PP - 1) (F + B)
-    interleaved          (PP - 1) (F + B), of one of a rank's stages [arXiv 2104.04473]
+    interleaved          (PP - 1) (F + B), with F and B of one of a rank's stages [arXiv 2104.04473]
     ZB1P                 (PP - 1) (F + B - 2 W)
     DualPipe, DualPipeV  (h - 1) (FB + B - 3 W), h = PP for DualPipeV on PP ranks
 
-Replays agree with the first two always, with ZB1P where W <= F and W <= I, and with DualPipe on the middle ranks where
-I = F and W <= I. Replays over random durations fit, exactly,
+Replays of schedules agree with the first two always, with ZB1P if W <= F and W <= I, and with DualPipe on the middle
+ranks if I = F and W <= I. Replays over random durations agree exactly with
 
     ZB1P                 (PP - 1) (F + I - min(F, I, W))
     DualPipe(V), middle  (h - 1) (FB + I - W - min(I, W)) - min((h - 1) (I - F), F)
 
-of which the last term comes from the middle ranks' first pair, which does not overlap. Further out a rank runs one more
-pair per rank as lone halves (not the first rank out), works F + B - FB longer for each and idles as much less.
+where the last term is due to the middle ranks' first pair, which does not overlap. From the second rank away from the
+middle on, each rank runs one more pair as separate halves than the rank before; each such pair takes F + B - FB more
+work, and the rank idles as much less.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from dovetail.planner.training.timeline import Durations, step_seconds
 def published_bubble(
     name: str, ranks: int, *, forward: float, backward: float, weight_backward: float = 0.0, pair: float = 0.0
 ) -> float:
-    """Seconds that a rank idles by the published formula; F and B are of one stage. Raises ValueError for `name`."""
+    """Return the idle seconds of a rank by the published formula; F and B are those of one stage.
+
+    Raises ValueError for an unknown schedule.
+    """
     if name in ("1f1b", "interleaved"):
         return (ranks - 1) * (forward + backward)
     if name == "zb1p":
@@ -41,7 +45,7 @@ def published_bubble(
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """Seconds of one stage, or their mean over some."""
+    """The seconds of one stage, or their means over several."""
 
     forward: float
     backward: float
@@ -51,12 +55,12 @@ class _Stage:
 
 
 def estimate_seconds(name: str, ranks: int, microbatches: int, durations: Durations, chunks: int = 2) -> float:
-    """Roughly `replay(make_schedule(...), durations).seconds` in 0.1 ms, without building a schedule: to prune.
+    """Estimate `replay(make_schedule(...), durations).seconds` in 0.1 ms, without a schedule, to prune a search.
 
-    The work of the slowest rank and the idling of a pipeline of mean stages. Exact, sends aside, where all stages take
-    the same, B = I + W and there are PP micro-batches or more. Where stages differ it is up to an eighth off with 2 PP
-    micro-batches, and less with more. Sizes are not checked. Raises ValueError for an unknown name or illegal
-    durations.
+    The estimate is the work of the slowest rank plus the idle time of a pipeline of mean stages. Except for sends it is
+    exact if all stages take the same time, B = I + W, and there are at least PP micro-batches. If stages differ, it is
+    up to an eighth off with 2 PP micro-batches, and less with more. Sizes are not checked. Raises ValueError for an
+    unknown name or illegal durations.
     """
     if name not in SCHEDULES:
         raise ValueError(f"no schedule {name!r}; there are {', '.join(SCHEDULES)}")
@@ -77,9 +81,9 @@ def estimate_seconds(name: str, ranks: int, microbatches: int, durations: Durati
 
 
 def _exposed_messages(name: str, ranks: int, microbatches: int, num_stages: int) -> float:
-    """How many messages in a row nothing hides: a fit to replays with short sends.
+    """Return the number of messages in a row that no work hides, as fitted to replays with short sends.
 
-    Where micro-batches in flight only just fill the pipeline (1F1B, DualPipe) each round trip of them waits once.
+    If the micro-batches in flight only just fill the pipeline (1F1B, DualPipe), each round trip of them waits once.
     """
     rounds = microbatches * (ranks - 1) / ranks
     return {

@@ -1,26 +1,26 @@
-"""How long one micro-batch takes on one stage: forward, both halves of the backward pass, and an overlapped pair.
+"""Times one micro-batch on one stage: forward, both halves of the backward, and overlapped pairs.
 
-A layer is two pieces of arithmetic and two exchanges in each direction; F of the forward, B of the gradients of inputs
-(recomputation included), W of the gradients of weights:
+A layer is two pieces of arithmetic and two exchanges in each direction. F is the forward pass, B the gradients of
+inputs (recomputation included), W the gradients of weights:
 
-    attn    from what was combined to what is dispatched: the sum, norms, attention, gate, quantisation; backward too
-    mlp     experts and shared experts (dense layers: all of their feed-forward)
+    attn    the work from combine to dispatch: the sum, norms, attention, gate, quantisation; and the same backward
+    mlp     experts and shared experts (in dense layers the whole feed-forward)
     dispatch, combine     backward they change places: the outputs' gradient is dispatched, the inputs' combined
 
-The embedding is part of the first layer's attn. The head and the losses stand after the last layer, as do those of the
-MTP modules, as a layer of mlp alone: last forward, first backward.
+The embedding is part of the first layer's attn. The head and the losses, those of MTP modules too, are a layer of mlp
+alone after the last layer: they come last in the forward pass and first in the backward pass.
 
-Alone, a forward or backward runs its pieces one after the other and every exchange is waited for. In a pair two
-streams run at once, in the order that DeepSeek's profile shows for a layer [profile-data]:
+Alone, a forward or backward runs its pieces one after the other and waits for every exchange. In a pair two streams run
+at once, in the order that DeepSeek's profile shows for a layer [profile-data]:
 
     arithmetic     attn(F)   mlp(B)   mlp(W)   mlp(F)   attn(B)   attn(W)
     exchanges      dispatch(B)   dispatch(F)   combine(B)   combine(F)
 
-(The profile names the backward exchanges by their forward ones: its combine(B) dispatches.) The layers of a forward are
-taken in order with those of the backward in reverse; what one has more runs alone. Exchanges take their share of the
-multiprocessors from the arithmetic throughout [V3 §3.2.2]. Sums and gathers of tensor-parallel ranks stand among the
-arithmetic, which waits for them; that in a pair they share the links within a node with the exchanges is not modelled,
-nor is what uneven experts add: all times are of equal loads.
+(The profile names the backward exchanges by their forward ones: its combine(B) dispatches.) The layers of the forward,
+in order, are paired with those of the backward, in reverse; the layers that one has more run alone. Exchanges take
+their share of the multiprocessors from the arithmetic all the time [V3 §3.2.2]. Sums and gathers of tensor-parallel
+ranks count as arithmetic, which waits for them. Not modelled: that these share the links within a node with a pair's
+exchanges, and what uneven experts add, since all loads are taken to be equal.
 """
 
 from __future__ import annotations
@@ -46,39 +46,39 @@ if TYPE_CHECKING:
 COMMUNICATION_MULTIPROCESSORS = 20  # of an H800's 132 [V3 §3.2.2]
 NOTHING = Band.exact(0.0)
 
-# Operations on experts' inputs and outputs that are on this side of the exchange: before the dispatch, which waits for
-# them (backward in the layer above, whose like they are), and after the combine.
+# Operations on experts' inputs and outputs on the tokens' own rank: before the dispatch, which waits for them (in the
+# backward pass they count to the layer above), and after the combine.
 AROUND_EXCHANGES = ("quantise to dispatch", "add experts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What every stage of a training step runs on."""
+    """The model, cluster, layout and precision of a training step."""
 
     spec: ModelSpec
     cluster: Cluster
     layout: Layout
     recipe: Recipe
     sequence_length: int
-    recompute: bool = True  # norms and attention's up-projections, as DeepSeek-V3 [V3 §3.2.3]
-    label: str = ""  # what tells it from others that are compared with it
-    traffic: LayoutTraffic | None = None  # all groups' exchanges at once; None: closed forms, each group by itself
+    recompute: bool = True  # of norms and attention's up-projections, as in DeepSeek-V3 [V3 §3.2.3]
+    label: str = ""  # what distinguishes it from others that it is compared with
+    traffic: LayoutTraffic | None = None  # the exchanges of all groups at once; None: closed forms
 
     @property
     def tokens(self) -> int:
-        """Of one micro-batch."""
+        """The tokens of one micro-batch."""
         return self.layout.microbatch_size * self.sequence_length
 
     @property
     def multiprocessors(self) -> int:
-        """Left to arithmetic: where experts are exchanged, the same share is taken as on an H800."""
+        """The multiprocessors left to arithmetic; exchanges with experts take the same share of them as on an H800."""
         count = self.cluster.gpu.multiprocessors
         return count if self.layout.ep == 1 else max(1, round(count * (1 - COMMUNICATION_MULTIPROCESSORS / 132)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSeconds:
-    """One layer's pieces."""
+    """The seconds of one layer's pieces."""
 
     attn_f: Band = NOTHING
     mlp_f: Band = NOTHING
@@ -90,7 +90,7 @@ class LayerSeconds:
     combine_f: Band = NOTHING
     dispatch_b: Band = NOTHING  # of the outputs' gradient
     combine_b: Band = NOTHING
-    collectives: Band = NOTHING  # of all passes, within the pieces above: sums and gathers of tensor-parallel ranks
+    collectives: Band = NOTHING  # sums and gathers of tensor-parallel ranks in all passes, part of the pieces above
 
 
 PIECES = tuple(field.name for field in fields(LayerSeconds))
@@ -98,7 +98,7 @@ PIECES = tuple(field.name for field in fields(LayerSeconds))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSeconds:
-    """One micro-batch on one stage, alone."""
+    """The seconds of one micro-batch on one stage, alone."""
 
     forward: Band
     input_backward: Band
@@ -111,23 +111,23 @@ class StageSeconds:
 
     @property
     def collectives(self) -> Band:
-        """All passes' sums and gathers between tensor-parallel ranks."""
+        """The seconds of sums and gathers between tensor-parallel ranks, in all passes."""
         return _sum(self.layers, "collectives")
 
     @property
     def arithmetic(self) -> Band:
-        """All passes without exchanges and collectives."""
+        """The seconds of all passes without exchanges and collectives."""
         names = ("attn_f", "mlp_f", "attn_b", "mlp_b", "attn_w", "mlp_w")
         both, part = _sum(self.layers, *names), self.collectives
         return Band(both.value - part.value, both.low - part.low, both.high - part.high)
 
 
-StageKey = tuple[int, int, bool, bool]  # layers without and with experts, embedding, head: all that tells stages apart
+StageKey = tuple[int, int, bool, bool]  # number of layers without and with experts, embedding, head: all that matters
 
 
 class Costs:
-    """The seconds of layers, stages and pairs, each kind reckoned once: a search asks for the same ones in thousands of
-    layouts. For one model, cluster, recipe and sequence length."""
+    """The seconds of layers, stages and pairs, each kind computed once, because a search asks for the same ones in
+    thousands of layouts. They are for one model, cluster, recipe and sequence length."""
 
     def __init__(self) -> None:
         self._of: Workload | None = None
@@ -136,11 +136,11 @@ class Costs:
         self._pairs: dict[tuple[object, ...], Band] = {}
 
     def stages(self, work: Workload) -> list[StageSeconds]:
-        """Of every stage of the pipeline, its ends included. Raises ValueError where attention is not MLA."""
+        """Return the seconds of every stage, with embedding and head. Raises ValueError if attention is not MLA."""
         return [self._stage(work, key) for key in _stage_keys(work)]
 
     def pairs(self, work: Workload) -> list[Band]:
-        """`pair_seconds` of a forward on each stage and a backward on the mirrored one."""
+        """Return `pair_seconds` of a forward on each stage and a backward on the mirrored one."""
         keys = _stage_keys(work)
         return [self._pair(work, front, back) for front, back in zip(keys, reversed(keys), strict=True)]
 
@@ -193,15 +193,15 @@ class Costs:
 
 
 def pair_seconds(forward: StageSeconds, backward: StageSeconds) -> Band:
-    """A forward on one stage overlapped with a backward on the other that its rank holds."""
+    """Return the seconds of a forward on one stage overlapped with a backward on the other stage of its rank."""
     ends = (_replay(forward, backward, end) for end in ("low", "value", "high"))
     low, value, high = ends
     return Band(value, min(low, value), max(value, high))
 
 
 def _replay(forward: StageSeconds, backward: StageSeconds, end: str) -> float:
-    """Two streams, each in its order; a piece starts when its stream and what it needs are ready. (An exchange that
-    sends nothing delays nobody: whoever waits for it has waited for the exchanges before it.)"""
+    """Replay two streams, each in its order; a piece starts when its stream is free and what it needs is done. (An
+    exchange that sends nothing delays no piece: what waits for it has waited for the exchanges before it.)"""
     arithmetic = exchanges = combined_f = attn_b_done = 0.0
     absent = LayerSeconds()
     for front, back in zip_longest(forward.layers, reversed(backward.layers), fillvalue=absent):
@@ -220,8 +220,8 @@ def _replay(forward: StageSeconds, backward: StageSeconds, end: str) -> float:
 
 
 def operations(work: Workload, kind: str) -> Iterator[Op]:
-    """What a micro-batch runs in a layer ("dense", "experts"), an MTP module ("mtp") or an end ("embedding", "head"):
-    nothing again that is kept, gradients added where there are some."""
+    """Yield what a micro-batch runs in a layer ("dense", "experts"), an MTP module ("mtp") or an end ("embedding",
+    "head"). Nothing that is kept is recomputed, and gradients are added if the layout adds any."""
     for op in _listed(work, kind):
         if isinstance(op, Gemm | Elementwise) and op.recomputed and not work.recompute:
             continue
@@ -231,7 +231,7 @@ def operations(work: Workload, kind: str) -> Iterator[Op]:
 
 
 def _listed(work: Workload, kind: str) -> tuple[Op, ...]:
-    """Of a layer with experts or without, an MTP module, or an end of the model. Layers of one kind are alike."""
+    """Return all operations of a kind of layer, an MTP module, or an end of the model. Layers of one kind are alike."""
     spec, layout, tokens = work.spec, work.layout, work.tokens
     if kind == "embedding":
         return embedding_ops(spec, layout, tokens, "training")
@@ -245,7 +245,7 @@ def _listed(work: Workload, kind: str) -> tuple[Op, ...]:
 
 
 def _by_piece(work: Workload, ops: Iterable[Op], is_end: bool) -> dict[str, Band]:
-    """Seconds by `PIECES`, and those of an MTP module's head as head_f, head_b, head_w."""
+    """Return the seconds of each of `PIECES`, and those of an MTP module's head as head_f, head_b, head_w."""
     pieces: dict[str, list[Band]] = {}
     for op in ops:
         seconds, piece = (

@@ -1,7 +1,7 @@
-"""Every number of a training plan with its formula, its inputs and their sources: what `--explain` prints.
+"""The figures of a training plan, each with its formula, inputs and sources.
 
-Times of a step are means over the ranks of a pipeline, as ISCA Table 4 has them; times of a layer are those of one
-micro-batch in a layer with experts (or any layer, where the model has none), each operation run alone.
+Times of a step are means over the ranks of a pipeline, as in ISCA Table 4. Times of a layer are those of one
+micro-batch in a layer with experts (or in any layer, if the model has none), with each operation run alone.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ USES = {  # field of RankMemory, and how it is held
 
 
 def training_figures(plan: TrainingPlan) -> tuple[Figure, ...]:
-    """The step first, then rates, memory, the run where the goal has tokens, and operations of a layer."""
+    """Return the step first, then rates, memory, the run if the goal has tokens, and operations of a layer."""
     return (*step_figures(plan), *_rates(plan), memory_figure(plan), *_run(plan), *layer_figures(plan.work))
 
 
 def step_figures(plan: TrainingPlan) -> tuple[Figure, ...]:
-    """The step and the parts that it is the sum of."""
+    """Return the step and the parts that add up to it."""
     parts, timeline = plan.parts, plan.timeline
     named = [*((key, title) for key, (title, _) in PARTS.items()), ("bubble", "idle"), ("optimizer", "optimizer")]
     terms = " + ".join(f"{number(getattr(parts, key).value)} ({title})" for key, title in named)
@@ -65,7 +65,7 @@ def step_figures(plan: TrainingPlan) -> tuple[Figure, ...]:
 
 
 def layer_figures(work: Workload) -> tuple[Figure, ...]:
-    """Operations of a layer with experts, then of the head, one micro-batch each."""
+    """Return the operations of a layer with experts, then those of the head, for one micro-batch."""
     groups: dict[tuple[str, str], list[Op]] = {}
     for op in (*operations(work, "experts"), *operations(work, "head")):
         groups.setdefault((op.name if isinstance(op, Exchange) else op.part, op.pass_), []).append(op)
@@ -82,7 +82,7 @@ def layer_figures(work: Workload) -> tuple[Figure, ...]:
 
 
 def memory_figure(plan: TrainingPlan) -> Figure:
-    """Of the fullest rank; the runtime's bytes are in it."""
+    """Return the memory of the fullest rank, with the runtime's bytes."""
     rank, runtime = plan.largest_memory, plan.work.cluster.gpu.runtime_bytes
     uses = [(name.replace("_", " "), getattr(rank, name), source) for name, source in USES.items()]
     uses.append(("runtime", int(runtime), "CUDA's context and communicators; unverified" if runtime else "none"))
@@ -138,7 +138,7 @@ def _rates(plan: TrainingPlan) -> Iterator[Figure]:
 
 
 def _run(plan: TrainingPlan) -> Iterator[Figure]:
-    """Of all the goal's tokens; nothing where it has none."""
+    """Yield the figures of the whole run; none if the goal has no tokens."""
     seconds, hours, dollars, cluster = plan.seconds, plan.gpu_hours, plan.dollars, plan.work.cluster
     if seconds is None or hours is None or plan.goal.tokens is None:
         return
@@ -156,7 +156,7 @@ def _run(plan: TrainingPlan) -> Iterator[Figure]:
 
 
 def _part(plan: TrainingPlan, key: str, title: str, kinds: Counter[str], letters: tuple[str, ...]) -> Figure:
-    """Steps per rank times their mean length; B counts where backwards are not split."""
+    """Return a part as steps per rank times their mean length; B counts if backwards are not split."""
     band, ranks = getattr(plan.parts, key), plan.timeline.schedule.ranks
     count = sum(kinds[kind] for kind in letters) / ranks
     formula = f"{number(count)} per rank (mean) x {number(band.value / count)} s" if count else "none in this schedule"
@@ -165,7 +165,7 @@ def _part(plan: TrainingPlan, key: str, title: str, kinds: Counter[str], letters
 
 
 def _stage_inputs(seconds: float | Sequence[float] | None) -> Iterator[Input]:
-    """Of the first stage, the middle one and the last."""
+    """Yield the seconds of the first stage, the middle one and the last."""
     each = [seconds] if isinstance(seconds, int | float) else list(seconds or ())
     source = "sum of its layers' operations: explain attention, experts, dispatch, combine"
     for index in sorted({0, len(each) // 2, len(each) - 1} if each else ()):

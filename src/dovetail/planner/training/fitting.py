@@ -1,4 +1,4 @@
-"""Why nothing fits, and what would: said with numbers."""
+"""Explains why no layout fits in memory, and what would fit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dovetail.planner.training.chunks import Workload
 from dovetail.planner.training.search import Candidate
 from dovetail.spec.layout import Layout, check_layout
 
-LARGEST = 1 << 16  # GPUs that are tried
-MOST_MEMORY = 288e9  # of a GPU that can be had: GB300's
+LARGEST = 1 << 16  # at most so many GPUs are tried
+MOST_MEMORY = 288e9  # the most that a GPU has: GB300's
 
 
 def why_none_fits(smallest: Candidate, batch: int) -> str:
-    """One line: the layout that needs least, how much that is too much, and how many GPUs, or which, would do."""
+    """Return one line: the layout that needs the least, how much is missing, and how many GPUs, or which, would do."""
     work, gpu = smallest.work, smallest.work.cluster.gpu
     layout, needed = work.layout, smallest.memory + gpu.runtime_bytes
     text = (
@@ -37,7 +37,7 @@ def why_none_fits(smallest: Candidate, batch: int) -> str:
 
 
 def fitting_layout(work: Workload, batch: int) -> Layout | None:
-    """The layout on fewest GPUs, from those of `work` on doubling, that fits in memory; None if none is found."""
+    """Return a layout that fits in memory, with the GPUs of `work` doubled as often as needed; None if none does."""
     gpus = 2 * work.layout.gpus
     while gpus <= LARGEST:
         for layout in _layouts(work, gpus, batch):
@@ -49,7 +49,7 @@ def fitting_layout(work: Workload, batch: int) -> Layout | None:
 
 
 def _layouts(work: Workload, gpus: int, batch: int) -> Iterator[Layout]:
-    """1F1B in powers of two, as few tensor-parallel ranks as can be; one sequence at a time."""
+    """Yield 1F1B layouts in powers of two with one sequence at a time, those with few tensor-parallel ranks first."""
     for tp in _powers(work.cluster.gpus_per_node):
         for pp in reversed(_powers(min(gpus // tp, work.spec.num_hidden_layers))):
             dp = gpus // (pp * tp)

@@ -1,10 +1,10 @@
-"""A training step on a cluster: how long, where the time goes, what it costs, and whether it fits.
+"""Plans a training step on a cluster: its time and the parts of it, its memory and its price.
 
-    stages -> seconds of F, I, W and overlapped pairs (`planner.training.chunks`) -> the schedule replayed
-    (`planner.training.timeline`) -> step = pipeline + optimizer, split as ISCA Table 4 splits it
+    stages -> seconds of F, I, W and overlapped pairs (`planner.training.chunks`) -> replay of the schedule
+    (`planner.training.timeline`) -> step = pipeline + optimizer, divided as in ISCA Table 4
 
-FLOP are counted as the paper counts: matrix products and attention, no recomputation, MTP apart; "causal" counts half
-of the attention square [ISCA §2.2.2, Table 4]. The optimizer's sums and gathers are taken as exposed, all of them.
+FLOP are counted as in the paper: matrix products and attention, without recomputation and without MTP; "causal" counts
+half of the attention square [ISCA §2.2.2, Table 4]. All sums and gathers of the optimizer are taken to be exposed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingGoal:
-    """What is to be trained on."""
+    """The batch of a step and the tokens of a run."""
 
     batch: int  # sequences per step
     tokens: float | None = None  # of the whole run
@@ -45,8 +45,11 @@ class TrainingGoal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepParts:
-    """Seconds of a step, means over the ranks of a pipeline, by Table 4's names: lone forwards (1F), lone gradients of
-    inputs (1B) and of weights (1W), overlapped pairs (1F1B), idle, optimizer."""
+    """Seconds of a step, as means over the ranks of a pipeline.
+
+    In Table 4's names they are forwards alone (1F), gradients of inputs (1B) and of weights (1W) alone, overlapped
+    pairs (1F1B), idle time, and the optimizer.
+    """
 
     forward: Band
     input_backward: Band
@@ -63,7 +66,7 @@ class StepParts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepUses:
-    """The same seconds by what they are used for; `exchanges` are those that no arithmetic hides, in pairs or alone."""
+    """The same seconds by their use; `exchanges` are those that no arithmetic hides, in pairs or alone."""
 
     arithmetic: Band
     collectives: Band  # of tensor-parallel ranks
@@ -105,17 +108,17 @@ class TrainingPlan:
         return self.tokens_per_step * DAY / self.step_seconds
 
     def flop_rate(self, causal: bool = True) -> Band:
-        """FLOP/s per GPU."""
+        """Return the FLOP/s per GPU."""
         flop = training_flop_per_token(self.work.spec, self.work.sequence_length, causal)
         return flop * self.tokens_per_step / self.gpus / self.step_seconds
 
     def mfu(self, causal: bool = True) -> Band:
-        """Share of the BF16 peak, whatever format products are in, as the paper has it [ISCA Table 4]."""
+        """Return the share of the BF16 peak, whatever format products are in, as in the paper [ISCA Table 4]."""
         return self.flop_rate(causal) / self.work.cluster.gpu.peak("bf16")
 
     @property
     def seconds(self) -> Band | None:
-        """Of the whole run."""
+        """The seconds of the whole run, if the goal has its tokens."""
         return self.goal.tokens / self.tokens_per_step * self.step_seconds if self.goal.tokens else None
 
     @property
@@ -129,7 +132,7 @@ class TrainingPlan:
 
 
 def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> TrainingPlan:
-    """Raises ValueError for a layout that cannot be; one that does not fit in memory is returned, and says so."""
+    """Plan a step. Raises ValueError for an illegal layout; a plan that does not fit in memory has `fits` False."""
     layout = work.layout
     check_layout(layout, work.spec, work.cluster.gpus, goal.batch)
     costs = costs or Costs()
@@ -150,7 +153,7 @@ def evaluate(work: Workload, goal: TrainingGoal, costs: Costs | None = None) -> 
 
 
 def estimate(work: Workload, costs: Costs) -> float:
-    """Roughly `evaluate(...).step_seconds.value`, without a schedule: to prune a search."""
+    """Estimate `evaluate(...).step_seconds.value` without a schedule, to prune a search."""
     layout = work.layout
     durations = _durations(work, costs, "value")
     pipeline = estimate_seconds(layout.schedule, layout.pp, layout.microbatches, durations, layout.chunks)
@@ -158,7 +161,7 @@ def estimate(work: Workload, costs: Costs) -> float:
 
 
 def replayed_seconds(work: Workload, costs: Costs) -> float:
-    """`evaluate(...).step_seconds.value`, and nothing else."""
+    """Return `evaluate(...).step_seconds.value` and compute nothing else."""
     layout = work.layout
     schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
     return replay(schedule, _durations(work, costs, "value")).seconds + slowest_update(work)[1].value
@@ -180,15 +183,15 @@ def _durations(work: Workload, costs: Costs, end: str) -> Durations:
 
 
 def stage_send(work: Workload) -> Send:
-    """A micro-batch's activations to the next stage."""
+    """Return the send of a micro-batch's activations to the next stage."""
     layout = work.layout
     sent = BF16 * work.tokens * work.spec.hidden_size / layout.tp
     return Send(bytes=sent, distance=layout.dp * layout.tp, gpus=layout.gpus)
 
 
 def slowest_update(work: Workload) -> tuple[tuple[Op, ...], Band]:
-    """The optimizer's operations on the pipeline rank that takes longest, for which others wait, and its seconds."""
-    # Of the layout only what says who holds which weights: one figure for many layouts.
+    """Return the optimizer's operations on the slowest pipeline rank, for which all others wait, and its seconds."""
+    # Only the fields that decide which rank holds which weights are kept, so that many layouts share one result.
     same = "1f1b" if work.layout.schedule == "zb1p" else work.layout.schedule
     changes = {"microbatches": min(work.layout.microbatches, 2), "microbatch_size": 1, "schedule": same}
     layout = work.layout.model_copy(update=changes)
@@ -206,7 +209,7 @@ def _slowest_update(
     moment_bytes: int,
     traffic: LayoutTraffic | None,
 ) -> tuple[tuple[Op, ...], Band]:
-    """Ranks that hold as many layers of each kind, and the same ends, take the same time."""
+    """Compute `slowest_update`; ranks with as many layers of each kind, and the same ends, take the same time."""
     all_stages = stages(spec, layout, sequence_length)
     ranks: dict[tuple[object, ...], int] = {}
     for rank in range(layout.pp):
@@ -234,7 +237,7 @@ def _parts(of: dict[str, Breakdown], optimizer: Band) -> StepParts:
 
 
 def _uses(parts: StepParts, layout: Layout, each: Sequence[StageSeconds]) -> StepUses:
-    """Every stage runs every micro-batch once, on whichever rank."""
+    """Return the uses; every stage runs every micro-batch once, on whichever rank."""
     per_rank = layout.microbatches / layout.pp
     collectives = per_rank * sum_bands(stage.collectives for stage in each)
     arithmetic = per_rank * sum_bands(stage.arithmetic for stage in each)
@@ -253,5 +256,5 @@ def _uses(parts: StepParts, layout: Layout, each: Sequence[StageSeconds]) -> Ste
 
 
 def _band(low: float, value: float, high: float) -> Band:
-    """Idle time may shrink where work grows."""
+    """Return a band of three values in any order, since idle time may shrink when work grows."""
     return Band(value, min(low, value, high), max(low, value, high))

@@ -1,16 +1,16 @@
-"""All layouts of a training job on a cluster, and which of them are worth having.
+"""Searches all layouts of a training job on a cluster for the best ones.
 
     every legal layout                    `layouts`
     -> those that fit in memory           `cost.memory.rank`
-    -> estimated, without a schedule      `training.estimate`, up to an eighth off
+    -> estimated, without a schedule      `planner.training.plan.estimate`, up to an eighth off
     -> replayed, if they may be on the front or among the fastest
-    -> the fastest evaluated whole        `training.evaluate`, their exchanges simulated where that is asked for
+    -> the fastest evaluated in full      `planner.training.plan.evaluate`, with simulated exchanges if asked for
 
-The front is Pareto's over the step's time, the largest memory of a rank and the GPU time, which is what a run costs:
-nothing in it is beaten in all three.
+The Pareto front is over the time of a step, the largest memory of a rank, and the GPU time, which decides the price:
+no layout in it is beaten in all three.
 
-Divisors of the number of GPUs are tried for every degree, TP where it divides a node, each schedule where micro-batches
-and layers allow it; "interleaved" with two chunks unless told.
+Every degree takes the divisors of the number of GPUs, TP those of a node, and each schedule is tried if micro-batches
+and layers allow it; "interleaved" has two chunks by default.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from dovetail.spec.model import ModelSpec
 if TYPE_CHECKING:
     from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
-FINALISTS = 12  # that are evaluated whole
-ESTIMATE_ERROR = 1 / 8  # of `bubbles.estimate_seconds`, by its own account
+FINALISTS = 12  # number of layouts that are evaluated in full
+ESTIMATE_ERROR = 1 / 8  # the error that `bubbles.estimate_seconds` states
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A layout, how long a step takes, and the most bytes that a rank needs."""
+    """A layout, the seconds of a step, and the most bytes that a rank needs."""
 
     work: Workload
     seconds: float
     memory: float
-    index: int = 0  # of its workload, among those searched
-    is_replayed: bool = False  # else `seconds` is an estimate
+    index: int = 0  # the number of its workload among those searched
+    is_replayed: bool = False  # if not, `seconds` is an estimate
 
     @property
     def gpu_seconds(self) -> float:
@@ -61,13 +61,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a search came back with."""
+    """The result of a search."""
 
     tried: int
-    plans: tuple[TrainingPlan, ...]  # from the fastest on
-    front: tuple[Candidate, ...]  # Pareto's, among all that fit; fastest first
-    ranking: tuple[Candidate, ...]  # all that fit, fastest first
-    smallest: Candidate | None  # the layout that needs the least memory, where none fits
+    plans: tuple[TrainingPlan, ...]  # the fastest first
+    front: tuple[Candidate, ...]  # the Pareto front of all that fit, the fastest first
+    ranking: tuple[Candidate, ...]  # all that fit, the fastest first
+    smallest: Candidate | None  # the layout that needs the least memory, if none fits
 
     @property
     def fitting(self) -> int:
@@ -76,8 +76,8 @@ class Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gain:
-    """A plan that is faster than another, and by what: seconds of a step saved by use (`training.StepUses`), the most
-    first; what it spends more on is negative. They add up to what the step is shorter."""
+    """A plan that is faster than another, and the seconds of a step that it saves by use (`StepUses`), the most first.
+    Uses that take longer are negative; all add up to the difference of the steps."""
 
     plan: TrainingPlan
     seconds: tuple[tuple[str, float], ...]
@@ -93,16 +93,16 @@ class Gain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A layout among all that were found."""
+    """The place of one layout among all that were found."""
 
     plan: TrainingPlan
-    place: int  # 1: nothing that fits is faster
-    behind: float  # its step over the best one's, less 1
-    better: tuple[Gain, ...]  # of the plans that were evaluated, the fastest first
+    place: int  # 1 if nothing that fits is faster
+    behind: float  # its step over the best one's, minus 1
+    better: tuple[Gain, ...]  # the faster plans of those evaluated, the fastest first
 
 
 def layouts(spec: ModelSpec, gpus: int, gpus_per_node: int, batch: int, choices: Choices = FREE) -> Iterator[Layout]:
-    """Every legal layout on exactly `gpus` GPUs for a step of `batch` sequences."""
+    """Yield every legal layout on exactly `gpus` GPUs for a step of `batch` sequences."""
     experts = spec.moe.n_routed_experts if spec.moe else 1
     for pp, tp, dp in _degrees(spec, gpus, gpus_per_node, choices):
         for size in choices.microbatch_size:
@@ -121,14 +121,14 @@ def layouts(spec: ModelSpec, gpus: int, gpus_per_node: int, batch: int, choices:
                         chunks=chunks,
                     )
                     if not _is_legal(layout, spec):
-                        break  # the rules of pipelines and heads, that do not look at ep
+                        break  # it fails for a rule that does not depend on ep
                     yield layout
 
 
 def search(work: Workload, goal: TrainingGoal, gpus: int | None = None, choices: Choices = FREE) -> Found:
-    """The best layouts for `work.spec` on `gpus` GPUs (None: all) of `work.cluster`; `work.layout` is not looked at.
+    """Find the best layouts for `work.spec` on `gpus` GPUs (None: all) of `work.cluster`; `work.layout` is not read.
 
-    Raises ValueError where no layout is legal (the batch does not divide, say), and where attention is not MLA.
+    Raises ValueError if no layout is legal (if the batch does not divide, say), and if attention is not MLA.
     """
     return search_all([work], goal, gpus, choices)
 
@@ -140,8 +140,8 @@ def search_all(
     choices: Choices = FREE,
     traffic: LayoutTraffic | None = None,
 ) -> Found:
-    """The same over several models or recipes on one cluster, as `vary` makes them. With `traffic` the finalists are
-    ordered by what they take on that network; the ranking and the front stay those of closed forms."""
+    """Do the same over several models or recipes on one cluster, as `vary` makes them. With `traffic` the finalists are
+    ordered by their time on that network; the ranking and the front stay those of closed forms."""
     assert works, "nothing to search"
     sized = [each for index, work in enumerate(works) for each in _sized(work, index, goal, gpus, choices)]
     if not sized:
@@ -170,9 +170,9 @@ def _evaluated(
 
 
 def compared(found: Found, work: Workload, goal: TrainingGoal) -> Comparison:
-    """The layout of `work` beside those of a search over the same model, recipe and goal.
+    """Compare the layout of `work` with those of a search over the same model, recipe and goal.
 
-    Raises ValueError for a layout that cannot be.
+    Raises ValueError for an illegal layout.
     """
     plan = evaluate(work, goal)
     seconds = plan.step_seconds.value
@@ -192,7 +192,7 @@ def _gains(own: TrainingPlan, other: TrainingPlan) -> tuple[tuple[str, float], .
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other beats in time, memory and GPU time at once, fastest first; of equals, one."""
+    """Return those that no other beats in time, memory and GPU time together, the fastest first; of equals one."""
     front: list[Candidate] = []
     for each in sorted(candidates, key=_rank):
         if not any(_is_beaten(each, one, each.seconds) for one in front):
@@ -201,7 +201,7 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _is_beaten(each: Candidate, other: Candidate, seconds: float) -> bool:
-    """By `other`, if `each` takes so many seconds."""
+    """Return whether `other` beats `each` if that takes `seconds`."""
     return (
         other.seconds <= seconds
         and other.memory <= each.memory
@@ -210,7 +210,7 @@ def _is_beaten(each: Candidate, other: Candidate, seconds: float) -> bool:
 
 
 def _sized(work: Workload, index: int, goal: TrainingGoal, gpus: int | None, choices: Choices) -> Iterator[Candidate]:
-    """All layouts of one workload with their memory, and no time yet."""
+    """Yield all layouts of one workload with their memory, and without a time."""
     cluster = work.cluster
     if gpus is not None and gpus > cluster.gpus:
         raise ValueError(f"{gpus} GPUs: {cluster.name} has {cluster.gpus}")
@@ -225,8 +225,8 @@ def _estimated(each: Candidate, costs: Sequence[Costs]) -> Candidate:
 
 
 def _replayed(fitting: Sequence[Candidate], costs: Sequence[Costs]) -> list[Candidate]:
-    """All, fastest first, with the schedule replayed of each that may be among the fastest or on the front: unless
-    others beat it even if it is as much faster than its estimate as it can be."""
+    """Return all, the fastest first, and replay the schedule of each that may be among the fastest or on the front.
+    One may not if others beat it even when it is as much faster than its estimate as is possible."""
     known: list[Candidate] = []
     front: list[Candidate] = []
     rest: list[Candidate] = []
@@ -243,12 +243,12 @@ def _replayed(fitting: Sequence[Candidate], costs: Sequence[Costs]) -> list[Cand
 
 
 def _rank(one: Candidate) -> tuple[float, float, float]:
-    """Time, of equals memory. Sums in another order differ in their last digits: those are no difference."""
+    """Return what to sort by: time, then memory. The last digits of time do not count, since they are rounding."""
     return float(f"{one.seconds:.9g}"), one.memory, one.gpu_seconds
 
 
 def _degrees(spec: ModelSpec, gpus: int, gpus_per_node: int, choices: Choices) -> Iterator[tuple[int, int, int]]:
-    """pp, tp and dp that make `gpus`."""
+    """Yield each pp, tp and dp whose product is `gpus`."""
     for pp in choices.among("pp", [each for each in divisors(gpus) if each <= spec.num_hidden_layers]):
         for tp in choices.among("tp", [each for each in divisors(gpus // pp) if gpus_per_node % each == 0]):
             dp = gpus // (pp * tp)
@@ -257,7 +257,7 @@ def _degrees(spec: ModelSpec, gpus: int, gpus_per_node: int, choices: Choices) -
 
 
 def _schedules(pp: int, choices: Choices) -> Iterator[tuple[ScheduleName, int]]:
-    """With chunks. On one rank DualPipeV overlaps its two stages, and the others are the same loop."""
+    """Yield schedules and chunks. On one rank DualPipeV overlaps its two stages, and all others are the same loop."""
     names = choices.schedule if pp > 1 else [name for name in choices.schedule if name in ("1f1b", "dualpipev")]
     for name in names:
         for chunks in choices.chunks if name == "interleaved" else (2,):

@@ -1,12 +1,12 @@
-"""When everything in a pipeline schedule happens, given how long each kind of work takes.
+"""Replays a pipeline schedule: when each step starts and ends, given how long each kind takes.
 
-A step starts when its rank is free and its inputs are there; what another rank makes arrives `send` seconds after it
-is made. So with e the end, d the duration, p the rank's step before and i the inputs from other ranks,
+A step starts when its rank is free and its inputs are there; the result of another rank arrives `send` seconds after it
+is made. With e the end, d the duration, p the rank's step before and i the inputs from other ranks,
 
     e(step) = max(e(p), e(i) + send, ...) + d(step)
 
-taken in an order in which the steps can run (`Schedule.order`). Sending takes no time from the ranks; what it adds to
-their waits is reported as exposed.
+for one step after the other, in an order in which they can run (`Schedule.order`). Sending takes no time from the
+ranks; what it adds to their waits is reported as exposed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PerStage = float | Sequence[float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Durations:
-    """Seconds of each kind of work: one number for every stage, or one for each.
+    """Seconds of each kind of work: one number for all stages, or one for each stage.
 
-    Stages differ: the first has the embedding, the last the head and MTP. `input_backward` and `weight_backward` are
-    needed by schedules that split a backward, and may add up to another time than `backward`. `pair` is by the stage
-    of the pair's forward (its backward is at the mirrored stage, S-1-s); None: forward and backward one after the
-    other. `send` is from one rank to its neighbour.
+    Stages differ: the first has the embedding, the last the head and MTP. Schedules that split a backward need
+    `input_backward` and `weight_backward`, which may add up to another time than `backward`. `pair` is given for the
+    stage of the pair's forward (its backward is at the mirrored stage, S-1-s); None means that forward and backward run
+    one after the other. `send` is from one rank to its neighbour.
     """
 
     forward: PerStage
@@ -42,12 +42,12 @@ class Durations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Breakdown:
-    """Where the seconds of a rank go; they add up to `seconds`, the time of the pipeline.
+    """The seconds of a rank by kind of work, which add up to `seconds`, the time of the pipeline.
 
-    A full backward is given by its halves (all input where `Durations` has none), so that `input_backward + full_input`
-    are the input gradients that a rank computes alone and `weight_backward + full_weight` the weight gradients. ISCA
-    Table 4 has such parts as 1F, 1B, 1W, 1F1B and bubble; it calls 1B the input and 1W the weight half, and does not
-    say where full backwards are.
+    A full backward is given by its halves (all input if `Durations` has no halves), so that `input_backward +
+    full_input` are the input gradients that a rank computes alone, and `weight_backward + full_weight` the weight
+    gradients. ISCA Table 4 has such parts as 1F, 1B, 1W, 1F1B and bubble. It calls 1B the input and 1W the weight half,
+    and does not say where full backwards count.
     """
 
     forward: float
@@ -69,7 +69,7 @@ class Breakdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """Start and end of every step of a schedule, in seconds from the first start; [rank][step of the rank]."""
+    """The start and end of every step of a schedule, in seconds from the first start [rank][step of the rank]."""
 
     schedule: Schedule
     durations: Durations
@@ -80,7 +80,7 @@ class Timeline:
 
     @property
     def bubble(self) -> tuple[float, ...]:
-        """Seconds that each rank idles."""
+        """The seconds that each rank idles."""
         return tuple(self.seconds - busy for busy in self.busy)
 
     @property
@@ -89,7 +89,7 @@ class Timeline:
         return activation_peaks(self.schedule)
 
     def exposed_sends(self) -> tuple[float, ...]:
-        """Seconds that each rank waits for a message that is already on its way: the sends that work does not hide."""
+        """Return the seconds that each rank waits for a message on its way, which are the sends that no work hides."""
         start = [moment for moments in self.start for moment in moments]
         end = [moment for moments in self.end for moment in moments]
         free = [0.0] * self.schedule.ranks
@@ -104,7 +104,7 @@ class Timeline:
         return tuple(waits)
 
     def breakdown(self, rank: int | None = None) -> Breakdown:
-        """The seconds of `rank` by kind of work; None: the mean over ranks."""
+        """Return the seconds of `rank` by kind of work, or with None their mean over ranks."""
         if rank is None:
             each = [self.breakdown(index) for index in range(self.schedule.ranks)]
             names = [field.name for field in fields(Breakdown)]
@@ -129,7 +129,7 @@ class Timeline:
 
 
 def replay(schedule: Schedule, durations: Durations) -> Timeline:
-    """The timeline of `schedule` with steps of these `durations`.
+    """Return the timeline of `schedule` with steps of these `durations`.
 
     Raises ValueError for durations that are negative, not finite, missing, or not one per stage, and for a schedule
     whose ranks wait for each other in a circle.
@@ -160,7 +160,7 @@ def replay(schedule: Schedule, durations: Durations) -> Timeline:
 
 
 def step_seconds(durations: Durations, kind: str, stages: tuple[int, ...], num_stages: int) -> float:
-    """Seconds of one step of `kind` (F, B, I, W, FB); `stages` are those of its halves, forward first.
+    """Return the seconds of one step of `kind` (F, B, I, W, FB); `stages` are those of its halves, forward first.
 
     Raises ValueError for a duration that is negative, not finite, missing, or not one per stage.
     """
@@ -181,7 +181,7 @@ def step_seconds(durations: Durations, kind: str, stages: tuple[int, ...], num_s
 
 
 def _weight_share(durations: Durations, places: tuple[int, ...], num_stages: int) -> float:
-    """Of a full backward at the stage: what the weight half takes of the sum of both halves."""
+    """Return the share of the weight half in the sum of both halves of a full backward at the stage."""
     if durations.input_backward is None or durations.weight_backward is None:
         return 0.0
     weight = step_seconds(durations, "W", places, num_stages)

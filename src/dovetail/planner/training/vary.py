@@ -1,8 +1,7 @@
-"""What a search may vary: `topk_group=2,4,8` and the like, several together as their product.
+"""Reads what a search varies, such as `topk_group=2,4,8`; several settings are combined.
 
-Keys of the flat model table (those of a config.json) and `precision`, the name of a recipe, make workloads of their
-own, one for each combination. Keys of a layout make none: a search tries all of its values anyway, and is held to those
-that are given (`Choices`).
+Keys of the flat model table (those of a config.json) and `precision`, the name of a recipe, give one workload for each
+combination of values. Keys of a layout limit the values that the search tries anyway (`Choices`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ PRECISION = "precision"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """The values that a search may take for each part of a layout; None: all that are legal."""
+    """The values that a search may take for each part of a layout; None means all that are legal."""
 
     pp: tuple[int, ...] | None = None
     ep: tuple[int, ...] | None = None
@@ -34,7 +33,7 @@ class Choices:
     dp: tuple[int, ...] | None = None
     microbatch_size: tuple[int, ...] = MICROBATCH_SIZES
     schedule: tuple[ScheduleName, ...] = SCHEDULES
-    chunks: tuple[int, ...] = (2,)  # of "interleaved"
+    chunks: tuple[int, ...] = (2,)  # for "interleaved"
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.schedule if name not in SCHEDULES]
@@ -48,12 +47,12 @@ class Choices:
 
     @staticmethod
     def of(fixed: Mapping[str, int | str]) -> Choices:
-        """With one value each for the keys of `fixed`."""
+        """Return choices with a single value for each key of `fixed`."""
         return Choices(**{name: (value,) for name, value in fixed.items()})  # type: ignore[arg-type]
 
     @property
     def given(self) -> dict[str, tuple[int | str, ...]]:
-        """Those that differ from a free choice."""
+        """The choices that differ from a free one."""
         free = Choices()
         values = {name: getattr(self, name) for name in LAYOUT_KEYS}
         return {name: value for name, value in values.items() if value != getattr(free, name)}
@@ -62,7 +61,7 @@ class Choices:
         return ", ".join(f"{name} = {' or '.join(map(str, values))}" for name, values in self.given.items())
 
     def among(self, name: str, values: Sequence[int]) -> list[int]:
-        """Those of `values` that may be taken for `name`."""
+        """Return those of `values` that may be taken for `name`."""
         wanted = getattr(self, name)
         return [value for value in values if wanted is None or value in wanted]
 
@@ -72,11 +71,11 @@ FREE = Choices()
 
 
 def vary(work: Workload, settings: Sequence[str], choices: Choices = FREE) -> tuple[list[Workload], Choices]:
-    """`work` with every combination of the settings' values, each labelled with its own, and `choices` held to those of
-    the layout's keys.
+    """Return `work` with every combination of the settings' values, each labelled with its own, and `choices` limited
+    to the values given for a layout's keys.
 
     Raises ValueError, one line, for a setting that is not key=value,value, a key that is unknown (with near matches),
-    given twice or not of this model, and a value or combination that cannot be, with the reason.
+    given twice or not one of this model, and an illegal value or combination, with the reason.
     """
     table = _flat(work.spec)
     values = dict(_parsed(setting, table, work.spec) for setting in settings)
@@ -85,7 +84,7 @@ def vary(work: Workload, settings: Sequence[str], choices: Choices = FREE) -> tu
         raise ValueError(f"--vary: {next(key for key in keys if keys.count(key) > 1)} is given twice")
     wanted = {key: values.pop(key) for key in LAYOUT_KEYS if key in values}
     for key in wanted.keys() & choices.given.keys():
-        raise ValueError(f"--vary {key}: already held to {' or '.join(map(str, choices.given[key]))}")
+        raise ValueError(f"--vary {key}: it is already fixed to {' or '.join(map(str, choices.given[key]))}")
     works = [
         _varied(work, table, dict(zip(values, combination, strict=True)))
         for combination in itertools.product(*values.values())
@@ -94,7 +93,7 @@ def vary(work: Workload, settings: Sequence[str], choices: Choices = FREE) -> tu
 
 
 def _parsed(setting: str, table: Mapping[str, Any], spec: ModelSpec) -> tuple[str, tuple[Any, ...]]:
-    """The key and its values, as TOML has them."""
+    """Return the key and its values, which are read as TOML."""
     key, equals, text = (part.strip() for part in setting.partition("="))
     texts = list(dict.fromkeys(each.strip() for each in text.split(",")))
     if not (key and equals and all(texts)):
@@ -119,7 +118,7 @@ def _unknown(key: str, table: Mapping[str, Any], spec: ModelSpec) -> str:
 
 
 def _keys(table: Mapping[str, Any]) -> list[str]:
-    """All that can be varied: of the model's, those that are numbers, words or switches."""
+    """Return all keys that can be varied; of the model's those that are numbers, words or switches."""
     return [*(key for key, value in table.items() if not isinstance(value, dict)), *LAYOUT_KEYS, PRECISION]
 
 
@@ -133,7 +132,7 @@ def _varied(work: Workload, table: Mapping[str, Any], changes: Mapping[str, Any]
 
 
 def _check_taken(spec: ModelSpec, shapes: Mapping[str, Any], label: str) -> None:
-    """A model may have no use for a key: a gate without groups takes one group whatever is asked."""
+    """Raise ValueError if the model does not use a value: a gate without groups takes one group, whatever is asked."""
     table = _flat(spec)
     for key, value in shapes.items():
         if key in table and table[key] != value:
@@ -141,7 +140,7 @@ def _check_taken(spec: ModelSpec, shapes: Mapping[str, Any], label: str) -> None
 
 
 def _flat(spec: ModelSpec) -> dict[str, Any]:
-    """The model as one table."""
+    """Return the model as one flat table."""
     table = spec.model_dump(exclude={"attention", "moe"})
     table |= spec.attention.model_dump()
     table |= spec.moe.model_dump() if spec.moe else {}
