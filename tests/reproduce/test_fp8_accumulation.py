@@ -69,7 +69,7 @@ def test_the_table_has_a_column_per_interval_and_the_paper_beside_ours(result: R
         assert row[3] == f"{100 * ours:.3g}%" and row[-1] == "nearly 2%"
     assert rows[0][2:6] == ("256", rows[0][3], "", "")  # N_C of 512 and 256 are no shorter than K
     notes = " ".join(printed_notes(result))
-    assert "neither how it drew" in notes and str(result.picture) in notes
+    assert "neither how values were drawn" in notes and str(result.picture) in notes
 
 
 def test_the_record_is_plain_data_with_the_verdict(result: Result) -> None:

@@ -1,6 +1,7 @@
-"""What training cost [V3 Table 1] and how large the deployment was [day 6; V3 §3.4]: arithmetic of published numbers.
+"""The cost of training and the size of the deployment, by arithmetic on published numbers.
 
-Where these are printed with few digits, what their rounding leaves open is carried along.
+The numbers are from [V3 Table 1] and [day 6; V3 §3.4]. A number that is printed with few digits has a band, which is
+what its rounding leaves open.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ MEAN_NODES = 226.75  # [day 6]
 PRICES = {"hits": 0.14e-6, "misses": 0.55e-6, "outputs": 2.19e-6}  # dollars per token of R1 [day 6]
 INCOME = 562027.0  # dollars a day, theoretical [day 6]
 LONGEST = 131072  # tokens of a request [FlashMLA]
-V3_DECODE = Layout(ep=320, dp=320, redundant_experts=64)  # 64 of 320 GPUs for redundant and shared ones [V3 §3.4.2]
+V3_DECODE = Layout(ep=320, dp=320, redundant_experts=64)  # 64 of 320 GPUs hold redundant and shared experts [V3 §3.4.2]
 V3_PREFILL = Layout(ep=32, dp=32, redundant_experts=32)  # [V3 §3.4.1]
 
 
 def cost() -> Found:
-    """Hours, dollars and days of training."""
+    """Compute the hours, dollars and days of training."""
     cluster = load_cluster("h800-2048")
     assert cluster.price is not None
     price, hours = cluster.price.value, sum(GPU_HOURS.values())
@@ -45,7 +46,7 @@ def cost() -> Found:
 
 
 def deployment() -> Found:
-    """Experts on GPUs, nodes, money and cache."""
+    """Compute experts on GPUs, nodes, money and cache."""
     spec = load_model("deepseek-v3")
     assert spec.moe is not None
     values = {}
@@ -73,7 +74,7 @@ def deployment() -> Found:
 
 
 def _day() -> dict[tuple[str, str], Band]:
-    """Nodes and money of the published 24 hours."""
+    """Compute the nodes and the money of the published 24 hours."""
     cluster = load_cluster("h800-decode")
     assert cluster.price is not None
     read, hits = rounded(production.INPUT_TOKENS, 1e9), rounded(production.HIT_TOKENS, 1e9)

@@ -1,7 +1,7 @@
-"""The layout that DeepSeek trained in beside all others on its cluster [V3 §3.2]: is anything better, and by what?
+"""The layout that DeepSeek trained with, compared with all others on its cluster [V3 §3.2].
 
-Both sides of the comparison rest on the same figures of the same GPU, so that most of what is wrong with these
-cancels; a difference of a per cent is still less than the planner can tell.
+Both sides of the comparison use the same figures of the same GPU, so most of their errors cancel. A difference of one
+per cent is still less than the planner can tell.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dovetail.reproduce.training_step import GOAL, workload
 from dovetail.spec.band import Band
 
 SUBJECT = "PP16, EP64, no TP, DualPipe"
-SAID = 4  # better layouts that are described
-THE_SAME = 0.999  # of the time: nearer is no better
-NAMES = {"forward": "1F", "input_backward": "1B", "weight_backward": "1W", "pair": "1F1B"}  # others: by their own
+SAID = 4  # at most so many better layouts are described
+THE_SAME = 0.999  # a layout is better if its time is less than this share
+NAMES = {"forward": "1F", "input_backward": "1B", "weight_backward": "1W", "pair": "1F1B"}  # others keep their names
 
 
 def find() -> Found:
-    """Searches 2,048 GPUs: some 3 s."""
+    """Search all layouts of 2,048 GPUs, which takes some 3 s."""
     work = workload()
     found = search(work, GOAL)
     place = compared(found, work, GOAL)
@@ -54,7 +54,7 @@ def _step(plan: TrainingPlan) -> str:
 
 
 def _parts(parts: StepParts, own: StepParts) -> str:
-    """Where it is quicker and where slower, the largest first."""
+    """Return which parts are quicker and which slower, the largest difference first."""
     names = [field.name for field in fields(StepParts)]
     changes = {NAMES.get(name, name): getattr(parts, name).value - getattr(own, name).value for name in names}
     largest = sorted(changes.items(), key=lambda item: -abs(item[1]))

@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the ISCA paper, counted anew from the model descriptions [ISCA §2.1.2, §2.2.2]."""
+"""Tables 1 and 2 of the ISCA paper, counted from the model descriptions [ISCA §2.1.2, §2.2.2]."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINED = ("deepseek-v2", "deepseek-v3", "qwen2.5-72b", "llama-3.1-405b")  # of 
 
 
 def cache() -> Found:
-    """KV cache per token in BF16."""
+    """Count the KV cache per token in BF16."""
     least = count.cache_bytes_per_token(load_model("deepseek-v3"))
     values = {}
     for name in CACHED:
@@ -25,7 +25,7 @@ def cache() -> Found:
 
 
 def compute() -> Found:
-    """Parameters and training FLOP per token."""
+    """Count the parameters and the training FLOP per token."""
     values = {}
     for name in TRAINED:
         for quantity, value in _compute(load_model(name)).items():

@@ -1,16 +1,16 @@
-"""DeepEP's exchanges, from links alone: dispatch and combine of 4,096 tokens per GPU [ISCA Fig. 7], and its low-latency
-kernels with 128 [DeepEP].
+"""DeepEP's published exchanges, predicted from the links' speeds alone.
 
-Nothing is fitted. Tokens are drawn as DeepEP's benchmarks draw them (independent scores; for the normal kernels the 4
-nodes at most that have the best single ones), copies go once per node over a NIC of 40 GB/s and from there over NVLink
-at 160 GB/s, or straight to each expert's rank, and the exchange is over when the slowest GPU has everything. DeepEP
-divides by that time
+They are dispatch and combine of 4,096 tokens per GPU [ISCA Fig. 7], and the low-latency kernels with 128 [DeepEP].
+Nothing is fitted. Tokens are drawn as in DeepEP's benchmarks (independent scores; with the normal kernels at most the 4
+nodes with the best single scores). Copies go once per node over a NIC of 40 GB/s and from there over NVLink at 160
+GB/s, or directly to each expert's rank. The exchange is over when the slowest GPU has everything. For the normal
+kernels DeepEP prints
 
-    normal       tokens x distinct nodes of their experts x bytes, copies for the sender's own node among them
-    low-latency  nothing: times are printed
+    tokens x distinct nodes of their experts x bytes / time,
 
-which is how more than a NIC's 50 GB/s can be printed. Bands run the links at their slow and fast ends. The fast end of
-the NIC's is itself from DeepEP's figures; its value, 40 GB/s, is not.
+which includes copies for the sender's own node and so can be more than a NIC's 50 GB/s; for the low-latency kernels it
+prints times. Bands are from links at their slow and their fast ends. The fast end of the NIC's band is itself from
+DeepEP's figures; its value, 40 GB/s, is not.
 
 Left out: multiprocessors, kernels' start, casts and headers, copies within a GPU.
 """
@@ -42,11 +42,11 @@ FEW_BYTES = {"dispatch": 7168 + 56 * 4 + 16.0, "combine": 2 * 7168.0}
 DEMANDS = {"dispatch": dispatch, "combine": combine}
 ONE_NODE = {"dispatch": 153e9, "combine": 158e9}  # bytes/s of NVLink on 8 GPUs, with copies to oneself [DeepEP]
 MEMORY = 3.35e12  # bytes/s of an H800 [datasheet]
-WINDOW = 0.0005  # of the exchange, how long bandwidth that is set free may lie idle: a quicker simulation
+WINDOW = 0.0005  # freed bandwidth may stay unused for this share of the exchange, which makes simulation quicker
 
 
 def bandwidths() -> Found:
-    """GB/s as DeepEP counts, at 16 to 128 GPUs."""
+    """Predict the GB/s, as DeepEP counts them, for 16 to 128 GPUs."""
     fabrics = with_ends(load_fabric("mpft", 2048))
     values: Values = {}
     remarks: list[str] = []
@@ -57,7 +57,7 @@ def bandwidths() -> Found:
 
 
 def bandwidths_of(fabrics: tuple[Fabric, Fabric, Fabric], ranks: int) -> Values:
-    """Of so many GPUs, on the fabric and at its slow and fast ends."""
+    """Predict the GB/s for `ranks` GPUs, on the fabric and at its slow and fast ends."""
     fabric, slow, fast = fabrics
     nodes = ranks // fabric.gpus_per_node
     chosen = sample_choices(ranks, TOKENS, CHOICES, EXPERTS, nodes, min(KEPT_NODES, nodes), best_of_group=1)
@@ -69,14 +69,14 @@ def bandwidths_of(fabrics: tuple[Fabric, Fabric, Fabric], ranks: int) -> Values:
         least = mean_seconds(fabric, exchange)
         seconds = deliver(fabric, DEMANDS[name](experts, each), Adaptive(), window=WINDOW * least).seconds
         reached = copies * each / seconds / 1e9
-        # One link binds, so that the ends go by it.
+        # One link limits the exchange, so the ends of the band follow from that link.
         ends = (reached * least / mean_seconds(end, exchange) for end in (slow, fast))
         values[f"{ranks} GPUs", f"{name}, GB/s"] = Band(reached, *ends)
     return values
 
 
 def times() -> Found:
-    """Microseconds of the low-latency kernels."""
+    """Predict the microseconds of the low-latency kernels."""
     fabric, slow, fast = with_ends(load_fabric("mpft", 2048))
     values: Values = {}
     for ranks in FEW_RANKS:
@@ -111,7 +111,10 @@ def _exchange(ranks: int, bytes_per_copy: float) -> Exchange:
 
 
 def mean_seconds(fabric: Fabric, exchange: Exchange, own_copies: bool = False) -> float:
-    """If all GPUs sent and got the same; `own_copies`: as if those that stay on a GPU went over NVLink too."""
+    """Return the seconds if all GPUs send and get the same.
+
+    With `own_copies`, copies that stay on a GPU count as if they went over NVLink too.
+    """
     carried = exchange_bytes(exchange, fabric.gpus_per_node)
     inside = carried.scale_up * (fabric.gpus_per_node / (fabric.gpus_per_node - 1) if own_copies else 1.0)
     rates = fabric.capacity[[fabric.nic_link[0].max(), fabric.nvlink_link[0]]]
@@ -119,7 +122,7 @@ def mean_seconds(fabric: Fabric, exchange: Exchange, own_copies: bool = False) -
 
 
 def _sensitivities(fabric: Fabric, ranks: int) -> Iterator[str]:
-    """Of what was looked at after the figure had been missed."""
+    """Yield what was looked at after the figure had been missed."""
     link = float(fabric.capacity[fabric.nvlink_link[0]])
     for name, each in BYTES.items():
         exchange = _exchange(ranks, each)
@@ -132,15 +135,15 @@ def _sensitivities(fabric: Fabric, ranks: int) -> Iterator[str]:
                 f"{text}; {own:.1f} if copies that stay on their GPU took NVLink too, as DeepEP counts it, and "
                 f"{own * reached / link:.1f} if NVLink carried the {reached / 1e9:.0f} GB/s that it counts on one node"
             )
-        elif name == "dispatch":  # combine is alike
+        elif name == "dispatch":  # combine gives the same
             yield text
 
 
 def _few_sensitivities(fabric: Fabric, values: Values) -> Iterator[str]:
-    """On one node, where no NIC hides what the kernels do."""
+    """Yield the same for a single node, where no NIC hides what the kernels do."""
     link, latency = float(fabric.capacity[fabric.nvlink_link[0]]), 2 * float(fabric.latency[fabric.nvlink_link[0]])
     copies = FEW_TOKENS * CHOICES
-    moved = {"dispatch": 2 * copies, "combine": copies + FEW_TOKENS}  # read and written when all has come
+    moved = {"dispatch": 2 * copies, "combine": copies + FEW_TOKENS}  # read and written after everything has arrived
     for name, each in FEW_BYTES.items():
         reached = ONE_NODE[name] * 7 / 8
         seconds = values["8 GPUs", f"{name}, us"].value * 1e-6

@@ -1,16 +1,16 @@
-"""Error of FP8 products on Hopper's Tensor Core against K and the promotion interval N_C [V3 §3.3.2].
+"""An experiment: the error of FP8 sums on Hopper's Tensor Core, with and without promotion.
 
-The paper: two random matrices with K = 4096 come out with a maximum relative error of nearly 2 %; promotion to FP32
-every N_C = 128 elements of K removes it. It says neither how the matrices were drawn nor what the error is relative to,
-so there are two draws here and three measures over all outputs, against the exact product of the same E4M3 values in
-FP64 (the error of quantisation is not in it):
+The paper [V3 §3.3.2] reports that the product of two random matrices with K = 4096 has a maximum relative error of
+nearly 2 %, and that promotion to FP32 every N_C = 128 elements of K removes it. It says neither how the matrices were
+drawn nor what the error is relative to. So there are two draws here, and three measures over all outputs, against the
+exact product of the same E4M3 values in FP64 (which leaves out the error of quantisation):
 
     max            max |error| / |exact|                where values have both signs some outputs nearly cancel, and
                                                         this has no bound
     max of RMS     max |error| / root mean square of exact
     RMS            root mean square of error / root mean square of exact
 
-The Tensor Core is the model of `numerics.products.accumulate`; no device is used.
+The Tensor Core is that of `numerics.products.accumulate`, which models it on any device.
 """
 
 from __future__ import annotations
@@ -37,11 +37,14 @@ from dovetail.train.report.picture import INK, STYLE
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # K
 INTERVALS = (None, 512, 256, 128, 64)  # N_C
 OUTPUTS = 256  # rows and columns of the product
-READING = {"normal": "max_of_rms", "uniform 0..1": "max"}  # draws, and what the paper's maximum is set beside
+READING = {
+    "normal": "max_of_rms",
+    "uniform 0..1": "max",
+}  # each draw, and the measure that is compared with the paper's
 DRAWS = tuple(READING)
 PAPER = 0.02  # "nearly 2 %" at PAPER_LENGTH without promotion [V3 §3.3.2]
 PAPER_LENGTH = 4096
-REMOVED = 10.0  # times smaller with N_C = 128: what we ask for to say that promotion removes the error
+REMOVED = 10.0  # promotion removes the error if it is this many times smaller with N_C = 128
 MEASURES = {"max": "max", "max_of_rms": "max of RMS", "rms": "RMS"}
 HEADER = ("values", "error", ">K", ">N_C = never", *(f">{each}" for each in INTERVALS[1:]), ">paper, never")
 COLORS = ("#c0392b", "#d9822b", "#8a6fb0", "#1f5fa8", "#2a8f5b")
@@ -49,7 +52,7 @@ COLORS = ("#c0392b", "#d9822b", "#8a6fb0", "#1f5fa8", "#2a8f5b")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Errors of one product, as fractions."""
+    """The errors of one product, as fractions."""
 
     values: str
     length: int  # K
@@ -70,19 +73,19 @@ class Result:
         return next(row for row in self.rows if (row.values, row.length, row.promotion) == (values, length, promotion))
 
     def readings(self, promotion: int | None) -> list[float]:
-        """The paper's error as we read it: of values of both signs, and of positive ones."""
+        """Return the paper's error in our two readings: for values of both signs, and for positive ones."""
         return [getattr(self.row(values, PAPER_LENGTH, promotion), measure) for values, measure in READING.items()]
 
     @property
     def is_reproduced(self) -> bool:
-        """The paper's 2 % lies between the two readings, and N_C = 128 makes both REMOVED times smaller."""
+        """Whether the paper's 2 % is between the two readings, and N_C = 128 makes both REMOVED times smaller."""
         without, promoted = self.readings(None), self.readings(128)
         is_removed = all(after * REMOVED < before for before, after in zip(without, promoted, strict=True))
         return is_removed and min(without) <= PAPER <= max(without)
 
 
 def reproduce(picture: Path, lengths: Sequence[int] = LENGTHS, outputs: int = OUTPUTS) -> Result:
-    """Measure, and draw into the PNG `picture`. `lengths` has to hold PAPER_LENGTH. Half a minute on two cores."""
+    """Measure, and draw the PNG `picture`, in half a minute on two cores. `lengths` must contain PAPER_LENGTH."""
     rows = [row for values in DRAWS for length in lengths for row in measure(values, length, outputs)]
     result = Result(rows=tuple(rows), picture=picture)
     draw(result, picture)
@@ -90,13 +93,13 @@ def reproduce(picture: Path, lengths: Sequence[int] = LENGTHS, outputs: int = OU
 
 
 def measure(values: str, length: int, outputs: int) -> Iterable[Row]:
-    """One row for each interval of promotion."""
+    """Yield a row for each interval of promotion."""
     generator = torch.Generator().manual_seed(length)
     a, b = (_operand(values, outputs, length, generator) for _ in range(2))
     exact = a.double() @ b.double().t()
     for promotion in INTERVALS:
         if promotion is not None and promotion >= length:
-            continue  # the same as none
+            continue  # the same as without promotion
         error = (matmul(a, b, HopperAccumulator(promotion)).double() - exact).abs()
         size = _rms(exact)
         yield Row(
@@ -110,7 +113,7 @@ def measure(values: str, length: int, outputs: int) -> Iterable[Row]:
 
 
 def _operand(values: str, rows: int, length: int, generator: torch.Generator) -> Tensor:
-    """[rows, length] FP32 on the E4M3 grid, under one scale: its largest value is 448."""
+    """Draw an operand [rows, length] in FP32 on the E4M3 grid, with one scale: its largest value is 448."""
     draw = torch.randn if values == "normal" else torch.rand
     drawn = draw(rows, length, generator=generator)
     return grid_values(quantize(drawn, (rows, length)))
@@ -121,17 +124,17 @@ def _rms(x: Tensor) -> float:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Plain data, with the verdict."""
+    """Return plain data, with the verdict."""
     return asdict(result) | {"picture": str(result.picture), "paper": PAPER, "is_reproduced": result.is_reproduced}
 
 
 def printed_rows(result: Result) -> Iterable[tuple[str, ...]]:
-    """One for each draw, measure and K; a column for each interval, empty where it is no shorter than K."""
+    """Yield a row for each draw, measure and K, with a column for each interval, empty if it is not shorter than K."""
     lengths = sorted({row.length for row in result.rows})
     for values in DRAWS:
         for measure, name in MEASURES.items():
             if values == "uniform 0..1" and measure == "max_of_rms":
-                continue  # outputs are so alike that it is max once more
+                continue  # outputs differ so little that it equals max
             for length in lengths:
                 line = {row.promotion: row for row in result.rows if (row.values, row.length) == (values, length)}
                 errors = (f"{100 * getattr(line[each], measure):.3g}%" if each in line else "" for each in INTERVALS)
@@ -143,15 +146,15 @@ def printed_notes(result: Result) -> Iterable[str]:
     both, positive = result.readings(None)
     yield "max: |error| / |exact|; max of RMS: max |error| / RMS of exact; RMS: RMS of error / RMS of exact"
     yield (
-        f"K = {PAPER_LENGTH} without promotion: {both:.1%} of the RMS for values of both signs (whose outputs nearly"
-        f" cancel here and there, so that max has no bound), {positive:.1%} at most for positive ones; the paper, which"
-        f" says neither how it drew nor what the error is relative to: nearly {PAPER:.0%}"
+        f"K = {PAPER_LENGTH} without promotion: {both:.1%} of the RMS for values of both signs (some outputs nearly"
+        f" cancel, so max has no bound), {positive:.1%} at most for positive ones; the paper says nearly {PAPER:.0%},"
+        " and neither how values were drawn nor what the error is relative to"
     )
     yield f"picture: {result.picture}"
 
 
 def draw(result: Result, picture: Path) -> None:
-    """Both draws, error over K, a line per N_C; the PNG appears whole or not at all."""
+    """Draw the error over K for both draws, with a line per N_C; the PNG appears whole or not at all."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.0, 4.4), dpi=150, layout="constrained")
         figure.suptitle(f"{result.title} {result.source}", x=0.01, ha="left", weight="bold")

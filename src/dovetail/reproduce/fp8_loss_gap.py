@@ -1,14 +1,15 @@
-"""The loss of FP8 training over that of BF16 [V3 App. B.1], at a size for two CPU cores.
+"""An experiment: the loss of FP8 training over that of BF16, at a size for two CPU cores.
 
-The paper: the loss of FP8 training differs from that of BF16 by less than 0.25 %, on models of about 16B and 230B
-parameters and about 1.33T and 0.9T tokens, curves smoothed with 0.9. Here: the quickstart model on Python's own
-library, recipe `deepseek-v3` against `bf16`, several seeds. A model this small, this early in training, tells whether
-the recipe's arithmetic learns as BF16's does; it has neither the outliers nor the length of the paper's runs.
+The paper [V3 App. B.1] reports that the loss of FP8 training differs from that of BF16 by less than 0.25 %, on models
+of about 16B and 230B parameters and about 1.33T and 0.9T tokens, with curves smoothed with 0.9. Here it is the
+quickstart model on Python's own library, with recipe `deepseek-v3` against `bf16` and several seeds. So small a model,
+so early in training, shows whether the recipe's arithmetic learns as BF16's does; it has neither the outliers nor the
+length of the paper's runs.
 
-The paper had one run of each recipe and millions of tokens per step. With a thousand tokens, chance moves a single
-curve: what is held against the bound is the mean over seeds and the last quarter of the steps, with its 95 % interval.
-It is reproduced if all of the interval is within the bound. How far chance goes is decided in the first steps; schedule
-`paired`, with a long warm-up, keeps it ten times smaller than the quickstart's own (docs/log.md).
+The paper had one run of each recipe and millions of tokens per step. With a thousand tokens chance moves a single
+curve. So the mean over seeds and the last quarter of the steps is compared with the bound, with its 95 % interval; it
+is reproduced if the whole interval is within the bound. The first steps decide how far chance goes. Schedule `paired`,
+with a long warm-up, keeps it ten times smaller than the quickstart's own schedule (docs/log.md).
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class Result:
 
     @property
     def is_reproduced(self) -> bool:
-        """The 95 % interval of the gap lies within the paper's bound."""
+        """Whether the 95 % interval of the gap is within the paper's bound."""
         return self.gap.bounds[1] < PAPER
 
 
 def reproduce(picture: Path, num_seeds: int = SEEDS, config: RunConfig | None = None) -> Result:
-    """Train the pairs, or go on where they were stopped, and draw them into the PNG `picture`.
+    """Train the pairs, or continue where they were stopped, and draw the PNG `picture`.
 
-    The comparison is in a directory named as the picture; `config` stands for another run file.
+    The comparison is in a directory named like the picture. `config` replaces the run file.
     """
     directory = picture.with_name(f"{picture.stem}-runs")
     settings = comparison(config or run_config(), "deepseek-v3", out=directory)
@@ -52,7 +53,7 @@ def reproduce(picture: Path, num_seeds: int = SEEDS, config: RunConfig | None = 
 
 
 def run_config() -> RunConfig:
-    """The model and batches of `dovetail quickstart`, in BF16 on any machine."""
+    """Return the model and batches of `dovetail quickstart`, in BF16 on any machine."""
     return RunConfig(
         out=Path("fp8_loss_gap"),
         model=ModelConfig(preset="quickstart"),
@@ -62,13 +63,13 @@ def run_config() -> RunConfig:
 
 
 def as_json(result: Result) -> dict[str, Any]:
-    """Plain data, with the verdict."""
+    """Return plain data, with the verdict."""
     rest = {"directory": str(result.directory), "picture": str(result.picture), "paper": PAPER}
     return gap.as_json(result.gap) | rest | {"is_reproduced": result.is_reproduced}
 
 
 def printed_rows(result: Result) -> Iterable[tuple[str, ...]]:
-    """As of any comparison, the paper's bound beside the mean."""
+    """Yield the rows of any comparison, with the paper's bound beside the mean."""
     for row in gap.printed_rows(result.gap):
         yield *row, f"< {PAPER:.2%}" if row[0] == "mean" else ""
 

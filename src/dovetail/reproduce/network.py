@@ -1,13 +1,13 @@
-"""What is published about the network itself: latencies, planes against rails, and what node-limited routing saves.
+"""Published figures of networks: latencies, planes against rails, and node-limited routing.
 
-    table5        the fabrics' latencies are these numbers: that paths give them back says that links are summed
-                  rightly, and predicts nothing. What other paths take is ours [ISCA Table 5].
-    fig5, fig6    all-to-all on eight planes against rails that share spines, packets sprayed; NCCL forwards over NVLink
-                  in both (PXN), so that the bytes on each link are the same and any difference would be an error of the
-                  simulation. What it takes for the two to differ stands beside them [ISCA Fig. 5, Fig. 6].
-    node_limited  messages over InfiniBand with and without forwarding within nodes [ISCA §4.3]
+    table5        The fabrics' files have these latencies, so that paths give them back shows only that links are summed
+                  correctly. The latencies of other paths are ours [ISCA Table 5].
+    fig5, fig6    An all-to-all on eight planes against rails that share spines, with sprayed packets. NCCL forwards
+                  over NVLink in both (PXN), so the bytes on each link are the same, and any difference would be an
+                  error of the simulation. Cases in which the two do differ are added [ISCA Fig. 5, Fig. 6].
+    node_limited  Messages over InfiniBand with and without forwarding within nodes [ISCA §4.3].
 
-Bands run every link at the slow or the fast end of what it was measured at.
+Bands are from all links at the slow end, and at the fast end, of what was measured.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MESSAGE = 64.0  # bytes [ISCA Table 5]
 LARGE = tuple(2.0**power for power in range(27, 35))  # 128 MiB to 16 GiB [ISCA Fig. 5]
 ALL = tuple(2.0**power for power in range(6, 35, 4))  # 64 B to 16 GiB [ISCA Fig. 6]
 NODES, CHOICES, EXPERTS = 8, 8, 256  # [ISCA §4.3]
-PER_RANK = 4  # experts [ISCA §4.3]
+PER_RANK = 4  # experts on a rank [ISCA §4.3]
 FP8_TOKEN = 7168 + 56 * 4.0  # bytes: values and scales [DeepEP]
 SEEDS = range(8)
 
 
 def with_ends(spec: FabricSpec) -> tuple[Fabric, Fabric, Fabric]:
-    """The fabric; with all links as slow as their bands allow; as fast."""
+    """Return the fabric, the fabric with all links at the slow ends of their bands, and the one with fast links."""
     slow, fast = _at_end(spec, is_fast=False), _at_end(spec, is_fast=True)
     return build(spec), build(slow), build(fast)
 
@@ -69,7 +69,7 @@ def _at_end(spec: FabricSpec, is_fast: bool) -> FabricSpec:
 
 
 def latencies() -> Found:
-    """Of 64 bytes between two GPUs."""
+    """Compute the latencies of 64 bytes between two GPUs."""
     last = GPUS - 8  # GPU 0 of the last node
     infiniband, roce = load_fabric("mpft", GPUS), load_fabric("mpft-roce", GPUS)
     two, three = load_fabric("ft2", GPUS), load_fabric("ft3", GPUS)
@@ -93,7 +93,7 @@ def _message_seconds(spec: FabricSpec, gpu: int) -> Band:
 
 
 def large_exchanges() -> Found:
-    """32, 64 and 128 GPUs, large messages; and nodes all over the network with packets that stay on one path."""
+    """Simulate large messages on 32, 64 and 128 GPUs, and hashed paths between nodes on all leaves."""
     planes, rails = with_ends(load_fabric("mpft", GPUS)), build(load_fabric("mrft", GPUS))
     values: Values = {}
     for ranks in (32, 64, 128):
@@ -108,14 +108,14 @@ def large_exchanges() -> Found:
     return Found(
         values=values,
         remarks=(
-            "paths that are hashed cost an all-to-all of 128 GPUs nothing, even with its nodes on all leaves: each flow"
-            " is a fraction of a NIC, and there are more paths than NICs. That is so for planes and for rails.",
+            "hashed paths do not slow an all-to-all of 128 GPUs, even with its nodes on all leaves: each flow is a"
+            " fraction of a NIC, and there are more paths than NICs. That is so for planes and for rails.",
         ),
     )
 
 
 def small_exchanges() -> Found:
-    """16 GPUs, all sizes; and what rails would gain by going through spines instead of NVLink."""
+    """Simulate all sizes on 16 GPUs, and what rails would gain by going through spines instead of NVLink."""
     planes, rails = with_ends(load_fabric("mpft", GPUS)), build(load_fabric("mrft", GPUS))
     demands = [all_to_all(range(16), size) for size in ALL]
     direct = _difference(planes[0], rails, demands[0], forwarding="none")
@@ -130,17 +130,17 @@ def small_exchanges() -> Found:
             ("16 GPUs, rails not forwarding", "64 B, planes over rails, %"): Band.exact(direct),
         },
         remarks=(
-            "planes and rails are the same to the simulation, for both forward over NVLink and each rail's leaf holds "
-            "all nodes of the job: the target is met without a free choice, and the paper's own figure agrees with "
-            "that. Rails that did not forward would need two switches more and no NVLink, and be ahead for small "
-            "messages; a CPU that posts 8 messages one after another is in both, and NCCL's own time, which is not "
-            "published, would make that less.",
+            "planes and rails give the same in the simulation, because both forward over NVLink and each rail's leaf "
+            "has all nodes of the job: the target is met without a free choice, and the paper's own figure agrees. "
+            "Rails that did not forward would need two switches more and no NVLink, and would be ahead for small "
+            "messages. A CPU that posts 8 messages one after another is in both; NCCL's own time, which is not "
+            "published, would make the difference smaller.",
         ),
     )
 
 
 def _difference(planes: Fabric, rails: Fabric, demand: Demand, forwarding: Forwarding = "source") -> float:
-    """Percent of bandwidth that planes are ahead."""
+    """Return by how many percent of bandwidth planes are ahead."""
     mine = deliver(planes, demand, Adaptive())
     other = deliver(rails, demand, Adaptive(), forwarding=forwarding)
     return 100 * (other.seconds / mine.seconds - 1)
@@ -153,24 +153,26 @@ def _bus_bandwidth(fabrics: tuple[Fabric, Fabric, Fabric], ranks: int, size: flo
 
 
 def _largest(differences: Sequence[float]) -> Band:
-    """The one furthest from 0, which has to meet the target, and the others' range."""
+    """Return the difference furthest from 0, which has to meet the target, with the range of all."""
     return Band(max(differences, key=abs), min(differences), max(differences))
 
 
 def spread_of(values: Sequence[float]) -> Band:
-    """Mean, least and most."""
+    """Return the mean, with the least and the most as its band."""
     return Band(min(max(sum(values) / len(values), min(values)), max(values)), min(values), max(values))
 
 
 def _scattered(nodes: int) -> list[int]:
-    """GPUs of nodes that are as far apart as 2,048 GPUs allow."""
+    """Return the GPUs of nodes that are as far apart as 2,048 GPUs allow."""
     first = np.arange(nodes) * (GPUS // 8 // nodes) * 8
     return [int(gpu) for gpu in (first[:, None] + np.arange(8)).ravel()]
 
 
 def node_limited() -> Found:
-    """Time of a token from each GPU of a ninth node, so that no copy stays at home, in units of t, what one copy takes
-    over InfiniBand; and on how many nodes the gate's choices are."""
+    """Simulate a token from each GPU of a ninth node, and count the nodes of the gate's choices.
+
+    No copy stays on the ninth node. The unit t is the time of one copy over InfiniBand.
+    """
     wired = build(load_fabric("mpft", 8 * (NODES + 1)))
     fabric = replace(wired, latency=np.zeros_like(wired.latency))
     values: Values = {}
@@ -184,7 +186,7 @@ def node_limited() -> Found:
 def _copies_time(fabric: Fabric, nodes: int, mode: Mode) -> Band:
     ranks, tokens = fabric.endpoints, 64
     chosen = np.full((ranks, tokens, CHOICES), -1)
-    # Experts of different ranks, dealt out over the first nodes; from token to token the next ranks of these.
+    # The experts are on different ranks, in turn on the first nodes; each token takes the next ranks of these.
     number, token = np.arange(CHOICES), np.arange(tokens)[:, None]
     chosen[-8:] = (number % nodes * 8 + (number // nodes + token) % 8) * PER_RANK
     experts = Experts(gpus=np.arange(ranks, dtype=np.int32), gpus_per_node=8, experts=ranks * PER_RANK, chosen=chosen)

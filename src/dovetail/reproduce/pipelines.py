@@ -1,7 +1,8 @@
-"""DualPipe and its neighbours: steps of each rank, bubbles, activations and stages held [V3 Table 2; DualPipe].
+"""DualPipe and other pipeline schedules: steps, bubbles, activations and stages of each rank.
 
-Bubbles are replayed, with F = 1, I = W = 1 (so B = 2) and a pair of 2.5, and held against the published formulas. These
-are exact only for equal stages, I = F and W <= I, and for DualPipe on the middle ranks: ranks further out idle less.
+The published figures are from [V3 Table 2; DualPipe]. Bubbles are replayed with F = 1, I = W = 1 (so B = 2) and a pair
+of 2.5, and compared with the published formulas. These are exact only for equal stages, I = F and W <= I, and with
+DualPipe on the middle ranks; ranks further out idle less.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""Rings over RoCE with each way of routing [ISCA Fig. 8]: ECMP hashes each queue pair onto one path, static tables and
-sprayed packets keep out of each other's way.
+"""Rings over RoCE with ECMP, static tables and adaptive routing [ISCA Fig. 8].
 
-The paper gives bars for TP 8, 4 and 2 and neither GPUs, nor nodes, nor queue pairs. Taken here, all unverified:
+ECMP hashes each queue pair onto one path, so that flows may collide; with static tables and sprayed packets they do
+not. The paper has bars for TP 8, 4 and 2, but gives no numbers of GPUs, nodes or queue pairs. What is assumed here is
+unverified:
 
-    job         8 nodes of 8 GPUs, a leaf each, alone on 2,048 ports of 64-port switches
+    job         8 nodes of 8 GPUs, each on a leaf of its own, alone on 2,048 ports of 64-port switches
     groups      GPUs of one rank in TP gather or reduce-scatter: 8 / TP of each node, all groups at once
-    striping    a group has a channel for each of its NICs per node, which NVLink feeds, so that the bandwidth grows
-                with 8 / TP; each channel carries as much as the others, and the group waits for its slowest
-    queue pairs a channel of NCCL has a connection of one queue pair per hop; with two channels per NIC, two
-    chunks      a ring passes chunks on as they come: all its hops run at once, at the pace of the slowest
+    striping    a group has a channel for each of its NICs per node, which NVLink feeds, so the bandwidth grows with
+                8 / TP; each channel carries as much as the others, and the group waits for its slowest
+    queue pairs a channel of NCCL has a connection of one queue pair per hop; with two channels per NIC there are two
+    chunks      a ring passes chunks on as they arrive, so all its hops run at once, as fast as the slowest
 
 A ring is then one flow with a share of 1 on every link of all its hops, and rates are max-min fair. All-gather and
 reduce-scatter have the same bytes on the same hops. Bands are over seeds of the hash.
@@ -36,7 +37,7 @@ TAKEN = 2
 
 
 def roce_fabric() -> Fabric:
-    """Two layers of 64-port switches with RoCE's latencies."""
+    """Build two layers of 64-port switches with RoCE's latencies."""
     roce = load_fabric("mpft-roce")
     return build(resized(load_fabric("ft2"), name="ft2-roce", nic=roce.nic, hop_us=roce.hop_us))
 
@@ -60,24 +61,24 @@ def find() -> Found:
     return Found(
         values=values,
         remarks=(
-            "with one queue pair per hop a ring waits for whichever of its hops shares a link with most others: over "
-            "all nodes some link has five flows or more. What brings a job of 8 nodes into the published range is a "
-            "second queue pair per NIC; with eight nothing is lost, for a collision then costs an eighth of a NIC and "
-            "the links have room. Which of these the paper ran is not published, so the range is met by a choice.",
+            "with one queue pair per hop a ring waits for the hop that shares its link with the most others, and over "
+            "all nodes some link has five flows or more. A job of 8 nodes is in the published range with 2 queue pairs "
+            "per NIC; with eight nothing is lost, because a collision then costs an eighth of a NIC and the links have "
+            "room. It is not published which of these the paper ran, so the range is met by a choice.",
             "nodes that share leaves, or switches of 128 ports, lose less; jobs of more nodes lose more.",
         ),
     )
 
 
 def ecmp_losses(fabric: Fabric, nodes: Longs, parallel: int, queue_pairs: int) -> Floats:
-    """[seeds] share of bandwidth that ECMP loses against sprayed packets, mean over groups."""
+    """Return the share of bandwidth that ECMP loses against sprayed packets, as a mean over groups [seeds]."""
     best = _bandwidth(fabric, nodes, parallel, queue_pairs, Adaptive()).mean()
     reached = [_bandwidth(fabric, nodes, parallel, queue_pairs, Ecmp(seed=seed)).mean() for seed in SEEDS]
     return np.asarray(1 - np.array(reached) / best)
 
 
 def _bandwidth(fabric: Fabric, nodes: Longs, parallel: int, queue_pairs: int, policy: Policy) -> Floats:
-    """[groups] bytes/s over all channels, each as fast as the slowest of its group."""
+    """Return the bytes/s over all channels, each as fast as the slowest of its group [groups]."""
     flows, ring = _rings(nodes, parallel, queue_pairs)
     rates = max_min_rates(fabric.capacity, as_rings(route(fabric, flows, policy), ring))
     of_group = rates.reshape(parallel, -1)
@@ -85,7 +86,7 @@ def _bandwidth(fabric: Fabric, nodes: Longs, parallel: int, queue_pairs: int, po
 
 
 def _rings(nodes: Longs, parallel: int, queue_pairs: int) -> tuple[Flows, Longs]:
-    """Flows from each GPU to the next of its ring, and which ring they are of: group by group."""
+    """Return the flows from each GPU to the next of its ring, group by group, and the ring of each flow."""
     parts: list[Flows] = []
     for group in range(parallel):
         members = (nodes[:, None] * EACH + np.arange(group, EACH, parallel)).ravel()
@@ -95,7 +96,7 @@ def _rings(nodes: Longs, parallel: int, queue_pairs: int) -> tuple[Flows, Longs]
 
 
 def as_rings(routes: Routes, ring: Longs) -> Routes:
-    """One flow for each ring, over all links of its hops. `ring` is sorted, so that items keep their order."""
+    """Return one flow for each ring, over all links of its hops. `ring` must be sorted."""
     assert (np.diff(ring) >= 0).all() and not routes.is_cut_off.any(), "rings one after another, whole"
     ends = np.searchsorted(ring, np.arange(ring[-1] + 1), "right")
     latency = np.maximum.reduceat(routes.latency, np.concatenate([[0], ends[:-1]]))
@@ -108,8 +109,10 @@ def as_rings(routes: Routes, ring: Longs) -> Routes:
 
 
 def _everyone(fabric: Fabric) -> Band:
-    """Percent of line rate that the slowest hop has if all nodes are in the rings, each node's next on another leaf,
-    and hops do not wait for one another."""
+    """Return the percent of line rate that the slowest hop has if all nodes are in the rings.
+
+    Each node's next node is on another leaf, and hops do not wait for one another.
+    """
     leaves = len(np.unique(fabric.leaf))
     first = np.arange(0, fabric.endpoints, EACH).reshape(leaves, -1).T.ravel()
     flows = joined([Flows.of(first + index, np.roll(first, -1) + index, 1.0) for index in range(EACH)])

@@ -1,12 +1,12 @@
-"""One published number beside ours, and what is said of the two.
+"""A published number beside ours, and the verdict on the two.
 
-    exact       ours is counted or follows by arithmetic: it has to give the printed digits. Where it starts from
+    exact       Ours is counted or follows by arithmetic, so it has to give the printed digits. If it starts from
                 numbers that are themselves printed with few digits, its band is what their rounding leaves open, and
-                some value of it has to give the digits.
-    predicted   ours comes from measurements of single operations, with their band: its value has to lie within the
+                some value in the band has to give the digits.
+    predicted   Ours comes from measurements of single operations, with their band. Its value has to be within the
                 target, whatever the band.
 
-A row without a published number stands beside others to be read with them.
+A row without a published number is there for comparison with others.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Literal
 
 from dovetail.spec.band import Band
 
-Printed = Literal["rounded", "cut off", "to hundreds"]  # how the paper got its digits
+Printed = Literal["rounded", "cut off", "to hundreds"]  # how the paper shortened its digits
 Verdict = Literal["exact", "yes", "yes, in hindsight", "paper inconsistent", "NO", "MISSED", ""]
-SLACK = 1e-9  # relative, of sums in floating point
+SLACK = 1e-9  # relative rounding error of sums in floating point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`paper` has the digits as printed, "20 to 22" for a range, "" for none; `within` is a prediction's target, as
-    "5 %" or "2 points", or None for a row that has to be exact."""
+    """One number. `paper` has the printed digits, "20 to 22" for a range, or "" for none. `within` is the target of a
+    prediction, such as "5 %" or "2 points", or None for a row that has to be exact."""
 
     subject: str
     quantity: str
@@ -35,13 +35,13 @@ class Row:
     printed: Printed = "rounded"
     within: str | None = None
     is_inconsistent: bool = False  # the paper contradicts itself here; `note` says how
-    is_hindsight: bool = False  # rests on an effect that was looked for after this number had been missed
+    is_hindsight: bool = False  # it depends on an effect that was added after this number had been missed
     note: str = ""
-    cause: str = ""  # likely, of a miss
+    cause: str = ""  # the likely cause of a miss
 
     @property
     def published(self) -> tuple[float, float]:
-        """From, to; of a number both are the same."""
+        """The ends of the published range, which are the same for a single number."""
         ends = [float(end) for end in self.paper.split(" to ")]
         return ends[0], ends[-1]
 
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """From the nearer end of what is printed: relative to it, or in points. None where nothing is printed."""
+        """The difference to the nearer published end, relative or in points; None if nothing is published."""
         if not self.paper:
             return None
         low, high = self.published
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def gives_digits(self) -> bool:
-        """Whether some value of our band, rounded as the paper rounds, gives the printed digits."""
+        """Whether some value in our band, rounded as in the paper, gives the printed digits."""
         low, high = self.published
         unit = 100.0 if self.printed == "to hundreds" else 10.0 ** -len(self.paper.partition(".")[2])
         below, above = (0.0, unit) if self.printed == "cut off" else (unit / 2, unit / 2)
@@ -69,13 +69,16 @@ class Row:
 
     @property
     def is_in_band(self) -> bool:
-        """Whether what is published lies in our band, which is no target."""
+        """Whether the published number is in our band, which is not a target."""
         low, high = self.published
         return low <= self.ours.high and self.ours.low <= high
 
     @property
     def is_reproduced(self) -> bool:
-        """False where the paper contradicts itself and ours takes the other side; True where nothing is printed."""
+        """Whether ours gives the published number; True if none is published.
+
+        It is False if the paper contradicts itself and ours agrees with its other number.
+        """
         if self.difference is None:
             return True
         if self.within is None:
@@ -97,7 +100,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """What `dovetail reproduce` takes by `name`; `remarks` are found with the numbers, beside the rows' own notes."""
+    """A table that `dovetail reproduce` knows by `name`. `remarks` come with our numbers, notes with the rows."""
 
     name: str
     title: str
@@ -107,18 +110,18 @@ class Table:
 
     @property
     def is_reproduced(self) -> bool:
-        """Every row comes out, but for those where the paper contradicts itself."""
+        """Whether every row is reproduced, except those where the paper contradicts itself."""
         return all(row.is_reproduced or row.is_inconsistent for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Our numbers by (subject, quantity), and what is to be said beside them."""
+    """Our numbers by (subject, quantity), and the remarks on them."""
 
     values: Mapping[tuple[str, str], Band]
     remarks: tuple[str, ...] = ()
 
 
 def rounded(value: float, unit: float) -> Band:
-    """A printed number with what its rounding to multiples of `unit` leaves open."""
+    """Return a printed number with the band that its rounding to multiples of `unit` leaves open."""
     return Band(value, value - unit / 2, value + unit / 2)

@@ -1,10 +1,9 @@
-"""DeepSeek's serving figures beside predictions: see `planner.serving.production`, which says what each can be held
-against.
+"""DeepSeek's published serving figures, predicted.
 
-In decoding one assumption decides: that DeepEP's kernels, which issue messages and take them in, occupy the
-multiprocessors for as long as its users measured, and for no less with fewer tokens than multiprocessors. It was looked
-for after decoding had come out too fast, so that rows of decoding that come out are hindsight. What comes out without
-it is said beside them.
+`planner.serving.production` makes the predictions and says which figures they can be compared with. In decoding one
+assumption decides: that DeepEP's kernels, which issue and receive messages, occupy the multiprocessors for as long as
+its users measured, and for no less if there are fewer tokens than multiprocessors. It was made after decoding had been
+predicted too fast, so rows of decoding that are met are hindsight. The result without it is printed beside them.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def find() -> Found:
 
 
 def without_kernels(plan: DecodePlan) -> DecodePlan:
-    """The same step if exchanges took the network alone."""
+    """Return the same step as if exchanges needed the network only."""
     pieces = plan.pieces
     free = replace(
         pieces,

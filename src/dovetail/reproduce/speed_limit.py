@@ -1,7 +1,7 @@
-"""The fastest a token can follow the last where only exchanges with experts take time [ISCA §2.3.2].
+"""The speed limit of decoding if only exchanges with experts take time [ISCA §2.3.2].
 
-The paper's 7K hidden values are 7000, which it does not say: with the model's 7168 none of its digits come out. Beside
-them, the same with 7168, and with the bandwidth that is reached and the latency of every wait.
+The paper's "7K" hidden size is 7000, which it does not say: with the model's 7168 none of its digits are met. The rows
+with 7168, with the achieved bandwidth, and with the latency of every wait are for comparison.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Table 3 of the ISCA paper: size and price of five networks of 64-port switches [ISCA §5.1, Table 3].
+"""Table 3 of the ISCA paper: size and price of five networks of 64-port switches [ISCA §5.1].
 
-Counts come from formulas, and from the network itself, built and counted, where it exists. Of the paper's rows one
-does not: a slim fly of q = 28, which is no prime power; those of 27 and 29, built, stand beside it. The dragonfly of
-511 groups has two ports per group more than other groups; it is built with the nearest groups joined twice, and the
-full one of a h + 1 = 513 groups stands beside it.
+Counts come from formulas, and also from the built network if it can be built. One of the paper's rows cannot: a slim
+fly of q = 28, which is not a prime power; the networks of 27 and 29 are built and printed for comparison. The dragonfly
+of 511 groups has two more ports per group than there are other groups, so the nearest groups are joined twice; the full
+one of a h + 1 = 513 groups is printed for comparison.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _COST = "switches x $83,400 + links x $485, but $375 within a group"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A network by its numbers; links are cables between switches, `group_links` of them within groups."""
+    """The numbers of a network. Links are cables between switches, of which `group_links` stay within groups."""
 
     endpoints: int
     switches: int
@@ -41,14 +41,14 @@ class Size:
 
 
 def fat_tree_size(radix: int, layers: int) -> Size:
-    """A full one."""
+    """Return the numbers of a full fat tree."""
     if layers == 2:
         return Size(endpoints=radix**2 // 2, switches=3 * radix // 2, links=radix**2 // 2)
     return Size(endpoints=radix**3 // 4, switches=5 * radix**2 // 4, links=radix**3 // 2)
 
 
 def slim_fly_size(q: int, radix: int = RADIX) -> Size:
-    """Counts of q = 4 w + d for d in {-1, 0, 1}, whether or not there is a field of q elements."""
+    """Return the numbers for q = 4 w + d with d in {-1, 0, 1}, whether or not there is a field of q elements."""
     degree = slim_fly_degree(q)
     switches = 2 * q * q
     return Size(
@@ -60,7 +60,7 @@ def slim_fly_size(q: int, radix: int = RADIX) -> Size:
 
 
 def dragonfly_size(groups: int, switches_per_group: int, global_per_switch: int, endpoints_per_switch: int) -> Size:
-    """All global ports in use."""
+    """Return the numbers of a dragonfly with all global ports in use."""
     switches = groups * switches_per_group
     group_links = groups * switches_per_group * (switches_per_group - 1) // 2
     return Size(
@@ -72,7 +72,7 @@ def dragonfly_size(groups: int, switches_per_group: int, global_per_switch: int,
 
 
 def find() -> Found:
-    """The networks' numbers; those that exist are built, counted and checked."""
+    """Return the networks' numbers; those that can be built are built, counted and checked."""
     values: dict[tuple[str, str], Band] = {}
     remarks = [f"costs are {_COST}, in $: {TABLE_3.source}"]
     for name, size, formulas, spec in _networks():
@@ -93,7 +93,7 @@ def find() -> Found:
 
 
 def _networks() -> Iterable[tuple[str, Size, tuple[str, str, str], FabricSpec | None]]:
-    """Name, numbers, formulas of endpoints, switches and links, and what to build."""
+    """Yield name, numbers, formulas of endpoints, switches and links, and what to build."""
     two, three = fat_tree_size(RADIX, 2), fat_tree_size(RADIX, 3)
     planes = Size(endpoints=8 * two.endpoints, switches=8 * two.switches, links=8 * two.links)
     yield "FT2", two, ("k^2 / 2, k = 64", "3 k / 2", "k^2 / 2"), load_fabric("ft2")

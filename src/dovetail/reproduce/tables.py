@@ -1,7 +1,7 @@
-"""Everything published that can be counted or predicted without training, beside what comes out here.
+"""All tables of `dovetail reproduce`: published numbers that are counted or predicted, beside ours.
 
-`expected.toml` has the printed values, digit for digit, and the targets of predictions; ours always come from calling
-what counts or plans. A row that the paper's own numbers contradict says so.
+`expected.toml` has the printed values, digit for digit, and the targets of predictions. Ours are always computed, by
+the code that counts and plans. A row that the paper's own numbers contradict says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FINDERS: Mapping[str, Callable[[], Found]] = {
     "fig8": ring_routing.find,
     "node_limited": network.node_limited,
 }
-EXPERIMENTS = {  # modules beside this one; they load torch, so the command line imports them late
+EXPERIMENTS = {  # modules beside this one, which load torch, so the command line imports them when they are run
     "fp8_accumulation": "half a minute",
     "fp8_loss_gap": "trains for 15 minutes",
 }
@@ -58,7 +58,7 @@ _EXPECTED = Path(__file__).with_name("expected.toml")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Tables side by side."""
+    """The tables that were asked for."""
 
     title: str
     source: str
@@ -70,14 +70,14 @@ class Report:
 
     @property
     def is_reproduced(self) -> bool:
-        """Every row comes out, exact and predicted, but for those where the paper contradicts itself."""
+        """Whether every row, exact and predicted, is reproduced, except those where the paper contradicts itself."""
         return all(table.is_reproduced for table in self.tables)
 
 
 def reproduce(names: Sequence[str] = (), picture: Path | None = None) -> Report:
-    """The tables called `names`, or all: some 20 s, most of them `search`.
+    """Make the tables called `names`, or all of them, which takes some 20 s, most of it for `search`.
 
-    Raises ValueError for a name that is not known, for an experiment among them, and for a picture, which no table has.
+    Raises ValueError for an unknown name, for the name of an experiment, and for a picture, which no table has.
     """
     for name in names:
         if name in EXPERIMENTS:
@@ -91,12 +91,12 @@ def reproduce(names: Sequence[str] = (), picture: Path | None = None) -> Report:
     if len(tables) == 1:
         return Report(title=tables[0].title, source=tables[0].source, tables=tables)
     return Report(
-        title="What DeepSeek published, and what comes out here", source="[V3, ISCA, day 6, DualPipe]", tables=tables
+        title="What DeepSeek published, beside our figures", source="[V3, ISCA, day 6, DualPipe]", tables=tables
     )
 
 
 def make_table(name: str) -> Table:
-    """The expected rows of `name` with our numbers."""
+    """Return the expected rows of `name` with our numbers."""
     entry, found = read_toml(_EXPECTED)[name], FINDERS[name]()
     source, rows = entry["source"], entry["rows"]
     return Table(
@@ -111,12 +111,12 @@ def make_table(name: str) -> Table:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Plain data, with the verdicts."""
+    """Return plain data, with the verdicts."""
     return {"is_reproduced": report.is_reproduced, "tables": [_table_json(table) for table in report.tables]}
 
 
 def printed_rows(report: Report) -> Iterator[tuple[str, ...]]:
-    """What a person reads: a line for each table where there are several, then its rows."""
+    """Yield the rows to print: of several tables each begins with a line of its own."""
     for table in report.tables:
         if len(report.tables) > 1:
             yield table.name, *[""] * (len(HEADER) - 1)
@@ -136,7 +136,7 @@ def printed_rows(report: Report) -> Iterator[tuple[str, ...]]:
 
 
 def printed_notes(report: Report) -> Iterator[str]:
-    """What has to be said beside the numbers: where the paper is inconsistent, remarks, misses, and last the sums."""
+    """Yield the lines below the tables: where the paper is inconsistent, remarks, misses, and at last the counts."""
     rows = report.rows
     yield from (f"{_name(row)}: the paper is inconsistent: {row.note}" for row in rows if row.is_inconsistent)
     yield from (f"{_name(row)}: {row.note}" for row in rows if row.note and not row.is_inconsistent)
@@ -156,13 +156,13 @@ def _summary(report: Report) -> Iterator[str]:
     if exact:
         contradicted = found["paper inconsistent"]
         more = f"; contradicted by the paper's own numbers: {contradicted}" if contradicted else ""
-        yield f"exact: {found['exact']} of {exact} come out{more}"
+        yield f"exact: {found['exact']} of {exact} reproduced{more}"
     predicted = [row for row in report.rows if row.within is not None]
     if predicted:
         hindsight = found["yes, in hindsight"]
         more = f", {hindsight} of these in hindsight" if hindsight else ""
         banded = [row for row in predicted if row.ours.low < row.ours.high]
-        in_band = f"; the bands of {sum(row.is_in_band for row in banded)} hold what is published" if banded else ""
+        in_band = f"; {sum(row.is_in_band for row in banded)} have the published value in their band" if banded else ""
         yield (
             f"predicted: {found['yes'] + hindsight} of {len(predicted)} within their target{more}; {found['MISSED']}"
             f" missed{in_band}"

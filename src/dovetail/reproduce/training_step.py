@@ -1,8 +1,8 @@
-"""Table 4 of the ISCA paper: DeepSeek-V3's training step on 2,048 H800, predicted, and the table held against itself.
+"""Table 4 of the ISCA paper: DeepSeek-V3's training step on 2,048 H800, predicted.
 
-The prediction is `planner.training.plan.evaluate` as anybody calls it, from operations alone (products, attention,
-exchanges, memory); nothing in it knows the table. What single assumptions would move is worked out beside it, by
-changing one figure of the GPU, and never replaces it.
+The prediction is a usual call of `planner.training.plan.evaluate`, from single operations (products, attention,
+exchanges, memory); nothing in it knows the table. The effect of single assumptions is computed beside it, by changing
+one figure of the GPU, and never replaces the prediction. The table's numbers are also compared with each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GOAL = TrainingGoal(batch=15360, tokens=14.8e12)  # [V3 §4.2]
 SEQUENCE_LENGTH = 4096
 PREDICTED = "predicted"
 
-# Seconds of a step [ISCA Table 4]: 1F, bubble, 1B, 1W, 1F1B, optimizer, on either network.
+# Seconds of a step on either network [ISCA Table 4]: 1F, bubble, 1B, 1W, 1F1B, optimizer.
 PRINTED_PARTS = {"MPFT": (1.13, 2.06, 1.99, 0.48, 13.95, 0.29), "MRFT": (1.13, 2.03, 1.99, 0.48, 14.00, 0.31)}
 PRINTED_STEP = {"MPFT": 19.926, "MRFT": 19.946}
 PRINTED_TFLOPS = {"causal": 385.0, "not causal": 432.0}
@@ -38,24 +38,24 @@ PRINTED_MFU = {"causal": 38.94, "not causal": 43.73}  # %, MPFT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumption:
-    """One figure of the GPU taken otherwise than in the catalog."""
+    """One figure of the GPU that is assumed to differ from the catalog's."""
 
     name: str
     shares: Mapping[AttentionKind, float]  # of the BF16 peak
     source: str
 
 
-# FLOP/s of FlashAttention-2 on H100, head dim 128, 4,096 tokens, not causal; and what being causal leaves of a rate,
-# FlashAttention-3's 579 of 638 TFLOPS, with which the catalog has its own figure of the gradients.
+# FLOP/s of FlashAttention-2 on H100 with head dim 128 and 4,096 tokens, not causal; and the share of a rate that a
+# causal mask leaves, FlashAttention-3's 579 of 638 TFLOPS, which the catalog's own figure of the gradients uses too.
 FA2_FORWARD, FA2_BACKWARD = 368e12, 310e12
 CAUSAL = 579 / 638
 FA2_SOURCE = "unverified: charts of the FlashAttention-3 paper, H100, head dim 128, as third parties transcribed them"
-# The useful part of two products forward and five backward where values are made 192 wide as well.
+# The useful part of two products forward and five backward if values are padded to a width of 192.
 PADDED_FORWARD, PADDED_BACKWARD = (192 + 128) / (2 * 192), (3 * 192 + 2 * 128) / (5 * 192)
 
 
 def workload(cluster: Cluster | None = None) -> Workload:
-    """What DeepSeek trained: on its own cluster, or on another."""
+    """Return what DeepSeek trained, on its own cluster or on another."""
     return Workload(
         spec=load_model("deepseek-v3"),
         cluster=cluster or load_cluster("h800-2048"),
@@ -74,7 +74,7 @@ def find() -> Found:
 
 
 def assumptions(cluster: Cluster) -> tuple[Assumption, ...]:
-    """What may explain the miss, each with its source; each goes on from the one before."""
+    """Return what may explain the miss, each with its source; each includes the one before."""
     peak = cluster.gpu.peak("bf16")
     backward, forward = CAUSAL * FA2_BACKWARD / peak, CAUSAL * FA2_FORWARD / peak
     padding = f"{FA2_SOURCE}; that one head dim serves queries, keys and values"
@@ -101,7 +101,7 @@ def assumptions(cluster: Cluster) -> tuple[Assumption, ...]:
 
 
 def assuming(assumption: Assumption) -> TrainingPlan:
-    """The step with these figures changed, whatever was measured of them by shape, and no others."""
+    """Plan the step with only these figures changed, in place of what was measured of them by shape."""
     cluster = load_cluster("h800-2048")
     efficiency = cluster.gpu.efficiency
     changed = {
@@ -137,7 +137,7 @@ def _predicted(plan: TrainingPlan) -> dict[str, Band]:
 
 
 def _consistency(cluster: Cluster) -> dict[tuple[str, str], Band]:
-    """The table's numbers from its other numbers, with what their rounding leaves open."""
+    """Compute the table's numbers from its other numbers, with the bands that their rounding leaves open."""
     tokens = GOAL.batch * SEQUENCE_LENGTH
     values = {("batch of 15,360", "tokens per step, M"): Band.exact(tokens / 1e6)}
     for network, parts in PRINTED_PARTS.items():
@@ -153,10 +153,10 @@ def _consistency(cluster: Cluster) -> dict[tuple[str, str], Band]:
 
 
 def _formula(forward: float, _bubble: float, inputs: float, weights: float, pairs: float) -> float:
-    """The published bubble from sums over a step: each is divided by how many of its kind a rank runs on average.
+    """Return the bubble of the published formula from sums over a step.
 
-    Lone backwards, whole or split, are taken as one of 1B and one of 1W each, which gives the larger bubble of the two
-    ways to read the rows.
+    Each sum is divided by the number of its kind that a rank runs on average. A backward alone, whole or split, counts
+    as one 1B and one 1W, which of the two ways to read the rows gives the larger bubble.
     """
     alone, overlapped = _steps_of_a_rank()
     return published_bubble(
@@ -170,14 +170,14 @@ def _formula(forward: float, _bubble: float, inputs: float, weights: float, pair
 
 
 def _steps_of_a_rank() -> tuple[float, float]:
-    """Lone forwards, as many as lone backwards, and pairs: means over ranks."""
+    """Return the mean numbers of forwards alone, which are as many as backwards alone, and of pairs on a rank."""
     schedule = make_schedule(LAYOUT.schedule, LAYOUT.pp, LAYOUT.microbatches)
     each = [counts(schedule, rank) for rank in range(LAYOUT.pp)]
     return sum(one["F"] for one in each) / len(each), sum(one["FB"] for one in each) / len(each)
 
 
 def _sensitivities(plan: TrainingPlan) -> Iterator[str]:
-    """How far single assumptions, chosen after the miss was known, would move the prediction."""
+    """Yield how far single assumptions, chosen after the miss was known, would move the prediction."""
     published, before = PRINTED_STEP["MPFT"], plan.step_seconds.value
     yield f"as predicted: {_misses(plan)}"
     for assumption in assumptions(plan.work.cluster):
@@ -205,13 +205,13 @@ def _remarks(plan: TrainingPlan) -> Iterator[str]:
     layers = plan.work.spec.num_hidden_layers / LAYOUT.pp
     short = (PRINTED_PARTS["MPFT"][2] - parts.input_backward.value, PRINTED_PARTS["MPFT"][4] - parts.pair.value)
     alone, pairs = (1e3 * seconds / steps / layers for seconds, steps in zip(short, _steps_of_a_rank(), strict=True))
-    yield f"short of the table, per layer: {alone:.1f} ms in a lone gradient of inputs, {pairs:.1f} ms in a pair"
+    yield f"shorter than the table, per layer: {alone:.1f} ms for gradients of inputs alone, {pairs:.1f} ms for a pair"
     ours = (parts.forward, parts.bubble, parts.input_backward, parts.weight_backward, parts.pair)
     formula = _formula(*(part.value for part in ours))
     yield (
-        f"bubble: replayed over unequal stages (the last has head and MTP) ours is {parts.bubble.value:.2f} s where the"
-        f" formula, which takes all stages as equal, gives {formula:.2f} from our own rows; the paper's rows differ in"
-        " the same direction"
+        f"bubble: replayed over unequal stages (the last has head and MTP) ours is {parts.bubble.value:.2f} s; the"
+        f" formula, which takes all stages as equal, gives {formula:.2f} s from our own rows; the paper's rows differ"
+        " in the same direction"
     )
     for kind, share in PRINTED_MFU.items():
         peak = rounded(PRINTED_TFLOPS[kind], 1) / rounded(share / 100, 1e-4)

@@ -1,7 +1,8 @@
-"""DualPipe: micro-batches enter from both ends and meet; DualPipeV: the same pipeline cut in half and folded.
+"""Makes the schedules DualPipe and DualPipeV.
 
-With h = PP/2, r the distance of a rank from its near end and n micro-batches per direction, a rank runs eight phases;
-direction "near" enters at its end, "far" at the other [V3 §3.2.1, DualPipe repository]:
+In DualPipe micro-batches enter the pipeline from both ends. With h = PP/2, r the distance of a rank from its near end
+and n micro-batches per direction, a rank runs eight phases; direction "near" enters at its end, "far" at the other [V3
+§3.2.1, DualPipe repository]:
 
     1  2(h-r-1)     F near                       5  h-r-1    B far, {F far & B near}
     2  r+1          F near, F far                6  r+1      B far, B near; from the middle on only I, W put off
@@ -9,12 +10,12 @@ direction "near" enters at its end, "far" at the other [V3 §3.2.1, DualPipe rep
     4  n-PP+r+1     {F near & B far},            8  r+1      W
                     {F far & B near}
 
-{..} run overlapped, except the very first pair on the two middle ranks, which would only hold its neighbours up.
-Ws run in the order of their Is. With seconds the same on every stage the bubble is (PP/2 - 1) (FB + B - 3 W), FB of a
-pair, for twice the parameters and PP+1 activations [V3 Table 2].
+{..} run overlapped, except the very first pair on the two middle ranks, which would only delay its neighbours. Ws run
+in the order of their Is. If all stages take the same time the bubble is (PP/2 - 1) (FB + B - 3 W), where FB is the time
+of a pair; DualPipe needs twice the parameters and PP+1 activations [V3 Table 2].
 
-DualPipeV folds the half h of the ranks onto the other: rank r holds stages r and 2h-1-r, near and far are these two,
-and all micro-batches enter at rank 0.
+DualPipeV folds one half of DualPipe's ranks onto the other: rank r holds stages r and 2h-1-r, which are its near and
+far ones, and all micro-batches enter at rank 0.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ NEAR, FAR = 0, 1
 
 
 def dualpipe(ranks: int, microbatches: int) -> Schedule:
-    """DualPipe on `ranks` = PP ranks with PP stages, each held twice; the second half of the micro-batches comes from
-    the last rank, as direction 1.
+    """Make DualPipe for `ranks` = PP ranks with PP stages, each of which is held twice.
 
-    Raises ValueError unless `ranks` and `microbatches` are even and `microbatches` is at least 2 PP.
+    The second half of the micro-batches enters at the last rank, as direction 1. Raises ValueError unless `ranks` and
+    `microbatches` are even and `microbatches` is at least 2 PP.
     """
     _check_even("ranks", ranks)
     _check_even("microbatches", microbatches)
@@ -52,7 +53,7 @@ def dualpipe(ranks: int, microbatches: int) -> Schedule:
 
 
 def dualpipev(ranks: int, microbatches: int) -> Schedule:
-    """DualPipeV on `ranks` ranks with twice as many stages, two per rank [DualPipe repository].
+    """Make DualPipeV for `ranks` ranks with twice as many stages, two per rank [DualPipe repository].
 
     Raises ValueError unless `microbatches` is at least 2 `ranks`.
     """
@@ -74,7 +75,7 @@ def dualpipev(ranks: int, microbatches: int) -> Schedule:
 
 
 class _Rank:
-    """Writes down the steps of one rank; micro-batches and put-off Ws count themselves."""
+    """The steps of one rank as they are made; it counts micro-batches and postponed Ws."""
 
     def __init__(self, near: tuple[int, int, int], far: tuple[int, int, int]) -> None:
         self.places = near, far  # (stage, direction, first micro-batch)
@@ -106,7 +107,7 @@ class _Rank:
 
 
 def _phases(rank: _Rank, distance: int, half: int, main: int) -> tuple[Step, ...]:
-    """The eight phases of a rank that is `distance` from its near end; `main` counts phase 4."""
+    """Return the eight phases of a rank `distance` from its near end; `main` is the number of steps in phase 4."""
     inner, is_middle = half - distance - 1, distance == half - 1
     for _ in range(2 * inner):
         rank.forward(NEAR)

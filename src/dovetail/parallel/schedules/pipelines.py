@@ -1,6 +1,6 @@
-"""Schedules that enter at one end: 1F1B, its interleaved form, and zero-bubble ZB1P; and `make_schedule` for all.
+"""Makes the schedules 1F1B, interleaved and zero-bubble ZB1P, and any schedule by its name.
 
-What they idle is in `planner.training.bubbles`.
+Their idle times are in `planner.training.bubbles`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev")
 
 @lru_cache(maxsize=128)  # about a megabyte each
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 2) -> Schedule:
-    """The schedule `name` (of `SCHEDULES`) for `ranks` pipeline ranks; `chunks` counts only for "interleaved".
+    """Make the schedule `name` (one of `SCHEDULES`) for `ranks` ranks; `chunks` is used only by "interleaved".
 
-    Raises ValueError for a name or sizes that cannot be, with the nearest that can.
+    Raises ValueError for an unknown name or illegal sizes, with the nearest legal ones.
     """
     if name == "interleaved":
         return interleaved(ranks, microbatches, chunks)
@@ -29,9 +29,9 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int = 2) -> 
 
 
 def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
-    """1F1B [PipeDream-Flush, Megatron]: rank r runs PP-1-r forwards ahead, then one forward and one backward in turn.
+    """Make 1F1B [PipeDream-Flush, Megatron]: rank r runs PP-1-r forwards, then one forward and one backward in turn.
 
-    It holds at most PP-r activations. Raises ValueError for sizes below 1.
+    Rank r holds at most PP-r activations. Raises ValueError for sizes below 1.
     """
     _check_sizes(ranks, microbatches)
     actions = []
@@ -48,7 +48,7 @@ def one_f_one_b(ranks: int, microbatches: int) -> Schedule:
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """Interleaved 1F1B [arXiv 2104.04473]: rank r holds the `chunks` stages r, r + PP, ...
+    """Make interleaved 1F1B [arXiv 2104.04473]: rank r holds the `chunks` stages r, r + PP, ...
 
     Micro-batches go in rounds of PP through one chunk after the other. Raises ValueError unless `microbatches` is a
     multiple of `ranks`.
@@ -89,10 +89,10 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
 
 
 def zero_bubble(ranks: int, microbatches: int) -> Schedule:
-    """ZB1P (ZB-H1) [arXiv 2401.10241]: 1F1B with every backward split; rank r puts off W by r micro-batches.
+    """Make ZB1P (ZB-H1) [arXiv 2401.10241]: 1F1B with every backward split; rank r postpones W by r micro-batches.
 
-    What 1F1B idles at the end is filled with W; every rank holds up to PP activations. Raises ValueError for sizes
-    below 1.
+    The idle time at the end of 1F1B is filled with W, and every rank holds up to PP activations. Raises ValueError for
+    sizes below 1.
     """
     _check_sizes(ranks, microbatches)
     actions = []
@@ -111,7 +111,7 @@ def zero_bubble(ranks: int, microbatches: int) -> Schedule:
 
 
 def _in_turn(rank: int, ranks: int, backwards: Sequence[tuple[Action, ...]]) -> tuple[Action, ...]:
-    """PP-1-r forwards ahead, then one forward and what `backwards` has for one micro-batch in turn."""
+    """Return PP-1-r forwards, then in turn one forward and what `backwards` has for one micro-batch."""
     microbatches = len(backwards)
     ahead = min(ranks - 1 - rank, microbatches)
     steps = [Action("F", index, rank) for index in range(ahead)]

@@ -1,21 +1,21 @@
-"""A pipeline schedule as data: what every rank does, in which order, and whether that can be done.
+"""A pipeline schedule as data: the steps of every rank in order, and checks that they can run.
 
 One object has several readers: a runtime executes it, `planner.training.timeline` times it, `planner.report.drawing`
-draws it. The constructors are in `parallel.schedules.pipelines` and `parallel.schedules.dualpipe`.
+draws it. Schedules are made in `parallel.schedules.pipelines` and `parallel.schedules.dualpipe`.
 
-The model is cut into stages 0 .. S-1. A micro-batch runs forward through them in order and backward in reverse:
+The model is divided into stages 0 .. S-1. A micro-batch runs forward through them in order and backward in reverse:
 
     F  forward                            needs F of the stage before
     B  full backward                      needs the stage's own F, and B or I of the stage after
-    I  input half of a backward           the same; the stage before can go on after it
-    W  weight half, for I's micro-batch   needs I; nobody waits for it [zero-bubble, V3 §3.2.1]
+    I  input half of a backward           needs the same; the stage before can continue after it
+    W  weight half, for I's micro-batch   needs I; no other step waits for it [zero-bubble, V3 §3.2.1]
 
 A `Pair` runs the F of one micro-batch and the B of another at once, so that the communication of each hides behind the
 arithmetic of the other [V3 §3.2.1]; it needs the inputs of both and yields the outputs of both.
 
 A rank executes its steps in order and blocks until a step's inputs are there; it never waits to hand over an output.
-DualPipe feeds the pipeline from both ends: direction 1 enters at the last rank, and `placement` says where each
-direction finds each stage.
+DualPipe feeds the pipeline from both ends: direction 1 enters at the last rank, and `placement` says which rank holds
+each stage for each direction.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_INPUT = -1
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Work of one kind for one micro-batch at one stage; the direction picks the copy of the stage."""
+    """Work of one kind for one micro-batch at one stage; the direction chooses the copy of the stage."""
 
     kind: Kind
     microbatch: int  # 0 .. microbatches - 1, over all directions together
@@ -71,14 +71,14 @@ Step = Action | Pair
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """All steps in an order in which they can run; a step's number counts through rank 0, then rank 1, ...
+    """All steps in an order in which they can run. Steps are numbered through rank 0, then rank 1, and so on.
 
-    `steps` holds (number, rank, input, input): inputs are the numbers of steps of other ranks, or `NO_INPUT`; those of
-    the rank itself come before by its own order. `works` are the different (kind, stages of its halves) and `work_of`
+    `steps` holds (number, rank, input, input). Inputs are the numbers of steps of other ranks, or `NO_INPUT`; steps of
+    the rank itself come before in its own order. `works` are the different (kind, stages of its halves), and `work_of`
     says which of them each step is, by its number.
     """
 
-    offsets: tuple[int, ...]  # number of each rank's first step; last, of all steps
+    offsets: tuple[int, ...]  # the number of each rank's first step, and at last the number of all steps
     steps: tuple[tuple[int, int, int, int], ...]
     works: tuple[tuple[str, tuple[int, ...]], ...]
     work_of: tuple[int, ...]
@@ -92,7 +92,7 @@ class Schedule:
     microbatches: int
     placement: tuple[tuple[int, ...], ...]  # placement[direction][stage]: the rank that holds this copy of the stage
     actions: tuple[tuple[Step, ...], ...]  # of each rank, in order
-    activation_limit: tuple[int, ...]  # of each rank: how many pairs (micro-batch, stage) it may hold activations of
+    activation_limit: tuple[int, ...]  # for each rank, the most (micro-batch, stage) that it may hold activations of
 
     @property
     def ranks(self) -> int:
@@ -104,11 +104,11 @@ class Schedule:
 
     @cached_property
     def order(self) -> Order:
-        """Raises ValueError if the ranks wait for each other in a circle or for what nobody makes."""
+        """All steps in order. Raises ValueError if ranks wait for each other in a circle or for a missing step."""
         return _find_order(self)
 
     def held_by(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """The (stage, direction) copies that `rank` holds, in the order of stages."""
+        """Return the (stage, direction) copies that `rank` holds, in the order of stages."""
         places = [
             (stage, direction)
             for direction, stages in enumerate(self.placement)
@@ -121,11 +121,11 @@ class Schedule:
         return self.placement[action.direction][action.stage]
 
     def receives_from(self, action: Action) -> int | None:
-        """The rank whose message `action` needs (activations for F, gradients for B and I); None: no message."""
+        """Return the rank whose message `action` needs (activations for F, gradients for B and I), or None."""
         return self._neighbour(action, -1)
 
     def sends_to(self, action: Action) -> int | None:
-        """The rank that needs what `action` makes; None if it stays, or ends here."""
+        """Return the rank that needs the result of `action`, or None if it stays or is the last."""
         return self._neighbour(action, 1)
 
     def _neighbour(self, action: Action, ahead: int) -> int | None:
@@ -137,7 +137,7 @@ class Schedule:
 
 
 def counts(schedule: Schedule, rank: int) -> dict[str, int]:
-    """How many steps of each kind (F, B, I, W, FB) `rank` runs."""
+    """Count the steps of each kind (F, B, I, W, FB) that `rank` runs."""
     found = Counter(step.kind for step in schedule.actions[rank])
     return {kind: found[kind] for kind in ("F", "B", "I", "W", "FB")}
 
@@ -145,11 +145,11 @@ def counts(schedule: Schedule, rank: int) -> dict[str, int]:
 def activation_peaks(
     schedule: Schedule, held: Sequence[float] | None = None, kept: Sequence[float] | None = None
 ) -> tuple[float, ...]:
-    """The most that each rank holds at once between forward and backward.
+    """Return the most that each rank holds at the same time between forward and backward.
 
     `held` is what one micro-batch holds at each stage, in any unit (None: 1, so the peak counts micro-batches), and
-    `kept` what of it stays between I and W (None: all). A forward takes its share when it starts, a backward gives it
-    back when it ends, so both count in a pair. Ranks run in order: the peak does not depend on durations.
+    `kept` is the part that stays between I and W (None: all). A forward takes its share when it starts, and a backward
+    releases it when it ends, so a pair counts both. Ranks run in order, so the peak does not depend on durations.
     """
     held = [1] * schedule.stages if held is None else held
     kept = held if kept is None else kept
@@ -175,10 +175,10 @@ def activation_peaks(
 
 
 def check(schedule: Schedule) -> None:
-    """Raise ValueError unless the schedule can run and is whole.
+    """Raise ValueError unless the schedule can run and is complete.
 
-    Every step stands on the rank that holds its stage; every micro-batch passes every stage once forward and once
-    backward (B, or I and later W), forward first; the ranks never wait in a circle; no rank holds more than its
+    Every step must be on the rank that holds its stage; every micro-batch must pass every stage once forward and then
+    once backward (B, or I and later W); the ranks must never wait in a circle; and no rank may hold more than its
     `activation_limit`.
     """
     seen: dict[tuple[int, int], str] = {}
@@ -211,7 +211,7 @@ def _check_place(schedule: Schedule, rank: int, half: Action) -> None:
 
 
 def _check_turn(seen: dict[tuple[int, int], str], rank: int, half: Action) -> None:
-    """Note `half` in `seen`; the kinds of one micro-batch at one stage must spell FB or FIW."""
+    """Note `half` in `seen`. The kinds of one micro-batch at one stage must be F, B or F, I, W in this order."""
     place = half.microbatch, half.stage
     before = seen.get(place, "")
     if not any(spelled.startswith(before + half.kind) for spelled in ("FB", "FIW")):
@@ -224,7 +224,7 @@ def _check_turn(seen: dict[tuple[int, int], str], rank: int, half: Action) -> No
 
 
 def _find_order(schedule: Schedule) -> Order:
-    """Run every rank as far as it goes; a rank that blocks goes on when its input is made."""
+    """Find an order by running every rank as far as it can; a rank that blocks continues when its input is made."""
     offsets = [0]
     for steps in schedule.actions:
         offsets.append(offsets[-1] + len(steps))
@@ -262,9 +262,9 @@ def _find_order(schedule: Schedule) -> Order:
 
 
 def _inputs(schedule: Schedule, offsets: Sequence[int]) -> list[tuple[int, int]]:
-    """For each step, the numbers of the steps on other ranks that it needs."""
+    """Return for each step the numbers of the steps on other ranks that it needs."""
     stages = schedule.stages
-    forward: dict[int, int] = {}  # micro-batch * stages + stage: number of the step that makes it
+    forward: dict[int, int] = {}  # micro-batch * stages + stage -> number of the step that makes it
     backward: dict[int, int] = {}
     for rank, steps in enumerate(schedule.actions):
         for number, step in enumerate(steps, start=offsets[rank]):
@@ -284,7 +284,7 @@ def _inputs(schedule: Schedule, offsets: Sequence[int]) -> list[tuple[int, int]]
                 source = (forward if kind == "F" else backward).get(key)
                 if source is None:
                     raise ValueError(f"rank {rank}: {half} waits for a stage that never runs that micro-batch")
-                if not offsets[rank] <= source < number:  # not made before by the rank itself
+                if not offsets[rank] <= source < number:  # not an earlier step of the same rank
                     needed[index] = source
             inputs.append((needed[0], needed[1]))
     return inputs

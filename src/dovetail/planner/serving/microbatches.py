@@ -105,7 +105,7 @@ def finish(seconds: Mapping[str, float], phase: Literal["prefill", "decode"], la
 
 
 def ends(seconds: Mapping[str, float], tasks: tuple[Task, ...]) -> list[float]:
-    """Return when each task ends. It starts when its resource has done the tasks before it, and its inputs are there."""
+    """Return when each task ends. It starts when its resource has done the tasks before it and its inputs are there."""
     free = {"compute": 0.0, "network": 0.0}
     done: list[float] = []
     for resource, piece, after in tasks:
