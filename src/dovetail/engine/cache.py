@@ -1,4 +1,6 @@
-"""The latent cache as one tensor: kv_lora_rank + qk_rope_head_dim elements per token and layer [V3 eqs 1-3].
+"""The latent cache, which is one tensor [V3 eqs 1-3].
+
+It has kv_lora_rank + qk_rope_head_dim elements per token and layer.
 
 Positions are explicit in every write, so nothing is ever taken back: a rejected draft stays in memory, unseen
 because attention looks no further than the query's own position, until the true token overwrites it.

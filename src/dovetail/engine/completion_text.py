@@ -1,4 +1,7 @@
-"""The text of a growing completion: cut at the first stop string, given out only where nothing can change it."""
+"""The text of a growing completion, cut at the first stop string.
+
+It is given out only where nothing can change it.
+"""
 
 from __future__ import annotations
 

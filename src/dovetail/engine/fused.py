@@ -1,4 +1,4 @@
-"""The short steps of `runner.Runner` on a CPU, by the kernels of `rows_numba`.
+"""Runs the short steps of `runner` on a CPU, by the kernels of `rows_numba`.
 
 Rows [R] may be any mix of slots; all rows of a call are written to the cache before any is attended to, and each
 attends up to its own position. The model's weights must stay where they are.

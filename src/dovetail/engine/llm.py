@@ -1,4 +1,7 @@
-"""Prompts in, completions out: prefill each prompt into a slot, decode the batch, let finished sequences leave."""
+"""Completes prompts: `LLM` prefills each prompt into a slot, and decodes them as a batch.
+
+Finished sequences leave the batch.
+"""
 
 from __future__ import annotations
 

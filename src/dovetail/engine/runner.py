@@ -1,4 +1,4 @@
-"""Runs the model on rows of a batch: prompts in the expanded form of attention, short steps in the absorbed one.
+"""Runs the model on rows of a batch: expanded attention for prompts, absorbed for short steps.
 
 A row is one (slot, position) of the cache with the token that stands there. Rows of one slot are adjacent and
 their positions ascend by one (a token and the drafts after it, to be verified together); all rows are written

@@ -1,4 +1,4 @@
-"""From logits to a token: temperature, top-k, top-p, min-p, in this order, then one draw.
+"""Draws a token from logits: temperature, top-k, top-p, min-p, in this order.
 
 Each filter looks at the distribution that the one before it left, renormalised, as Hugging Face's
 `generate` has it. (vLLM puts min-p before top-p; only then does the order matter, since min-p compares with the

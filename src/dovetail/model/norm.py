@@ -1,4 +1,6 @@
-"""RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, computed in FP32 and rounded once [V3 §4.2; V3repo model.py].
+"""RMSNorm, computed in FP32 and rounded once [V3 §4.2; V3repo model.py].
+
+y = x / sqrt(mean(x^2) + eps) * weight.
 
 `rms_norm_reference` is the definition; on a CPU `norm_numba` computes the same in one pass over memory
 forward and one backward.

@@ -1,4 +1,4 @@
-"""CPU kernels of `norm.rms_norm_reference`, one row at a time.
+"""CPU kernels of `norm`, one row at a time.
 
 With r = 1/sqrt(mean(x^2) + eps) and g = grad * weight:
     grad_x = r * (g - x * r^2 * mean(g * x)),  grad_weight = sum over rows of grad * x * r.

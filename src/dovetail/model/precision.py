@@ -1,4 +1,4 @@
-"""A recipe applied to a model: which of its layers run in which precision."""
+"""Applies a recipe to a model: it gives each layer its precision."""
 
 from __future__ import annotations
 

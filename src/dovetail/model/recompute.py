@@ -1,4 +1,6 @@
-"""Recompute what is cheap to make again: RMSNorm outputs and MLA's up-projections [V3 §3.2.3].
+"""Recomputes values in the backward pass that are cheap to make again [V3 §3.2.3].
+
+They are RMSNorm outputs and MLA's up-projections.
 
 A layer names such a value by `Recompute.again(function, *inputs)`. Whoever saves the result for its backward pass
 then keeps the way to make it instead; the inputs are kept anyway. Values are bit for bit the same, since the same

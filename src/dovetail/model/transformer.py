@@ -1,4 +1,4 @@
-"""The whole network: embedding, pre-norm blocks, final norm, head, and the MTP modules [V3 §2].
+"""The whole network: embedding, pre-norm blocks, final norm, head, and MTP modules [V3 §2].
 
 One readable program on one device. Ranks and pages are handed in: a `Dispatcher` says where experts live, a
 `LatentCache` where earlier tokens' latents are.

@@ -1,4 +1,4 @@
-"""Which kernels take which tensors: the one place that asks what this machine has.
+"""Says which kernels can take which tensors on this machine.
 
 An operation has a plain reference and up to four faster paths. Its module lists them and picks by these answers:
 

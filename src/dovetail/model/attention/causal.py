@@ -1,4 +1,6 @@
-"""Causal softmax attention, expanded (one key and value per head) and absorbed (the latent is both).
+"""Causal softmax attention, expanded and absorbed.
+
+Expanded, each head has keys and values of its own; absorbed, the latent is both.
 
 `attention_reference` is the definition: scores in the compute dtype, softmax in FP32, probabilities cast back,
 as the published inference code has it. Query t of a sequence may see keys first[t] .. t: `first` is 0 without

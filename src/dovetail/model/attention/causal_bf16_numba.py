@@ -1,4 +1,4 @@
-"""Causal attention of one head at a time on CPUs with AVX-512 BF16, forward and backward.
+"""CPU kernels of `causal`, for whole heads with AVX-512 BF16, forward and backward.
 
 A step of queries is multiplied by the keys it may see, its softmax taken, and the result multiplied by the values
 before the next step begins: scores never leave the core's own caches, and none is computed right of the step's last

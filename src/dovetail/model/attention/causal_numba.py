@@ -1,4 +1,4 @@
-"""CPU kernels around the score GEMMs of `attention._BlockAttention`.
+"""CPU kernels of `causal` that work on scores between torch's products.
 
 scores [heads, queries, keys] of the queries from `start` on, in place; query t sees keys first[t] .. t.
 """

@@ -1,4 +1,6 @@
-"""From the up-projections to per-head queries, keys and values: split, rotate, lay out [B, H, T, dim].
+"""Makes queries, keys and values per head from the up-projections, and rotates them.
+
+They are split, rotated, and laid out as [B, H, T, dim].
 
 q = [q_nope; rope(q_rope)] and k = [k_nope; rope_key], the one rotated key shared by all heads [V3 eqs 1-8].
 """

@@ -1,4 +1,4 @@
-"""CPU kernels of `heads.split_heads_reference`: one pass over q and kv, and one back."""
+"""CPU kernels of `heads`: one pass over q and kv, and one back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Multi-head latent attention [V3 eqs 1-11].
+"""Multi-head latent attention and its cache's protocol [V3 eqs 1-11].
 
 Keys and values are two projections of one latent per token, `kv_lora_rank` wide, beside one rotary key that
 all heads share; the latent (after its norm) and that key (after rotation) are all that a cache keeps.

@@ -1,4 +1,6 @@
-"""Rotary position embedding on interleaved pairs (2i, 2i+1), in FP32, with YaRN [V3repo model.py; V3 §4.3].
+"""Rotary position embedding with YaRN [V3repo model.py; V3 §4.3].
+
+It rotates interleaved pairs (2i, 2i+1) in FP32.
 
 `tables` turns positions into cosines and sines; `rotate` applies them. Published weights are interleaved;
 code that permutes to half-split first gets the same scores, because q and k get the same permutation.

@@ -1,4 +1,6 @@
-"""A directory that appears whole or not at all: filled beside its target, synced, then renamed.
+"""Writes a directory that appears whole or not at all.
+
+It is filled beside its target, synced, and then renamed.
 
 An existing target is replaced only where asked, and only if it is a checkpoint directory. A process killed
 outright can leave a hidden `.NAME.partial-HOST-PID` beside the target, never a partial target; the next one

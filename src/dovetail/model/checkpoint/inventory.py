@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, and whether it is what a model needs: read from headers alone.
+"""Checks from headers alone that a checkpoint directory holds what a model needs.
 
 A safetensors file opens with 8 bytes of header length and a JSON header, so every name, dtype, shape and file
 length is checked before the first weight is read, and each complaint names file and tensor. No torch here.

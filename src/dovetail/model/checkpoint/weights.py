@@ -1,4 +1,6 @@
-"""Weights in the Hugging Face layout, both ways: published names, sharded safetensors, FP8 blocks.
+"""Reads and writes weights in the Hugging Face layout.
+
+That means published names, sharded safetensors, and FP8 blocks.
 
 `dovetail.spec.tensors` lists what is published and where our state holds it, so exporting is writing views of
 the state and importing is copying into the same views. Both stream: a shard, or a tensor, beside the model.

@@ -1,4 +1,4 @@
-"""The gate of DeepSeekMoE: which experts a token goes to, and with what weights [V3 eqs 12-16, 17-20].
+"""The gate, which chooses each token's experts and their weights [V3 eqs 12-16, 17-20].
 
 Scores are sigmoid (V3) or softmax (V2) of FP32 logits. Selection looks at scores plus a bias; the bias steers
 selection only and never enters the weights. Experts stand in `n_group` groups of consecutive numbers; a group

@@ -1,4 +1,4 @@
-"""CPU kernel of `gate.select_reference`: group limit and top-k by repeated scans; the first of equals wins."""
+"""CPU kernel of `gate`: group limit and top-k by repeated scans; the first of equals wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dense feed-forward layer, also that of shared experts."""
+"""The dense feed-forward layer, which is also that of shared experts."""
 
 from __future__ import annotations
 

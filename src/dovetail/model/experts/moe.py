@@ -1,4 +1,4 @@
-"""Routed and shared experts, dropless [V3 eq 12].
+"""A layer of routed and shared experts, which drops no tokens [V3 eq 12].
 
 The layer hands its tokens to a `Dispatcher`, runs the experts on the rows that come back, sorted by expert,
 and hands the results over to be combined. Where the experts live is the dispatcher's business: `LocalDispatcher`

@@ -1,4 +1,4 @@
-"""CPU kernels that move tokens to expert rows and back; references in `moe`.
+"""CPU kernels of `moe`, which move tokens to expert rows and back.
 
 `combine` sums over a token's rows in FP32; with weights of one it is also the backward pass of `gather`.
 """

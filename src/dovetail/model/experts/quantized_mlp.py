@@ -1,4 +1,4 @@
-"""Up, SwiGLU and down in a recipe's precision, for dense layers and for all experts at once.
+"""Up, SwiGLU and down in a recipe's precision, for dense layers and for all experts.
 
 SwiGLU and quantisation are two steps on a GPU too. One kernel for both would round the exponential otherwise than torch
 does, and the backward pass needs column tiles that begin anew with every group of rows.

@@ -1,4 +1,4 @@
-"""CPU kernels of `swiglu.swiglu_reference` and of its backward pass.
+"""CPU kernels of `swiglu`, forward and backward.
 
 With s = sigmoid(gate): output = gate s up;  grad_gate = grad up s (1 + gate (1 - s));  grad_up = grad gate s.
 """

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process (glibc only).
+"""Keeps freed memory in the process, with glibc only.
 
 A training step frees and asks for the same gigabyte again and again; by default glibc gives large blocks back to
 the kernel and takes page faults on them when they return, 10-20 % of a step on a CPU. This is what

@@ -1,4 +1,4 @@
-"""Dot products and mixtures of rows in vector code of our own, for the numba CPU kernels.
+"""Dot products and mixtures of rows in vector code, for the CPU kernels.
 
     dots   out[i] = sum_k w[row, k] x[first + i, k]                 one row of weights, several of activations
     mix    out[i, c] = sum_s p[first + i, s] w[row + s, c], c < C   several mixtures of the same rows of weights

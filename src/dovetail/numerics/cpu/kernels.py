@@ -1,4 +1,4 @@
-"""Compiles the numba kernels, keeps their machine code, and hands them tensors.
+"""Compiles the numba kernels, keeps their machine code, and gives them tensors.
 
 Tensors reach a kernel as NumPy arrays (`array`): FP32 as float32, BF16 as the uint16 that holds its bits.
 

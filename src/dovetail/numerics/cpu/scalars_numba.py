@@ -1,4 +1,4 @@
-"""Scalar building blocks of the numba CPU kernels: BF16 load and store, and an exponential that vectorises.
+"""Scalar building blocks of the CPU kernels: BF16 load and store, and an exponential.
 
 `load` widens FP32 and BF16 (held as uint16) to FP32 exactly; `store` rounds to nearest even, as torch's own cast does.
 

@@ -1,4 +1,6 @@
-"""Softmax of a row of scores and its backward pass in AVX-512 vector code, for kernels that hold the row in cache.
+"""Softmax of a row of scores and its backward pass, in AVX-512 vector code.
+
+It is for kernels that hold the row in cache.
 
 A row is FP32, a whole number of PANEL columns; only columns lo .. hi - 1 count, the others give zeros. Results are
 BF16. The exponential reduces x to n ln 2 + r, takes a polynomial of degree 6 in r, and scales by 2^n with VSCALEFPS,

@@ -1,4 +1,4 @@
-"""Vector code for products of BF16 matrices with AVX-512 BF16: packing operands, and tiles of sums in registers.
+"""Packs BF16 operands, and multiplies them in tiles of sums, with AVX-512 BF16.
 
 VDPBF16PS adds to each of 16 FP32 sums the products of one pair of BF16 with another: operands are packed so that the
 two values of a pair, neighbours along k, lie side by side. Like torch's own BF16 products on these machines it takes

@@ -1,4 +1,6 @@
-"""Error measures, and the error that a format earns: the one place where tests take their tolerances from.
+"""Measures errors, and gives the error bound that a format deserves.
+
+Tests take their tolerances from here and from nowhere else.
 
 Rounding to a format with unit roundoff u is wrong by at most u of the value. A sum of n products in any order is
 wrong by at most n u of the sum of magnitudes; with errors that behave as if independent it is within

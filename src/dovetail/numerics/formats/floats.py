@@ -1,4 +1,6 @@
-"""Small floating-point formats: which numbers they hold, and rounding to them, in integer arithmetic on FP32 bits.
+"""Small floating-point formats: their numbers, and rounding to them.
+
+Rounding is integer arithmetic on the bits of FP32.
 
 A code of ExMy is a sign bit, x exponent bits e and y mantissa bits m, with bias = 2^(x-1) - 1:
 

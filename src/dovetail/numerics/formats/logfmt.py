@@ -1,4 +1,6 @@
-"""LogFMT-nBit: a sign and n - 1 bits that count equal steps of log2 |x| within each 1x128 tile [ISCA §3.2].
+"""LogFMT-nBit, a format whose codes are equal steps of a logarithm [ISCA §3.2].
+
+A code is a sign and n - 1 bits, which count steps of log2 |x| within each 1x128 tile.
 
     top      = log2 of the tile's largest |x|
     minimum  = log2 of its smallest |x| that is not zero, at least top - 32 (about the range of five exponent bits)

@@ -1,5 +1,6 @@
-"""CPU kernels of `numerics.formats.logfmt`: extremes of tiles, and rounding to their grids, bit for bit as the
-reference.
+"""CPU kernels of `logfmt`: extremes of tiles, and rounding to their grids.
+
+They give the reference's results bit for bit.
 
 Logarithms and powers are polynomials that vectorise, so they differ from the reference's in their last FP64 bits. That
 changes a result only where it lies that near to a border, between two codes or two values of the output's format: both

@@ -1,4 +1,4 @@
-"""`numerics.formats.logfmt` as Triton kernels: encode and decode, with the bits packed on the way.
+"""GPU kernels of `logfmt`: encode and decode, with packed bits.
 
 A tile's grid (minimum, step) is computed in FP64, two logarithms for 128 values. Values are too by default, which gives
 the reference's bits. With `work = torch.float32` they take the GPU's fast exponential unit, as a kernel fused with an

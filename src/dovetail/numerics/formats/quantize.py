@@ -1,4 +1,4 @@
-"""Block-wise quantisation: a matrix in a small format, with one FP32 scale per tile [V3 §3.3, V3repo kernel.py].
+"""Quantises a matrix in tiles, with one FP32 scale per tile [V3 §3.3, V3repo kernel.py].
 
     amax_t  = max |x| over tile t, at least 1e-4
     scale_t = amax_t / max of the format (448 for E4M3)     the dequantisation multiplier

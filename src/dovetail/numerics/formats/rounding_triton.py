@@ -1,4 +1,4 @@
-"""Building blocks of the Triton kernels: tile scales, codes of small formats, BF16, exact division.
+"""Building blocks of the GPU kernels: tile scales, codes of small formats, BF16, division.
 
 Triton's interpreter, which runs kernels on a CPU, casts FP32 to E4M3 wrongly (it loses the carry: 124.3 becomes 64),
 truncates to BF16 and garbles subnormal BF16. Here rounding is integer arithmetic, so that a kernel gives the same bits

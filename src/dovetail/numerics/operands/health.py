@@ -1,4 +1,4 @@
-"""What quantisation did to a tensor: how much was lost, and how."""
+"""Measures what quantisation did to a tensor: how much was lost, and how."""
 
 from __future__ import annotations
 

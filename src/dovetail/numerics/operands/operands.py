@@ -1,4 +1,6 @@
-"""Operands of quantised products: values on a format's grid and their scales, laid out as the products take them.
+"""Operands of quantised products: values on a format's grid, and their scales.
+
+They lie as the products take them.
 
     quantize_rows       x [R, C] -> scale [R, tiles of C]                   1x128
     quantize_columns    x [R, C] -> scale [tiles of R, C]                   128x1; every expert's rows begin a new tile

@@ -1,4 +1,6 @@
-"""What a matrix is after it has been sent in a narrow format: rounded on the way, its gradient passed back as it is.
+"""Rounds a matrix as if it had been sent in a narrow format.
+
+Its gradient is passed back as it is.
 
 This simulates the combine of expert outputs, which V3 leaves in BF16; the ISCA paper's study quantised the outputs of
 residual branches so [ISCA §3.2].

@@ -1,4 +1,4 @@
-"""What a Tensor Core does to a long sum: models of accumulation for products of 8-bit values.
+"""Models how a Tensor Core sums a long product of 8-bit values.
 
 `matmul(a, b, accumulator)` multiplies values that are already on a narrow grid, so every product is exact, and the
 accumulator says how they are added:

@@ -1,4 +1,6 @@
-"""CPU kernel of `accumulate`: Hopper's Tensor Core, bit for bit, for all groups of a product in one call.
+"""CPU kernel of `accumulate`: the sums of Hopper's Tensor Core, bit for bit.
+
+One call computes all groups of a product.
 
 A task is up to ROWS x PANEL outputs of one group. It goes through k in whole groups of GROUP, filled up with zeros,
 whose values are widened to FP32 once per task beside their exponents: int8, NOTHING that of a zero. A row's PANEL

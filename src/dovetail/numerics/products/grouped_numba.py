@@ -1,4 +1,4 @@
-"""Grouped BF16 matrix products on CPUs with AVX-512 BF16: many small products in one call.
+"""CPU kernels of `grouped`: many small BF16 products in one call, with AVX-512 BF16.
 
     c[g] = op(a[g]) op(b[g]),  c[g] [m, n] BF16, sums in FP32
 

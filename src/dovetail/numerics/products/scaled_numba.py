@@ -1,4 +1,4 @@
-"""Grouped products of quantised matrices on CPUs with AVX-512 BF16.
+"""CPU kernels of `scaled`: grouped products of quantised matrices, with AVX-512 BF16.
 
     c[g][m, n] = sum over blocks j of 128 of k:  (a_scale[m, j] b_scale[n, j]) sum over k in block j of a[m, k] b[k, n]
 

@@ -1,4 +1,6 @@
-"""Two precision recipes side by side: the same seed, data and initial weights, and what the losses differ by.
+"""Trains two precision recipes side by side, and records how their losses differ.
+
+Both have the same seed, data and initial weights.
 
 Both models take each step on the same batch, one after the other, so that a difference in loss is the recipe's doing
 and not the data's. A seed is that of initial weights and of the order of samples; `gap` sums several of them up.

@@ -1,4 +1,4 @@
-"""The loss gap of two recipes over several seeds, and whether it can be told apart from chance.
+"""The loss gap of two recipes over several seeds, and whether it differs from chance.
 
     d_t = (loss_t - base_t) / base_t            of step t, both on the same batch
     s_t = sum_i 0.9^(t-i) d_i / sum_i 0.9^(t-i)     smoothed [V3 App. B.1]

@@ -1,4 +1,4 @@
-"""A picture of two recipes compared: losses above, their relative difference below, over the tokens consumed."""
+"""Draws a comparison: losses above, their relative difference below, over the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a comparison shows on stderr while it runs: one live line on a terminal, a plain line now and then elsewhere."""
+"""Shows a running comparison on stderr: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

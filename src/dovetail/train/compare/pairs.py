@@ -1,4 +1,7 @@
-"""What a comparison of two recipes logs: one JSON object per pair of steps. A loss that is not finite is null there."""
+"""The log of a comparison: one JSON object per pair of steps.
+
+A loss that is not finite is null there.
+"""
 
 from __future__ import annotations
 

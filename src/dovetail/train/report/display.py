@@ -1,4 +1,4 @@
-"""What a run shows while it trains, on stderr: a live panel on a terminal, plain lines anywhere else.
+"""Shows a run on stderr while it trains: a live panel on a terminal, plain lines elsewhere.
 
 The same `Display` is given each step's metrics; what they look like is in `panel` and `line`, functions of the
 metrics alone, so that both can be tested and drawn without a run.

@@ -1,5 +1,7 @@
-"""Health of a recipe's quantised operands during one step: watched with hooks, so a step that is not watched pays
-nothing."""
+"""Watches a recipe's quantised operands during one step, with hooks.
+
+A step that is not watched pays nothing.
+"""
 
 from __future__ import annotations
 

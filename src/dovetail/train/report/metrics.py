@@ -1,4 +1,6 @@
-"""What a training run reports, and its log: one JSON object per line, appended and flushed as it happens.
+"""The metrics of a run's steps and their log, one JSON object per line.
+
+Lines are appended and flushed as steps happen.
 
 A resumed run cuts the log back to the step it resumes from, so the file reads as if nothing had stopped it
 (times aside). A line torn by a crash is dropped. NaN and infinities, which JSON cannot say, are written as null

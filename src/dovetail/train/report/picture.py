@@ -1,4 +1,4 @@
-"""A picture of a run from its log: losses above, the load of the experts below, over the tokens consumed."""
+"""Draws a run from its log: losses above, the load of experts below, over the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many steps fit in a given time: measured once at the start, then kept with the run."""
+"""Finds how many steps fit in a given time, once at the start of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: `torch.distributed.checkpoint` made asynchronous, atomic and checked.
+"""Saves and loads a run's checkpoints: asynchronous, atomic and checked.
+
+They are those of `torch.distributed.checkpoint`.
 
     root/step-00000120/  __0_0.distcp ...  tensors, one file per rank, as torch.distributed.checkpoint writes them
                          .metadata         which tensor is where (its own index)

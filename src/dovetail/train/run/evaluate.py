@@ -1,4 +1,7 @@
-"""Held-out bits per byte: every token scored once, each from at least half a window of context."""
+"""Measures held-out bits per byte.
+
+Every token is scored once, each from at least half a window of context.
+"""
 
 from __future__ import annotations
 

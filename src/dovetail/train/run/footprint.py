@@ -1,4 +1,4 @@
-"""What a training step takes, measured on a real one: FLOP as torch counts them, bytes as autograd holds them."""
+"""Measures what a training step takes: FLOP as torch counts them, bytes as autograd holds them."""
 
 from __future__ import annotations
 

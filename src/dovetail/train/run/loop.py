@@ -1,4 +1,4 @@
-"""A training run from its run file: `train(config)` starts it, or goes on where it was.
+"""A training run from its run file: `train(config)` starts it or continues it.
 
 Everything that decides a step is in the checkpoint or is a function of the step's number, so a run that was
 stopped, or killed, and started again has bit for bit the weights of one that was not (on the same machine with

@@ -1,4 +1,4 @@
-"""The list of a directory's files with their sizes and SHA-256, and the check against it.
+"""Lists a directory's files with their sizes and SHA-256, and checks them.
 
 It is written last, so a directory without one was never finished, and a file that changed since is found.
 """

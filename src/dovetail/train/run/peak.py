@@ -1,4 +1,4 @@
-"""The machine's matrix multiply rate, measured: what MFU is a share of."""
+"""Measures the machine's rate of matrix products, which MFU is a share of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Data parallelism under torchrun: who this process is, and what ranks must agree on. Without torchrun, nothing."""
+"""Data parallelism under torchrun: this process's rank, and what ranks must agree on.
+
+Without torchrun it does nothing.
+"""
 
 from __future__ import annotations
 

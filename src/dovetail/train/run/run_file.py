@@ -1,4 +1,4 @@
-"""A run file and the directory of a run.
+"""The run file, and the directory of a run.
 
 out/run.toml      the settings, as resolved; a run goes on only under the same ones
 out/tokenizer/    tokenizer.json (trained here or copied)

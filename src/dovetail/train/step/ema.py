@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in CPU memory, updated beside the step [V3 §3.2.2].
+"""Exponential moving average of the weights, updated in CPU memory beside the step [V3 §3.2.2].
 
     average <- average + (1 - d) (weight - average),    d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ...
 

@@ -1,4 +1,6 @@
-"""Cross-entropy without the whole matrix of logits: in chunks of rows, gradients made on the way.
+"""Cross-entropy in chunks of rows, without the whole matrix of logits.
+
+Gradients are made on the way.
 
 A chunk's logits exist in the compute dtype only; `loss_numba` turns them in place into the gradient of the mean
 loss, from which the chunk's share of the gradients of hidden states and head follows at once. So the head's GEMMs

@@ -1,4 +1,4 @@
-"""CPU kernel of `loss.losses_and_gradient`: loss and gradient of one row of logits at a time, in place."""
+"""CPU kernel of `loss`: loss and gradient of one row of logits at a time, in place."""
 
 from __future__ import annotations
 

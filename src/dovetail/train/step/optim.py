@@ -1,5 +1,6 @@
-"""AdamW as V3 trains with it: FP32 master weights, BF16 moments, BF16 compute copies [V3 §3.3.3, §4.2].
-A precision recipe may have FP32 moments.
+"""AdamW with FP32 master weights and BF16 moments, as V3 trains [V3 §3.3.3, §4.2].
+
+The compute copies of weights are BF16. A precision recipe may have FP32 moments.
 
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     w = w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)

@@ -1,4 +1,4 @@
-"""CPU kernels of `optim`: the whole AdamW update of a parameter in one pass, and the sum of squares."""
+"""CPU kernels of `optim`: the AdamW update of a parameter in one pass, and the sum of squares."""
 
 from __future__ import annotations
 

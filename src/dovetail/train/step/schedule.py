@@ -1,4 +1,4 @@
-"""How learning rate, batch size, bias update speed and MTP weight change over a run, as data.
+"""Schedules of learning rate, batch size, bias update speed and MTP weight, as data.
 
 A `Schedule` is a row of segments. Each ends at a number of steps, of consumed tokens, or at a fraction of the
 run's budget (of tokens or of time, whichever the caller measures), and holds a constant or moves to its value
