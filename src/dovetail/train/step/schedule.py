@@ -42,7 +42,10 @@ class Position:
 
 
 class Segment(Record):
-    """One piece: reaches `value` at its end (`constant`: has it throughout). No end: the last piece."""
+    """One part of a schedule, which moves to `value` until its end; a `constant` has that value from its start on.
+
+    Only the last segment has no end.
+    """
 
     value: float = Field(ge=0)
     shape: Literal["constant", "linear", "cosine"] = "constant"
