@@ -6,6 +6,7 @@ Logs of the past (the changelog, docs/log.md) may name what is gone.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import tomllib
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import pytest
+from draw_tree import LONGEST, draw
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -142,13 +144,43 @@ def test_code_blocks_run(body: str, after_quickstart: Path, monkeypatch: pytest.
     exec(compile(body, "<docs>", "exec"), {"__name__": "docs"})
 
 
-def test_the_tree_in_design_is_the_tree() -> None:
-    (tree,) = blocks(ROOT / "docs" / "design.md", "tree")
-    rows = [line.split(maxsplit=1) for line in tree.splitlines()]
-    listed = [name for name, _ in rows]
-    assert len(listed) == len(set(listed))
-    actual = {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py") if path.stat().st_size}
-    assert set(listed) == actual
+def test_the_tree_in_design_is_drawn_from_the_code() -> None:
+    assert blocks(ROOT / "docs" / "design.md", "tree") == [draw(SOURCE)], "run python docs/draw_tree.py"
+
+
+def test_every_file_and_folder_is_in_the_tree(tmp_path: Path) -> None:
+    for name in ("__init__.py", "last.py", "room/__init__.py", "room/inner/__init__.py", "room/inner/first.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f'"""About {name}.\n\nMore.\n"""\n', "utf-8")
+    assert [line.split(maxsplit=1) for line in draw(tmp_path).splitlines() if line] == [
+        ["__init__.py", "About __init__.py."],
+        ["last.py", "About last.py."],
+        ["room/", "About room/__init__.py."],
+        ["inner/", "About room/inner/__init__.py."],
+        ["first.py", "About room/inner/first.py."],
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import os\n",
+        '"""No period"""\n',
+        '"""One sentence. And another."""\n',
+        '"""A sentence that\ngoes on."""\n',
+        '"""A sentence.\nNo blank line.\n"""\n',
+        f'"""{"x" * LONGEST}."""\n',
+    ],
+)
+def test_a_file_without_a_first_sentence_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match="the docstring has to open with one sentence"):
+        draw(tmp_path)
+
+
+def test_folders_hold_their_sentence_and_nothing_else() -> None:
+    for path in SOURCE.glob("*/**/__init__.py"):
+        assert len(ast.parse(path.read_text("utf-8")).body) == 1, path
 
 
 def test_the_layers_in_design_are_those_that_are_checked() -> None:

@@ -1,6 +1,7 @@
-"""The names that `import dovetail` offers; each loads what it needs on first use, so torch is not imported.
+"""The names that `import dovetail` offers, each of which loads what it needs on first use.
 
-The package is the DeepSeek-V3 system: its model, training, inference, and the planning of the hardware for them.
+So `import dovetail` does not load torch. The package is the DeepSeek-V3 system: its model, training, inference, and the
+planning of the hardware for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Converts weights: a run's checkpoint to the Hugging Face layout, in BF16 or FP8, and published ones to BF16."""
+"""Converts weights between a run's checkpoints and the Hugging Face layout, in BF16 and FP8."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Models, schedules, GPUs, clusters, fabrics and precision recipes by name; TOML files beside them."""

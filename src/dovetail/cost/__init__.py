@@ -1,0 +1,1 @@
+"""What a model costs: parameters, FLOP, bytes of memory, and the time of single operations."""

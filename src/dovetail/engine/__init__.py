@@ -1,0 +1,1 @@
+"""Generates text with a trained model: prefill, batched decoding, speculation, sampling."""

@@ -1,0 +1,1 @@
+"""The network itself, in torch, and its checkpoints."""

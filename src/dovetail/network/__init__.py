@@ -1,0 +1,1 @@
+"""Exchanges between GPUs on a simulated network."""

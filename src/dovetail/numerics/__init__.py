@@ -1,0 +1,1 @@
+"""Arithmetic in small formats: rounding, quantised products, and their kernels."""

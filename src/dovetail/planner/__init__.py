@@ -1,0 +1,1 @@
+"""Plans training and serving on a cluster, and explains every number."""

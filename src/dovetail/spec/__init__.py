@@ -1,0 +1,1 @@
+"""Descriptions as plain data: models, layouts, precision, hardware and fabrics."""

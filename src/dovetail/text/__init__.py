@@ -1,0 +1,1 @@
+"""Text to tokens: documents, the tokenizer, token stores, and batches."""

@@ -1,0 +1,1 @@
+"""Training: one step, a whole run, its reports, and comparisons of recipes."""

@@ -1,0 +1,1 @@
+"""Bytes of memory: on one process, on the ranks of a layout, and in serving."""

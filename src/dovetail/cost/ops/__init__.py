@@ -1,0 +1,1 @@
+"""The operations that a rank runs, listed as data."""

@@ -1,0 +1,1 @@
+"""Multi-head latent attention, from the projections to the attention core."""

@@ -1,0 +1,1 @@
+"""Feed-forward layers: SwiGLU, the gate, and the routed and shared experts."""

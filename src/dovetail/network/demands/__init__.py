@@ -1,0 +1,1 @@
+"""What GPUs send to each other: collectives, expert exchanges, transfers."""

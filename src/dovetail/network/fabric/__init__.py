@@ -1,0 +1,1 @@
+"""Fabrics: their switches and links, checks, prices and drawings."""

@@ -1,4 +1,4 @@
-"""Simulates flows over time, with links that fail and come back: when does each flow end?
+"""Simulates flows over time, with links that fail and come back, to find when each ends.
 
 Rates are max-min fair (`network.flows.flows`). They change when a flow starts or ends and when links change. The end of
 a flow changes few other rates, which makes millions of flows quick to simulate:

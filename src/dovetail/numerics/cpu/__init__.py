@@ -1,0 +1,1 @@
+"""What all CPU kernels use: compilation, vector code, and memory."""

@@ -1,0 +1,1 @@
+"""Small number formats: rounding and quantising to them, and their errors."""

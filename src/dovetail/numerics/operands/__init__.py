@@ -1,0 +1,1 @@
+"""Operands of quantised products, and what happens to them."""

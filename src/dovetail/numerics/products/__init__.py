@@ -1,0 +1,1 @@
+"""Matrix products: grouped, quantised, and with a Tensor Core's sums."""

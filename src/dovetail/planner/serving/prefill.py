@@ -1,4 +1,4 @@
-"""Plans a pool of GPUs that reads prompts: the time of a step, its tokens, and the time to first token.
+"""Plans a pool of GPUs that reads prompts: the time of a step, and the time to first token.
 
     step    = embedding + dense layers + layers with experts, two micro-batches overlapped + head of a token per prompt
     tokens  = computed tokens / step; input tokens include those found in the cache: computed / (1 - hits)

@@ -1,0 +1,1 @@
+"""Plans for training: the time of a step, and the search for the best layout."""

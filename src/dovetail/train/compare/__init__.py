@@ -1,0 +1,1 @@
+"""Compares two precision recipes over several seeds."""

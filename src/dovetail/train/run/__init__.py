@@ -1,0 +1,1 @@
+"""A run from its run file to its end, with checkpoints."""
