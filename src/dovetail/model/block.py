@@ -1,4 +1,6 @@
-"""One transformer block, whole or in its four parts: attention, dispatch, experts, combine [V3 §3.2.1].
+"""One transformer block, whole or in its four parts.
+
+The parts are those between which exchanges stand [V3 §3.2.1]:
 
     attend     x + attention(norm(x)), its norm, and where the gate sends each token
     dispatch   tokens to the ranks of their experts        all-to-all; nothing in a dense block

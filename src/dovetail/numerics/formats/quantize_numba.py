@@ -1,5 +1,6 @@
-"""CPU kernels of `quantize.dequantize`, for tiles 1x128: what layers keep for their backward pass comes back in one
-pass over it, bit for bit as the reference has it."""
+"""CPU kernels of `quantize.dequantize`, for tiles 1x128.
+
+What layers keep for their backward pass comes back in one pass over it, bit for bit as the reference has it."""
 
 from __future__ import annotations
 

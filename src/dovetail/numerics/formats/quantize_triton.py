@@ -1,5 +1,6 @@
-"""`quantize` and `dequantize` as Triton kernels, with the references' bits: to any tile with power-of-two sides, from
-tiles 1x128.
+"""GPU kernels of `quantize` and `dequantize`.
+
+They quantise to any tile with power-of-two sides and dequantise tiles of 1x128, bit for bit as the references do.
 
 One program takes a block of whole tiles: maximum of magnitudes per tile, scale, division, code, all from one read of x.
 1x128 tiles [V3 §3.3.2] come four in a row, so that scales are written 16 bytes at a time.

@@ -1,5 +1,6 @@
-"""A matrix in a small format, tile by tile: the records that quantisation makes and products take, and what references
-and kernels both need to know of them.
+"""A matrix in a small format, tile by tile.
+
+Quantisation makes these records and products take them. Here is also what references and kernels both need to know.
 
     x ~ data * scale        one FP32 scale per tile [V3 §3.3, V3repo kernel.py]
 

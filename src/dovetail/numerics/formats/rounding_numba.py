@@ -1,4 +1,4 @@
-"""Building blocks of the CPU kernels that quantise: scales of tiles, values and codes of small formats.
+"""Building blocks of the CPU kernels that quantise: scales of tiles, values and codes.
 
 Scales are amax / the format's largest value, amax at least 1e-4, or that rounded up to a power of two. A tile that
 holds NaN or infinity gets a NaN for its scale: training goes on to see a loss that is not finite.

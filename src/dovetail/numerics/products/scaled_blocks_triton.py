@@ -1,5 +1,6 @@
-"""The kernels of `scaled_triton`: blocks of products of FP8 matrices with scales per tile of K, and how large to make
-them.
+"""The kernels of `scaled_triton`: blocks of FP8 products with scales per tile of K.
+
+How large blocks are is decided here too.
 
 Per tile of K (128) and per PROMOTION of it, a sum in the Tensor Core that starts at zero, then
 

@@ -1,4 +1,4 @@
-"""The products of `scaled` in torch, tile by tile: for devices without a kernel, and operands that none takes.
+"""The products of `scaled` in torch, tile by tile, for operands that no kernel takes.
 
 Sums within a tile of 128 of k are torch's own, those over tiles FP32.
 """

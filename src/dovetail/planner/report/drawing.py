@@ -37,7 +37,7 @@ def planned_timeline(answer: Answer, option: str) -> Timeline:
 
 
 def draw_text(timeline: Timeline, width: int = 100) -> str:
-    """Return a title, a line per rank of at most `width` characters, and a scale. Raises ValueError for a width below 40.
+    """Return a title, a line per rank of at most `width` characters, and a scale. Raises ValueError below 40.
 
     If there is room every step shows its micro-batch ("F3--", a pair "F7&b2-"); otherwise each column shows the kind of
     work that takes most of it, with X for a pair. Lower case is for other stages than the rank's first.
