@@ -38,7 +38,7 @@ def test_built_networks(table: Table, network: str, endpoints: int, switches: in
 
 def test_the_slim_fly_that_does_not_exist_is_not_built(table: Table) -> None:
     assert not any(remark.startswith("SF, built") for remark in table.remarks)
-    assert any("28 is no prime power" in row.note for row in table.rows if row.subject == "SF")
+    assert any("28 is not a prime power" in row.note for row in table.rows if row.subject == "SF")
 
 
 def test_formulas() -> None:

@@ -374,7 +374,7 @@ def test_what_runs_beside_has_its_times_in_a_table(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"collective": "dispatch", "sizes": ()}, "--gpus 256 is nearest"),
-        ({"collective": "pipeline", "stages": 5, "gpu_counts": (64,)}, "not 5 equal stages"),
+        ({"collective": "pipeline", "stages": 5, "gpu_counts": (64,)}, "do not make 5 equal stages"),
         ({"beside": "host-copy:1GiB"}, "mpft has no PCIe"),
         ({"beside": "combine:16", "gpu_counts": (64, 48)}, "--gpus 32 is nearest"),
         ({"collective": "kv-transfer", "prefill_gpus": 64}, "use --prefill-gpus 1 to 63"),
