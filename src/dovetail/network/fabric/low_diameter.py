@@ -62,7 +62,7 @@ def slim_fly_degree(q: int) -> int:
 
 
 def slim_fly_endpoints(q: int, radix: int, wanted: int | None = None) -> int:
-    """Return the endpoints per switch: `wanted`, or half the number of neighbours if enough ports are left."""
+    """Return the endpoints per switch: `wanted`, or half the number of neighbours, but no more than ports are left."""
     neighbours = slim_fly_degree(q)
     return wanted or max(0, min(-(-neighbours // 2), radix - neighbours))
 
