@@ -154,8 +154,8 @@ def input_gradient(grad: Tensor, weight: Tensor, offsets: Sequence[int], precisi
 
 def weight_gradient(grad: Tensor, kept: Quantized | Tensor, offsets: Sequence[int], precision: GemmPrecision) -> Tensor:
     """Of grad [R, N] and the input [R, K], as it was kept or made again (BF16) -> [G, N, K]."""
-    columns = retile if isinstance(kept, Quantized) else quantize_columns
-    rows = columns(kept, offsets, precision.wgrad_input)
+    in_columns = retile if isinstance(kept, Quantized) else quantize_columns
+    rows = in_columns(kept, offsets, precision.wgrad_input)
     return wgrad(quantize_columns(grad, offsets, precision.wgrad_grad), rows, offsets, accumulator_of(precision))
 
 

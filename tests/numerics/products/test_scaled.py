@@ -14,7 +14,7 @@ from dovetail.numerics.formats.quantized import Quantized, grid_values, spread_s
 from dovetail.numerics.operands.operands import quantize_blocks, quantize_columns, quantize_rows
 from dovetail.numerics.products import accumulate, scaled, scaled_numba, scaled_reference, scaled_torch
 from dovetail.numerics.products.accumulators import FP32, HOPPER, Accumulator, HopperAccumulator
-from dovetail.numerics.products.scaled import fprop
+from dovetail.numerics.products.scaled import dgrad, fprop, wgrad
 from dovetail.reproduce.fp8_accumulation import measure
 from dovetail.spec.precision import BLOCK, COLUMN, ROW
 
@@ -66,18 +66,27 @@ def test_kernel_is_the_reference_bit_for_bit(
 
 def test_each_path_is_taken_where_it_is_for(draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = quantize_rows(draw(3, 256).bfloat16(), ROW), quantize_blocks(draw(2, 8, 256).bfloat16(), BLOCK)
-    codes = replace(rows, data=rows.data.to(torch.float8_e4m3fn))
+    tiles, in_fp8 = (rows.tile, weight.tile), replace(rows, data=rows.data.to(torch.float8_e4m3fn))
     inside, never = HopperAccumulator(32), HopperAccumulator(None)
     for has_instructions in (True, False):
         monkeypatch.setattr(capability, "has_bf16_instructions", lambda answer=has_instructions: answer)
         fp32 = scaled_numba if has_instructions else scaled_torch
-        assert scaled._path(rows, weight, FP32) == (fp32, FP32)
+        assert scaled._path(rows, weight, tiles, FP32) == (fp32, FP32)
         for accumulator in (HOPPER, inside, never):
-            assert scaled._path(rows, weight, accumulator) == (scaled_numba, accumulator)
-        assert scaled._path(codes, weight, FP32) == (scaled_torch, FP32)
-        assert scaled._path(codes, weight, HOPPER) == (scaled_reference, HOPPER)
-    with pytest.raises(AssertionError, match="values, not codes"):
-        fprop(replace(rows, data=codes.data.view(torch.uint8)), weight, [0, 1, 3])
+            assert scaled._path(rows, weight, tiles, accumulator) == (scaled_numba, accumulator)
+        assert scaled._path(in_fp8, weight, tiles, FP32) == (scaled_torch, FP32)
+        assert scaled._path(in_fp8, weight, tiles, HOPPER) == (scaled_reference, HOPPER)
+
+
+def test_operands_of_another_product_are_refused(draw: Draw) -> None:
+    parts = operands([0, 1, 3], (256, 8), draw)
+    codes = replace(parts["rows"], data=parts["rows"].data.to(torch.float8_e4m3fn).view(torch.uint8))
+    with pytest.raises(AssertionError, match=r"in codes \(torch.uint8\)"):
+        fprop(codes, parts["weight"], [0, 1, 3])
+    with pytest.raises(AssertionError, match=r"in tiles \(128, 1\), not \(1, 128\)"):
+        dgrad(parts["grad_t"], parts["weight"], [0, 1, 3])
+    with pytest.raises(AssertionError, match=r"in tiles \(1, 128\), not \(128, 1\)"):
+        wgrad(parts["grad_t"], parts["rows"], [0, 1, 3])
 
 
 def wide(quantized: Quantized) -> Tensor:

@@ -12,7 +12,7 @@ from dovetail.numerics.formats.errors import tolerance
 from dovetail.numerics.formats.quantize import dequantize, quantize
 from dovetail.numerics.formats.quantized import Quantized, token_tiles, transposed
 from dovetail.numerics.products import scaled_reference as reference
-from dovetail.numerics.products.accumulators import Accumulator, Fp32Accumulator, HopperAccumulator
+from dovetail.numerics.products.accumulators import HOPPER, Accumulator, Fp32Accumulator, HopperAccumulator
 from dovetail.spec.model import Mla
 
 pytest.importorskip("triton", reason="Triton is published for Linux only")
@@ -48,7 +48,7 @@ def stacked(parts: Sequence[Quantized]) -> Quantized:
 def by_kernel(
     a: Quantized,
     b: Quantized,
-    accumulator: Accumulator = HopperAccumulator(),  # noqa: B008
+    accumulator: Accumulator = HOPPER,
     dtype: torch.dtype = torch.bfloat16,
     blocking: Blocking = ONE_BLOCK,
 ) -> Tensor:

@@ -101,7 +101,7 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
 
         if quantize_triton.reads(quantized):
             return quantize_triton.dequantize(quantized, dtype)
-    if capability.on_cpu(quantized.scale) and quantize_numba.fits(quantized, dtype):
+    if capability.on_cpu(quantized.scale) and quantize_numba.reads(quantized, dtype):
         return quantize_numba.dequantize(quantized, dtype)
     return dequantize_reference(quantized, dtype)
 

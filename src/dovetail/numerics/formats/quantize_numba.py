@@ -44,7 +44,7 @@ def _decode_packed(packed, row_scales, form, out):  # type: ignore[no-untyped-de
                 store(target, i, value_of(np.int32(code & 0xFFF), form) * scale)
 
 
-def fits(quantized: Quantized, dtype: torch.dtype) -> bool:
+def reads(quantized: Quantized, dtype: torch.dtype) -> bool:
     """Whether `dequantize` does: codes of a byte, or E5M6 packed, in tiles 1x128, to FP32 or BF16."""
     parts = quantized.data, quantized.scale
     is_laid_out = quantized.tile == ROW_TILE and all(part.ndim == 2 and part.is_contiguous() for part in parts)

@@ -39,7 +39,7 @@ class Quantized:
     take. `grid_values` reads all three, `quantize.dequantize` multiplies by the scales.
 
     Where rows belong to groups, tiles of several rows begin anew with every group (`token_tiles`). The record does not
-    say so: who multiplies such a matrix knows the groups' offsets.
+    say so: such a matrix is for products, which are told the groups' offsets, and `dequantize` is not told.
     """
 
     data: Tensor  # [..., rows, columns]; E5M6 packed uint8 [rows, 12 ceil(columns / 8)]

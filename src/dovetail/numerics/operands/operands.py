@@ -106,7 +106,7 @@ def retile(kept: Quantized, offsets: Sequence[int], quantization: Quantization) 
 
         if quantize_triton.reads(kept):
             return operands_triton.retile(kept, offsets, quantization)
-    is_in_bytes = quantize_numba.fits(kept, torch.float32) and kept.columns is None
+    is_in_bytes = quantize_numba.reads(kept, torch.float32) and kept.columns is None
     if is_in_bytes and quantization.tile == "column" and _is_on_cpu(kept.scale, quantization):
         return operands_numba.retile(kept, offsets, quantization)
     return quantize_columns(dequantize(kept, torch.float32), offsets, quantization)

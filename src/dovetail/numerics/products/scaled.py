@@ -24,31 +24,37 @@ from types import ModuleType
 from torch import Tensor
 
 from dovetail.numerics import capability
-from dovetail.numerics.formats.quantized import TILE, TORCH_DTYPES, Quantized
+from dovetail.numerics.formats.quantized import BLOCK_TILE, COLUMN_TILE, ROW_TILE, TILE, TORCH_DTYPES, Quantized
 from dovetail.numerics.products import scaled_numba, scaled_reference, scaled_torch
 from dovetail.numerics.products.accumulate import takes_scales
 from dovetail.numerics.products.accumulators import FP32, HOPPER, Accumulator, Fp32Accumulator
 
+Tile = tuple[int, int]
+
 
 def fprop(rows: Quantized, weight: Quantized, offsets: Sequence[int], accumulator: Accumulator = FP32) -> Tensor:
-    path, sums = _path(rows, weight, accumulator)
+    path, sums = _path(rows, weight, (ROW_TILE, BLOCK_TILE), accumulator)
     return path.fprop(rows, weight, offsets, sums)
 
 
 def dgrad(grad: Quantized, weight: Quantized, offsets: Sequence[int], accumulator: Accumulator = FP32) -> Tensor:
-    path, sums = _path(grad, weight, accumulator)
+    path, sums = _path(grad, weight, (ROW_TILE, BLOCK_TILE), accumulator)
     return path.dgrad(grad, weight, offsets, sums)
 
 
 def wgrad(grad: Quantized, rows: Quantized, offsets: Sequence[int], accumulator: Accumulator = FP32) -> Tensor:
     """Zero for a group without rows."""
-    path, sums = _path(grad, rows, accumulator)
+    path, sums = _path(grad, rows, (COLUMN_TILE, COLUMN_TILE), accumulator)
     return path.wgrad(grad, rows, offsets, sums)
 
 
-def _path(a: Quantized, b: Quantized, accumulator: Accumulator) -> tuple[ModuleType, Accumulator]:
+def _path(
+    a: Quantized, b: Quantized, tiles: tuple[Tile, Tile], accumulator: Accumulator
+) -> tuple[ModuleType, Accumulator]:
     """The module that multiplies these operands, and the sums it is asked for."""
-    assert a.data.is_floating_point() and b.data.is_floating_point(), "products take values, not codes"
+    for each, tile in zip((a, b), tiles, strict=True):
+        assert each.tile == tile, f"an operand in tiles {each.tile}, not {tile}: see numerics.operands"
+        assert each.data.is_floating_point(), f"an operand in codes ({each.data.dtype}): see numerics.operands"
     if _is_for_tensor_cores(a, b, accumulator):
         from dovetail.numerics.products import scaled_triton  # Triton comes with torch's CUDA builds only
 
