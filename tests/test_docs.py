@@ -18,6 +18,7 @@ from draw_tree import LONGEST, draw
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from dovetail.catalog.presets import read_model
 from dovetail.config import load_toml, validate
 from dovetail.model.checkpoint.weights import export_hf
 from dovetail.model.transformer import Transformer, initialize
@@ -256,6 +257,12 @@ def test_the_run_file_loads(tmp_path: Path) -> None:
     config = load_toml(path, RunConfig, ["train.steps=200", "out=runs/short"])
     assert (config.train.steps, config.out) == (200, Path("runs/short"))
     assert resolve_model(config.model).num_hidden_layers == 4
+
+
+def test_the_model_loads() -> None:
+    (body,) = blocks(ROOT / "docs" / "guides" / "train.md", "toml model")
+    spec = read_model(tomllib.loads(body), "docs")
+    assert (spec.hidden_size, spec.num_hidden_layers, spec.vocab_size) == (256, 8, 8192)
 
 
 def test_the_schedule_loads() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import dovetail
+from dovetail.catalog.presets import find_model
 from dovetail.spec.hf_config import write_hf
 
 
@@ -20,7 +21,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "verb", [(), ("inspect",), ("reproduce",), ("plan",), ("calibrate",), ("network", "simulate"), ("train",)]
+    "verb",
+    [(), ("inspect",), ("reproduce",), ("plan",), ("calibrate",), ("network", "simulate"), ("train",), ("list",)],
 )
 def test_help_loads_nothing_heavy(verb: tuple[str, ...]) -> None:
     """So it answers at once."""
@@ -60,6 +62,42 @@ def test_inspect_prints_a_table_and_json() -> None:
     assert record["cache_bytes"] == 70_272
 
 
+def test_version_is_printed_without_loading_torch() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"dovetail {dovetail.__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "deepseek-v2-lite", "qwen2.5-72b"])
+def test_a_config_is_written_and_read_back_as_the_same_model(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "config.json"
+    done = run("inspect", name, "--write-config", str(path), "--json")
+    assert done.returncode == 0 and done.stderr == f"wrote {path}\n"
+    assert json.loads(done.stdout)["target"] == name
+    assert find_model(str(path)).spec == dovetail.load_model(name)
+    assert [each.name for each in path.parent.iterdir()] == ["config.json"]
+
+
+def test_a_config_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("mine", encoding="utf-8")
+    done = run("inspect", "20m", "--write-config", str(path))
+    assert done.returncode == 1 and done.stdout == "" and "exists; give another name, or --overwrite" in done.stderr
+    assert path.read_text("utf-8") == "mine"
+    assert run("inspect", "20m", "--write-config", str(path), "--overwrite").returncode == 0
+    assert find_model(str(path)).spec == dovetail.load_model("20m")
+    done = run("inspect", "20m", "--write-config", str(tmp_path))
+    assert done.returncode == 1 and "is a directory; name the file, such as" in done.stderr
+
+
+def test_the_catalog_is_listed() -> None:
+    done = run("list")
+    assert done.returncode == 0 and done.stderr == ""
+    for text in ("671.0B", "h800-2048", "mpft-roce", "slim-fly", "v3-hopper", "14.8T", "dualpipev"):
+        assert text in done.stdout
+    (models,) = json.loads(run("list", "models", "--json").stdout).values()
+    assert {"name": "deepseek-v3", "layers": 61, "context": 163_840}.items() <= models[7].items()
+
+
 def test_unread_keys_go_to_stderr(tmp_path: Path) -> None:
     spec = dovetail.load_model("quickstart")
     (tmp_path / "config.json").write_text(json.dumps({**write_hf(spec), "index_topk": 4}), encoding="utf-8")
@@ -83,6 +121,8 @@ def test_reproduce_prints_both_columns_and_the_contradictions() -> None:
             1,
             "dovetail: deepsek-v3: no such preset or file; did you mean deepseek-v3",
         ),
+        (("inspect", "deepseek-ai/DeepSeek-V3"), 1, "nothing is downloaded"),
+        (("list", "model"), 1, "dovetail: the catalog has no 'model'; did you mean models?"),
         (("inspect", "quickstart", "--context", "0"), 1, "dovetail: context = 0"),
         (("reproduce", "table9"), 1, "dovetail: no table 'table9'"),
         (("inspect",), 2, "Missing argument"),

@@ -8,11 +8,12 @@ input or the machine is at fault (one line says how), and 2 if the command line 
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from dovetail.cli import generate, models, network, plan, reproduce, train, weights
+import dovetail
+from dovetail.cli import catalog, generate, models, network, plan, reproduce, train, weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,9 +22,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="The DeepSeek-V3 system in one package: plan, train, generate, convert and count.",
 )
-for verbs in (train, generate, weights, models, plan, reproduce):
+for verbs in (train, generate, weights, models, catalog, plan, reproduce):
     app.add_typer(verbs.app)
 app.add_typer(network.app, name="network")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print("dovetail", dovetail.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that belong to no verb."""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A preset, a config.json, or a checkpoint directory.")],
+    model: Annotated[str, typer.Argument(help="A preset, a .toml or config.json, or a directory that holds one.")],
     clusters: Annotated[
         list[str],
         typer.Option("--cluster", help="A cluster's name, or a .toml file; give it several times to compare."),

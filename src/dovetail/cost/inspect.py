@@ -1,20 +1,18 @@
 """Counts a model from its description alone, for `dovetail inspect`.
 
-The model is a preset, a `config.json`, or a directory with a `config.json` (a checkpoint). Weights are not read.
+The target is whatever `catalog.presets.find_model` takes. Weights are not read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.catalog.presets import load_model, model_names, model_source
-from dovetail.config import near_matches
+from dovetail.catalog.presets import find_model
 from dovetail.cost import count
-from dovetail.spec.hf_config import read_hf, unread_keys, write_hf
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import Mla, ModelSpec
 
@@ -43,11 +41,12 @@ def inspect(target: str, context: int = 4096) -> Inspection:
     """Count the model that `target` names. Raises ValueError for a target that cannot be read."""
     if context < 1:
         raise ValueError(f"context = {context} tokens: it has to be at least 1")
-    spec, source, unread, stored = _read(target)
+    found = find_model(target)
+    spec = found.spec
     training = count.training_flop_per_token(spec, context)
     return Inspection(
         target=target,
-        source=source,
+        source=found.source,
         spec=spec,
         parameters=count.parameters(spec),
         context=context,
@@ -57,33 +56,15 @@ def inspect(target: str, context: int = 4096) -> Inspection:
         mtp_training_flop=count.training_flop_per_token(spec, context, mtp=True) - training,
         cache_bytes=count.cache_bytes_per_token(spec),
         checkpoint_tensors=count.checkpoint_tensors(spec) if isinstance(spec.attention, Mla) else None,
-        stored_bytes=stored,
+        stored_bytes=None if found.directory is None else _stored_bytes(found.directory),
         kernels=accepted_by(spec),
-        unread=unread,
+        unread=found.unread,
     )
 
 
-def _read(target: str) -> tuple[ModelSpec, str, tuple[str, ...], int | None]:
-    """Return the spec, source, unread keys and stored bytes of a preset, a config.json or a directory."""
-    if target in model_names():
-        return load_model(target), model_source(target), (), None
-    path, stored = Path(target), None
-    if path.is_dir():
-        stored = sum(file.stat().st_size for file in path.glob("*.safetensors")) or None
-        path /= "config.json"
-    if not path.is_file():
-        remedy = near_matches(target, model_names()) if path.name == target else ""
-        raise ValueError(f"{path}: no such preset or file" + (f"; {remedy}" if remedy else ""))
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds a JSON {type(config).__name__}, not an object")
-    try:
-        return read_hf(config), str(path), tuple(unread_keys(config)), stored
-    except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
+def _stored_bytes(directory: Path) -> int | None:
+    """Return the bytes of the safetensors files in `directory`, or None if it holds none."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) or None
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:

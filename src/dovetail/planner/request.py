@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
+from dovetail.catalog.presets import find_model
 from dovetail.config import apply_override, near_matches, validate
-from dovetail.cost.inspect import inspect
 from dovetail.planner.figure import Figure
 from dovetail.planner.serving.figures import serving_figures
 from dovetail.planner.serving.goal import ServingGoal
@@ -113,7 +113,7 @@ def answer(request: Request) -> Answer:
     """Make the plans. Raises ValueError, one line, for unknown names, illegal numbers, options of the other goal, and
     if nothing fits."""
     _check(request)
-    spec = inspect(request.model).spec
+    spec = find_model(request.model).spec
     make = _train if request.goal == "train" else _serve
     choices = tuple(make(request, spec, load_cluster(name)) for name in request.clusters)
     return Answer(request=request, spec=spec, choices=choices)

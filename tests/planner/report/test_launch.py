@@ -58,7 +58,19 @@ def test_a_config_file_is_named(tmp_path):
     plan, (launch,) = launched(**{**SMALL, "model": str(tmp_path)}, gpus=1)
     (tmp_path / "run.toml").write_text(launch.blocks[0].text, encoding="utf-8")
     assert resolve_model(load_toml(tmp_path / "run.toml", RunConfig).model) == plan.work.spec
-    assert read_toml(tmp_path / "run.toml")["model"]["config"] == str(tmp_path / "config.json")
+    assert read_toml(tmp_path / "run.toml")["model"]["config"] == str(tmp_path)
+
+
+def test_a_toml_model_is_named_varied_and_not_written_over(tmp_path):
+    model = tmp_path / "mine.toml"
+    model.write_text("[dial]\nwidth = 256", encoding="utf-8")
+    plan, (launch,) = launched(**{**SMALL, "model": str(model)}, gpus=1, vary=["num_experts_per_tok=2"])
+    assert plan.work.spec.moe.num_experts_per_tok == 2
+    (tmp_path / "run.toml").write_text(launch.blocks[0].text, encoding="utf-8")
+    config = load_toml(tmp_path / "run.toml", RunConfig)
+    assert resolve_model(config.model) == plan.work.spec
+    assert config.model.config == model
+    assert launch.blocks[1].text == "dovetail train mine-run.toml\n"
 
 
 def test_a_layout_that_cannot_be_run_has_no_command():

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.cost.inspect import inspect
+from dovetail.catalog.presets import find_model
 from dovetail.cost.ops.ffn import FfnWork, experts_forward
 from dovetail.cost.ops.ops import Exchange
 from dovetail.network.ask.question import Question
@@ -102,7 +102,7 @@ def recorded_tokens(question: Question) -> int | None:
 
 
 def _moe(question: Question) -> tuple[ModelSpec, Moe]:
-    spec = inspect(question.model or MODEL).spec
+    spec = find_model(question.model or MODEL).spec
     if spec.moe is None:
         raise ValueError(f"{question.model} has no experts: use a model that has, such as {MODEL}")
     return spec, spec.moe

@@ -52,7 +52,7 @@ class Question:
     sizes: tuple[float, ...] = ()  # bytes
     tokens: tuple[int, ...] = ()  # per GPU, for dispatch and combine in place of sizes
     gpu_counts: tuple[int | None, ...] = (None,)  # None: all that the fabric has
-    model: str | None = None  # the experts' model: a preset, a config.json or a checkpoint
+    model: str | None = None  # the experts' model, as `catalog.presets.find_model` takes it
     precision: str | None = None  # the recipe with the formats that tokens are sent in
     mode: str | None = None  # normal or low-latency, for dispatch and combine
     skew: float | None = None  # Zipf exponent of the experts' popularity

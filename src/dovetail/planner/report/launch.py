@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dovetail.catalog.presets import load_model, model_names
+from dovetail.catalog.presets import find_model, model_names
 from dovetail.cost.memory.rank import pipeline_memory
 from dovetail.planner.request import Choice, Request
 from dovetail.planner.serving.decode import DecodePlan
@@ -64,8 +64,8 @@ def training_launch(plan: TrainingPlan, model: str) -> Launch:
     split = [f"{name} = {value}" for name, value in _split(layout) if value > 1]
     if split:
         return Launch(title="to carry it out", notes=(_cannot(plan, split),))
-    name = Path(model).name.removesuffix(".json") or "model"
-    file = f"{name}.toml"
+    name = Path(model).name.removesuffix(".json").removesuffix(".toml") or "model"
+    file = f"{name}-run.toml" if model.endswith(".toml") else f"{name}.toml"  # not over the model's own file
     notes = [f"Save the first block as {file}; its [data] is Python's own library until you name your own text."]
     held, own, gpu = _unsharded(plan), plan.largest_memory.total, plan.work.cluster.gpu
     if layout.dp > 1 and held > own:
@@ -84,11 +84,8 @@ def run_file(plan: TrainingPlan, model: str, name: str) -> str:
     """Return a run file for `dovetail train` with the plan's batch, steps, micro-batches and precision."""
     work, layout = plan.work, plan.work.layout
     steps = math.ceil(plan.goal.tokens / plan.tokens_per_step) if plan.goal.tokens else STEPS
-    path = Path(model)
-    source = f"preset = {json.dumps(model)}"
-    if model not in model_names():
-        source = f"config = {json.dumps(str(path / 'config.json' if path.is_dir() else path))}"
-    lines = [f'out = "runs/{name}"', "", "[model]", source]
+    source = "preset" if model in model_names() else "config"
+    lines = [f'out = "runs/{name}"', "", "[model]", f"{source} = {json.dumps(model)}"]
     if changes := _changes(work.spec, model):
         lines.append(f"change = {{ {', '.join(f'{key} = {json.dumps(value)}' for key, value in changes.items())} }}")
     lines += ["", "[data]", 'kind = "stdlib"', "", "[train]", f"steps = {steps}", f"batch_size = {layout.batch}"]
@@ -120,10 +117,9 @@ def _split(layout: Layout) -> tuple[tuple[str, int], ...]:
 
 
 def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
-    if model not in model_names():
-        return {}
-    mine, preset = write_hf(spec), write_hf(load_model(model))
-    return {key: value for key, value in mine.items() if value != preset.get(key) and value is not None}
+    """Keys of config.json in which the plan's model differs from the one that was named."""
+    mine, named = write_hf(spec), write_hf(find_model(model).spec)
+    return {key: value for key, value in mine.items() if value != named.get(key) and value is not None}
 
 
 def _unsharded(plan: TrainingPlan) -> int:

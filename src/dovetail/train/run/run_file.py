@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.catalog.presets import load_model
+from dovetail.catalog.presets import load_model, model_names, read_model_file
 from dovetail.config import Record, dump, load_toml, near_matches, read_toml
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
@@ -38,16 +38,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class ModelConfig(Record):
-    """[model]: a preset or a config.json, and keys of either to change."""
+    """[model]: a preset or a file of one's own, and keys of either to change."""
 
     preset: str | None = None
-    config: Path | None = None
+    config: Path | None = None  # a .toml or config.json, or a directory that holds one
     change: dict[str, Any] = {}  # flat config.json keys, such as num_hidden_layers
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
         if (self.preset is None) == (self.config is None):
-            raise ValueError("give exactly one of model.preset (see dovetail inspect) and model.config (a config.json)")
+            raise ValueError("give exactly one of model.preset (see dovetail list models) and model.config (a file)")
         return self
 
 
@@ -106,14 +106,15 @@ class RunConfig(Record):
 
 
 def resolve_model(config: ModelConfig) -> ModelSpec:
+    """The model that [model] describes. Raises ValueError for one that cannot be read, and for keys that it has not."""
     if config.preset is not None:
+        is_file = Path(config.preset).suffix in (".toml", ".json") or Path(config.preset).exists()
+        if is_file and config.preset not in model_names():
+            raise ValueError(f"model.preset = {config.preset!r} is a file, not a name of the catalog: set model.config")
         spec = load_model(config.preset)
     else:
         assert config.config is not None
-        try:
-            spec = read_hf(json.loads(config.config.read_text("utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{config.config}: not JSON ({error})") from None
+        spec = read_model_file(config.config).spec
     if not config.change:
         return spec
     table = write_hf(spec)
