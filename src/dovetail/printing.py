@@ -1,8 +1,9 @@
-"""The command line's output on stdout: tables for people, JSON for programs."""
+"""The command line's output: tables and JSON on stdout, remarks on stderr."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +23,15 @@ class GroupedCommand(TyperCommand):
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+
+
+def announce_compilation(duration: str = "about a minute") -> None:
+    """Say on stderr, at the moment it begins, that CPU kernels are compiled; say nothing where they are cached."""
+    from dovetail.kernel_cache import before_compiling
+
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, one speaks
+        text = f"compiling CPU kernels, once per machine and version: {duration}"
+        before_compiling(lambda: print(text, file=sys.stderr))
 
 
 def print_json(record: Any) -> None:

@@ -14,6 +14,7 @@ from dovetail.catalog.fabrics import fabric_names
 from dovetail.cli.network import CATALOG
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(dovetail.__file__).parents[1]), "COLUMNS": "100"}
+COMPILING = "compiling CPU kernels, once per machine and version: some seconds\n"  # where none are kept yet
 SIMULATE = ("simulate", "--fabric", "mpft", "--gpus", "64")
 
 
@@ -72,7 +73,7 @@ def test_show_prints_and_draws(tmp_path: Path) -> None:
 
 def test_simulate_prints_time_links_and_price() -> None:
     done = run(*SIMULATE, "--size", "1GiB")
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr in ("", COMPILING)
     for text in (
         "time",
         "23.49 ms",
@@ -105,7 +106,7 @@ def test_a_sweep_has_a_row_for_each_size_and_a_picture(tmp_path: Path) -> None:
 def test_experts_beside_copies_from_the_host() -> None:
     arguments = ("--gpus", "16", "--collective", "dispatch", "--tokens", "64", "--beside", "host-copy:1MiB")
     done = run("simulate", "--fabric", "h800-2048", *arguments)
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0 and done.stderr in ("", COMPILING)
     for text in ("64 tokens per GPU on 16 of", "DeepEP", "dispatch first", "host-copy, 1 MiB", "(1.00x)"):
         assert text in done.stdout
 

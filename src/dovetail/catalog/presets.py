@@ -1,4 +1,4 @@
-"""Finds a model as users name it: a preset, a TOML file, a `config.json`, or a directory that holds one.
+"""Finds a model as users name it: a preset, a TOML file, a `config.json`, or a directory with one.
 
 A preset is a file `models/NAME.toml` of the catalog. It and a user's own TOML file hold either the flat keys of a
 published `config.json` or a `[dial]` from which `dovetail.spec.family` derives the rest; a preset also says where its
@@ -17,7 +17,7 @@ from typing import Any
 
 from dovetail.config import near_matches, read_toml, validate
 from dovetail.spec.family import Dial, dovetail_spec
-from dovetail.spec.hf_config import read_flat, unread_keys
+from dovetail.spec.hf_config import read_flat, read_hf, unread_keys
 from dovetail.spec.model import ModelSpec
 
 ACCEPTED = "a model is a preset (dovetail list models), a .toml file, a config.json, or a directory that holds one"

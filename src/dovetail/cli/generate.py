@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dovetail.printing import print_json
+from dovetail.printing import announce_compilation, print_json
 
 app = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -35,6 +35,7 @@ def generate(
     from dovetail.engine.llm import LLM
     from dovetail.engine.sampler import SamplingParams
 
+    announce_compilation()
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_tokens": max_tokens}
     params = [SamplingParams(**settings, stop=stop or (), seed=seed + i) for i in range(len(prompt))]
     completions = LLM.load(checkpoint).generate(prompt, params, speculate)

@@ -42,7 +42,7 @@ def inspect(
 
 def _write_config(spec: ModelSpec, path: Path, overwrite: bool) -> None:
     """Write the config.json of `spec` to `path`, whole or not at all."""
-    from dovetail.spec.hf_config import write_hf
+    from dovetail.spec.hf_config import read_hf, write_hf
     from dovetail.text.atomic import write_bytes
 
     if path.is_dir():
@@ -50,6 +50,6 @@ def _write_config(spec: ModelSpec, path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(f"--write-config {path}: exists; give another name, or --overwrite")
     text = json.dumps(write_hf(spec), indent=2) + "\n"
-    assert type(spec).from_hf(json.loads(text)) == spec
+    assert read_hf(json.loads(text)) == spec
     write_bytes(path, text.encode())
     print(f"wrote {path}", file=sys.stderr)

@@ -170,15 +170,15 @@ def simulate(
     dovetail network simulate --fabric h800-2048 --gpus 64 --collective dispatch --beside host-copy:1GiB
     """
     options = locals()
-    from dovetail.network.ask import pictures, report
-    from dovetail.network.ask.ask import ask
+    from dovetail.network.ask import ask, pictures, report
     from dovetail.network.ask.question import Question
-    from dovetail.printing import print_json, print_table
+    from dovetail.printing import announce_compilation, print_json, print_table
 
     question = Question.of(options, sweep or ())
     if picture is not None:
         pictures.check_picture(question, picture)
-    answer = ask(question)
+    announce_compilation("some seconds")
+    answer = ask.ask(question)
     if picture is not None:
         pictures.draw(answer, picture)
         print(f"wrote {picture}", file=sys.stderr)

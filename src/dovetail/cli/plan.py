@@ -6,11 +6,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dovetail.printing import print_json, print_table
+from dovetail.printing import announce_compilation, print_json, print_table
+
+if TYPE_CHECKING:
+    from dovetail.planner.request import Answer
 
 app = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -77,19 +80,31 @@ def plan(
     dovetail plan deepseek-v3 --cluster h800-2048 --goal serve --context 4989 --output-speed 20
     """
     options = locals()
-    from dovetail.planner.report import drawing, plain, tables
+    from dovetail.planner.report import drawing
     from dovetail.planner.report import html as pages
     from dovetail.planner.request import Request
     from dovetail.planner.request import answer as plans
 
     if timeline and (explain is not None or as_json or markdown):
         raise ValueError("--timeline belongs to the tables: leave out --explain, --json and --markdown, or --timeline")
-    answer = plans(Request.of(options))
-    pipeline = drawing.planned_timeline(answer, "--timeline") if timeline else None
+    request = Request.of(options)
+    pages.check(request, html, trace)
+    if timeline:
+        drawing.check_timeline(request, "--timeline")
+    if network == "simulate":
+        announce_compilation("some seconds")
+    answer = plans(request)
     for write, path in ((pages.write, html), (pages.write_trace, trace)):
         if path is not None:
             write(answer, path)
             print(f"wrote {path}", file=sys.stderr)
+    _print_answer(answer, markdown, as_json, timeline)
+
+
+def _print_answer(answer: Answer, markdown: bool, as_json: bool, timeline: bool) -> None:
+    from dovetail.planner.report import drawing, plain, tables
+
+    explain = answer.request.explain
     if explain is not None and as_json:
         print_json(plain.explained_json(answer, explain))
     elif explain is not None:
@@ -102,7 +117,8 @@ def plan(
         for table in tables.tables(answer):
             print_table(table.title, table.header, table.rows)
             print()
-        if pipeline is not None:
+        if timeline:
+            pipeline = drawing.planned_timeline(answer)
             print(drawing.draw_text(pipeline, max(40, shutil.get_terminal_size((120, 0)).columns)))
         for launch in tables.answer_launches(answer):
             print(*tables.printed_launch(launch), sep="\n")
@@ -121,6 +137,7 @@ def calibrate(
     from dovetail.calibrate import machine as measuring
     from dovetail.planner.report import measured
 
+    announce_compilation()
     cluster = measuring.calibrate(out, seconds)
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun sets it; one rank prints for all
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dovetail.printing import print_json, print_table
+from dovetail.printing import announce_compilation, print_json, print_table
 
 app = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -32,6 +32,7 @@ def reproduce(
     from dovetail.reproduce import tables
 
     chosen = names or []
+    announce_compilation("up to a minute")
     if len(chosen) == 1 and chosen[0] in tables.EXPERIMENTS:
         module = import_module(f"dovetail.reproduce.{chosen[0]}")
         result = module.reproduce(out or Path(f"{chosen[0]}.png"))

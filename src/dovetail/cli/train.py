@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dovetail.printing import print_json, print_table
+from dovetail.printing import announce_compilation, print_json, print_table
 
 app = typer.Typer()
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -21,6 +21,7 @@ def quickstart(
     """Train on Python's own library, evaluate, export, generate; the same command continues a stopped run."""
     from dovetail.quickstart import quickstart as stages
 
+    announce_compilation()
     for title, rows in stages(out or Path(f"quickstart-{minutes:g}min"), minutes):
         print_table(f"\n{title}", ("",) * max(map(len, rows)), rows)
 
@@ -35,6 +36,7 @@ def train(
     from dovetail.train.run.loop import train as run_training
     from dovetail.train.run.run_file import RunConfig
 
+    announce_compilation()
     state = run_training(load_toml(run, RunConfig, change or ()))
     print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
 

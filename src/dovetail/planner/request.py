@@ -1,20 +1,23 @@
 """A user's request, as `dovetail plan` takes it, and the plans that answer it.
 
-Text becomes numbers here ("14.8T" is 1.48e13), and options that do not belong together are refused. The plans are made
-by `planner.training.search`, `planner.training.plan` and `planner.serving.plan`.
+Options that do not belong together are refused, and all that can be wrong is found before the first search. The plans
+are made by `planner.training.search`, `planner.training.plan` and `planner.serving.plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dovetail.catalog.hardware import load_cluster
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import find_model
 from dovetail.config import apply_override, near_matches, validate
+from dovetail.planner.amounts import amount, whole
 from dovetail.planner.figure import Figure
+from dovetail.planner.figure_keys import check_key
 from dovetail.planner.serving.figures import serving_figures
 from dovetail.planner.serving.goal import ServingGoal
 from dovetail.planner.serving.plan import ServingPlan, best_pools, on_network
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from dovetail.network.delivery.layout_traffic import LayoutTraffic
 
 GOALS = ("train", "serve")
-UNITS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 NETWORKS = ("closed-forms", "simulate")
 TRAIN_ONLY = ("tokens", "batch", "sequence_length", "pp", "schedule", "microbatch_size", "vary")
 SERVE_ONLY = ("context", "prompt_length", "output_length", "output_speed", "prefill_ep", "decode_cluster", "change")
@@ -68,6 +70,7 @@ class Request:
     routing: str | None = None
     fail: Sequence[str] = ()
     change: Sequence[str] = ()  # "cache_hit=0.5": other keys of ServingGoal
+    explain: str | None = None  # the figure that is asked for, if one is
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Request:
@@ -114,29 +117,9 @@ def answer(request: Request) -> Answer:
     if nothing fits."""
     _check(request)
     spec = find_model(request.model).spec
-    make = _train if request.goal == "train" else _serve
-    choices = tuple(make(request, spec, load_cluster(name)) for name in request.clusters)
-    return Answer(request=request, spec=spec, choices=choices)
-
-
-def amount(text: str, name: str) -> float:
-    """Return "14.8T", "2.5B", "4,096" or "1e12" as a number. Raises ValueError for one that is not above 0."""
-    digits = text.strip().replace(",", "").replace("_", "")
-    unit = UNITS.get(digits[-1:].upper(), 0.0)
-    try:
-        value = float(digits[:-1]) * unit if unit else float(digits)
-    except ValueError:
-        raise ValueError(f"{name} {text}: expected a number, such as 4096, 14.8T, 2.5B or 1e12") from None
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} {text}: expected more than 0, and a finite number")
-    return value
-
-
-def whole(text: str, name: str) -> int:
-    value = amount(text, name)
-    if value != int(value):
-        raise ValueError(f"{name} {text}: expected a whole number; nearest: {round(value)}")
-    return int(value)
+    prepare = _train if request.goal == "train" else _serve
+    searches = [prepare(request, spec, load_cluster(name)) for name in request.clusters]  # all are checked first
+    return Answer(request=request, spec=spec, choices=tuple(search() for search in searches))
 
 
 def _check(request: Request) -> None:
@@ -153,14 +136,17 @@ def _check(request: Request) -> None:
         raise ValueError(f"--network {request.network}: {near_matches(request.network, NETWORKS)}")
     for name in ("fabric", "routing", "fail"):
         if getattr(request, name) and request.network != "simulate":
-            raise ValueError(f"--{name} is for --network simulate: add that, or leave --{name} out")
+            raise ValueError(f"--{name} is of --network simulate: add it, or leave --{name} out")
+    if request.explain is not None:
+        check_key(request.explain, request.goal)
     for name in ("gpus", "ep", "tp", "pp", "microbatch_size", "prefill_ep"):
         value = getattr(request, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
 
 
-def _train(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
+def _train(request: Request, spec: ModelSpec, cluster: Cluster) -> Callable[[], Choice]:
+    """Return the search on one cluster, after checking what can be checked without it; `_serve` does likewise."""
     if request.batch is None:
         raise ValueError("--goal train takes --batch, the sequences of a step, such as --batch 15360")
     tokens = None if request.tokens is None else amount(request.tokens, "--tokens")
@@ -176,6 +162,18 @@ def _train(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
     works, choices = vary(work, request.vary, Choices.of(request.layout))
     _check_gpus(request.gpus, cluster)
     traffic = _traffic(request, cluster, request.gpus or cluster.gpus)
+    return partial(_best_layout, request, work, works, goal, choices, traffic)
+
+
+def _best_layout(
+    request: Request,
+    work: Workload,
+    works: list[Workload],
+    goal: TrainingGoal,
+    choices: Choices,
+    traffic: LayoutTraffic | None,
+) -> Choice:
+    cluster = work.cluster
     try:
         found = search_all(works, goal, request.gpus, choices, traffic)
     except ValueError:
@@ -210,7 +208,7 @@ def _check_fixed(fixed: dict[str, Any], work: Workload, batch: int, gpus: int) -
     check_layout(layout, work.spec, work.cluster.gpus, batch)
 
 
-def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
+def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Callable[[], Choice]:
     table: dict[str, Any] = {}
     for name in ("context", "prompt_length", "output_length", "output_speed"):
         text = getattr(request, name)
@@ -223,7 +221,10 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
     own = _of(cluster, request.gpus)
     decoders = load_cluster(request.decode_cluster) if request.decode_cluster else own
     tp = request.tp or 1
-    plan = best_pools(
+    for each in (own, decoders):
+        _traffic(request, each, each.gpus)  # names of fabrics and failures, before the search
+    search = partial(
+        best_pools,
         spec,
         own,
         load_recipe(request.precision),
@@ -232,6 +233,11 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Choice:
         prefill_layout=_pool(spec, request.prefill_ep, tp),
         decode_layout=_pool(spec, request.ep, tp),
     )
+    return partial(_best_pools, request, cluster, search)
+
+
+def _best_pools(request: Request, cluster: Cluster, search: Callable[[], ServingPlan]) -> Choice:
+    plan = search()
     if request.network == "simulate":
         pools = [_pools_traffic(request, each.work.cluster, each.layout) for each in (plan.prefill, plan.decode)]
         plan = on_network(plan, *pools)

@@ -33,3 +33,19 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_new_file(path: Path) -> None:
+    """Raise ValueError if `write_bytes` could not write `path`: called before the work whose result it will hold."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a directory; give the name of a file")
+    check_folder(path.absolute().parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if nothing can be written into `folder`, which need not exist yet."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder}: {there} is a file, not a directory; give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder}: {there} cannot be written to; give another place, or change its permissions")

@@ -9,9 +9,10 @@ from xml.etree import ElementTree
 import pytest
 
 from dovetail.catalog.hardware import load_cluster
+from dovetail.planner.amounts import amount, whole
 from dovetail.planner.figure import explanation, find_figure
 from dovetail.planner.report import html, measured, plain, tables
-from dovetail.planner.request import Answer, Request, amount, answer, whole
+from dovetail.planner.request import Answer, Request, answer
 from dovetail.planner.training.figures import training_figures
 from dovetail.spec.band import Band
 

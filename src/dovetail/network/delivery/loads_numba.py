@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from dovetail.kernel_cache import compiled
 
 CUT_OFF = -1
 
 
-@njit(cache=True)
+@compiled()
 def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # type: ignore[no-untyped-def]
     """Add the flows from all switches to each of `leaves`, sprayed over all shortest paths, to `load` [links].
 
@@ -49,7 +50,7 @@ def add_loads(into, out, ends, capacity, lengths, leaves, amounts, load):  # typ
     return most
 
 
-@njit(cache=True)
+@compiled()
 def _search(into, ends, lengths, leaf, distance, order):  # type: ignore[no-untyped-def]
     """Write the lengths of shortest paths to `leaf` into `distance` (-1 without a path), and the switches, nearest
     first, into `order`. Returns how many are reached."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from numba import njit
+
+from dovetail.kernel_cache import compiled
 
 AGAIN = 1e-3  # a sum that has shrunk to this share is computed anew, because subtraction loses digits
 SAME = 1e-12  # a share that differs from its key by less than this counts as equal
 
 
-@njit(cache=True)
+@compiled()
 def fill(left, routes, bundles, flows_of, bundles_of, wanted, state, rates, level):  # type: ignore[no-untyped-def]
     """Write the `rates` of the flows `wanted` within `left` bytes/s per link, which is reduced by what they take.
     No rate is below `level`, except on links that have nothing left."""
@@ -76,7 +77,7 @@ def fill(left, routes, bundles, flows_of, bundles_of, wanted, state, rates, leve
             dropped[b] = 0.0
 
 
-@njit(cache=True)
+@compiled()
 def _fix(  # type: ignore[no-untyped-def]
     flows_of, item, rate, routes, num_links, state, rates, left, load, taken, dropped, touched, num_touched
 ):
@@ -103,7 +104,7 @@ def _fix(  # type: ignore[no-untyped-def]
     return num_touched
 
 
-@njit(cache=True)
+@compiled()
 def _load(link, routes, bundles, flows_of, bundles_of, state, num_links):  # type: ignore[no-untyped-def]
     """Return what the flows that still want a rate take of `link` per unit of rate. A flow that has an item more than
     once is listed that often, and looked at once."""
@@ -134,13 +135,13 @@ def _load(link, routes, bundles, flows_of, bundles_of, state, num_links):  # typ
     return total
 
 
-@njit(cache=True)
+@compiled()
 def _is_first(place, rows_of, item):  # type: ignore[no-untyped-def]
     """Return whether this is the first place of its row; rows are in order, so a repeated one follows itself."""
     return place == rows_of[0][item] or rows_of[1][place] != rows_of[1][place - 1]
 
 
-@njit(cache=True)
+@compiled()
 def _spread(load, bundles, num_links):  # type: ignore[no-untyped-def]
     for b in range(len(bundles[0]) - 1):
         if load[num_links + b] > 0:
@@ -148,7 +149,7 @@ def _spread(load, bundles, num_links):  # type: ignore[no-untyped-def]
                 load[bundles[1][q]] += bundles[2][q] * load[num_links + b]
 
 
-@njit(cache=True)
+@compiled()
 def carry(values, chosen, routes, bundles, num_links):  # type: ignore[no-untyped-def]
     """Return for each link the sum over the flows `chosen` of values[f] times the share of flow f on it."""
     offsets, items, shares = routes
@@ -160,7 +161,7 @@ def carry(values, chosen, routes, bundles, num_links):  # type: ignore[no-untype
     return total[:num_links]
 
 
-@njit(cache=True)
+@compiled()
 def transpose(offsets, items, num_items):  # type: ignore[no-untyped-def]
     """Return the rows of each item, as CSR."""
     starts = np.zeros(num_items + 1, dtype=np.int64)

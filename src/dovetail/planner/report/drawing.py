@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from dovetail.parallel.schedules.schedule import Action, Step
-from dovetail.planner.request import Answer
+from dovetail.planner.request import Answer, Request
 from dovetail.planner.training.plan import TrainingPlan
 from dovetail.planner.training.timeline import Timeline
 
@@ -28,12 +28,17 @@ UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 DIGIT = 0.62  # width of a digit over the font's size
 
 
-def planned_timeline(answer: Answer, option: str) -> Timeline:
-    """The timeline of the training step that `answer` plans. Raises ValueError for other plans, and names `option`."""
-    plan = answer.choices[0].plan
-    if len(answer.choices) > 1 or not isinstance(plan, TrainingPlan):
+def check_timeline(request: Request, option: str) -> None:
+    """Raise ValueError, which names `option`, for a request that plans no training step, or several."""
+    if request.goal != "train" or len(request.clusters) > 1:
         raise ValueError(f"{option} is the timeline of a training step on one cluster: --goal train and one --cluster")
-    return plan.timeline
+
+
+def planned_timeline(answer: Answer) -> Timeline:
+    """Return the timeline of the training step that was planned for a request that `check_timeline` lets pass."""
+    (choice,) = answer.choices
+    assert isinstance(choice.plan, TrainingPlan)
+    return choice.plan.timeline
 
 
 def draw_text(timeline: Timeline, width: int = 100) -> str:

@@ -12,7 +12,16 @@ from html import escape
 from pathlib import Path
 
 from dovetail.planner.figure import Figure, number
-from dovetail.planner.report.drawing import GRID, IDLE, INK, MUTED, chrome_trace, draw_svg, planned_timeline
+from dovetail.planner.report.drawing import (
+    GRID,
+    IDLE,
+    INK,
+    MUTED,
+    check_timeline,
+    chrome_trace,
+    draw_svg,
+    planned_timeline,
+)
 from dovetail.planner.report.pictures import Bar, Point, bars, memory_bars, pool_memory, scatter
 from dovetail.planner.report.tables import (
     NOTHING,
@@ -30,11 +39,12 @@ from dovetail.planner.report.tables import (
     summary,
     tables,
 )
-from dovetail.planner.request import Answer, Choice
+from dovetail.planner.request import Answer, Choice, Request
 from dovetail.planner.serving.decode import DecodePlan, decode_pool, step_of
 from dovetail.planner.serving.plan import ServingPlan
 from dovetail.planner.serving.prefill import PrefillPlan
 from dovetail.planner.training.plan import TrainingPlan
+from dovetail.text.atomic import check_new_file, write_bytes
 
 PARTS = ("forward", "input_backward", "weight_backward", "pair", "bubble", "optimizer")
 TILES = {
@@ -117,19 +127,35 @@ DRAWING_STYLE = (
 )
 
 
+def check(request: Request, page: Path | None, trace: Path | None) -> None:
+    """Raise ValueError, before there is a plan, for files that could not be written once there is one."""
+    if trace is not None:
+        check_timeline(request, "--trace")
+    for option, path in (("--html", page), ("--trace", trace)):
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+        try:
+            check_new_file(path)
+        except ValueError as error:
+            raise ValueError(f"{option} {error}") from None
+
+
 def write(answer: Answer, path: Path) -> None:
     """Write the page to `path`. Raises ValueError if no file can be written there."""
     _write(page(answer), path, "--html")
 
 
 def write_trace(answer: Answer, path: Path) -> None:
-    """Write the step's timeline for chrome://tracing. Raises ValueError for plans without one, and as `write`."""
-    _write(chrome_trace(planned_timeline(answer, "--trace")), path, "--trace")
+    """Write the step's timeline, for chrome://tracing. Raises ValueError as `check` and `write` do."""
+    check(answer.request, None, path)
+    _write(chrome_trace(planned_timeline(answer)), path, "--trace")
 
 
 def _write(text: str, path: Path, option: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_bytes(path, text.encode())
     except OSError as problem:
         raise ValueError(f"{option} {path}: {(problem.strerror or str(problem)).lower()}") from None
 
