@@ -21,12 +21,13 @@ from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion
+from dovetail.model.checkpoint.directory import check_target
 from dovetail.model.checkpoint.weights import export_hf
 from dovetail.model.transformer import Transformer
 from dovetail.text.documents import Document, read_documents
 from dovetail.text.yardstick import compressed_sizes
 from dovetail.train.report.display import Display
-from dovetail.train.report.metrics import HeldOutMetrics, read_metrics
+from dovetail.train.report.metrics import WholeHeldOutMetrics, read_metrics
 from dovetail.train.report.picture import draw_run
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.footprint import measure_step, state_bytes
@@ -72,6 +73,7 @@ def run_config(out: Path, minutes: float) -> RunConfig:
 def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Run all stages, and yield (title, rows) of each table as soon as it is known, for the caller to print."""
     config = run_config(out, minutes)
+    check_target(out / "model", overwrite=True)  # what training ends with
     spec = load_model(PRESET)
     tokens = config.train.microbatch_size * config.train.sequence_length
     memory = training_memory(spec, tokens, recipe=load_recipe(config.train.precision), gradient_bytes=2)
@@ -89,9 +91,10 @@ def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str,
 def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
     store = state.held_out_store
     assert store is not None
-    measured = [each for each in read_metrics(state.config.out / "metrics.jsonl") if isinstance(each, HeldOutMetrics)]
+    records = read_metrics(state.config.out / "metrics.jsonl")
+    measured = next(each for each in records if isinstance(each, WholeHeldOutMetrics))
     documents = list(read_documents(state.config.data, "held_out"))
-    rows = [("this model", f"{measured[-1].bits_per_byte:.3f}", f"after {state.num_steps} steps")]
+    rows = [("this model", f"{measured.bits_per_byte:.3f}", f"after {state.num_steps} steps")]
     if state.ema is not None:
         rows.append(("its moving average", f"{average_bits(state):.3f}", f"decay {state.ema.decay}"))
     sizes = compressed_sizes(document.text.encode() for document in documents)

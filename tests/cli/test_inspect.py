@@ -11,6 +11,7 @@ import pytest
 import dovetail
 from dovetail.catalog.presets import find_model
 from dovetail.spec.hf_config import write_hf
+from dovetail.train.report.metrics import HealthMetrics, MetricsLog
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -22,7 +23,17 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "verb",
-    [(), ("inspect",), ("reproduce",), ("plan",), ("calibrate",), ("network", "simulate"), ("train",), ("list",)],
+    [
+        (),
+        ("inspect",),
+        ("reproduce",),
+        ("plan",),
+        ("calibrate",),
+        ("network", "simulate"),
+        ("train",),
+        ("list",),
+        ("health",),
+    ],
 )
 def test_help_loads_nothing_heavy(verb: tuple[str, ...]) -> None:
     """So it answers at once."""
@@ -96,6 +107,27 @@ def test_the_catalog_is_listed() -> None:
         assert text in done.stdout
     (models,) = json.loads(run("list", "models", "--json").stdout).values()
     assert {"name": "deepseek-v3", "layers": 61, "context": 163_840}.items() <= models[7].items()
+
+
+def test_health_is_printed_without_torch(tmp_path: Path) -> None:
+    shares = {"flushed": 0.25, "clipped": 0.0, "smallest_scale": 1e-4, "largest_scale": 0.5}
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (5, 10):
+        for layer in range(30):
+            name = f"layers.{layer}.o_proj"
+            log.write(HealthMetrics(step=step, layer=name, operand="grad", signal_to_noise=30.0 + layer, **shares))
+    log.close()
+    done = run("health", str(tmp_path), "--worst", "2")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "operands in step 10" in done.stdout and "31.0 dB" in done.stdout and "32.0 dB" not in done.stdout
+    assert "2 of 30 operands" in done.stdout and "recorded in 2 steps (--step), 5 to 10" in done.stdout
+    record = json.loads(run("health", str(tmp_path), "--step", "5", "--json").stdout)
+    assert record["step"] == 5 and len(record["operands"]) == 30
+    assert "the nearest that has is 5" in run("health", str(tmp_path), "--step", "6").stderr
+    code = (
+        "import sys; from dovetail.train.report import health_table; assert not {'torch', 'numba'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_unread_keys_go_to_stderr(tmp_path: Path) -> None:

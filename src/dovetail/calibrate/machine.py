@@ -32,7 +32,7 @@ from dovetail.cost.ops.ops import Gemm
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
-from dovetail.text.atomic import write_bytes
+from dovetail.text.atomic import check_new_file, write_bytes
 from dovetail.train.run.ranks import local_device, process_group, rank_and_world
 
 SMALLEST_SHARE = 0.2  # at least this share of an operation's time counts as work, however long a launch takes
@@ -46,6 +46,7 @@ def calibrate(path: Path, seconds: float = 45.0) -> Cluster:
     """
     if path.suffix != ".toml":
         raise ValueError(f"{path}: expected a name that ends in .toml, which tells a cluster's file from its name")
+    check_new_file(path)
     keep_freed_memory()  # as training does
     with process_group():
         cluster = measure(seconds)

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import dovetail
-from dovetail.cli import catalog, generate, models, network, plan, reproduce, train, weights
+from dovetail.cli import catalog, generate, health, models, network, plan, reproduce, train, weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="The DeepSeek-V3 system in one package: plan, train, generate, convert and count.",
 )
-for verbs in (train, generate, weights, models, catalog, plan, reproduce):
+for verbs in (train, health, generate, weights, models, catalog, plan, reproduce):
     app.add_typer(verbs.app)
 app.add_typer(network.app, name="network")
 
@@ -59,7 +59,10 @@ def main() -> None:
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    print("dovetail:", " ".join(str(error).split()), file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:  # without its number
+        text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}"
+    print("dovetail:", " ".join(text.split()), file=sys.stderr)
     sys.exit(code)
 
 

@@ -17,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint in the Hugging Face layout.")],
+    checkpoint: Annotated[Path, typer.Argument(help="The directory of a training run, or a Hugging Face checkpoint.")],
     prompt: Annotated[list[str], typer.Option(help="A text to complete; may be given several times.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 1.0,
@@ -29,16 +29,20 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Stop at this string; may be given several times.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random draws.")] = 0,
     speculate: Annotated[int, typer.Option(min=0, help="MTP drafts per step; this changes only the speed.")] = 0,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of a run's weights.")] = False,
     as_json: Json = False,
 ) -> None:
     """Complete prompts with a trained model."""
-    from dovetail.engine.llm import LLM
+    from dovetail.convert import load_llm
     from dovetail.engine.sampler import SamplingParams
 
     announce_compilation()
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "max_tokens": max_tokens}
     params = [SamplingParams(**settings, stop=stop or (), seed=seed + i) for i in range(len(prompt))]
-    completions = LLM.load(checkpoint).generate(prompt, params, speculate)
+    llm, weights = load_llm(checkpoint, ema, speculate)
+    if weights:
+        print(weights, file=sys.stderr)
+    completions = llm.generate(prompt, params, speculate)
     if as_json:
         print_json([asdict(completion) for completion in completions])
         return

@@ -19,6 +19,7 @@ from dovetail.engine.completion_text import CompletionText
 from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Completion, Sequence
+from dovetail.model.checkpoint.inventory import read_config
 from dovetail.model.checkpoint.weights import import_hf
 from dovetail.model.transformer import Transformer
 from dovetail.spec.model import ModelSpec
@@ -54,9 +55,12 @@ class LLM:
     ) -> LLM:
         """From a directory in the Hugging Face layout, its `tokenizer.json` included; on a GPU, if there is one, unless
         told. Raises `ValueError`."""
+        directory = Path(checkpoint_dir)
+        read_config(directory)  # says so where this is no checkpoint
+        tokenizer = Tokenizer.load(directory)  # before the weights, which take longest
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, spec = import_hf(checkpoint_dir, dtype=dtype, device=device)
-        return cls(model, spec, Tokenizer.load(checkpoint_dir))
+        model, spec = import_hf(directory, dtype=dtype, device=device)
+        return cls(model, spec, tokenizer)
 
     def generate(
         self,

@@ -1,4 +1,4 @@
-"""Lists the keys of all figures of plans, so that `--explain` is checked before there is a plan.
+"""Lists the keys of all figures of plans, so that `--explain` is checked before there is a plan."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from dovetail.numerics.formats.quantize import quantize
 from dovetail.numerics.formats.quantized import grid_values
 from dovetail.numerics.products.accumulate import matmul
 from dovetail.numerics.products.accumulators import HopperAccumulator
-from dovetail.text.atomic import write_bytes
+from dovetail.text.atomic import check_new_file, write_bytes
 from dovetail.train.report.picture import INK, STYLE
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # K
@@ -86,6 +86,7 @@ class Result:
 
 def reproduce(picture: Path, lengths: Sequence[int] = LENGTHS, outputs: int = OUTPUTS) -> Result:
     """Measure, and draw the PNG `picture`, in half a minute on two cores. `lengths` must contain PAPER_LENGTH."""
+    check_new_file(picture)
     rows = [row for values in DRAWS for length in lengths for row in measure(values, length, outputs)]
     result = Result(rows=tuple(rows), picture=picture)
     draw(result, picture)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dovetail.text.atomic import check_new_file
 from dovetail.train.compare import gap
 from dovetail.train.compare.compare import comparison, measure
 from dovetail.train.compare.gap import PAPER, Gap, percent
@@ -47,6 +48,7 @@ def reproduce(picture: Path, num_seeds: int = SEEDS, config: RunConfig | None = 
 
     The comparison is in a directory named like the picture. `config` replaces the run file.
     """
+    check_new_file(picture)
     directory = picture.with_name(f"{picture.stem}-runs")
     settings = comparison(config or run_config(), "deepseek-v3", out=directory)
     return Result(gap=measure(settings, num_seeds, picture), directory=directory, picture=picture)

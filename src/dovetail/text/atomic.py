@@ -45,7 +45,8 @@ def check_new_file(path: Path) -> None:
 def check_folder(folder: Path) -> None:
     """Raise ValueError if nothing can be written into `folder`, which need not exist yet."""
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    name = str(folder) if there == folder.absolute() else f"{folder}: {there}"
     if not there.is_dir():
-        raise ValueError(f"{folder}: {there} is a file, not a directory; give another place")
+        raise ValueError(f"{name} is a file, not a directory; give another place")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{folder}: {there} cannot be written to; give another place, or change its permissions")
+        raise ValueError(f"{name} cannot be written to; give another place, or change its permissions")

@@ -99,11 +99,9 @@ def encode_documents(
 
     Raises ValueError if the tokenizer lacks a token that the settings need.
     """
-    if tokenizer.eos_id is None:
-        raise ValueError("the tokenizer has no end-of-text token; name eos_token in tokenizer_config.json")
+    check_special_tokens(tokenizer, config)
+    assert tokenizer.eos_id is not None
     fim_ids = (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end)
-    if config.fim_rate and None in fim_ids:
-        raise ValueError("the tokenizer has no fill-in-the-middle tokens; set data.fim_rate to 0")
     combined = combined_tokens(tokenizer) if config.newline_split_rate else {}
     numbered = enumerate(documents)
     for batch in by_size(numbered):
@@ -119,6 +117,14 @@ def encode_documents(
             ids.append(tokenizer.eos_id)
             ids = split_combined(ids, combined, config.seed, index, config.newline_split_rate)
             yield EncodedDocument(ids, document.num_bytes)
+
+
+def check_special_tokens(tokenizer: Tokenizer, config: DataConfig) -> None:
+    """Raise ValueError if the tokenizer lacks a token that the settings need."""
+    if tokenizer.eos_id is None:
+        raise ValueError("the tokenizer has no end-of-text token; name eos_token in tokenizer_config.json")
+    if config.fim_rate and None in (tokenizer.fim_begin, tokenizer.fim_hole, tokenizer.fim_end):
+        raise ValueError("the tokenizer has no fill-in-the-middle tokens; set data.fim_rate to 0")
 
 
 def by_size(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:

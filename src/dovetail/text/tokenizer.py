@@ -149,12 +149,17 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
 
-def train(documents: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
+def check_vocabulary(vocab_size: int) -> None:
+    """Raise ValueError for a vocabulary that no tokenizer can be trained for."""
     if vocab_size < MINIMUM_VOCABULARY:
         raise ValueError(
             f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
             f"need at least {MINIMUM_VOCABULARY}"
         )
+
+
+def train(documents: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
+    check_vocabulary(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -186,7 +191,10 @@ def _load(path: Path) -> Tokenizer:
             "update the package: pip install -U tokenizers"
         ) from error
     config_path = path.with_name("tokenizer_config.json")
-    named = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+    try:
+        named = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
+    except ValueError as error:  # malformed JSON, or not UTF-8
+        raise ValueError(f"{config_path}: not valid JSON: {error}; copy the file again, or remove it") from None
     return wrap(backend, named)
 
 

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from dovetail.train.report.display import BARS, PLAIN_BARS, Display, duration, spark
-from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics
+from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, WholeHeldOutMetrics
 
 
 class Clock:
@@ -87,6 +87,28 @@ def test_plain_lines_show_the_last_step_and_what_is_odd() -> None:
         "[bold] is not markup",
         "step 2/100  loss 4.5000  12346 tokens/s  mfu 41.2%  lr 2.20e-04  grad 0.81  batch 16  skipped 3  1h00m left",
     ]
+
+
+def test_the_figure_of_all_text_is_a_line_of_its_own() -> None:
+    whole = WholeHeldOutMetrics(step=2, tokens=8192, loss=3.25, bits_per_byte=2.0625)
+    expected = "all held-out text after step 2: loss 3.2500, 2.0625 bits/byte"
+    display, out = plain(Clock())
+    display.update(step_metrics(1))
+    display.update(HELD_OUT)
+    display.update(step_metrics(2))
+    display.update(whole)
+    assert [line[:18] for line in out.getvalue().splitlines()] == [
+        "step 1/100  loss 9",
+        "held out after ste",
+        "step 2/100  loss 4",  # what was waiting to be shown comes first
+        "all held-out text ",
+    ]
+    assert out.getvalue().endswith(expected + "\n")
+    live_display, console = live(Clock())
+    live_display.update(step_metrics(1))
+    live_display.update(whole)
+    live_display.close()
+    assert expected in console.export_text()
 
 
 def test_live_panel_shows_everything() -> None:

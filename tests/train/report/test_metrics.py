@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.train.report.metrics import HeldOutMetrics, Metrics, MetricsLog, StepMetrics, read_metrics
+from dovetail.train.report.metrics import (
+    HeldOutMetrics,
+    Metrics,
+    MetricsLog,
+    StepMetrics,
+    WholeHeldOutMetrics,
+    read_metrics,
+)
 
 
 def step_metrics(step: int, loss: float = 2.5) -> StepMetrics:
@@ -44,13 +51,15 @@ def run(path: Path, resumed_step: int, last: int) -> None:
 def test_records_come_back(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     log = MetricsLog(path)
-    written: list[Metrics] = [step_metrics(1), held_out(1), step_metrics(2)]
+    whole = WholeHeldOutMetrics(step=2, tokens=4096, loss=3.1, bits_per_byte=1.95)
+    written: list[Metrics] = [step_metrics(1), held_out(1), step_metrics(2), held_out(2), whole]
     for count, record in enumerate(written, start=1):
         log.write(record)
         assert read_metrics(path) == written[:count]  # flushed line by line
     log.close()
-    first = json.loads(path.read_text().splitlines()[0])
-    assert first["kind"] == "step"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["step", "held_out", "step", "held_out", "held_out_whole"]
+    first = records[0]
     assert first["learning_rate"] == 1e-3 / 3
     assert first["max_vio"] == [0.5, 1 / 3]
 

@@ -5,7 +5,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from dovetail.train.report.metrics import HeldOutMetrics, MetricsLog, StepMetrics
+from dovetail.train.report.metrics import HeldOutMetrics, MetricsLog, StepMetrics, WholeHeldOutMetrics
 from dovetail.train.report.picture import _figure, draw_run, smooth
 
 
@@ -36,14 +36,19 @@ def run(num_steps: int, layers: int) -> list[StepMetrics]:
     return steps
 
 
-HELD_OUT = [HeldOutMetrics(step=9, tokens=9 * 512, loss=3.0, bits_per_byte=1.9)]
+HELD_OUT = [
+    HeldOutMetrics(step=4, tokens=4 * 512, loss=3.6, bits_per_byte=2.3),
+    HeldOutMetrics(step=9, tokens=9 * 512, loss=3.0, bits_per_byte=1.9),
+    WholeHeldOutMetrics(step=9, tokens=9 * 512, loss=3.2, bits_per_byte=2.1),
+]
 
 
 def test_picture_is_a_png_that_appears_whole(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for step in run(30, 3):
         log.write(step)
-    log.write(HELD_OUT[0])
+    for record in HELD_OUT:
+        log.write(record)
     log.close()
     picture = tmp_path / "pictures" / "run.png"
     draw_run(tmp_path / "metrics.jsonl", picture, "a run")
@@ -64,7 +69,13 @@ def test_every_curve_is_labelled() -> None:
     figure = _figure(run(30, 3), HELD_OUT, "a run")
     labels = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]  # type: ignore[union-attr]
     assert labels == [
-        ["MTP loss", "training loss", "held-out loss (1.900 bits/byte at the end)", "skipped step"],
+        [
+            "MTP loss",
+            "training loss",
+            "skipped step",
+            "held-out loss, the same windows (1.900 bits/byte at the end)",
+            "all held-out text (2.100 bits/byte)",
+        ],
         ["1", "2", "3", "mean"],
     ]
     assert [axes.get_ylabel().split("\n")[0] for axes in figure.axes] == [
@@ -72,6 +83,14 @@ def test_every_curve_is_labelled() -> None:
         "MaxVio of expert load",
     ]
     assert figure.axes[1].get_xlabel() == "tokens consumed"
+
+
+def test_the_figure_of_all_text_is_a_mark_and_not_a_point_of_the_curve() -> None:
+    lines = {line.get_label(): line for line in _figure(run(30, 0), HELD_OUT, "").axes[0].get_lines()}
+    curve = lines["held-out loss, the same windows (1.900 bits/byte at the end)"]
+    whole = lines["all held-out text (2.100 bits/byte)"]
+    assert list(curve.get_ydata()) == [3.6, 3.0] and list(whole.get_ydata()) == [3.2]
+    assert (curve.get_linestyle(), whole.get_linestyle()) == ("-", "None")
 
 
 @pytest.mark.parametrize(("num_steps", "layers"), [(1, 0), (1, 1), (9, 9)])

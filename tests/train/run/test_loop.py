@@ -16,10 +16,17 @@ import pytest
 import torch
 
 from dovetail.config import dump, load_toml
-from dovetail.train.report.metrics import HealthMetrics, StepMetrics, read_metrics
+from dovetail.train.report.metrics import (
+    HealthMetrics,
+    HeldOutMetrics,
+    StepMetrics,
+    WholeHeldOutMetrics,
+    read_metrics,
+)
 from dovetail.train.run import loop
 from dovetail.train.run.loop import Diverged, Interrupted, train
-from dovetail.train.run.run_file import RunConfig, load_weights
+from dovetail.train.run.run_file import ModelConfig, RunConfig, load_weights, resolve_schedule
+from dovetail.train.step.schedule import Schedule, Segment
 
 Build = Callable[..., RunConfig]
 
@@ -140,6 +147,61 @@ def test_other_settings_in_the_same_directory_are_refused(tmp_path: Path, text: 
     train(tiny_run(tmp_path / "run", text, steps=1))
     with pytest.raises(ValueError, match=r"train.seed was 0 and is now 1.*set out to a new directory"):
         train(tiny_run(tmp_path / "run", text, steps=1, seed=1))
+
+
+def test_the_held_out_curve_is_measured_on_the_same_windows_to_its_end(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights that do not change, the points are the same to the bit; all of the text gives another figure."""
+    run = tiny_run(tmp_path / "run", text, evaluate_every=3, evaluate_windows=4, dtype="float32")
+    still = Schedule(segments=(Segment(value=0.0),))
+    schedule = resolve_schedule(run).model_copy(update={"learning_rate": still, "gamma": still})
+    train(run.model_copy(update={"schedule": schedule}))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    curve = [each for each in records if isinstance(each, HeldOutMetrics)]
+    whole = [each for each in records if isinstance(each, WholeHeldOutMetrics)]
+    assert [each.step for each in curve] == [3, 6, 8] and [each.step for each in whole] == [8]
+    assert len({each.loss for each in curve}) == 1 and whole[0].loss != curve[0].loss
+    assert records[-1] == whole[0]
+
+
+def test_without_a_curve_there_is_still_the_final_figure(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    train(tiny_run(tmp_path / "run", text))
+    kinds = [type(each) for each in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert kinds == [StepMetrics] * 8 + [WholeHeldOutMetrics]
+
+
+def test_a_final_figure_that_a_log_lacks_is_measured(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was stopped after its last checkpoint, or is of a version that had no such figure."""
+    run, log = tiny_run(tmp_path / "run", text), tmp_path / "run" / "metrics.jsonl"
+    train(run)
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    train(run)
+    assert log.read_text() == whole
+    monkeypatch.setattr(loop, "held_out", lambda *arguments: pytest.fail("measured twice"))
+    train(run)
+
+
+def test_the_model_that_a_file_described_is_kept_with_the_run(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So weights are read wherever the file went, and a file that changed is no reason to train another model."""
+    monkeypatch.chdir(tmp_path)
+    change = tiny_run(tmp_path, text).model.change
+    Path("mine.toml").write_text("[dial]\nwidth = 128")
+    model = ModelConfig(config=Path("mine.toml"), change=change)
+    run = tiny_run(tmp_path / "run", text, steps=2).model_copy(update={"model": model})
+    train(run)
+    before = load_weights(tmp_path / "run")
+    Path("mine.toml").write_text("[dial]\nwidth = 128\nmtp_depth = 0")
+    with pytest.raises(ValueError, match=r"other keys of the model \(num_nextn_predict_layers was 1 and is now 0\)"):
+        train(run)
+    Path("mine.toml").unlink()
+    after = load_weights(tmp_path / "run")
+    assert before[1] == after[1] and all(torch.equal(before[0][name], after[0][name]) for name in before[0])
 
 
 def test_minutes_become_steps_once(tmp_path: Path, text: Path, tiny_run: Build) -> None:

@@ -35,7 +35,7 @@ def test_two_ranks_train_as_one(tmp_path: Path, text: Path, tiny_run: Build) -> 
     state = train(one)
     result = launch(two, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("held out after step") == 1  # one rank speaks
+    assert result.stderr.count("all held-out text after step") == 1  # one rank speaks
     alone, shared = steps_of(one.out), steps_of(two.out)
     assert [each.tokens for each in alone] == [each.tokens for each in shared]
     # Before the first update both have the same weights and, together, the same samples.

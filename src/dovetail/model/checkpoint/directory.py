@@ -29,7 +29,7 @@ def new_directory(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Pat
     is whole.
     """
     target = target.resolve()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
@@ -56,7 +56,8 @@ def new_directory(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Pat
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise ValueError for a target that exists and may not be replaced."""
     if not target.exists():
         return
     if not target.is_dir():

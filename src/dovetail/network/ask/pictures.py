@@ -6,6 +6,7 @@ with failures, or beside another collective.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def check_picture(question: Question, picture: Path) -> None:
         raise ValueError(f"--picture {picture}: is a folder; give the name of a file")
     if not picture.absolute().parent.is_dir():
         raise ValueError(f"--picture {picture}: there is no folder {picture.parent}")
+    if not os.access(picture.absolute().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--picture {picture}: {picture.absolute().parent} cannot be written to; give another path")
     if not question.swept:
         raise ValueError("--picture draws a sweep: add --sweep, such as --sweep 1MiB..1GiB")
 

@@ -21,7 +21,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics
+from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, WholeHeldOutMetrics
 
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth to eight eighths of a character cell
 PLAIN_BARS = "12345678"  # for a terminal that is not UTF-8
@@ -68,8 +68,14 @@ class Display:
             self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
             self._live.start()
 
-    def update(self, metrics: StepMetrics | HeldOutMetrics, seconds_left: float | None = None) -> None:
+    def update(
+        self, metrics: StepMetrics | HeldOutMetrics | WholeHeldOutMetrics, seconds_left: float | None = None
+    ) -> None:
         """Take in a record, and show it if it is time. Time left is estimated from recent steps if not given."""
+        if isinstance(metrics, WholeHeldOutMetrics):
+            self._show()
+            self.message(held_out_line(metrics))
+            return
         if isinstance(metrics, HeldOutMetrics):
             self._held_out = metrics
             if self._live is None:
@@ -128,8 +134,9 @@ def line(view: View) -> str:
     return "  ".join([*parts, f"{duration(view.seconds_left)} left"])
 
 
-def held_out_line(metrics: HeldOutMetrics) -> str:
-    return f"held out after step {metrics.step}: loss {metrics.loss:.4f}, {metrics.bits_per_byte:.4f} bits/byte"
+def held_out_line(metrics: HeldOutMetrics | WholeHeldOutMetrics) -> str:
+    what = "all held-out text" if isinstance(metrics, WholeHeldOutMetrics) else "held out"
+    return f"{what} after step {metrics.step}: loss {metrics.loss:.4f}, {metrics.bits_per_byte:.4f} bits/byte"
 
 
 def panel(view: View, bars: str = BARS) -> RenderableType:

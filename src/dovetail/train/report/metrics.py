@@ -42,7 +42,17 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutMetrics:
-    """A measurement on text that is not trained on, after `step` steps."""
+    """A measurement on windows of the held-out text after `step` steps; a run measures the same windows each time."""
+
+    step: int
+    tokens: int
+    loss: float  # nats per token
+    bits_per_byte: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeHeldOutMetrics:
+    """The measurement on all of the held-out text, once at the end of a run."""
 
     step: int
     tokens: int
@@ -65,8 +75,13 @@ class HealthMetrics:
     signal_to_noise: float  # decibel; NaN in the file's null stands for infinity too
 
 
-Metrics = StepMetrics | HeldOutMetrics | HealthMetrics
-_KINDS: dict[str, type[Metrics]] = {"step": StepMetrics, "held_out": HeldOutMetrics, "health": HealthMetrics}
+Metrics = StepMetrics | HeldOutMetrics | WholeHeldOutMetrics | HealthMetrics
+_KINDS: dict[str, type[Metrics]] = {
+    "step": StepMetrics,
+    "held_out": HeldOutMetrics,
+    "held_out_whole": WholeHeldOutMetrics,
+    "health": HealthMetrics,
+}
 
 
 class MetricsLog:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
 from dovetail.text.atomic import write_bytes
-from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, read_metrics
+from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, WholeHeldOutMetrics, read_metrics
 
+HeldOut = HeldOutMetrics | WholeHeldOutMetrics
 INK, MUTED, GRID = "#22272e", "#6b7280", "#e5e7eb"
 LOSS, MTP, HELD_OUT, SKIPPED = "#1f5fa8", "#d9822b", "#2a8f5b", "#c0392b"
 STYLE: dict[Any, Any] = {
@@ -43,7 +44,7 @@ def draw_run(log: Path, picture: Path, title: str = "") -> None:
     """
     records = read_metrics(log)
     steps = [record for record in records if isinstance(record, StepMetrics)]
-    held_out = [record for record in records if isinstance(record, HeldOutMetrics)]
+    held_out = [record for record in records if isinstance(record, HeldOutMetrics | WholeHeldOutMetrics)]
     if not steps:
         raise ValueError(f"{log}: no steps to draw; has the run taken one?")
     with matplotlib.rc_context(STYLE):
@@ -53,14 +54,16 @@ def draw_run(log: Path, picture: Path, title: str = "") -> None:
     write_bytes(picture, png.getvalue())
 
 
-def _figure(steps: Sequence[StepMetrics], held_out: Sequence[HeldOutMetrics], title: str) -> Figure:
+def _figure(steps: Sequence[StepMetrics], held_out: Sequence[HeldOut], title: str) -> Figure:
     has_experts = any(step.max_vio for step in steps)
     figure = Figure(figsize=(9.0, 6.6 if has_experts else 4.2), dpi=150, layout="constrained")
     ratios = [3, 2] if has_experts else [1]
     panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     if title:
         figure.suptitle(title, x=0.01, ha="left", weight="bold")
-    _draw_losses(panels[0], steps, held_out)
+    _draw_losses(panels[0], steps)
+    _draw_held_out(panels[0], held_out)
+    panels[0].legend(loc="upper right")
     if has_experts:
         _draw_max_vio(panels[1], [step for step in steps if step.max_vio])
     panels[-1].set_xlabel("tokens consumed")
@@ -69,7 +72,7 @@ def _figure(steps: Sequence[StepMetrics], held_out: Sequence[HeldOutMetrics], ti
     return figure
 
 
-def _draw_losses(axes: Axes, steps: Sequence[StepMetrics], held_out: Sequence[HeldOutMetrics]) -> None:
+def _draw_losses(axes: Axes, steps: Sequence[StepMetrics]) -> None:
     tokens = [step.tokens for step in steps]
     for name, color, losses in (
         ("MTP loss", MTP, [step.mtp_loss for step in steps]),
@@ -78,19 +81,6 @@ def _draw_losses(axes: Axes, steps: Sequence[StepMetrics], held_out: Sequence[He
         if np.isfinite(losses).any():
             axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8)
             axes.plot(tokens, smooth(losses), color=color, linewidth=1.8, label=name)
-    if held_out:
-        label = f"held-out loss ({held_out[-1].bits_per_byte:.3f} bits/byte at the end)"
-        losses = [each.loss for each in held_out]
-        measured_at = [each.tokens for each in held_out]
-        axes.plot(
-            measured_at,
-            losses,
-            color=HELD_OUT,
-            linewidth=1.2,
-            marker="o",
-            markeredgecolor="white",
-            label=label,
-        )
     skipped = [step.tokens for before, step in pairwise(steps) if step.skipped > before.skipped]
     for index, where in enumerate(skipped):
         axes.axvline(where, color=SKIPPED, linewidth=0.8, linestyle=":", label=None if index else "skipped step")
@@ -99,7 +89,20 @@ def _draw_losses(axes: Axes, steps: Sequence[StepMetrics], held_out: Sequence[He
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.minorticks_off()
     axes.set_ylabel("loss (nats per token, log scale)")
-    axes.legend(loc="upper right")
+
+
+def _draw_held_out(axes: Axes, held_out: Sequence[HeldOut]) -> None:
+    """Draw the curve over the same windows and, as a mark of its own, the final figure over all of the text."""
+    curve = [each for each in held_out if isinstance(each, HeldOutMetrics)]
+    if curve:
+        label = f"held-out loss, the same windows ({curve[-1].bits_per_byte:.3f} bits/byte at the end)"
+        points = [each.tokens for each in curve], [each.loss for each in curve]
+        axes.plot(*points, color=HELD_OUT, linewidth=1.2, marker="o", markeredgecolor="white", label=label)
+    for each in held_out:
+        if isinstance(each, WholeHeldOutMetrics):
+            label = f"all held-out text ({each.bits_per_byte:.3f} bits/byte)"
+            style: dict[str, Any] = {"linestyle": "none", "marker": "D", "markersize": 8, "markerfacecolor": "none"}
+            axes.plot([each.tokens], [each.loss], color=HELD_OUT, label=label, **style)
 
 
 def _draw_max_vio(axes: Axes, steps: Sequence[StepMetrics]) -> None:

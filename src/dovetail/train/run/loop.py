@@ -8,13 +8,10 @@ the same number of threads).
 from __future__ import annotations
 
 import dataclasses
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 from torch import Tensor
@@ -30,13 +27,23 @@ from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.report.display import Display
 from dovetail.train.report.health import Watched, watch
-from dovetail.train.report.metrics import HealthMetrics, HeldOutMetrics, MetricsLog, StepMetrics
+from dovetail.train.report.health_table import summary_line
+from dovetail.train.report.metrics import (
+    HealthMetrics,
+    HeldOutMetrics,
+    MetricsLog,
+    StepMetrics,
+    WholeHeldOutMetrics,
+    read_metrics,
+)
 from dovetail.train.run import checkpoint, run_file
-from dovetail.train.run.budget import steps_in_time
+from dovetail.train.run.budget import budget_line, steps_in_time
+from dovetail.train.run.checks import check_run
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.peak import measure_peak
 from dovetail.train.run.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.stop import stop_signals
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.optim import AdamW
 from dovetail.train.step.schedule import Position, TrainingSchedule, Values, values
@@ -104,7 +111,8 @@ def prepare(config: RunConfig, display: Display) -> Run:
     spec = run_file.resolve_model(config.model)
     schedule = run_file.resolve_schedule(config)
     with first_rank_first():
-        run_file.claim(config)
+        check_run(config, spec, device)
+        run_file.claim(config, spec)
         tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
         train_store, held_out_store = run_file.prepare_stores(config, tokenizer, display.message)
     dtype = run_file.resolve_dtype(config.train.dtype, device)
@@ -113,6 +121,7 @@ def prepare(config: RunConfig, display: Display) -> Run:
     recipe = load_recipe(config.train.precision)
     apply_recipe(model, recipe)
     num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
+    display.message(budget_line(config.train, schedule, train_store, num_steps))
     initialize(model, config.train.seed)
     optimizer = AdamW(model.named_parameters(), config.optimizer, recipe.moments)
     masters = {name: slot.master for name, slot in optimizer.slots.items()}
@@ -160,7 +169,7 @@ def _loop(state: Run, display: Display) -> None:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
     log = MetricsLog(config.out / "metrics.jsonl", counters.step) if is_first else None
     try:
-        with _stop_signals() as received:
+        with stop_signals() as received:
             while counters.step < state.num_steps:
                 metrics, health = _one_step(state, counters)
                 if log is not None:
@@ -168,11 +177,14 @@ def _loop(state: Run, display: Display) -> None:
                     display.update(metrics)
                     for each in health:
                         log.write(each)
+                    if health:
+                        display.message(summary_line(health))
                 if counters.bad_in_a_row >= config.train.max_bad_steps:
                     checkpointer.wait()
                     raise Diverged(_diverged(counters, root))
                 is_last = counters.step == state.num_steps
-                if log is not None and (is_last or _is_due(config.train.evaluate_every, counters.step)):
+                every = config.train.evaluate_every
+                if log is not None and (_is_due(every, counters.step) or (is_last and every is not None)):
                     _evaluate(state, counters, log, display)  # before the save, so that a saved step has its figure
                 is_good = counters.bad_in_a_row == 0  # amid bad steps, the checkpoint before them is kept
                 is_stopped = any_rank(bool(received))
@@ -182,6 +194,8 @@ def _loop(state: Run, display: Display) -> None:
                     checkpointer.wait()
                     raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
         checkpointer.wait()
+        if log is not None and not _has_final_figure(log):
+            _evaluate(state, counters, log, display, is_whole=True)
     finally:
         checkpointer.close()
         if log is not None:
@@ -250,15 +264,22 @@ def _save(state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer,
     checkpointer.save(counters.step, state_of(state), extra)
 
 
-def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display) -> None:
+def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display, is_whole: bool = False) -> None:
+    """Measure a point of the curve, on the same windows each time, or the final figure, on all held-out text."""
     if state.held_out_store is None:
         return
     train = state.config.train
-    windows = None if counters.step == state.num_steps else train.evaluate_windows  # all of them at the end
+    windows = None if is_whole else train.evaluate_windows
     loss, bits = held_out(state.model, state.held_out_store, train.sequence_length, train.microbatch_size, windows)
-    metrics = HeldOutMetrics(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits)
+    kind = WholeHeldOutMetrics if is_whole else HeldOutMetrics
+    metrics = kind(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits)
     log.write(metrics)
     display.update(metrics)
+
+
+def _has_final_figure(log: MetricsLog) -> bool:
+    """It is measured after the last checkpoint, so that a run may have been stopped before it."""
+    return any(isinstance(each, WholeHeldOutMetrics) for each in read_metrics(log.path))
 
 
 def _diverged(counters: Counters, root: Path) -> str:
@@ -271,21 +292,3 @@ def _diverged(counters: Counters, root: Path) -> str:
 
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that a step is never cut in two; the second one stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

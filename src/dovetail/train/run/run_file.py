@@ -1,6 +1,7 @@
 """The run file, and the directory of a run.
 
 out/run.toml      the settings, as resolved; a run goes on only under the same ones
+out/config.json   the model that they describe, in case a file that they name changes or goes
 out/tokenizer/    tokenizer.json (trained here or copied)
 out/tokens/       token stores of the training and the held-out text
 out/checkpoints/  see `checkpoint`
@@ -78,8 +79,8 @@ class TrainConfig(Record):
     max_bad_steps: int = Field(default=5, gt=0)  # non-finite steps in a row before the run stops
     checkpoint_every: int = Field(default=100, gt=0)  # steps
     keep_checkpoints: int = Field(default=3, gt=0)
-    evaluate_every: int | None = Field(default=None, gt=0)  # steps; the end of the run is always evaluated, on all
-    evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text for an evaluation on the way
+    evaluate_every: int | None = Field(default=None, gt=0)  # steps, and the last; all of the text once at the end
+    evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text, each time the same
 
     @field_validator("precision")
     @classmethod
@@ -141,22 +142,28 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # type: ignore[no-untyped-call]
 
 
-def claim(config: RunConfig) -> None:
-    """Create the run's directory, or check that the one there was made with the same settings."""
-    path = config.out / "run.toml"
+def claim(config: RunConfig, spec: ModelSpec) -> None:
+    """Create the run's directory, or check that the one there was made with the same settings and model."""
+    path, model = config.out / "run.toml", config.out / "config.json"
     text = dump(config)
+    if not path.exists() or not model.exists():
+        write_bytes(model, (json.dumps(spec.to_hf(), indent=2) + "\n").encode())
     if not path.exists():
-        config.out.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode())
-        return
-    if path.read_text("utf-8") == text:
-        return
-    there, here = _flat(read_toml(path)), _flat(json.loads(config.model_dump_json(exclude_none=True)))
+    if path.read_text("utf-8") != text:
+        settings = json.loads(config.model_dump_json(exclude_none=True))
+        raise ValueError(_other(config.out, "settings", read_toml(path), settings))
+    there = read_model_file(model).spec
+    if there != spec:
+        raise ValueError(_other(config.out, "keys of the model", there.to_hf(), spec.to_hf()))
+
+
+def _other(out: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Say in which of `what` the run in `out` differs from the one that is asked for."""
+    there, here = _flat(there), _flat(here)
     names = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
     changes = "; ".join(f"{key} was {there.get(key)!r} and is now {here.get(key)!r}" for key in names[:4])
-    raise ValueError(
-        f"{config.out} holds a run with other settings ({changes}); set out to a new directory, or delete this one"
-    )
+    return f"{out} holds a run with other {what} ({changes}); set out to a new directory, or delete this one"
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -172,17 +179,23 @@ def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str]
     if (directory / "tokenizer_config.json").exists():
         return Tokenizer.load(directory)
     if config.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(config.tokenizer.path)
+        tokenizer = load_tokenizer(config.tokenizer.path, spec)
     else:
         report(f"training a byte-level BPE of {spec.vocab_size} tokens")
         tokenizer = Tokenizer.train(_texts(config.data), spec.vocab_size)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def load_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
+    """Load a published tokenizer for this model. Raises ValueError for one that has more tokens than the model."""
+    tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > spec.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {spec.vocab_size}; "
             f"set model.change.vocab_size = {tokenizer.vocab_size}"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory)
     return tokenizer
 
 
@@ -210,18 +223,24 @@ def is_run(directory: Path) -> bool:
     return (directory / "run.toml").is_file()
 
 
+def run_model(directory: Path, config: RunConfig) -> ModelSpec:
+    """Return the model of the run in `directory`, whose settings are `config`."""
+    kept = directory / "config.json"
+    return read_model_file(kept).spec if kept.exists() else resolve_model(config.model)
+
+
 def load_weights(directory: Path, ema: bool = False) -> tuple[dict[str, torch.Tensor], ModelSpec, int]:
     """State dict, spec and step of a run's newest whole checkpoint; BF16 unless the run was set to FP32.
 
     `ema` takes the moving average instead. Raises ValueError where there is no checkpoint or no average.
     """
     config = load_toml(directory / "run.toml", RunConfig)
+    if ema and config.train.ema_decay is None:
+        raise ValueError(f"{directory}: the run keeps no moving average; set train.ema_decay")
     newest = checkpoint.latest(directory / "checkpoints")
     if newest is None:
         raise ValueError(f"{directory}: no checkpoint yet; run dovetail train for more than checkpoint_every steps")
-    if ema and config.train.ema_decay is None:
-        raise ValueError(f"{directory}: the run keeps no moving average; set train.ema_decay")
-    spec = resolve_model(config.model)
+    spec = run_model(directory, config)
     model = Transformer(spec, dtype=DTYPES.get(config.train.dtype, torch.bfloat16))
     masters = {name: torch.empty(each.shape) for name, each in model.named_parameters()}
     wanted = {"ema": {"average": masters}} if ema else {"optimizer": {"master": masters}}
