@@ -38,7 +38,9 @@ def train(
 
     announce_compilation()
     state = run_training(load_toml(run, RunConfig, change or ()))
-    print(f"trained {state.num_steps} steps; export the weights with: dovetail export {state.config.out} OUT")
+    out = state.config.out
+    print(f"trained {state.num_steps} steps; complete text with: dovetail generate {out} --prompt TEXT")
+    print(f"export the weights with: dovetail export {out} OUT")
 
 
 @app.command()

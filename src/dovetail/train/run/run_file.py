@@ -107,7 +107,7 @@ class RunConfig(Record):
 
 
 def resolve_model(config: ModelConfig) -> ModelSpec:
-    """The model that [model] describes. Raises ValueError for one that cannot be read, and for keys that it has not."""
+    """Return the model that [model] describes. Raises ValueError where it cannot be read, and for unknown keys."""
     if config.preset is not None:
         is_file = Path(config.preset).suffix in (".toml", ".json") or Path(config.preset).exists()
         if is_file and config.preset not in model_names():
@@ -146,16 +146,14 @@ def claim(config: RunConfig, spec: ModelSpec) -> None:
     """Create the run's directory, or check that the one there was made with the same settings and model."""
     path, model = config.out / "run.toml", config.out / "config.json"
     text = dump(config)
-    if not path.exists() or not model.exists():
-        write_bytes(model, (json.dumps(spec.to_hf(), indent=2) + "\n").encode())
-    if not path.exists():
-        write_bytes(path, text.encode())
-    if path.read_text("utf-8") != text:
+    if path.exists() and path.read_text("utf-8") != text:
         settings = json.loads(config.model_dump_json(exclude_none=True))
         raise ValueError(_other(config.out, "settings", read_toml(path), settings))
-    there = read_model_file(model).spec
-    if there != spec:
+    if path.exists() and model.exists() and (there := read_model_file(model).spec) != spec:
         raise ValueError(_other(config.out, "keys of the model", there.to_hf(), spec.to_hf()))
+    if not path.exists() or not model.exists():  # run.toml is last: a directory with one is a run's
+        write_bytes(model, (json.dumps(spec.to_hf(), indent=2) + "\n").encode())
+        write_bytes(path, text.encode())
 
 
 def _other(out: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:
@@ -224,7 +222,7 @@ def is_run(directory: Path) -> bool:
 
 
 def run_model(directory: Path, config: RunConfig) -> ModelSpec:
-    """Return the model of the run in `directory`, whose settings are `config`."""
+    """Return the model of the run in `directory`, as it was when the run began; `config` are the run's settings."""
     kept = directory / "config.json"
     return read_model_file(kept).spec if kept.exists() else resolve_model(config.model)
 
