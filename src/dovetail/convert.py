@@ -19,8 +19,10 @@ from dovetail.model.checkpoint.directory import check_target
 from dovetail.model.checkpoint.inventory import read_config
 from dovetail.model.checkpoint.weights import export_hf, import_hf
 from dovetail.model.transformer import Transformer
+from dovetail.spec.hf_config import read_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import ModelSpec
+from dovetail.spec.published import OWN, why_own
 from dovetail.text.atomic import check_folder
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.run.run_file import RunConfig, is_run, load_weights, run_model
@@ -42,7 +44,7 @@ def load_llm(source: Path, ema: bool = False, speculate: int = 0) -> tuple[LLM, 
     """
     check_source(source, ema)
     if not is_run(source):
-        check_depth(speculate, ModelSpec.from_hf(read_config(source)).num_nextn_predict_layers)
+        check_depth(speculate, read_hf(read_config(source)).num_nextn_predict_layers)
         return LLM.load(source), ""
     config = load_toml(source / "run.toml", RunConfig)
     check_depth(speculate, run_model(source, config).num_nextn_predict_layers)
@@ -121,5 +123,8 @@ def describe(out: Path, spec: ModelSpec) -> Iterator[str]:
     shards = len(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else 1
     total = parameters(spec).total_with_mtp
     yield f"{out}: {total:,} parameters in {shards} shard{'s' if shards > 1 else ''}"
+    if reason := why_own(spec):
+        yield f'  model_type "{OWN}", which other engines will not load: {reason}'
+        return
     for kernels, reason in accepted_by(spec).items():
         yield f"  {kernels}: " + (f"no, {reason}" if reason else "yes")

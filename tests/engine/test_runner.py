@@ -43,6 +43,28 @@ def test_prefill_and_decode_equal_the_full_forward(setup):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("topk_method", ["noaux_tc", "group_limited_greedy"])
+def test_fused_gates_equal_the_reference(scoring_func, topk_method, engine_spec, engine_model):
+    moe = {**engine_spec().moe.model_dump(), "scoring_func": scoring_func, "topk_method": topk_method}
+    model = engine_model(engine_spec(moe=moe))
+    for buffer in model.buffers():
+        buffer.copy_(torch.linspace(-0.3, 0.3, 4))
+    tokens, rows = tokens_of(model.spec, 6), (torch.full((6,), 1), torch.arange(6))
+    fused, reference = (runner_of(model, each).step(tokens, *rows) for each in (True, False))
+    assert_close(model.spec, fused, reference)
+
+
+def test_a_gate_that_the_kernels_lack_goes_to_the_reference(engine_spec, engine_model):
+    """They would take it for softmax."""
+    model = engine_model(engine_spec())
+    assert runner_of(model, True).fused is not None
+    moe = model.spec.moe.model_copy(update={"scoring_func": "a new one"})
+    model.spec = model.spec.model_copy(update={"moe": moe})
+    assert runner_of(model, True).fused is None
+
+
+@torch.no_grad()
 def test_absorbed_equals_expanded(setup):
     spec, _, runner = setup
     tokens = tokens_of(spec, 9)

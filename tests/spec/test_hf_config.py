@@ -171,7 +171,8 @@ def test_v2_through_transformers(name: str) -> None:
 
 
 def test_a_greedy_gate_looks_at_no_groups_whatever_the_file_says() -> None:
-    config = changed(model_type="deepseek_v2", topk_method="greedy", scoring_func="softmax", n_group=8, topk_group=3)
+    gate = {"topk_method": "greedy", "scoring_func": "softmax", "norm_topk_prob": False}
+    config = changed(model_type="deepseek_v2", **gate, n_group=8, topk_group=3)
     spec = read_hf(config)
     assert spec.moe and (spec.moe.n_group, spec.moe.topk_group) == (1, 1)
 

@@ -37,12 +37,7 @@ def test_the_smallest_spec_and_its_derived_dimensions() -> None:
             r"num_experts_per_tok = 4 is more than the 2 experts in topk_group = 1",
         ),
         ({"num_experts_per_tok": 17}, r"num_experts_per_tok = 17 is more than the 16 experts"),
-        ({"scoring_func": "softmax"}, r"topk_method = 'noaux_tc' goes with scoring_func = 'sigmoid'"),
-        ({"topk_method": "greedy"}, r"topk_method = 'greedy' goes with scoring_func = 'softmax'"),
-        (
-            {"topk_method": "greedy", "scoring_func": "softmax", "n_group": 2, "topk_group": 1},
-            r"set n_group = 1 and topk_group = 1, not 2 and 1",
-        ),
+        ({"topk_method": "greedy", "n_group": 2}, r"set n_group = 1 and topk_group = 1, not 2 and 1"),
         ({"n_group": 16, "topk_group": 4}, r"n_routed_experts = 16 in n_group = 16 groups leaves 1 in each"),
         ({"routed_scaling_factor": 0.0}, r"greater than 0"),
         ({"n_expert": 3}, r"n_expert"),
@@ -73,6 +68,8 @@ def test_models_that_cannot_be() -> None:
         ModelSpec(**BODY, attention=gqa, num_nextn_predict_layers=1)
     with pytest.raises(ValueError, match="greater than 1"):
         Yarn(factor=1.0, original_max_position_embeddings=16)
+    with pytest.raises(ValueError, match="beta_slow"):
+        Yarn(factor=2.0, original_max_position_embeddings=16, beta_slow=0.0)
 
 
 def test_specs_are_frozen_and_hashable() -> None:

@@ -21,7 +21,7 @@ from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.cpu.kernels import array
-from dovetail.spec.model import Moe
+from dovetail.spec.model import ModelSpec, Moe
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -35,6 +35,11 @@ class FusedBlock:
     cache: np.ndarray  # [slots, capacity, latent + rope]
     choices: int  # experts per token; 0 for a dense block
     gate: tuple[int, int, int, bool, bool, np.float32]
+
+
+def takes(spec: ModelSpec) -> bool:
+    """Whether the kernels have the model's gate (`rows_numba.route_row`)."""
+    return spec.moe is None or spec.moe.scoring_func in ("sigmoid", "softmax")
 
 
 class FusedSteps:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.cache import ContiguousCache, SelectedSlots
-from dovetail.engine.fused import FusedSteps
+from dovetail.engine.fused import FusedSteps, takes
 from dovetail.model.transformer import Transformer
 from dovetail.numerics import capability
 
@@ -26,8 +26,8 @@ class Runner:
         """`fused`: use the CPU kernels where they take the model."""
         self.model = model
         self.cache = cache
-        takes_it = fused and capability.on_cpu(model.embed_tokens.weight, cache.data)
-        self.fused = FusedSteps(model, cache) if takes_it else None
+        on_cpu = capability.on_cpu(model.embed_tokens.weight, cache.data)
+        self.fused = FusedSteps(model, cache) if fused and on_cpu and takes(model.spec) else None
 
     @property
     def device(self) -> torch.device:

@@ -4,6 +4,7 @@ The same keys serve three files: a Hugging Face `config.json`, read leniently by
 not concern the shape; and a catalog entry and the `[model]` table of a run file, read strictly by `read_flat`. Keys
 and values are those of the published DeepSeek-V3 and -V2 files [HFcfg]. transformers 5 writes `rope_parameters` in
 place of `rope_theta` and `rope_scaling`, and renames a few keys: both forms are read, and the published one is written.
+Which `model_type` is written is decided in `dovetail.spec.published`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dovetail.config import near_matches, validate
+from dovetail.spec import published
 from dovetail.spec.model import Gqa, Mla, ModelSpec, Moe, Yarn
 
 _MLA_KEYS = frozenset(Mla.model_fields)
@@ -75,12 +77,13 @@ _ONLY_VALUE: dict[str, Any] = {
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
+    published.OWN: {},
     "qwen2": {"attention_bias": True},  # a bias on q, k and v is part of the Qwen 2.5 architecture
     "llama": {"attention_bias": False},
 }
-_ARCHITECTURES = {
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
+_ARCHITECTURES: dict[str, str] = {
+    **{str(name): each for name, each in published.PUBLISHED.items()},
+    published.OWN: "DovetailForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
@@ -91,9 +94,13 @@ def read_hf(config: Mapping[str, Any]) -> ModelSpec:
     family = config.get("model_type")
     if family not in _FAMILY_DEFAULTS:
         raise ValueError(f"config.json: model_type {family!r} is not one of {', '.join(_FAMILY_DEFAULTS)}")
+    if family == published.OWN and (unread := unread_keys(config)):
+        raise ValueError(
+            f"config.json: {', '.join(unread)} not known here; read it with the version of dovetail that wrote it"
+        )
     flat: dict[str, Any] = {"initializer_range": 0.02, **_FAMILY_DEFAULTS[family]}
     flat |= {_RENAMED.get(key, key): value for key, value in config.items()}
-    is_mla = family.startswith("deepseek")
+    is_mla = family not in ("qwen2", "llama")
     _check_supported(flat, is_mla)
     required = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
     if is_mla:
@@ -106,7 +113,10 @@ def read_hf(config: Mapping[str, Any]) -> ModelSpec:
     flat |= _rope_keys(flat, is_mla)
     if not is_mla:
         flat = {key: value for key, value in flat.items() if key not in _MLA_KEYS - _GQA_KEYS}
-    return _build(flat, "config.json")
+    spec = _build(flat, "config.json")
+    if family in published.PUBLISHED and spec.moe:
+        _check_gate(spec.moe, family)
+    return spec
 
 
 def read_flat(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
@@ -151,7 +161,7 @@ def write_hf(spec: ModelSpec) -> dict[str, Any]:
 def _family(spec: ModelSpec) -> str:
     if isinstance(spec.attention, Gqa):
         return "qwen2" if spec.attention.attention_bias else "llama"
-    return "deepseek_v2" if spec.moe and spec.moe.scoring_func == "softmax" else "deepseek_v3"
+    return published.model_type(spec)
 
 
 def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
@@ -183,6 +193,16 @@ def _check_supported(flat: Mapping[str, Any], is_mla: bool) -> None:
     for key, value in only.items():
         if flat.get(key) is not None and flat[key] != value:
             raise ValueError(f"config.json: {key} = {flat[key]!r} is not supported, only {value!r} is")
+
+
+def _check_gate(moe: Moe, family: published.PublishedType) -> None:
+    """A published name over the keys of another gate: what is meant cannot be known."""
+    if wrong := published.gate_differences(moe, family):
+        raise ValueError(
+            f"config.json: model_type {family!r} is {published.PUBLISHED[family]}, which computes something else than "
+            f"these keys say: {'; '.join(wrong.values())}. Correct them, or set model_type to {published.OWN!r} "
+            "to have the gate that they describe"
+        )
 
 
 def _rope_keys(flat: Mapping[str, Any], is_mla: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Sources: [V3 §4.2], [V2 §3.1.2], [V3repo configs].
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -92,13 +93,6 @@ class Moe(Record):
         return self
 
     def _check_method(self) -> None:
-        scoring = "sigmoid" if self.topk_method == "noaux_tc" else "softmax"
-        if self.scoring_func != scoring:
-            raise ValueError(
-                f"topk_method = {self.topk_method!r} goes with scoring_func = {scoring!r}, not "
-                f"{self.scoring_func!r}: the published gates are sigmoid with noaux_tc (V3) and softmax with "
-                "group_limited_greedy or greedy (V2)"
-            )
         if self.topk_method == "greedy" and (self.n_group, self.topk_group) != (1, 1):
             raise ValueError(
                 f"topk_method = 'greedy' looks at no groups: set n_group = 1 and topk_group = 1, not "
@@ -122,10 +116,22 @@ class Yarn(Record):
 
     factor: float = Field(gt=1)
     original_max_position_embeddings: int = Field(gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
+
+    def blended_pairs(self, dim: int, theta: float) -> tuple[int, int]:
+        """The first and last of the dim/2 pairs between which frequencies are blended: (10, 23) for V3.
+
+        `beta_fast` and `beta_slow` whole turns fit into the original context there.
+        """
+
+        def pair_at(turns: float) -> float:
+            fitting = self.original_max_position_embeddings / (turns * 2 * math.pi)
+            return dim * math.log(fitting) / (2 * math.log(theta))
+
+        return max(math.floor(pair_at(self.beta_fast)), 0), min(math.ceil(pair_at(self.beta_slow)), dim - 1)
 
 
 class ModelSpec(Record):

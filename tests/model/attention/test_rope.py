@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dovetail.catalog.presets import load_model
-from dovetail.model.attention.rope import attention_scale, frequencies, rotate, tables, yarn_mscale, yarn_range
+from dovetail.model.attention.rope import attention_scale, frequencies, rotate, tables, yarn_mscale
 from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance
 from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import ModelSpec
@@ -22,7 +22,7 @@ def test_yarn_of_v3() -> None:
     """Range, temperature and softmax scale of the published model [V3 §4.3; V3repo model.py]."""
     yarn = V3.rope_scaling
     assert yarn is not None
-    assert yarn_range(yarn, 64, 10000.0) == (10, 23)
+    assert yarn.blended_pairs(64, 10000.0) == (10, 23)
     assert round(yarn_mscale(40, 1.0), 5) == 1.36889
     assert round(yarn_mscale(40, 1.0) ** 2, 6) == 1.873854
     assert round(attention_scale(V3, 192), 7) == 0.1352338

@@ -62,18 +62,6 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> Non
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_our_export_computes_the_same_there(
-    shape: str, tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory
-) -> None:
-    spec = tiny_spec(**SHAPES[shape])
-    model = random_model(spec)
-    export_hf(model, spec, tmp_path / "out", max_shard_bytes=50_000)
-    tokens = some_tokens(spec.vocab_size)
-    ours, theirs = our_logits(model, tokens), their_logits(tmp_path / "out", tokens)
-    assert (ours - theirs).abs().max() < TOLERANCE * ours.abs().max()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 def test_their_save_computes_the_same_here(shape: str, tmp_path: Path, tiny_spec: SpecFactory) -> None:
     spec = tiny_spec(**SHAPES[shape])
     torch.manual_seed(1)

@@ -22,6 +22,7 @@ assert V3_MOE
 assert V2_MOE
 assert LITE_MOE
 PUBLISHED = {"V3": V3_MOE, "V2": V2_MOE, "V2-Lite": LITE_MOE}
+GATES = {**PUBLISHED, "V3 with softmax": V3_MOE.model_copy(update={"scoring_func": "softmax"})}
 
 
 def small(**changes: object) -> Moe:
@@ -52,9 +53,9 @@ def test_kernel_and_reference_choose_alike(name: str, tokens: int, draw: Draw) -
     assert torch.equal(gate_numba.select(strided, moe), select_reference(ties, moe))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_gates(name: str, draw: Draw) -> None:
-    moe = PUBLISHED[name]
+@pytest.mark.parametrize("name", GATES)
+def test_gates(name: str, draw: Draw) -> None:
+    moe = GATES[name]
     bias = draw(moe.n_routed_experts, scale=0.1) if moe.has_bias else None
     routing = route(draw(50, moe.n_routed_experts), bias, moe)
     ids = routing.expert_ids.sort(dim=1).values
@@ -85,6 +86,19 @@ def test_v2_weights_are_the_scaled_probabilities(draw: Draw) -> None:
     routing = route(logits, None, V2_MOE)
     truth = 16.0 * logits.double().softmax(-1).gather(1, routing.expert_ids)
     assert normwise_error(routing.weights, truth) < tolerance(torch.float32, terms=160)
+
+
+def test_softmax_in_place_of_sigmoid_changes_the_scores_alone(draw: Draw) -> None:
+    """The bias still chooses, by groups' two best, and stays out of the weights, which still sum to the factor."""
+    logits, bias, moe = draw(50, 256), draw(256, scale=0.01), GATES["V3 with softmax"]
+    routing = route(logits, bias, moe)
+    scores = logits.double().softmax(-1)
+    picked = scores.gather(1, routing.expert_ids)
+    bound = tolerance(torch.float32, terms=256)
+    assert normwise_error(routing.scores, scores) < bound
+    assert normwise_error(routing.weights, 2.5 * picked / picked.sum(1, keepdim=True)) < bound
+    assert torch.equal(routing.expert_ids, select_reference(routing.scores + bias, moe))
+    assert not torch.equal(routing.expert_ids, select_reference(routing.scores, moe))
 
 
 def test_experts_outside_the_kept_groups_stay_out_even_when_scores_are_negative() -> None:

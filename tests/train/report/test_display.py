@@ -22,6 +22,7 @@ def step_metrics(step: int, **changed: object) -> StepMetrics:
         "tokens": step * 4096,
         "loss": 9.0 / step,
         "mtp_loss": 9.5 / step,
+        "mtp_losses": [9.5 / step],
         "balance_loss": 1e-4,
         "grad_norm": 0.81,
         "learning_rate": 2.2e-4,
@@ -79,7 +80,7 @@ def test_plain_lines_show_the_last_step_and_what_is_odd() -> None:
     display.update(step_metrics(1))
     display.update(HELD_OUT)
     display.message("[bold] is not markup")
-    display.update(step_metrics(2, mtp_loss=math.nan, max_vio=[], skipped=3), seconds_left=3600.0)
+    display.update(step_metrics(2, mtp_loss=math.nan, mtp_losses=[], max_vio=[], skipped=3), seconds_left=3600.0)
     display.close()
     display.close()
     assert out.getvalue().splitlines()[1:] == [
@@ -109,6 +110,13 @@ def test_the_figure_of_all_text_is_a_line_of_its_own() -> None:
     live_display.update(whole)
     live_display.close()
     assert expected in console.export_text()
+
+
+def test_the_loss_of_every_mtp_depth_is_shown() -> None:
+    clock = Clock()
+    display, out = plain(clock)
+    display.update(step_metrics(1, mtp_loss=9.75, mtp_losses=[9.5, 10.0]))
+    assert "loss 9.0000  mtp 9.5000 10.0000  12346 tokens/s" in out.getvalue()
 
 
 def test_live_panel_shows_everything() -> None:

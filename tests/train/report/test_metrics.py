@@ -20,6 +20,7 @@ def step_metrics(step: int, loss: float = 2.5) -> StepMetrics:
         tokens=step * 2048,
         loss=loss,
         mtp_loss=loss + 0.25,
+        mtp_losses=[loss, loss + 0.5],
         balance_loss=1e-4,
         grad_norm=0.1 + step,
         learning_rate=1e-3 / 3,

@@ -15,6 +15,7 @@ def step_metrics(step: int, loss: float, layers: int, skipped: int = 0) -> StepM
         tokens=step * 512,
         loss=loss,
         mtp_loss=loss + 0.5 if layers else math.nan,
+        mtp_losses=[loss + 0.5] if layers else [],
         balance_loss=1e-4,
         grad_norm=1.0,
         learning_rate=1e-3,

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from dovetail.spec.model import ModelSpec, Yarn
+from dovetail.spec.model import ModelSpec
 
 
 def frequencies(spec: ModelSpec, dim: int) -> Tensor:
@@ -26,18 +26,9 @@ def frequencies(spec: ModelSpec, dim: int) -> Tensor:
     yarn = spec.rope_scaling
     if yarn is None:
         return base
-    low, high = yarn_range(yarn, dim, spec.rope_theta)
+    low, high = yarn.blended_pairs(dim, spec.rope_theta)
     ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)).clamp(0, 1)
     return base / yarn.factor * ramp + base * (1 - ramp)
-
-
-def yarn_range(yarn: Yarn, dim: int, theta: float) -> tuple[int, int]:
-    """The pairs between which YaRN blends: (10, 23) for V3."""
-
-    def pair_at(turns: float) -> float:
-        return dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    return max(math.floor(pair_at(yarn.beta_fast)), 0), min(math.ceil(pair_at(yarn.beta_slow)), dim - 1)
 
 
 def attention_scale(spec: ModelSpec, qk_head_dim: int) -> float:

@@ -1,6 +1,6 @@
 """The gate, which chooses each token's experts and their weights [V3 eqs 12-16, 17-20].
 
-Scores are sigmoid (V3) or softmax (V2) of FP32 logits. Selection looks at scores plus a bias; the bias steers
+Scores are sigmoid (V3) or softmax (V2) of FP32 logits (`score`). Selection looks at scores plus a bias; the bias steers
 selection only and never enters the weights. Experts stand in `n_group` groups of consecutive numbers; a group
 is worth the sum of its two best biased scores (V3) or its best score (V2), the best `topk_group` groups stay,
 the others are masked with -inf, and the top k of what is left are chosen. Ties go to the lower number.
@@ -12,6 +12,7 @@ towards the mean load, from counts over the whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class Gate(nn.Module):
 
 def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
     """logits [N, E] FP32, bias [E] FP32 or None."""
-    scores = logits.sigmoid() if moe.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+    scores = score(logits, moe)
     with torch.no_grad():
         biased = scores if bias is None else scores + bias
         expert_ids = select(biased, moe)
@@ -62,6 +63,17 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
     if moe.norm_topk_prob:
         weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)  # 1e-20 as in the published HF code
     return Routing(expert_ids=expert_ids, weights=weights * moe.routed_scaling_factor, scores=scores, counts=counts)
+
+
+def score(logits: Tensor, moe: Moe) -> Tensor:
+    """How well each expert suits each token [N, E], from logits [N, E]; never negative."""
+    match moe.scoring_func:
+        case "sigmoid":
+            return logits.sigmoid()
+        case "softmax":
+            return logits.softmax(dim=-1)
+        case unknown:
+            assert_never(unknown)
 
 
 def select(biased: Tensor, moe: Moe) -> Tensor:

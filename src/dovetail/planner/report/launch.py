@@ -119,7 +119,8 @@ def _split(layout: Layout) -> tuple[tuple[str, int], ...]:
 def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
     """Keys of config.json in which the plan's model differs from the one that was named."""
     mine, named = write_hf(spec), write_hf(find_model(model).spec)
-    return {key: value for key, value in mine.items() if value != named.get(key) and value is not None}
+    follows = ("model_type", "architectures")  # from the other keys
+    return {key: value for key, value in mine.items() if value not in (named.get(key), None) and key not in follows}
 
 
 def _unsharded(plan: TrainingPlan) -> int:

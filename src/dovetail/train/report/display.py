@@ -123,8 +123,8 @@ def line(view: View) -> str:
     """One plain line."""
     now = view.metrics
     parts = [f"step {now.step}/{view.num_steps}", f"loss {now.loss:.4f}"]
-    if not math.isnan(now.mtp_loss):
-        parts.append(f"mtp {now.mtp_loss:.4f}")
+    if now.mtp_losses:
+        parts.append(f"mtp {_each(now.mtp_losses)}")
     parts += [f"{now.tokens_per_second:.0f} tokens/s", f"mfu {now.mfu:.1%}"]
     if now.max_vio:
         parts.append(f"maxvio {_mean(now.max_vio):.2f} (worst {max(now.max_vio):.2f})")
@@ -145,7 +145,7 @@ def panel(view: View, bars: str = BARS) -> RenderableType:
     rows = Table.grid(padding=(0, 2), expand=True)
     for _ in range(3):
         rows.add_column(ratio=1)
-    mtp = "-" if math.isnan(now.mtp_loss) else f"{now.mtp_loss:.4f}"
+    mtp = _each(now.mtp_losses) or "-"
     held_out = f"{view.held_out.bits_per_byte:.4f} bits/byte" if view.held_out else "-"
     rows.add_row(_cell("loss", f"{now.loss:.4f}", "bold"), _cell("MTP loss", mtp), _cell("held out", held_out))
     rate = f"{now.tokens_per_second:,.0f}"
@@ -215,6 +215,10 @@ def _max_vio_row(max_vio: Sequence[float], bars: str) -> Text:
 
 def _cell(name: str, value: str, style: str = "") -> Text:
     return Text.assemble((f"{name} ", "dim"), (value, style))
+
+
+def _each(losses: Sequence[float]) -> str:
+    return " ".join(f"{loss:.4f}" for loss in losses)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -27,6 +27,7 @@ class StepMetrics:
     tokens: int  # consumed by the run, this step included
     loss: float
     mtp_loss: float  # mean over the MTP depths, before its weight; NaN without MTP
+    mtp_losses: list[float]  # of each depth
     balance_loss: float  # sequence-wise, after its coefficient
     grad_norm: float  # before clipping
     learning_rate: float

@@ -242,6 +242,7 @@ def _metrics(
         tokens=counters.tokens,
         loss=result.loss,
         mtp_loss=result.mtp_loss,
+        mtp_losses=result.mtp_losses,
         balance_loss=result.balance_loss,
         grad_norm=result.grad_norm,
         learning_rate=now.learning_rate,

@@ -24,7 +24,8 @@ from dovetail.catalog.presets import load_model, model_names, read_model_file
 from dovetail.config import Record, dump, load_toml, near_matches, read_toml
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
-from dovetail.spec.model import ModelSpec
+from dovetail.spec.model import Mla, ModelSpec
+from dovetail.spec.published import OWN
 from dovetail.text.atomic import write_bytes
 from dovetail.text.documents import DataConfig, read_documents
 from dovetail.text.prepare import prepare_store
@@ -122,6 +123,8 @@ def resolve_model(config: ModelConfig) -> ModelSpec:
     for key in config.change:
         if key not in table:
             raise ValueError(f"model.change.{key}: the model has no such key; {near_matches(key, table)}")
+    if isinstance(spec.attention, Mla):
+        table["model_type"] = OWN  # the changed model may be none of a published class
     return read_hf({**table, **config.change})
 
 
@@ -150,9 +153,9 @@ def claim(config: RunConfig, spec: ModelSpec) -> None:
         settings = json.loads(config.model_dump_json(exclude_none=True))
         raise ValueError(_other(config.out, "settings", read_toml(path), settings))
     if path.exists() and model.exists() and (there := read_model_file(model).spec) != spec:
-        raise ValueError(_other(config.out, "keys of the model", there.to_hf(), spec.to_hf()))
+        raise ValueError(_other(config.out, "keys of the model", write_hf(there), write_hf(spec)))
     if not path.exists() or not model.exists():  # run.toml is last: a directory with one is a run's
-        write_bytes(model, (json.dumps(spec.to_hf(), indent=2) + "\n").encode())
+        write_bytes(model, (json.dumps(write_hf(spec), indent=2) + "\n").encode())
         write_bytes(path, text.encode())
 
 

@@ -29,6 +29,7 @@ from dovetail.train.step.schedule import Values
 class StepResult:
     loss: float
     mtp_loss: float  # mean over depths; NaN without MTP
+    mtp_losses: list[float]  # of each depth
     balance_loss: float  # with its coefficient
     grad_norm: float  # before clipping
     max_vio: list[float]  # per MoE layer, MTP modules last
@@ -103,7 +104,7 @@ def train_step(
     """Train on `batches`, the equal microbatches of this rank; every rank of a process group calls it."""
     parameters = dict(model.named_parameters())
     gradients: dict[str, Tensor] = {}
-    sums = torch.zeros(3, dtype=torch.float64, device=model.norm.weight.device)
+    sums = torch.zeros(3 + len(model.mtp), dtype=torch.float64, device=model.norm.weight.device)
     counts: list[Tensor] = []
     for batch in batches:
         losses = compute_losses(model, batch, objective.separate_documents)
@@ -111,18 +112,19 @@ def train_step(
         balance = objective.balance_alpha * losses.balance
         ((losses.token + values.mtp_weight * mtp + balance) / len(batches)).backward()
         _collect(parameters, gradients, in_fp32=len(batches) > 1 or dist.is_initialized())
-        sums += torch.stack([losses.token, mtp, balance]).detach().double() / len(batches)
+        sums += torch.stack([losses.token, mtp, balance, *losses.mtp]).detach().double() / len(batches)
         counts = [a + b for a, b in zip(counts, losses.counts, strict=True)] if counts else losses.counts
     if dist.is_initialized():
         _average_over_ranks(gradients, sums, counts)
     norm = optimizer.grad_norm(gradients)
-    loss, mtp_loss, balance_value = sums.tolist()
+    loss, mtp_loss, balance_value, *mtp_losses = sums.tolist()
     is_finite = math.isfinite(norm) and all(map(math.isfinite, (loss, mtp_loss, balance_value)))
     if is_finite:
         _update(model, optimizer, gradients, values, norm, counts, ema)
     return StepResult(
         loss=loss,
         mtp_loss=mtp_loss if model.mtp else math.nan,
+        mtp_losses=mtp_losses,
         balance_loss=balance_value,
         grad_norm=norm,
         max_vio=[max_violation(each) for each in counts],

@@ -1,0 +1,77 @@
+"""Which published model class computes what a spec describes.
+
+A reader elsewhere chooses its code by `model_type` and passes over keys that this code has no use for: transformers'
+DeepseekV3ForCausalLM takes sigmoid scores whatever `scoring_func` says. So a checkpoint bears the name of a class only
+where that class, as transformers has it, computes the same function, MTP modules included. Every other checkpoint has
+the `model_type` "dovetail", which only this package reads.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from dovetail.spec.model import Mla, ModelSpec, Moe
+
+OWN = "dovetail"
+PublishedType = Literal["deepseek_v3", "deepseek_v2"]
+PUBLISHED: dict[PublishedType, str] = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+}
+LATENT_EPS = 1e-6  # of both latent norms, whatever rms_norm_eps says; vLLM has rms_norm_eps there too
+
+
+def model_type(spec: ModelSpec) -> str:
+    """The name under which `spec`, of latent attention, is exported: of the first class that computes it, or ours."""
+    return next((each for each in PUBLISHED if not differences(spec, each)), OWN)
+
+
+def why_own(spec: ModelSpec) -> str | None:
+    """By which keys the nearest class computes something else; None where one computes `spec`."""
+    nearest = min(PUBLISHED, key=lambda each: len(differences(spec, each)))
+    reasons = differences(spec, nearest).values()
+    return f"{PUBLISHED[nearest]} computes something else: {'; '.join(reasons)}" if reasons else None
+
+
+def differences(spec: ModelSpec, published: PublishedType) -> dict[str, str]:
+    """Each key by which the class computes something else than `spec`, with what it has there."""
+    found = gate_differences(spec.moe, published) if spec.moe else {}
+    depth, heads = spec.num_nextn_predict_layers, spec.attention.num_attention_heads
+    if depth and published == "deepseek_v2":
+        found["num_nextn_predict_layers"] = f"num_nextn_predict_layers = {depth}, it has no MTP modules"
+    elif depth and spec.moe is None:
+        found["num_nextn_predict_layers"] = f"num_nextn_predict_layers = {depth} without experts, its modules have some"
+    if published == "deepseek_v2" and spec.hidden_size % heads:
+        found["num_attention_heads"] = f"num_attention_heads = {heads}, it takes divisors of {spec.hidden_size}"
+    if spec.rms_norm_eps != LATENT_EPS:
+        found["rms_norm_eps"] = f"rms_norm_eps = {spec.rms_norm_eps:g}, it has {LATENT_EPS:g} in the latent norms"
+    return found | _rope_differences(spec)
+
+
+def gate_differences(moe: Moe, published: PublishedType) -> dict[str, str]:
+    """Those of the gate."""
+    scoring, methods = "sigmoid", ["noaux_tc"]
+    if published == "deepseek_v2":
+        scoring, methods = "softmax", ["group_limited_greedy", "greedy"]
+    found = {}
+    if moe.scoring_func != scoring:
+        found["scoring_func"] = f"scoring_func = {moe.scoring_func!r}, it has {scoring!r}"
+    if moe.topk_method not in methods:
+        found["topk_method"] = f"topk_method = {moe.topk_method!r}, it has {' and '.join(map(repr, methods))}"
+    if moe.norm_topk_prob and published == "deepseek_v2":
+        # The code published with V2's weights does, and then leaves out the scaling factor.
+        found["norm_topk_prob"] = "norm_topk_prob = True, it does not normalise"
+    return found
+
+
+def _rope_differences(spec: ModelSpec) -> dict[str, str]:
+    yarn, found = spec.rope_scaling, {}
+    if yarn is None or not isinstance(spec.attention, Mla):
+        return {}
+    if 0 in (yarn.mscale, yarn.mscale_all_dim) and (yarn.mscale, yarn.mscale_all_dim) != (1, 0):
+        given = f"mscale = {yarn.mscale:g} and mscale_all_dim = {yarn.mscale_all_dim:g}"
+        found["mscale"] = f"{given}, it takes 1 and 0 where one of them is 0"
+    first, last = yarn.blended_pairs(spec.attention.qk_rope_head_dim, spec.rope_theta)
+    if first > last:  # no pair is blended, and each code clamps in another way
+        found["beta_fast"] = f"beta_fast = {yarn.beta_fast:g} and beta_slow = {yarn.beta_slow:g} leave no pairs between"
+    return found
