@@ -23,8 +23,8 @@ from dovetail.model.checkpoint.weights import export_hf, import_hf
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
 from dovetail.spec.hf_config import read_hf, write_hf
-from dovetail.spec.model import Mla, ModelSpec
-from dovetail.spec.published import OWN, PUBLISHED, PublishedType, differences, model_type, why_own
+from dovetail.spec.model import Mla, ModelSpec, Moe, Yarn
+from dovetail.spec.published import OWN, PUBLISHED, READ, differences, model_type, why_own
 
 SpecFactory = Callable[..., ModelSpec]
 ModelFactory = Callable[..., Transformer]
@@ -70,7 +70,7 @@ COMPUTED: dict[str, tuple[str, Changes]] = {
     "V2, scaled, YaRN": ("deepseek_v2", {**V2, **with_yarn(), "routed_scaling_factor": 16.0, "q_lora_rank": None}),
 }
 # A class, what keeps it from computing the model, and how it takes the checkpoint under its name all the same.
-OURS: dict[str, tuple[PublishedType, str, str, Changes]] = {
+OURS: dict[str, tuple[str, str, Changes]] = {
     "softmax for sigmoid": ("deepseek_v3", "scoring_func = 'softmax'", "silent", {"scoring_func": "softmax"}),
     "no bias": ("deepseek_v3", "topk_method = 'greedy'", "loud", {"topk_method": "greedy", **ONE_GROUP}),
     "another epsilon": ("deepseek_v3", "rms_norm_eps = 0.001", "silent", {"rms_norm_eps": 1e-3}),
@@ -236,7 +236,7 @@ def test_all_else_has_our_name_and_under_theirs_would_be_another_model(
         AutoModelForCausalLM.from_pretrained(out)
     again, read = import_hf(out, dtype=torch.float32)
     assert read == spec and torch.equal(our_logits(again), our_logits(model))
-    assert any(key in reason for reason in differences(spec, published).values())
+    assert any(key in reason for reason in differences(spec, published))
     _, line = describe(out, spec)
     assert "will not load" in line and str(why_own(spec)) in line and "\n" not in line
 
@@ -254,6 +254,25 @@ def test_all_else_has_our_name_and_under_theirs_would_be_another_model(
         assert difference < bound_of(spec)
         with pytest.raises((RuntimeError, AttributeError), match="weights are missing|num_mtp_layers"):
             their_drafts(out, model(some_tokens(spec)).hidden, spec)
+
+
+class WarmGate(Moe):
+    gate_temperature: float = 1.0
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, "deepseek_v3"), (2.0, OWN)])
+def test_a_key_that_no_class_has_takes_the_name_away(temperature: float, expected: str, tiny_spec: SpecFactory) -> None:
+    """Whoever adds a key need not think of it. Its default leaves the model as it was."""
+    plain = tiny_spec()
+    warm = WarmGate(**plain.moe.model_dump(), gate_temperature=temperature)
+    spec = plain.model_copy(update={"moe": warm})
+    assert model_type(spec) == expected
+    assert ("gate_temperature = 2.0, it has no such key" in str(why_own(spec))) == (expected == OWN)
+
+
+def test_all_keys_that_there_are_have_been_thought_of() -> None:
+    records = (ModelSpec, Mla, Moe, Yarn)
+    assert {key for record in records for key in record.model_fields} == READ
 
 
 # ---- In ----

@@ -195,12 +195,12 @@ def _check_supported(flat: Mapping[str, Any], is_mla: bool) -> None:
             raise ValueError(f"config.json: {key} = {flat[key]!r} is not supported, only {value!r} is")
 
 
-def _check_gate(moe: Moe, family: published.PublishedType) -> None:
+def _check_gate(moe: Moe, family: str) -> None:
     """A published name over the keys of another gate: what is meant cannot be known."""
     if wrong := published.gate_differences(moe, family):
         raise ValueError(
             f"config.json: model_type {family!r} is {published.PUBLISHED[family]}, which computes something else than "
-            f"these keys say: {'; '.join(wrong.values())}. Correct them, or set model_type to {published.OWN!r} "
+            f"these keys say: {'; '.join(wrong)}. Correct them, or set model_type to {published.OWN!r} "
             "to have the gate that they describe"
         )
 

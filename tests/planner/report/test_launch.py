@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from dovetail.catalog.presets import load_model
 from dovetail.config import load_toml, read_toml
 from dovetail.planner.report.launch import launches
 from dovetail.planner.request import Request, answer
@@ -130,3 +131,12 @@ def test_mtp_is_in_the_lines_where_it_is_in_the_plan():
 def test_a_model_of_ones_own_says_what_is_missing():
     _, found = launched(**{**SERVE, "model": "1b", "clusters": ["h200-node"]}, ep=8, prefill_ep=8)
     assert all(any("no published weights" in note for note in launch.notes) for launch in found)
+
+
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_engines_are_said_not_to_load_what_they_would_compute_otherwise(scoring, tmp_path):
+    config = {**write_hf(load_model("1b")), "model_type": "dovetail", "scoring_func": scoring}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _, found = launched(**{**SERVE, "model": str(tmp_path), "clusters": ["h200-node"]}, ep=8, prefill_ep=8)
+    for launch in found:
+        assert any("Neither engine will load it" in note for note in launch.notes) == (scoring == "softmax")

@@ -25,6 +25,7 @@ from dovetail.spec.hf_config import write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
+from dovetail.spec.published import why_own
 
 PUBLISHED = {
     "deepseek-v2": "deepseek-ai/DeepSeek-V2",
@@ -101,6 +102,8 @@ def serving_launches(plan: ServingPlan, model: str) -> list[Launch]:
     if target == model and not Path(model).is_dir():
         notes.append(f"{model} has no published weights: export a run of yours and name its directory.")
     spec = plan.decode.work.spec
+    if why := why_own(spec):
+        notes.append(f"Neither engine will load it: {why}.")
     reasons = [f"{kernel}: {reason}" for kernel, reason in accepted_by(spec).items() if reason]
     if reasons:
         notes.append(f"Not every fast kernel takes this shape ({'; '.join(reasons)}).")
