@@ -18,6 +18,7 @@ from draw_tree import LONGEST, draw
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import read_model
 from dovetail.config import load_toml, validate
 from dovetail.model.checkpoint.weights import export_hf
@@ -270,3 +271,13 @@ def test_the_schedule_loads() -> None:
     (body,) = blocks(ROOT / "docs" / "guides" / "train.md", "toml schedule")
     schedule = validate(TrainingSchedule, tomllib.loads(body)["schedule"], "docs")
     assert len(schedule.learning_rate.segments) == 3
+
+
+def test_the_recipe_loads(tmp_path: Path) -> None:
+    (body,) = blocks(ROOT / "docs" / "guides" / "precision.md", "toml recipe")
+    path = tmp_path / "mine.toml"
+    path.write_text(body, "utf-8")
+    recipe, base = load_recipe(path), load_recipe("deepseek-v3")
+    assert base.sites.keys() - recipe.sites.keys() == {"mtp_join"}
+    assert {site.grad.tile for site in recipe.sites.values()} == {"block"}
+    assert {name for name, site in recipe.sites.items() if site.input.format == "e5m2"} == {"expert_up"}

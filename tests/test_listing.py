@@ -8,7 +8,7 @@ import pytest
 
 from dovetail.catalog.fabrics import fabric_names
 from dovetail.catalog.hardware import cluster_names, gpu_names
-from dovetail.catalog.precision import load_recipe, recipes
+from dovetail.catalog.precision import load_recipe, recipe_names
 from dovetail.catalog.presets import model_names
 from dovetail.listing import KINDS, as_json, listings, quantised
 from dovetail.parallel.schedules.pipelines import SCHEDULES
@@ -19,7 +19,7 @@ NAMES = {
     "clusters": cluster_names(),
     "gpus": gpu_names(),
     "fabrics": fabric_names(),
-    "recipes": list(recipes()),
+    "recipes": recipe_names(),
     "schedules": schedule_names(),
     "pipelines": list(SCHEDULES),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 from dovetail.catalog.fabrics import fabric_names, load_fabric
 from dovetail.catalog.hardware import cluster_names, gpu_names, load_cluster, load_gpu
-from dovetail.catalog.precision import recipes
+from dovetail.catalog.precision import load_recipe, recipe_names
 from dovetail.catalog.presets import load_model, model_names, model_source
 from dovetail.config import near_matches
 from dovetail.cost.count import parameters
@@ -116,7 +116,7 @@ def _fabrics() -> Iterator[Entry]:
 
 
 def _recipes() -> Iterator[Entry]:
-    for name, recipe in recipes().items():
+    for name, recipe in ((name, load_recipe(name)) for name in recipe_names()):
         yield {"name": name, "quantised": quantised(recipe), "source": recipe.source}
 
 

@@ -103,7 +103,7 @@ def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
     return [
         *rows,
         ("files", str(len(documents)), f"{store.num_bytes:,} bytes, none trained on"),
-        ("precision", state.config.train.precision, why),
+        ("precision", load_recipe(state.config.train.precision).name, why),
     ]
 
 

@@ -125,7 +125,8 @@ def test_a_recipe_that_cannot_run_is_refused(tiny_spec: SpecFactory) -> None:
 @pytest.mark.parametrize("promotion", [None, 256])
 def test_only_a_tensor_core_is_promoted_otherwise(promotion: int | None) -> None:
     assert GemmPrecision(accumulator="hopper", promotion=promotion).promotion == promotion
-    with pytest.raises(ValueError, match=f'promotion = {promotion} with accumulator fp32.*accumulator = "hopper"'):
+    words = f'promotion = {promotion or "never"} with accumulator fp32.*accumulator = "hopper"'
+    with pytest.raises(ValueError, match=words):
         GemmPrecision(promotion=promotion)
     with pytest.raises(ValueError, match="multiple of 32"):
         GemmPrecision(accumulator="hopper", promotion=48)

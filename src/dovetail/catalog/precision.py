@@ -1,127 +1,118 @@
-"""The precision recipes, by name."""
+"""Loads a precision recipe by name, from a user's file, or from a table of a run file.
+
+`precision/NAME.toml` and a user's file say what a recipe changes: of another one (`like = "deepseek-v3"`), or, without
+`like`, of plain BF16.
+
+    [every]              every site's operands: input = { format = "e5m2" }, and what adds its products
+    [sites.expert_up]    one site's, after these; "none" in place of a table leaves the site in the model's own dtype
+    [saved_swiglu]       "none" in place of a table: SwiGLU's inputs are kept in the model's own dtype
+
+What is not said of an operand is as in the recipe that this one is like, else as in `spec.precision.GemmPrecision`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
 
-from dovetail.config import Record, near_matches
-from dovetail.spec.precision import GemmPrecision, Quantization, Recipe, Site
+from dovetail.config import Record, near_matches, read_toml, validate
+from dovetail.spec.precision import GemmPrecision, Recipe, Site
 
-RecordT = TypeVar("RecordT", bound=Record)
-POWER_OF_TWO = Quantization(power_of_two=True)
-SITES: tuple[Site, ...] = (
-    "attention_down",
-    "attention_up",
-    "attention_out",
-    "mlp_up",
-    "mlp_down",
-    "expert_up",
-    "expert_down",
-    "mtp_join",
-)
+SITES: tuple[Site, ...] = get_args(Site)
+ABSENT = {"saved_swiglu": "none", "saved_input": "none", "promotion": "never"}  # for None, which TOML does not have
+_RECIPES = Path(__file__).parent / "precision"
 
 
-def _deepseek_v3() -> Recipe:
-    """Return V3's own recipe: E4M3 in tiles and blocks [V3 §3.3.2].
+class RecipeTable(Record):
+    """A recipe as TOML has it: what it changes of another one."""
 
-    Scales are powers of two where a value is sent or quantised again along the other side: for the input of the
-    projection after attention, which is kept in E5M6, and for what is dispatched to experts, forward and backward
-    [V3 §3.3.3].
-    """
-    sites: dict[Site, GemmPrecision] = {site: GemmPrecision() for site in SITES}
-    saved = Quantization(format="e5m6", power_of_two=True)
-    sites["attention_out"] = GemmPrecision(input=POWER_OF_TWO, saved_input=saved)
-    sites["expert_up"] = GemmPrecision(input=POWER_OF_TWO)
-    sites["expert_down"] = GemmPrecision(grad=POWER_OF_TWO)
-    return Recipe(name="deepseek-v3", source="V3 §3.3", sites=sites, saved_swiglu=Quantization())
+    name: str  # of a file: its path as it was given
+    source: str
+    like: str | None = None  # a recipe of the catalog
+    every: dict[str, Any] | None = None  # keys of `GemmPrecision`
+    sites: dict[str, Any] = {}  # the same by site
+    saved_swiglu: Any = None
+    expert_output: str | None = None
+    moments: str | None = None
 
 
-def _v3_1(v3: Recipe) -> Recipe:
-    """Return V3's recipe with UE8M0 scales everywhere, as V3.1 was trained [its config.json: scale_fmt = ue8m0]."""
-    return _varied(v3, "deepseek-v3.1", "V3.1 config.json: scale_fmt = ue8m0", lambda operand: {"power_of_two": True})
+def recipe_names() -> list[str]:
+    """Names that `load_recipe` takes, sorted."""
+    return sorted(path.stem for path in _RECIPES.glob("*.toml"))
 
 
-def _per_tensor(v3: Recipe) -> Recipe:
-    """Return V3's recipe with one scale for a whole tensor in place of tiles and blocks.
-
-    This was usual before V3. A single outlier makes all other values less precise.
-    """
-    return _varied(
-        v3, "v3-per-tensor", "ablation of V3 §3.3.2: no fine-grained scales", lambda operand: {"tile": "tensor"}
-    )
-
-
-def _e5m2_gradients(v3: Recipe) -> Recipe:
-    """Return V3's recipe with gradients of outputs in E5M2, as hybrid recipes before V3 had them.
-
-    E5M2 has more range and one mantissa bit less than E4M3, which V3 uses throughout [V3 §3.3.2].
-    """
-    changes = {"grad": {"format": "e5m2"}, "wgrad_grad": {"format": "e5m2"}}
-    return _varied(v3, "v3-e5m2-gradients", "ablation of V3 §3.3.2: hybrid formats", lambda name: changes.get(name, {}))
+def load_recipe(recipe: str | Path | RecipeTable) -> Recipe:
+    """The recipe of the catalog with that name, of the TOML file at that path (which ends in .toml or has a separator
+    in it), or of a table. Raises ValueError, one line, for an unknown name and for what is wrong in a file."""
+    if isinstance(recipe, RecipeTable):
+        return _whole(recipe, recipe.name)
+    if is_file(text := str(recipe)):
+        return _whole(read_recipe(text), text)
+    if text not in recipe_names():
+        raise ValueError(f"{text!r} is no precision recipe; {near_matches(text, recipe_names())}")
+    return _catalog(text)
 
 
-def _block_gradients(v3: Recipe) -> Recipe:
-    """Return V3's recipe with the gradient in dgrad quantised in 128x128 blocks.
-
-    With these a model of 16B parameters diverged after some 300B tokens [V3 App. B.2].
-    """
-    changes = {"grad": {"tile": "block"}}
-    return _varied(v3, "v3-block-gradients", "ablation of V3 App. B.2", lambda name: changes.get(name, {}))
+def is_file(recipe: str) -> bool:
+    """Whether this is the path of a recipe file, not a name of the catalog."""
+    return recipe.endswith(".toml") or "/" in recipe
 
 
-def _hopper(v3: Recipe) -> Recipe:
-    """Return V3's recipe with the H800's sums: its Tensor Core's, promoted to FP32 every 128 terms [V3 §3.3.2]."""
-    return _summed(v3, "v3-hopper", "V3 §3.3.2 with the Tensor Core's own sums", 128)
+def read_recipe(path: str) -> RecipeTable:
+    """The table of a user's file; the recipe's name is the path."""
+    table = read_toml(path)
+    if "name" in table:
+        raise ValueError(f"{path}: name = {table['name']!r}: a recipe file is named by its path; leave name out")
+    return validate(RecipeTable, {"name": path, **table}, where=path)
 
 
-def _no_promotion(v3: Recipe) -> Recipe:
-    """Return V3's recipe with sums that are never promoted: the Tensor Core adds all scaled products."""
-    return _summed(v3, "v3-no-promotion", "ablation of V3 §3.3.2: no promotion", None)
+@cache
+def _catalog(name: str) -> Recipe:
+    where = f"precision/{name}.toml"
+    return _whole(validate(RecipeTable, {"name": name, **read_toml(_RECIPES / f"{name}.toml")}, where), where)
 
 
-def _fp32_moments(plain: Recipe) -> Recipe:
-    """Return the recipe with AdamW's moments in FP32, where V3 has BF16 [V3 §3.3.3]."""
-    source = "ablation of V3 §3.3.3: FP32 moments"
-    return plain.model_copy(update={"name": f"{plain.name}-fp32-moments", "source": source, "moments": "float32"})
+def _whole(table: RecipeTable, where: str) -> Recipe:
+    """The recipe that a table describes."""
+    if table.like is not None and table.like not in recipe_names():
+        remedy = near_matches(table.like, recipe_names())
+        raise ValueError(f"{where}: like = {table.like!r} is no recipe of the catalog; {remedy}")
+    base = Recipe(name=table.name, source=table.source) if table.like is None else _catalog(table.like)
+    changes = table.model_dump(exclude={"like", "every", "sites"}, exclude_none=True)
+    merged = _merged(base.model_dump(exclude={"sites"}), changes, where)
+    return validate(Recipe, {**merged, "sites": _sites(base, table, where)}, where)
 
 
-def _combine(expert_output: str) -> Recipe:
-    """Return BF16 with the outputs of routed experts sent back in a narrow format, as studied in [ISCA §3.2]."""
-    return Recipe(name=f"combine-{expert_output}", source="ISCA §3.2", expert_output=expert_output)
+def _sites(base: Recipe, table: RecipeTable, where: str) -> dict[Site, GemmPrecision]:
+    """The sites of `base` with what the table says of every one, and then of single ones."""
+    sites = dict(base.sites)
+    if table.every is not None:
+        sites = {site: _changed(sites.get(site), table.every, f"{where}: every") for site in SITES}
+    for site, change in table.sites.items():
+        if site not in SITES:
+            raise ValueError(f"{where}: sites.{site} is no site of a model; {near_matches(site, SITES)}")
+        if change == "none":
+            sites.pop(site, None)
+        else:
+            sites[site] = _changed(sites.get(site), change, f"{where}: sites.{site}")
+    return sites
 
 
-def _varied(recipe: Recipe, name: str, source: str, change: Callable[[str], dict[str, Any]]) -> Recipe:
-    """Return `recipe` with `change(name)` made to each operand of every site, and to `saved_swiglu`."""
-
-    def varied(record: RecordT) -> RecordT:
-        operands = {key: getattr(record, key) for key in type(record).model_fields}
-        changed = {key: q.model_copy(update=change(key)) for key, q in operands.items() if isinstance(q, Quantization)}
-        return record.model_copy(update=changed)
-
-    sites = {site: varied(precision) for site, precision in recipe.sites.items()}
-    return varied(recipe).model_copy(update={"name": name, "source": source, "sites": sites})
+def _changed(site: GemmPrecision | None, change: Any, where: str) -> GemmPrecision:
+    if not isinstance(change, Mapping):
+        raise ValueError(f'{where} = {change!r}: expected a table of operands, or "none"')
+    return validate(GemmPrecision, _merged({} if site is None else site.model_dump(), change, where), where)
 
 
-def _summed(recipe: Recipe, name: str, source: str, promotion: int | None) -> Recipe:
-    """Return `recipe` with the sums of Hopper's Tensor Core at every site."""
-    changes = {"accumulator": "hopper", "promotion": promotion}
-    sites = {site: precision.model_copy(update=changes) for site, precision in recipe.sites.items()}
-    return recipe.model_copy(update={"name": name, "source": source, "sites": sites})
-
-
-def recipes() -> dict[str, Recipe]:
-    plain = Recipe(name="bf16", source="no quantisation")
-    v3 = _deepseek_v3()
-    varying = (_v3_1, _per_tensor, _e5m2_gradients, _block_gradients, _hopper, _no_promotion)
-    variants = [vary(v3) for vary in varying]
-    combines = map(_combine, ("e4m3", "e5m2", "logfmt-8", "logfmt-10"))
-    return {recipe.name: recipe for recipe in (plain, v3, *variants, _fp32_moments(plain), *combines)}
-
-
-def load_recipe(name: str) -> Recipe:
-    """Return the recipe `name`. Raises ValueError with near matches for an unknown one."""
-    known = recipes()
-    if name not in known:
-        raise ValueError(f"{name!r} is no precision recipe; {near_matches(name, known)}")
-    return known[name]
+def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`base` with the values of `change`, key by key also in the tables inside."""
+    merged = dict(base)
+    for key, value in change.items():
+        if key in ABSENT and isinstance(value, str) and value != ABSENT[key]:
+            raise ValueError(f'{where}: {key} = {value!r}: the only word that it takes is "{ABSENT[key]}"')
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            value = {**merged[key], **value}
+        merged[key] = None if value == ABSENT.get(key) else value
+    return merged

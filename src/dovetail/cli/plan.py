@@ -30,7 +30,7 @@ def plan(
     tokens: Annotated[str | None, typer.Option(help="train: tokens of the whole run, such as 14.8T.")] = None,
     batch: Annotated[str | None, typer.Option(help="train: sequences per step.")] = None,
     sequence_length: Annotated[str | None, typer.Option(help="train: tokens per sequence [default: 4096].")] = None,
-    precision: Annotated[str, typer.Option(help="The precision recipe.")] = "deepseek-v3",
+    precision: Annotated[str, typer.Option(help="A precision recipe of the catalog, or a .toml file.")] = "deepseek-v3",
     gpus: Annotated[int | None, typer.Option(help="How many of the cluster's GPUs to use [default: all].")] = None,
     pp: Annotated[int | None, typer.Option(help="train: ranks of a pipeline [default: the best].")] = None,
     ep: Annotated[

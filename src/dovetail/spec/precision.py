@@ -43,14 +43,18 @@ class Quantization(Record):
     @field_validator("format")
     @classmethod
     def _can_be_scaled_and_held(cls, name: str) -> str:
-        """Allow up to 7 exponent bits, as 8 need no scales, and up to 7 mantissa bits, as BF16 holds the values."""
-        match = re.fullmatch(r"e([0-9]{1,3})m([0-9]{1,3})", name.lower())
-        if match is None or not (2 <= int(match[1]) <= 7 and 1 <= int(match[2]) <= 7):
-            raise ValueError(
-                f"an operand cannot be {name!r}; use an eXmY with 2 to 7 exponent bits and 1 to 7 mantissa bits;"
-                f" {near_matches(name.lower(), FORMATS)}"
-            )
-        return match[0]
+        return _scaled_format(name)
+
+
+def _scaled_format(name: str) -> str:
+    """Eight exponent bits need no scales, and BF16, which holds the values, has seven mantissa bits."""
+    match = re.fullmatch(r"e([0-9]{1,3})m([0-9]{1,3})", name.lower())
+    if match is None or not (2 <= int(match[1]) <= 7 and 1 <= int(match[2]) <= 7):
+        raise ValueError(
+            f"an operand cannot be {name!r}, but any eXmY with 2 to 7 exponent bits and 1 to 7 mantissa bits;"
+            f" {near_matches(name.lower(), FORMATS)}"
+        )
+    return match[0]
 
 
 ROW, COLUMN, BLOCK = Quantization(), Quantization(tile="column"), Quantization(tile="block")
@@ -76,8 +80,8 @@ class GemmPrecision(Record):
     def _fp32_is_promoted_by_tile(self) -> GemmPrecision:
         if self.accumulator == "fp32" and self.promotion != 128:
             raise ValueError(
-                f"promotion = {self.promotion} with accumulator fp32, which sums by tiles of 128: leave it out, or use"
-                ' accumulator = "hopper"'
+                f"promotion = {self.promotion or 'never'} with accumulator fp32, which sums by tiles of 128: leave it"
+                ' out, or use accumulator = "hopper"'
             )
         return self
 
@@ -107,4 +111,10 @@ class Recipe(Record):
     sites: dict[Site, GemmPrecision] = {}
     saved_swiglu: Quantization | None = None  # how experts' SwiGLU inputs are kept; None: in the model's dtype
     expert_output: str | None = None  # format in which routed experts' outputs are sent back: eXmY, or logfmt-N
-    moments: Literal["bfloat16", "float32"] = "bfloat16"  # of both moments of AdamW [V3 §3.3.3]
+    moments: Literal["bfloat16", "float32"] = "bfloat16"  # both of AdamW [V3 §3.3.3]
+
+    @field_validator("expert_output")
+    @classmethod
+    def _can_be_sent(cls, name: str | None) -> str | None:
+        """How many bits LogFMT may have, `numerics.formats.logfmt` says."""
+        return name if name is None or re.fullmatch(r"logfmt-[0-9]+", name) else _scaled_format(name)

@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.config import load_toml, read_toml
 from dovetail.planner.report.launch import launches
@@ -43,6 +44,15 @@ def test_dovetail_train_reads_the_run_file_and_runs_this_plan(gpus, tmp_path):
     words = shlex.split(command.text)
     assert words[0] == ("dovetail" if gpus == 1 else "torchrun")
     assert gpus == 1 or words[words.index("--nproc-per-node") + 1] == str(gpus)
+
+
+def test_a_recipe_file_is_named_in_the_run_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('source = "x"\nlike = "deepseek-v3"\nmoments = "float32"', encoding="utf-8")
+    plan, (launch,) = launched(**SMALL, gpus=1, precision="mine.toml")
+    assert plan.work.recipe == load_recipe("mine.toml") and plan.work.recipe.moments == "float32"
+    (tmp_path / "run.toml").write_text(launch.blocks[0].text, encoding="utf-8")
+    assert load_recipe(load_toml(tmp_path / "run.toml", RunConfig).train.precision) == plan.work.recipe
 
 
 def test_a_varied_model_is_in_the_run_file(tmp_path):

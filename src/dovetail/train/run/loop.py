@@ -13,12 +13,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.cost.count import training_flop_per_token
-from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
@@ -110,20 +110,18 @@ def prepare(config: RunConfig, display: Display) -> Run:
     device = local_device()
     spec = run_file.resolve_model(config.model)
     schedule = run_file.resolve_schedule(config)
+    run_file.build_model(config, torch.device("meta"))  # so that what cannot run is refused before anything is written
     with first_rank_first():
         check_run(config, spec, device)
         run_file.claim(config, spec)
         tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
         train_store, held_out_store = run_file.prepare_stores(config, tokenizer, display.message)
-    dtype = run_file.resolve_dtype(config.train.dtype, device)
-    with device:
-        model = Transformer(spec, dtype=dtype, recompute=config.train.recompute)
-    recipe = load_recipe(config.train.precision)
-    apply_recipe(model, recipe)
+    model = run_file.build_model(config, device)
     num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
     display.message(budget_line(config.train, schedule, train_store, num_steps))
     initialize(model, config.train.seed)
-    optimizer = AdamW(model.named_parameters(), config.optimizer, recipe.moments)
+    moments = load_recipe(config.train.precision).moments
+    optimizer = AdamW(model.named_parameters(), config.optimizer, moments)
     masters = {name: slot.master for name, slot in optimizer.slots.items()}
     decay = config.train.ema_decay
     # Beside the step on a GPU; a CPU has no cores to spare, so there it is a part of the step.
@@ -139,7 +137,7 @@ def prepare(config: RunConfig, display: Display) -> Run:
         optimizer=optimizer,
         ema=ema,
         num_steps=num_steps,
-        peak=measure_peak(dtype, device),
+        peak=measure_peak(model.embed_tokens.weight.dtype, device),
     )
 
 

@@ -12,16 +12,17 @@ out/budget.json   the number of steps, fixed at the start where `train.minutes` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from dovetail.catalog.precision import load_recipe
+from dovetail.catalog.precision import RecipeTable, is_file, load_recipe, read_recipe
 from dovetail.catalog.presets import load_model, model_names, read_model_file
-from dovetail.config import Record, dump, load_toml, near_matches, read_toml
+from dovetail.config import Record, dump, load_toml, near_matches, read_toml, validate
+from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import Mla, ModelSpec
@@ -32,6 +33,7 @@ from dovetail.text.prepare import prepare_store
 from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.run import checkpoint
+from dovetail.train.run.ranks import local_device
 from dovetail.train.step.optim import AdamWConfig
 from dovetail.train.step.schedule import TrainingSchedule, as_fractions, load_schedule, with_peak
 
@@ -71,7 +73,7 @@ class TrainConfig(Record):
     fit_schedule: bool = False  # stretch a schedule in steps or tokens over this run's budget
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: BF16 where the hardware multiplies it
-    precision: str = "bf16"  # a recipe of the catalog: deepseek-v3 quantises the layers' products to FP8
+    precision: str | RecipeTable = "bf16"  # a recipe: deepseek-v3 quantises the layers' products to FP8
     health_every: int | None = Field(default=None, gt=0)  # steps; what the recipe's rounding does, layer by layer
     balance_alpha: float = Field(default=1e-4, ge=0)  # [V3 §4.2]
     separate_documents: bool = False  # pre-training packs without borders [V3 §4.1]
@@ -83,10 +85,18 @@ class TrainConfig(Record):
     evaluate_every: int | None = Field(default=None, gt=0)  # steps, and the last; all of the text once at the end
     evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text, each time the same
 
-    @field_validator("precision")
+    @field_validator("precision", mode="before")
     @classmethod
-    def _is_a_recipe(cls, name: str) -> str:
-        return load_recipe(name).name
+    def _is_a_recipe(cls, precision: Any) -> str | RecipeTable:
+        """A recipe file is read here and now: the run keeps what it said, whatever becomes of the file."""
+        if isinstance(precision, Mapping):
+            precision = validate(RecipeTable, precision, where="a recipe")
+        elif isinstance(precision, str) and is_file(precision):
+            precision = read_recipe(precision)
+        elif not isinstance(precision, str | RecipeTable):
+            raise ValueError("expected the name of a recipe, a recipe file, or a table")
+        load_recipe(precision)
+        return precision
 
     @model_validator(mode="after")
     def _one_budget(self) -> TrainConfig:
@@ -143,6 +153,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32  # type: ignore[no-untyped-call]
+
+
+def build_model(config: RunConfig, device: torch.device) -> Transformer:
+    """The model of a run in the precision of its recipe, its weights not yet set. On "meta" it takes no memory, which
+    is how to see that it can be built. Raises ValueError for a recipe that training cannot run."""
+    dtype = resolve_dtype(config.train.dtype, local_device())
+    with device:
+        model = Transformer(resolve_model(config.model), dtype=dtype, recompute=config.train.recompute)
+    apply_recipe(model, load_recipe(config.train.precision))
+    return model
 
 
 def claim(config: RunConfig, spec: ModelSpec) -> None:
