@@ -153,10 +153,29 @@ def _inner_schemas(annotation: Any) -> list[type[BaseModel]]:
     return [inner for part in getattr(annotation, "__args__", ()) for inner in _inner_schemas(part)]
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two tables, with both values; None for a key that a table lacks."""
+    first, second = _flat(one), _flat(other)
+    keys = sorted(first.keys() | second.keys())
+    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in table.items():
+        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return rows
+
+
+def as_table(record: BaseModel) -> dict[str, Any]:
+    """`record` as the plain data that TOML has; keys that are None are left out."""
+    return record.model_dump(mode="json", exclude_none=True)
+
+
 def dump(record: BaseModel) -> str:
     """Return `record` as TOML that `load_toml` reads back to an equal object; keys that are None are left out."""
     lines: list[str] = []
-    _dump_table(record.model_dump(mode="json", exclude_none=True), (), lines)
+    _dump_table(as_table(record), (), lines)
     return "\n".join(lines).strip() + "\n"
 
 

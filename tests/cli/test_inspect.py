@@ -31,6 +31,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("calibrate",),
         ("network", "simulate"),
         ("train",),
+        ("compare",),
         ("list",),
         ("health",),
     ],

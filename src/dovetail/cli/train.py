@@ -45,29 +45,39 @@ def train(
 
 @app.command()
 def compare(
-    run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
-    recipe: Annotated[str, typer.Option(help="A precision recipe, such as deepseek-v3.")],
-    base: Annotated[str, typer.Option(help="The recipe to compare it with.")] = "bf16",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, counted from train.seed.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps for each seed [default: train.steps].")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Directory to write [default: OUT-BASE-RECIPE, with OUT of the run file].")
+    a: Annotated[Path, typer.Argument(help="The run file (TOML) that the other side is held against.")],
+    b: Annotated[Path | None, typer.Argument(help="The other run file [default: A again, with --set-b].")] = None,
+    both: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key on both sides, such as train.dtype=bfloat16.")
     ] = None,
-    change: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a key, such as train.dtype=bfloat16.")
+    only_a: Annotated[list[str] | None, typer.Option("--set-a", help="Override a key of A alone.")] = None,
+    only_b: Annotated[
+        list[str] | None, typer.Option("--set-b", help="Of B alone, such as train.precision=deepseek-v3.")
     ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of initial weights and data, from train.seed on.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each seed [default: train.steps].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory [default: beside A's out, named by both].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train with two precision recipes on the same batches, and measure the gap in loss over several seeds."""
+    """Train two runs on the same batches, and measure the gap in loss over several seeds.
+
+    dovetail compare run.toml --set-b train.precision=deepseek-v3
+
+    dovetail compare small.toml large.toml --steps 1000 --seeds 5
+    """
     from dovetail.config import load_toml
     from dovetail.train.compare import compare as comparing
-    from dovetail.train.compare import gap
+    from dovetail.train.compare import summary
+    from dovetail.train.compare.sides import comparison
     from dovetail.train.run.run_file import RunConfig
 
-    settings = comparing.comparison(load_toml(run, RunConfig, change or ()), recipe, base, steps, out)
-    result = comparing.measure(settings, seeds, settings.run.out / "compare.png")
+    base = load_toml(a, RunConfig, [*(both or ()), *(only_a or ())])
+    other = load_toml(b or a, RunConfig, [*(both or ()), *(only_b or ())])
+    what = comparison(base, other, (str(a), str(b)) if b else None, steps, out)
+    result = comparing.measure(what, seeds)
     if as_json:
-        print_json(gap.as_json(result))
+        print_json(summary.as_json(result))
         return
-    print_table(f"{recipe} against {base}, {result.steps} steps", gap.HEADER, gap.printed_rows(result))
-    print(*gap.printed_notes(result), f"pairs of steps and picture: {settings.run.out}", sep="\n")
+    for table in summary.tables(result):
+        print_table(*table)
+    print(*summary.notes(result), f"log of all steps, and picture: {what.out}", sep="\n")

@@ -20,18 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.text.atomic import check_new_file
-from dovetail.train.compare import gap
-from dovetail.train.compare.compare import comparison, measure
-from dovetail.train.compare.gap import PAPER, Gap, percent
+from dovetail.train.compare import summary
+from dovetail.train.compare.compare import measure
+from dovetail.train.compare.gap import PAPER, Gap, percent, said
+from dovetail.train.compare.sides import comparison
+from dovetail.train.compare.summary import Summary
 from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
 SEEDS, STEPS = 5, 600  # about 15 minutes on two cores
-HEADER = (*gap.HEADER, ">paper")
+HEADER = ("seed", ">gap, last quarter", ">largest smoothed", ">deepseek-v3 loss", ">bf16 loss", ">paper")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    gap: Gap
+    summary: Summary
+    gap: Gap  # of the loss
     directory: Path  # of the comparison
     picture: Path
     title: str = "Loss of the deepseek-v3 recipe over BF16, quickstart model"
@@ -50,8 +53,11 @@ def reproduce(picture: Path, num_seeds: int = SEEDS, config: RunConfig | None = 
     """
     check_new_file(picture)
     directory = picture.with_name(f"{picture.stem}-runs")
-    settings = comparison(config or run_config(), "deepseek-v3", out=directory)
-    return Result(gap=measure(settings, num_seeds, picture), directory=directory, picture=picture)
+    base = config or run_config()
+    ours = base.model_copy(update={"train": base.train.model_copy(update={"precision": "deepseek-v3"})})
+    found = measure(comparison(base, ours, out=directory), num_seeds, picture)
+    assert found.loss is not None
+    return Result(summary=found, gap=found.loss, directory=directory, picture=picture)
 
 
 def run_config() -> RunConfig:
@@ -67,20 +73,24 @@ def run_config() -> RunConfig:
 def as_json(result: Result) -> dict[str, Any]:
     """Return plain data, with the verdict."""
     rest = {"directory": str(result.directory), "picture": str(result.picture), "paper": PAPER}
-    return gap.as_json(result.gap) | rest | {"is_reproduced": result.is_reproduced}
+    return summary.as_json(result.summary) | rest | {"is_reproduced": result.is_reproduced}
 
 
 def printed_rows(result: Result) -> Iterable[tuple[str, ...]]:
-    """Yield the rows of any comparison, with the paper's bound beside the mean."""
-    for row in gap.printed_rows(result.gap):
-        yield *row, f"< {PAPER:.2%}" if row[0] == "mean" else ""
+    """Seed by seed, and the paper's bound beside the mean."""
+    gap = result.gap
+    for each in gap.seeds:
+        yield str(each.seed), percent(each.gap), percent(each.largest), f"{each.b:.4f}", f"{each.a:.4f}", ""
+    yield "mean", percent(gap.mean), "", "", "", f"< {PAPER:.2%}"
+    if len(gap.seeds) > 1:
+        yield "standard deviation", f"{100 * gap.deviation:.3f}%", "", "", "", ""
 
 
 def printed_notes(result: Result) -> Iterable[str]:
-    found = result.gap
-    yield from gap.printed_notes(found)
-    least, most = found.bounds
-    if len(found.seeds) > 1:
+    gap, (base, ours) = result.gap, result.summary.sides
+    yield said(gap, base.name, ours.name)
+    least, most = gap.bounds
+    if len(gap.seeds) > 1:
         if most < PAPER:
             verdict = f"within the paper's {PAPER:.2%}"
         elif least > PAPER:
@@ -88,6 +98,7 @@ def printed_notes(result: Result) -> Iterable[str]:
         else:
             verdict = f"so this size cannot say whether it is within the paper's {PAPER:.2%}"
         yield f"size of the gap: {least:.3%} to {most:.3%} (95 %), {verdict}"
-    farthest = max((each.largest for each in found.seeds), key=abs)
+    farthest = max((each.largest for each in gap.seeds), key=abs)
     yield f"a single seed's smoothed curve is up to {percent(farthest)} away, by chance and by the recipe together"
+    yield f"a step takes {ours.seconds / base.seconds:.2f} times that of {base.name}; {ours.skipped} steps were skipped"
     yield f"pairs of steps: {result.directory}; picture: {result.picture}"

@@ -87,6 +87,7 @@ def test_loss_is_the_weighted_sum(depths: int, tiny_spec: SpecFactory, random_mo
         assert result.mtp_losses == [float(each) for each in losses.mtp]
     else:
         assert math.isnan(result.mtp_loss)
+    assert result.mtp_losses == [each.item() for each in losses.mtp]
     assert result.is_finite
     assert len(result.max_vio) == 2 + depths
     assert all(parameter.grad is None for parameter in parameters.values())

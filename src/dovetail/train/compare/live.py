@@ -21,17 +21,19 @@ STEPS_SMOOTHED = 60  # 0.9 to the power of these is next to nothing
 
 
 class CompareDisplay:
-    """Shows `num_seeds` seeds of `num_steps` pairs of steps on `console` (stderr)."""
+    """Shows `num_seeds` seeds of `num_steps` pairs of steps on `console` (stderr), where A and B have `names`."""
 
     def __init__(
         self,
         num_seeds: int,
         num_steps: int,
+        names: tuple[str, str],
+        is_paired: bool = True,
         console: Console | None = None,
         line_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.num_seeds, self.num_steps = num_seeds, num_steps
+        self.num_seeds, self.num_steps, self.is_paired = num_seeds, num_steps, is_paired
         self.console = console or Console(stderr=True, highlight=False)
         self._line_seconds, self._clock = line_seconds, clock
         self._differences: deque[float] = deque(maxlen=STEPS_SMOOTHED)
@@ -41,13 +43,14 @@ class CompareDisplay:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             self._live = Live(console=self.console, auto_refresh=False, redirect_stdout=sys.stdout.isatty())
             self._live.start()
+        self.message(f"A: {names[0]}; B: {names[1]}")
 
     def update(self, pair: Pair, num_done: int) -> None:
         """Take in a pair of the seed that comes after `num_done` whole ones; show it if it is time."""
         if pair.step == 1:
             self._differences.clear()
-        self._differences.append(pair.difference)
-        self._pair_seconds.append(pair.base_seconds + pair.seconds)
+        self._differences.append(pair.difference if self.is_paired else math.nan)
+        self._pair_seconds.append(sum(side.seconds for side in (pair.a, pair.b) if side is not None))
         now, wait = self._clock(), REFRESH_SECONDS if self._live else self._line_seconds
         if now - self._shown_at < wait and pair.step < self.num_steps:
             return
@@ -71,8 +74,9 @@ class CompareDisplay:
 
 
 def line(pair: Pair, number: int, num_seeds: int, num_steps: int, gap: float, seconds_left: float) -> str:
-    """One plain line; `number` counts seeds from 1, `gap` is smoothed."""
+    """One plain line; `number` counts seeds from 1, `gap` is smoothed, and NaN where there is none."""
     parts = [f"seed {pair.seed} ({number}/{num_seeds})", f"step {pair.step}/{num_steps}"]
-    parts += [f"loss {pair.loss:.4f}", f"base {pair.base_loss:.4f}", f"gap {percent(gap)}"]
-    parts += [f"{1000 * pair.seconds:.0f} ms", f"base {1000 * pair.base_seconds:.0f} ms"]
+    parts += [f"{name} {side.loss:.4f}" for name, side in (("A", pair.a), ("B", pair.b)) if side is not None]
+    parts += [] if math.isnan(gap) else [f"difference {percent(gap)}"]
+    parts += [f"{name} {1000 * side.seconds:.0f} ms" for name, side in (("A", pair.a), ("B", pair.b)) if side]
     return "  ".join([*parts, f"{duration(seconds_left)} left"])

@@ -1,65 +1,115 @@
-"""The log of a comparison: one JSON object per pair of steps.
+"""What a comparison logs: a JSON object per pair of steps and per held-out measurement.
 
-A loss that is not finite is null there.
-"""
+A number that is not finite is null there."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """One step of both models. Losses are nats per token on the same batch, MTP apart; NaN where not finite."""
+class SideStep:
+    """One step of one side. Losses are nats per token of that step's batch; NaN where not finite."""
 
-    seed: int
-    step: int  # counted from 1
-    tokens: int  # consumed by each model, this step included
-    base_loss: float
-    loss: float  # of the recipe that is held against the base
-    base_skipped: bool  # a loss or gradient was not finite, and the weights stayed as they were
-    skipped: bool
-    base_seconds: float
+    tokens: int  # consumed so far, this step included
+    loss: float
+    mtp: list[float]  # loss of each MTP depth
+    skipped: bool  # a loss or gradient was not finite, and the weights stayed as they were
     seconds: float
 
     @property
+    def losses(self) -> list[float]:
+        """Of the main model, and of each MTP depth after it."""
+        return [self.loss, *self.mtp]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """The same step of both sides; None of a side that takes fewer steps."""
+
+    seed: int  # of A
+    step: int  # counted from 1
+    a: SideStep | None
+    b: SideStep | None
+
+    @property
     def difference(self) -> float:
-        """Of the losses, relative to the base's."""
-        return (self.loss - self.base_loss) / self.base_loss
+        """Of the losses, relative to A's."""
+        if self.a is None or self.b is None:
+            return math.nan
+        return relative(self.a.loss, self.b.loss)
 
 
-def line(pair: Pair) -> str:
-    record = {name: None if math.isnan(value) else value for name, value in asdict(pair).items()}
-    return json.dumps(record, allow_nan=False) + "\n"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutPair:
+    """Both sides on one held-out text, after their last step."""
+
+    seed: int
+    text: str  # its name
+    a: float  # bits per byte
+    b: float
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """All pairs of a log in order; a torn last line is left out. Raises ValueError naming a bad line."""
-    pairs = []
+Record = Pair | HeldOutPair
+
+
+def relative(a: float, b: float) -> float:
+    return (b - a) / a
+
+
+def line(record: Record) -> str:
+    return json.dumps(_finite(asdict(record)), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_records(path: Path) -> list[Record]:
+    """All records of a log in order; a torn last line is left out. Raises ValueError naming a bad line."""
+    records = []
     lines = path.read_text("utf-8").splitlines(keepends=True)
     for number, text in enumerate(lines, start=1):
         try:
-            pairs.append(_pair(json.loads(text)))
-        except (ValueError, TypeError, AttributeError):
+            records.append(_record(json.loads(text)))
+        except (ValueError, TypeError, AttributeError, KeyError):
             if number < len(lines) or text.endswith("\n"):
                 raise ValueError(f"{path}: line {number} is not of a comparison: {text[:60]!r}; delete it") from None
-    return pairs
+    return records
 
 
-def _pair(record: dict[str, Any]) -> Pair:
-    fields: dict[str, Any] = {name: math.nan if value is None else value for name, value in record.items()}
-    return Pair(**fields)
+def _record(table: dict[str, Any]) -> Record:
+    if "text" in table:
+        numbers = {side: math.nan if table[side] is None else table[side] for side in "ab"}
+        return HeldOutPair(**{**table, **numbers})
+    return Pair(**{**table, **{side: _side(table[side]) for side in "ab" if side in table}})
 
 
-def whole_seeds(pairs: Iterable[Pair], num_steps: int) -> dict[int, list[Pair]]:
-    """Pairs by seed, of the seeds that have steps 1 to `num_steps` and no others."""
-    found: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        found.setdefault(pair.seed, []).append(pair)
-    every = list(range(1, num_steps + 1))
-    return {seed: each for seed, each in found.items() if [pair.step for pair in each] == every}
+def _side(table: dict[str, Any] | None) -> SideStep | None:
+    if table is None:
+        return None
+    losses = {"loss": [table["loss"]], "mtp": table["mtp"]}
+    loss, mtp = ([math.nan if each is None else each for each in values] for values in losses.values())
+    return SideStep(**{**table, "loss": loss[0], "mtp": mtp})
+
+
+def whole_seeds(records: Iterable[Record], steps: int, texts: Sequence[str]) -> dict[int, list[Record]]:
+    """Records by seed, of the seeds that have steps 1 to `steps` and then measurements on `texts`, and nothing else."""
+    found: dict[int, list[Record]] = {}
+    for record in records:
+        found.setdefault(record.seed, []).append(record)
+    every = [*range(1, steps + 1), *texts]
+    return {
+        seed: each
+        for seed, each in found.items()
+        if [record.step if isinstance(record, Pair) else record.text for record in each] == every
+    }

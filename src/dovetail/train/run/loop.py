@@ -200,8 +200,8 @@ def _loop(state: Run, display: Display) -> None:
             log.close()
 
 
-def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics]]:
-    start = time.perf_counter()
+def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
+    """Take the next step of a run, this rank's share of it, and count it."""
     train = state.config.train
     rank, world = rank_and_world()
     at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
@@ -210,20 +210,27 @@ def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthM
         state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world
     )
     objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
-    is_watched = _is_due(train.health_every, counters.step + 1)
-    with watch(state.model) if is_watched else nullcontext(dict[str, Watched]()) as layers:
-        result = train_step(
-            state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
-        )
-    num_tokens = now.batch_size * train.sequence_length
+    result = train_step(
+        state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
+    )
     counters.step += 1
-    counters.tokens += num_tokens
+    counters.tokens += now.batch_size * train.sequence_length
     counters.samples += now.batch_size
     counters.skipped += not result.is_finite
     counters.bad_in_a_row = 0 if result.is_finite else counters.bad_in_a_row + 1
+    return result, now
+
+
+def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics]]:
+    start = time.perf_counter()
+    train = state.config.train
+    is_watched = _is_due(train.health_every, counters.step + 1)
+    with watch(state.model) if is_watched else nullcontext(dict[str, Watched]()) as layers:
+        result, now = advance(state, counters)
     seconds = time.perf_counter() - start
+    num_tokens = now.batch_size * train.sequence_length
     flop = training_flop_per_token(state.spec, train.sequence_length, mtp=True)
-    mfu = flop * num_tokens / seconds / (state.peak * world)
+    mfu = flop * num_tokens / seconds / (state.peak * rank_and_world()[1])
     health = [
         HealthMetrics(step=counters.step, layer=layer, operand=operand, **dataclasses.asdict(each))
         for layer, watched in layers.items()

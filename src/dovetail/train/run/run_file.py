@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dovetail.catalog.precision import RecipeTable, is_file, load_recipe, read_recipe
 from dovetail.catalog.presets import load_model, model_names, read_model_file
-from dovetail.config import Record, dump, load_toml, near_matches, read_toml, validate
+from dovetail.config import Record, as_table, differences, dump, load_toml, near_matches, read_toml, validate
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
@@ -168,30 +168,22 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
 def claim(config: RunConfig, spec: ModelSpec) -> None:
     """Create the run's directory, or check that the one there was made with the same settings and model."""
     path, model = config.out / "run.toml", config.out / "config.json"
-    text = dump(config)
-    if path.exists() and path.read_text("utf-8") != text:
-        settings = json.loads(config.model_dump_json(exclude_none=True))
-        raise ValueError(_other(config.out, "settings", read_toml(path), settings))
-    if path.exists() and model.exists() and (there := read_model_file(model).spec) != spec:
-        raise ValueError(_other(config.out, "keys of the model", write_hf(there), write_hf(spec)))
+    remedy = "set out to a new directory"
+    if path.exists():
+        check_same(read_toml(path), as_table(config), f"{config.out} holds a run with other settings", remedy)
+    if path.exists() and model.exists():
+        there = write_hf(read_model_file(model).spec)
+        check_same(there, write_hf(spec), f"{config.out} holds a run with other keys of the model", remedy)
     if not path.exists() or not model.exists():  # run.toml is last: a directory with one is a run's
         write_bytes(model, (json.dumps(write_hf(spec), indent=2) + "\n").encode())
-        write_bytes(path, text.encode())
+        write_bytes(path, dump(config).encode())
 
 
-def _other(out: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Say in which of `what` the run in `out` differs from the one that is asked for."""
-    there, here = _flat(there), _flat(here)
-    names = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    changes = "; ".join(f"{key} was {there.get(key)!r} and is now {here.get(key)!r}" for key in names[:4])
-    return f"{out} holds a run with other {what} ({changes}); set out to a new directory, or delete this one"
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in table.items():
-        rows |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return rows
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Raise ValueError, which opens with `what`, for two tables that differ, with the first keys that do."""
+    if found := list(differences(there, here).items()):
+        changes = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in found[:4])
+        raise ValueError(f"{what} ({changes}); {remedy}, or delete this one")
 
 
 def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> Tokenizer:
