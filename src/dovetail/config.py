@@ -154,7 +154,10 @@ def _inner_schemas(annotation: Any) -> list[type[BaseModel]]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ between two tables, with both values; None for a key that a table lacks."""
+    """Return the dotted keys whose values differ between two tables, with both values.
+
+    The value is None where a table lacks the key.
+    """
     first, second = _flat(one), _flat(other)
     keys = sorted(first.keys() | second.keys())
     return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}
@@ -168,7 +171,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_table(record: BaseModel) -> dict[str, Any]:
-    """`record` as the plain data that TOML has; keys that are None are left out."""
+    """Return `record` as the plain data that TOML has. Keys that are None are left out."""
     return record.model_dump(mode="json", exclude_none=True)
 
 

@@ -1,13 +1,14 @@
-"""Loads a precision recipe by name, from a user's file, or from a table of a run file.
+"""Loads precision recipes by name, from a user's file, or from a table of a run file.
 
-`precision/NAME.toml` and a user's file say what a recipe changes: of another one (`like = "deepseek-v3"`), or, without
-`like`, of plain BF16.
+`precision/NAME.toml` and a user's file say what a recipe changes in another one (`like = "deepseek-v3"`) or, without
+`like`, in plain BF16.
 
-    [every]              every site's operands: input = { format = "e5m2" }, and what adds its products
-    [sites.expert_up]    one site's, after these; "none" in place of a table leaves the site in the model's own dtype
-    [saved_swiglu]       "none" in place of a table: SwiGLU's inputs are kept in the model's own dtype
+    [every]              changes all sites: input = { format = "e5m2" } changes an operand
+    [sites.expert_up]    changes one site after that; "none" in place of a table leaves the site in the model's dtype
+    [saved_swiglu]       is an operand; "none" in place of a table keeps SwiGLU's inputs in the model's dtype
 
-What is not said of an operand is as in the recipe that this one is like, else as in `spec.precision.GemmPrecision`.
+A key that is left out has the value of the recipe that this one is like, or else the default of
+`spec.precision.GemmPrecision`.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from dovetail.config import Record, near_matches, read_toml, validate
 from dovetail.spec.precision import GemmPrecision, Recipe, Site
 
 SITES: tuple[Site, ...] = get_args(Site)
-ABSENT = {"saved_swiglu": "none", "saved_input": "none", "promotion": "never"}  # for None, which TOML does not have
+ABSENT = {"saved_swiglu": "none", "saved_input": "none", "promotion": "never"}  # words for None, which TOML lacks
 _RECIPES = Path(__file__).parent / "precision"
 
 
 class RecipeTable(Record):
-    """A recipe as TOML has it: what it changes of another one."""
+    """A recipe as TOML has it: what it changes in another recipe."""
 
     name: str  # of a file: its path as it was given
     source: str
@@ -39,13 +40,16 @@ class RecipeTable(Record):
 
 
 def recipe_names() -> list[str]:
-    """Names that `load_recipe` takes, sorted."""
+    """Return the names that `load_recipe` takes, sorted."""
     return sorted(path.stem for path in _RECIPES.glob("*.toml"))
 
 
 def load_recipe(recipe: str | Path | RecipeTable) -> Recipe:
-    """The recipe of the catalog with that name, of the TOML file at that path (which ends in .toml or has a separator
-    in it), or of a table. Raises ValueError, one line, for an unknown name and for what is wrong in a file."""
+    """Load the recipe of that name, the TOML file at that path, or the recipe that a table describes.
+
+    What ends in .toml or has a path separator in it is a path. Raises ValueError, one line, for an unknown name and
+    for a file that is wrong.
+    """
     if isinstance(recipe, RecipeTable):
         return _whole(recipe, recipe.name)
     if is_file(text := str(recipe)):
@@ -56,12 +60,12 @@ def load_recipe(recipe: str | Path | RecipeTable) -> Recipe:
 
 
 def is_file(recipe: str) -> bool:
-    """Whether this is the path of a recipe file, not a name of the catalog."""
+    """Return whether `recipe` is the path of a file, and not a name of the catalog."""
     return recipe.endswith(".toml") or "/" in recipe
 
 
 def read_recipe(path: str) -> RecipeTable:
-    """The table of a user's file; the recipe's name is the path."""
+    """Read a user's file. The path becomes the recipe's name."""
     table = read_toml(path)
     if "name" in table:
         raise ValueError(f"{path}: name = {table['name']!r}: a recipe file is named by its path; leave name out")
@@ -75,7 +79,7 @@ def _catalog(name: str) -> Recipe:
 
 
 def _whole(table: RecipeTable, where: str) -> Recipe:
-    """The recipe that a table describes."""
+    """Return the recipe that a table describes. Errors begin with `where`."""
     if table.like is not None and table.like not in recipe_names():
         remedy = near_matches(table.like, recipe_names())
         raise ValueError(f"{where}: like = {table.like!r} is no recipe of the catalog; {remedy}")
@@ -86,7 +90,7 @@ def _whole(table: RecipeTable, where: str) -> Recipe:
 
 
 def _sites(base: Recipe, table: RecipeTable, where: str) -> dict[Site, GemmPrecision]:
-    """The sites of `base` with what the table says of every one, and then of single ones."""
+    """Return the sites of `base`, changed as the table says: first all of them, then single ones."""
     sites = dict(base.sites)
     if table.every is not None:
         sites = {site: _changed(sites.get(site), table.every, f"{where}: every") for site in SITES}
@@ -107,7 +111,7 @@ def _changed(site: GemmPrecision | None, change: Any, where: str) -> GemmPrecisi
 
 
 def _merged(base: Mapping[str, Any], change: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`base` with the values of `change`, key by key also in the tables inside."""
+    """Return `base` with the values of `change`. A table inside is merged in the same way."""
     merged = dict(base)
     for key, value in change.items():
         if key in ABSENT and isinstance(value, str) and value != ABSENT[key]:

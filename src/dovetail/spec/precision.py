@@ -47,7 +47,10 @@ class Quantization(Record):
 
 
 def _scaled_format(name: str) -> str:
-    """Eight exponent bits need no scales, and BF16, which holds the values, has seven mantissa bits."""
+    """Return the name in lower case if values of this format can be scaled in tiles and held in BF16.
+
+    Eight exponent bits need no scales, and BF16 has seven mantissa bits.
+    """
     match = re.fullmatch(r"e([0-9]{1,3})m([0-9]{1,3})", name.lower())
     if match is None or not (2 <= int(match[1]) <= 7 and 1 <= int(match[2]) <= 7):
         raise ValueError(
@@ -116,5 +119,5 @@ class Recipe(Record):
     @field_validator("expert_output")
     @classmethod
     def _can_be_sent(cls, name: str | None) -> str | None:
-        """How many bits LogFMT may have, `numerics.formats.logfmt` says."""
+        """`numerics.formats.logfmt` decides how many bits LogFMT may have."""
         return name if name is None or re.fullmatch(r"logfmt-[0-9]+", name) else _scaled_format(name)

@@ -1,15 +1,16 @@
-"""Two runs side by side over several seeds: trained step by step in turn, logged, summed up, drawn.
+"""Trains two runs side by side over several seeds, and logs the losses of both.
 
-Each side trains exactly as `dovetail train` would (`train.run.loop.advance`). A seed is that of initial weights and of
-the order of samples; index i adds i to both sides' own seeds, and A's names the seed.
+The two sides take their steps in turn, each exactly as `dovetail train` would (`train.run.loop.advance`). A seed
+decides the initial weights and the order of samples. The first seed of a side is its own train.seed, and the next ones
+follow; records name a seed by A's.
 
     out/compare.toml    the settings; a comparison goes on only under the same ones
-    out/compare.jsonl   one line per pair of steps and per measurement, as it happens (`pairs`)
+    out/compare.jsonl   one line per pair of steps and per measurement, written as it happens (`pairs`)
     out/compare.png     the picture
-    out/tokenizer/      as in a run (`run`); below out/a/ and out/b/ where the sides have different tokenizers
+    out/tokenizer/      as in a run's directory; in out/a/ and out/b/ where the sides have different tokenizers
     out/tokens/
 
-What was stopped goes on after its last whole seed: the weights of a seed under way are not kept.
+A comparison that was stopped goes on after its last whole seed, because the weights of the seed under way are not kept.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ LOG = "compare.jsonl"
 def measure(
     what: Comparison, num_seeds: int, picture: Path | None = None, display: CompareDisplay | None = None
 ) -> Summary:
-    """`compare`, summed up, and drawn into the PNG `picture` (out/compare.png)."""
+    """Run a comparison, sum it up, and draw it into the PNG `picture`, which is by default out/compare.png."""
     records = compare(what, num_seeds, display)
     summary = summarize(what, records)
     draw(summary, records, picture or what.out / "compare.png")
@@ -58,9 +59,9 @@ def measure(
 
 
 def compare(what: Comparison, num_seeds: int, display: CompareDisplay | None = None) -> list[Record]:
-    """The records of seeds 0, 1, ... above both sides' own, in order; those that compare.jsonl has are not run again.
+    """Run a comparison and return its records, seed by seed. Seeds that compare.jsonl has are not run again.
 
-    Raises ValueError for settings that cannot work and a directory with others, Interrupted on Ctrl-C.
+    Raises ValueError for settings that cannot work and for a directory with other settings, and Interrupted on Ctrl-C.
     """
     keep_freed_memory()
     for side in what.sides:  # so that what cannot run is refused before anything is written
@@ -83,14 +84,14 @@ def compare(what: Comparison, num_seeds: int, display: CompareDisplay | None = N
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Side:
-    """What all seeds of one side share."""
+    """What all seeds of one side have in common."""
 
     config: RunConfig
     spec: ModelSpec
     schedule: TrainingSchedule
     tokenizer: Tokenizer
     store: TokenStore
-    texts: dict[str, TokenStore]  # held out, to be measured on
+    texts: dict[str, TokenStore]  # held-out texts on which the side is measured
 
 
 def keep_settings(what: Comparison) -> None:
@@ -118,7 +119,7 @@ def _prepare(what: Comparison, config: RunConfig, report: Callable[[str], None])
 
 
 def _run_seeds(what: Comparison, seeds: Sequence[int], found: dict[int, list[Record]], display: CompareDisplay) -> None:
-    """Run `seeds`, log their records and add them to `found`."""
+    """Run `seeds`, log their records, and add these to `found`."""
     sides = [_prepare(what, config, display.message) for config in what.sides]
     for store in {side.store.directory: side.store for side in sides}.values():
         display.message(f"training text: {store.num_bytes / 1e6:.1f} MB, {store.num_tokens:,} tokens")
@@ -141,7 +142,7 @@ def _run_seeds(what: Comparison, seeds: Sequence[int], found: dict[int, list[Rec
 
 
 def _records(sides: Sequence[_Side], index: int) -> Iterator[Record]:
-    """All of one seed."""
+    """Run one seed and yield its records."""
     runs, counters = [_start(side, index) for side in sides], [Counters(), Counters()]
     seed = runs[0].config.train.seed
     for step in range(1, max(run.num_steps for run in runs) + 1):
@@ -153,7 +154,7 @@ def _records(sides: Sequence[_Side], index: int) -> Iterator[Record]:
 
 
 def _timed_step(run: Run, counters: Counters) -> SideStep | None:
-    """The next step of a side; None after its last."""
+    """Take the next step of a side. Returns None after its last one."""
     if counters.step == run.num_steps:
         return None
     start = time.perf_counter()
@@ -174,7 +175,7 @@ def _bits_per_byte(run: Run, text: TokenStore) -> float:
 
 
 def _start(side: _Side, index: int) -> Run:
-    """A side before its first step. Initial weights depend on model and seed alone."""
+    """Return a side before its first step. Its initial weights depend on the model and the seed alone."""
     train = side.config.train.model_copy(update={"seed": side.config.train.seed + index})
     assert train.steps is not None
     config = side.config.model_copy(update={"train": train})
@@ -191,5 +192,5 @@ def _start(side: _Side, index: int) -> Run:
         optimizer=AdamW(model.named_parameters(), config.optimizer, load_recipe(train.precision).moments),
         ema=None,
         num_steps=train.steps,
-        peak=math.nan,  # nobody asks for MFU here
+        peak=math.nan,  # it is for MFU, which a comparison does not report
     )

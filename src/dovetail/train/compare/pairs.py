@@ -1,6 +1,7 @@
-"""What a comparison logs: a JSON object per pair of steps and per held-out measurement.
+"""The log of a comparison: one JSON object per pair of steps, and per measurement on held-out text.
 
-A number that is not finite is null there."""
+A number that is not finite is null there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SideStep:
-    """One step of one side. Losses are nats per token of that step's batch; NaN where not finite."""
+    """One step of one side. Losses are nats per token of that step's batch, or NaN if they were not finite."""
 
     tokens: int  # consumed so far, this step included
     loss: float
@@ -24,13 +25,13 @@ class SideStep:
 
     @property
     def losses(self) -> list[float]:
-        """Of the main model, and of each MTP depth after it."""
+        """The main model's loss, and after it that of each MTP depth."""
         return [self.loss, *self.mtp]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The same step of both sides; None of a side that takes fewer steps."""
+    """The same step of both sides. A side that takes fewer steps has None at the end."""
 
     seed: int  # of A
     step: int  # counted from 1
@@ -39,7 +40,7 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Of the losses, relative to A's."""
+        """The difference of the two losses, relative to A's."""
         if self.a is None or self.b is None:
             return math.nan
         return relative(self.a.loss, self.b.loss)
@@ -47,7 +48,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutPair:
-    """Both sides on one held-out text, after their last step."""
+    """Both sides measured on one held-out text, after their last step."""
 
     seed: int
     text: str  # its name
@@ -75,7 +76,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All records of a log in order; a torn last line is left out. Raises ValueError naming a bad line."""
+    """Read all records of a log. A torn last line is left out. Raises ValueError that names a bad line."""
     records = []
     lines = path.read_text("utf-8").splitlines(keepends=True)
     for number, text in enumerate(lines, start=1):
@@ -103,7 +104,7 @@ def _side(table: dict[str, Any] | None) -> SideStep | None:
 
 
 def whole_seeds(records: Iterable[Record], steps: int, texts: Sequence[str]) -> dict[int, list[Record]]:
-    """Records by seed, of the seeds that have steps 1 to `steps` and then measurements on `texts`, and nothing else."""
+    """Return the records by seed, of those seeds that have all `steps` and then a measurement on each of `texts`."""
     found: dict[int, list[Record]] = {}
     for record in records:
         found.setdefault(record.seed, []).append(record)

@@ -1,7 +1,7 @@
-"""A picture of a comparison: losses of both sides over the tokens consumed, and what they differ by.
+"""Draws a comparison: the losses of both sides, and what they differ by.
 
-Where both sides see the same batches, the relative difference of the losses stands below, and below it that of the MTP
-losses; else bits per byte of held-out text, seed by seed.
+Where both sides see the same batches, the relative difference of their losses is below, and below it that of their MTP
+losses. Otherwise bits per byte of held-out text are there, a point for each seed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from dovetail.train.report.picture import HELD_OUT, INK, LOSS, MUTED, STYLE
 
 Curves = NDArray[np.float64]  # [seeds, steps]
 Steps = Sequence[SideStep]  # of all seeds, one after the other
-WIDTH, HEIGHTS = 9.0, (2.64, 3.96, 2.64)  # inches: of the losses, of what they differ by, of MTP
+WIDTH, HEIGHTS = 9.0, (2.64, 3.96, 2.64)  # inches; heights of the losses, of what they differ by, of MTP
 
 
 def draw(summary: Summary, records: Sequence[Record], picture: Path) -> None:
-    """Draw records of whole seeds into the PNG `picture`, which appears whole or not at all."""
+    """Draw the records of whole seeds into the PNG `picture`, which appears whole or not at all."""
     pairs = [record for record in records if isinstance(record, Pair)]
     a, b = [pair.a for pair in pairs if pair.a is not None], [pair.b for pair in pairs if pair.b is not None]
     is_paired = not summary.unpaired
@@ -68,7 +68,7 @@ def _draw_losses(axes: Axes, summary: Summary, sides: tuple[Steps, Steps]) -> No
 
 
 def _draw_differences(panels: Sequence[Axes], summary: Summary, sides: tuple[Steps, Steps]) -> None:
-    """Of the loss, and in the second panel, if there is one, of the MTP losses."""
+    """Draw the difference in loss, and in the second panel, if there is one, that in the MTP losses."""
     num_steps, num_losses = summary.sides[0].steps, 1 + len(summary.mtp)
     a, b = (np.array([step.losses[:num_losses] for step in each]).reshape(-1, num_steps, num_losses) for each in sides)
     tokens = [step.tokens for step in sides[0][:num_steps]]
@@ -95,7 +95,7 @@ def _draw_loss_difference(axes: Axes, tokens: Sequence[int], differences: Curves
 
 
 def _draw_mean(axes: Axes, tokens: Sequence[int], differences: Curves, color: Any, label: str) -> None:
-    """The mean over seeds with their standard deviation, in percent, smoothed."""
+    """Draw the mean over seeds and their standard deviation, in percent, smoothed."""
     curves = 100 * smooth(differences)
     centre = curves.mean(axis=0)
     if len(curves) > 1:
@@ -105,7 +105,7 @@ def _draw_mean(axes: Axes, tokens: Sequence[int], differences: Curves, color: An
 
 
 def _limits(differences: Sequence[Curves]) -> tuple[float, float]:
-    """Of the axis, with the paper's bound inside. The first steps, where seeds differ most, may leave it."""
+    """Return the limits of the axis. The first steps, where seeds differ most, may be outside."""
     curves = 100 * smooth(np.array(differences))
     shown = curves[..., int(FIRST * curves.shape[-1]) :]
     found = [-120 * PAPER, 120 * PAPER, *shown[np.isfinite(shown)]]
@@ -114,7 +114,7 @@ def _limits(differences: Sequence[Curves]) -> tuple[float, float]:
 
 
 def _draw_held_out(axes: Axes, summary: Summary) -> None:
-    """Bits per byte of each seed, A's and B's side by side, text by text."""
+    """Draw bits per byte of each seed, A's beside B's, text by text."""
     for index, (side, color) in enumerate(zip("ab", (MUTED, LOSS), strict=True)):
         for place, gap in enumerate(summary.held_out):
             values = [getattr(seed, side) for seed in gap.seeds]

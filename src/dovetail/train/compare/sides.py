@@ -1,9 +1,9 @@
-"""The two sides of a comparison: their settings, what differs, and whether batches are the same.
+"""The two sides of a comparison: where their settings differ, and whether they see the same batches.
 
-Side B is held against side A. Where data, tokenizer, sequence length, batch sizes, seed and steps agree, both sides
-take every step on the same batch, and the losses of a step are compared. Else the batches are *unpaired*, and what is
-compared is bits per byte of held-out text at the end of each seed; the training losses too where both sides learn
-from the same tokens, though not in the same order.
+Side B is compared with side A. Where data, tokenizer, sequence length, batch sizes, seed and steps agree, both sides
+take every step on the same batch, and the losses of each step are compared. Otherwise the batches are unpaired. Then
+bits per byte of held-out text are compared at the end of each seed. If both sides learn from the same tokens in another
+order, the means of their training losses are compared as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dovetail.train.run import run_file
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.step.schedule import Position, values
 
-AFTER_SPLIT = ("fim_rate", "newline_split_rate", "seed")  # of [data]: what is done to training text alone
+AFTER_SPLIT = ("fim_rate", "newline_split_rate", "seed")  # keys of [data] that change training text alone
 WITHOUT_EFFECT = {
     "out",
     *(f"train.{key}" for key in ("ema_decay", "max_bad_steps", "checkpoint_every", "keep_checkpoints")),
@@ -30,7 +30,7 @@ WITHOUT_EFFECT = {
 
 
 class Settings(Record):
-    """What a comparison runs, as compare.toml has it; `out` of a side is where its tokenizer and tokens are."""
+    """What a comparison runs, as compare.toml has it. A side's tokenizer and tokens are in its `out`."""
 
     a: RunConfig
     b: RunConfig
@@ -51,12 +51,12 @@ class Comparison:
 
     @property
     def steps(self) -> tuple[int, int]:
-        """Of each seed."""
+        """How many steps each seed takes, on either side."""
         return _steps(self.settings.a), _steps(self.settings.b)
 
     @property
     def held_out(self) -> dict[str, DataConfig]:
-        """Held-out text that both sides are measured on, by name: none where they see the same batches."""
+        """The held-out texts, by name, on which both sides are measured: none where they see the same batches."""
         return _held_out(*self.sides) if self.unpaired else {}
 
 
@@ -67,10 +67,11 @@ def comparison(
     steps: int | None = None,
     out: Path | None = None,
 ) -> Comparison:
-    """The comparison of two runs. Neither run's own `out` is used: `out` is by default beside A's.
+    """Set up the comparison of two runs.
 
-    `names` are by default the values of the one setting that differs, else A and B; `steps` replace the budgets.
-    Raises ValueError for a budget in minutes, for runs between which nothing differs, and for what cannot be compared.
+    Neither run's own directory is used; `out` is by default a directory beside A's. `names` are by default the two
+    values of the one setting that differs, or else A and B. `steps` replaces the budgets of both. Raises ValueError for
+    a budget in minutes, for two runs that would train the same, and for runs that cannot be compared.
     """
     a, b = (_counted(config, steps) for config in (a, b))
     changes = {key: pair for key, pair in differences(_shown(a, b), _shown(b, a)).items() if key not in WITHOUT_EFFECT}
@@ -114,7 +115,7 @@ def _steps(config: RunConfig) -> int:
 
 
 def _shown(config: RunConfig, other: RunConfig) -> dict[str, Any]:
-    """The settings as a table, a recipe by its name where that says enough."""
+    """Return the settings as a table, in which a recipe stands by its name if the other side's has another name."""
     table = as_table(config)
     recipes = [each if isinstance(each, str) else each.name for each in (config.train.precision, other.train.precision)]
     if recipes[0] != recipes[1]:
@@ -123,7 +124,7 @@ def _shown(config: RunConfig, other: RunConfig) -> dict[str, Any]:
 
 
 def _labels(changes: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
-    """The two values of the only setting that differs, with its name where they are no words."""
+    """Return the two values of the only setting that differs. Its name is added where a value is no text."""
     if len(changes) > 1:
         return "A", "B"
     ((key, pair),) = changes.items()
@@ -133,7 +134,7 @@ def _labels(changes: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A setting's value in a line of text."""
+    """Return a setting's value for a line of text."""
     text = "by default" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -143,7 +144,7 @@ def _file_name(label: str) -> str:
 
 
 def _has_one_tokenizer(a: RunConfig, b: RunConfig) -> bool:
-    """Whether both sides have the same tokenizer: trained here on the same text, or equal files."""
+    """Return whether both sides have the same tokenizer: trained here on the same text, or read from equal files."""
     paths = [config.tokenizer.path for config in (a, b)]
     if paths == [None, None]:
         sizes = {run_file.resolve_model(config.model).vocab_size for config in (a, b)}
@@ -154,7 +155,7 @@ def _has_one_tokenizer(a: RunConfig, b: RunConfig) -> bool:
 
 
 def _source(data: DataConfig) -> DataConfig:
-    """Where text is from and what is held out of it, whatever is done to the rest."""
+    """Return the part of [data] that says where text is from and how much of it is held out."""
     return data.model_copy(update={key: DataConfig.model_fields[key].default for key in AFTER_SPLIT})
 
 
@@ -174,7 +175,7 @@ def _unpaired(a: RunConfig, b: RunConfig, has_one_tokenizer: bool) -> Iterator[s
 
 
 def _batch_sizes(config: RunConfig) -> Iterator[int]:
-    """Of every step, in sequences."""
+    """Yield the batch size of every step, in sequences."""
     schedule, train, steps, tokens = run_file.resolve_schedule(config), config.train, _steps(config), 0
     for step in range(1, steps + 1):
         at = Position(step=step, tokens=tokens, fraction=step / steps)
@@ -184,7 +185,7 @@ def _batch_sizes(config: RunConfig) -> Iterator[int]:
 
 
 def _check_held_out(a: RunConfig, b: RunConfig, unpaired: tuple[str, ...]) -> None:
-    """Raises ValueError where there is no held-out text that neither side trains on."""
+    """Raise ValueError if there is no held-out text that neither side trains on."""
     shares = a.data.held_out_share, b.data.held_out_share
     if (a.data.kind, a.data.path) == (b.data.kind, b.data.path) and shares[0] != shares[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Sums a comparison up: both sides, the gap of each measure over seeds, and what that says.
+"""Sums a comparison up: both sides, and the gap in each measure, as tables and as JSON.
 
 The measures are the loss, the loss of each MTP depth that both sides have, and bits per byte of held-out text where the
 batches are not the same (`sides`).
@@ -26,17 +26,21 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
+    """One side of the comparison."""
+
     name: str
     parameters: int  # MTP modules included
-    active: int  # met by a token in the main model, without the embedding
-    steps: int  # of each seed
-    tokens: int  # of each seed
-    seconds: float  # median of all steps
+    active: int  # parameters that a token meets in the main model, the embedding left out
+    steps: int  # in each seed
+    tokens: int  # consumed in each seed
+    seconds: float  # median time of a step
     skipped: int  # steps of all seeds that were not finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
+    """All that a comparison found."""
+
     sides: tuple[Side, Side]
     changes: dict[str, tuple[Any, Any]]  # settings that differ, with A's value and B's
     unpaired: tuple[str, ...]  # what keeps the sides from seeing the same batches
@@ -57,7 +61,7 @@ class Summary:
 
 
 def summarize(what: Comparison, records: Sequence[Record]) -> Summary:
-    """Records of whole seeds, each seed's in order."""
+    """Sum up the records of whole seeds, which are in order."""
     seeds = {seed: list(each) for seed, each in groupby(records, key=lambda record: record.seed)}
     steps = {seed: _steps(each) for seed, each in seeds.items()}
     is_paired = not what.unpaired
@@ -108,7 +112,7 @@ def _side(what: Comparison, index: int, seeds: Iterable[Steps]) -> Side:
 
 
 def as_json(summary: Summary) -> dict[str, Any]:
-    """Plain data; null for what is not known."""
+    """Return the summary as plain data. What is not known is null."""
     a, b = summary.sides
     return {
         "a": asdict(a),
@@ -123,7 +127,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
 
 
 def tables(summary: Summary) -> Iterator[Table]:
-    """Both sides; every measure; every seed."""
+    """Yield three tables: both sides, every measure, and every seed."""
     a, b = summary.sides
     yield summary.title, ("", f">{a.name}", f">{b.name}"), list(_side_rows(a, b))
     means = ("", f">{a.name}", f">{b.name}", ">difference", ">95 % interval")
@@ -154,7 +158,7 @@ def _seed_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
 
 
 def notes(summary: Summary) -> Iterator[str]:
-    """What differs, and what the numbers do and do not say."""
+    """Yield sentences on what differs, and on what the numbers do and do not say."""
     a, b = summary.sides
     changes = [f"{key}: {shown(was)} -> {shown(now)}" for key, (was, now) in summary.changes.items()]
     more = f"; and {len(changes) - 6} more" if len(changes) > 6 else ""

@@ -201,7 +201,7 @@ def _loop(state: Run, display: Display) -> None:
 
 
 def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
-    """Take the next step of a run, this rank's share of it, and count it."""
+    """Take the next step of a run on this rank's share of the batch, and count it."""
     train = state.config.train
     rank, world = rank_and_world()
     at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)

@@ -88,7 +88,7 @@ class TrainConfig(Record):
     @field_validator("precision", mode="before")
     @classmethod
     def _is_a_recipe(cls, precision: Any) -> str | RecipeTable:
-        """A recipe file is read here and now: the run keeps what it said, whatever becomes of the file."""
+        """Read a recipe file here and now, so that the run keeps what the file said, whatever becomes of it."""
         if isinstance(precision, Mapping):
             precision = validate(RecipeTable, precision, where="a recipe")
         elif isinstance(precision, str) and is_file(precision):
@@ -156,8 +156,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def build_model(config: RunConfig, device: torch.device) -> Transformer:
-    """The model of a run in the precision of its recipe, its weights not yet set. On "meta" it takes no memory, which
-    is how to see that it can be built. Raises ValueError for a recipe that training cannot run."""
+    """Return the model of a run in the precision of its recipe. Its weights are not set yet.
+
+    On the "meta" device the model takes no memory, so this also checks that it can be built. Raises ValueError for a
+    recipe that training cannot run.
+    """
     dtype = resolve_dtype(config.train.dtype, local_device())
     with device:
         model = Transformer(resolve_model(config.model), dtype=dtype, recompute=config.train.recompute)
