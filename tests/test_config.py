@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from dovetail.config import Record, apply_override, dump, load_toml, near_matches
+from dovetail.config import Record, apply_override, differences, dump, load_toml, near_matches
 
 
 class Optimizer(Record):
@@ -163,3 +163,14 @@ def test_near_matches_names_all_where_there_are_few() -> None:
     assert near_matches("stpes", ["steps", "name"]) == "did you mean steps?"
     assert near_matches("q", ["steps", "name"]) == "known: name, steps"
     assert near_matches("q", []) == ""
+
+
+def test_differences_are_told_by_dotted_key_with_both_values() -> None:
+    one = {"steps": 3, "data": {"path": "x", "patterns": ["a"]}, "same": {"key": 1}}
+    other = {"steps": 4, "data": {"patterns": ["a", "b"]}, "same": {"key": 1}, "more": {}}
+    assert differences(one, other) == {
+        "data.path": ("x", None),
+        "data.patterns": (["a"], ["a", "b"]),
+        "steps": (3, 4),
+    }
+    assert differences(one, one) == {}
