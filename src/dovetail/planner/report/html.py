@@ -12,16 +12,8 @@ from html import escape
 from pathlib import Path
 
 from dovetail.planner.figure import Figure, number
-from dovetail.planner.report.drawing import (
-    GRID,
-    IDLE,
-    INK,
-    MUTED,
-    check_timeline,
-    chrome_trace,
-    draw_svg,
-    planned_timeline,
-)
+from dovetail.planner.report import drawing
+from dovetail.planner.report.drawing import GRID, IDLE, INK, MUTED, draw_svg
 from dovetail.planner.report.pictures import Bar, Point, bars, memory_bars, pool_memory, scatter
 from dovetail.planner.report.tables import (
     NOTHING,
@@ -130,7 +122,7 @@ DRAWING_STYLE = (
 def check(request: Request, page: Path | None, trace: Path | None) -> None:
     """Raise ValueError, before there is a plan, for files that could not be written once there is one."""
     if trace is not None:
-        check_timeline(request, "--trace")
+        drawing.check_timeline(request, "--trace")
     for option, path in (("--html", page), ("--trace", trace)):
         if path is None:
             continue
@@ -150,7 +142,7 @@ def write(answer: Answer, path: Path) -> None:
 def write_trace(answer: Answer, path: Path) -> None:
     """Write the step's timeline, for chrome://tracing. Raises ValueError as `check` and `write` do."""
     check(answer.request, None, path)
-    _write(chrome_trace(planned_timeline(answer)), path, "--trace")
+    _write(drawing.chrome_trace(drawing.planned_timeline(answer)), path, "--trace")
 
 
 def _write(text: str, path: Path, option: str) -> None:
