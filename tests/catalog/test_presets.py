@@ -79,6 +79,12 @@ def test_a_model_is_found_by_name_in_files_and_in_directories(tmp_path: Path) ->
     assert [each.directory for each in found] == [None, None, tmp_path, None, None]
 
 
+def test_a_run_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('out = "run"\n[model]\npreset = "20m"\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"run.toml: a run file, not a model: name what its \[model\] names"):
+        find_model(str(tmp_path / "run.toml"))
+
+
 def test_a_preset_goes_before_a_directory_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "20m").mkdir()

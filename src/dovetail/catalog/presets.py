@@ -54,6 +54,8 @@ def read_model_file(path: Path) -> FoundModel:
     """Read a .toml file, a config.json, or the config.json in a directory. Raises ValueError, one line."""
     if path.suffix == ".toml" and not path.is_dir():
         table = read_toml(path)
+        if "model" in table:
+            raise ValueError(f"{path}: a run file, not a model: name what its [model] names, or the run's directory")
         return FoundModel(spec=read_model(table, where=str(path)), source=str(table.get("source", path)))
     directory = path if path.is_dir() else None
     file = path if directory is None else path / "config.json"
