@@ -214,10 +214,11 @@ def test_whatever_is_named_is_computed(
 
 
 def test_presets_have_published_names() -> None:
-    specs = {name: load_model(name) for name in model_names()}
-    names = {name: model_type(spec) for name, spec in specs.items() if isinstance(spec.attention, Mla)}
+    names = {name: model_type(load_model(name)) for name in model_names()}
     assert names.pop("deepseek-v2") == names.pop("deepseek-v2-lite") == "deepseek_v2"
+    assert (names.pop("qwen2.5-72b"), names.pop("llama-3.1-405b")) == ("qwen2", "llama")
     assert set(names.values()) == {"deepseek_v3"} and len(names) > 5
+    assert not any(map(why_own, map(load_model, model_names())))
 
 
 # ---- All else bears ours ----

@@ -38,7 +38,7 @@ class FusedBlock:
 
 
 def takes(spec: ModelSpec) -> bool:
-    """Whether the kernels have the model's gate (`rows_numba.route_row`)."""
+    """Whether the kernels have the model's gate; `rows_numba.route_row` takes any other for softmax."""
     return spec.moe is None or spec.moe.scoring_func in ("sigmoid", "softmax")
 
 

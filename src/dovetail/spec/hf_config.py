@@ -4,7 +4,7 @@ The same keys serve three files: a Hugging Face `config.json`, read leniently by
 not concern the shape; and a catalog entry and the `[model]` table of a run file, read strictly by `read_flat`. Keys
 and values are those of the published DeepSeek-V3 and -V2 files [HFcfg]. transformers 5 writes `rope_parameters` in
 place of `rope_theta` and `rope_scaling`, and renames a few keys: both forms are read, and the published one is written.
-Which `model_type` is written is decided in `dovetail.spec.published`.
+`dovetail.spec.published` decides which `model_type` is written.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def unread_keys(config: Mapping[str, Any]) -> list[str]:
 
 def write_hf(spec: ModelSpec) -> dict[str, Any]:
     """Return the published form of `config.json`, with every key that readers of that family look for."""
-    family = _family(spec)
+    family = published.model_type(spec)
     attention, moe = spec.attention, spec.moe
     config: dict[str, Any] = {"architectures": [_ARCHITECTURES[family]], "model_type": family}
     config |= spec.model_dump(exclude={"attention", "moe", "rope_scaling"})
@@ -156,12 +156,6 @@ def write_hf(spec: ModelSpec) -> dict[str, Any]:
         config["rope_scaling"] = {"type": "yarn", **spec.rope_scaling.model_dump()}
     config |= {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True, "torch_dtype": "bfloat16"}
     return config
-
-
-def _family(spec: ModelSpec) -> str:
-    if isinstance(spec.attention, Gqa):
-        return "qwen2" if spec.attention.attention_bias else "llama"
-    return published.model_type(spec)
 
 
 def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:

@@ -9,14 +9,14 @@ the `model_type` "dovetail", which only this package reads.
 from __future__ import annotations
 
 from dovetail.config import Record
-from dovetail.spec.model import Mla, ModelSpec, Moe
+from dovetail.spec.model import Gqa, Mla, ModelSpec, Moe
 
 OWN = "dovetail"
 PUBLISHED: dict[str, str] = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
 }
-# Keys of a spec that both read, or that say nothing about what is computed. Any other is an idea that they do not have.
+# Keys of a spec that both classes have, or that are looked at below; any other is an idea that they lack.
 _READ = """
     vocab_size hidden_size num_hidden_layers intermediate_size attention moe num_nextn_predict_layers
     max_position_embeddings rope_theta rope_scaling rms_norm_eps tie_word_embeddings initializer_range bos_token_id
@@ -30,19 +30,23 @@ LATENT_EPS = 1e-6  # of both latent norms, whatever rms_norm_eps says; vLLM has 
 
 
 def model_type(spec: ModelSpec) -> str:
-    """The name under which `spec`, of latent attention, is exported: of the first class that computes it, or ours."""
+    """The name of the first class that computes `spec`, or ours. Models with grouped queries are described, not built,
+    and have those of what they describe."""
+    if isinstance(spec.attention, Gqa):
+        return "qwen2" if spec.attention.attention_bias else "llama"
     return next((each for each in PUBLISHED if not differences(spec, each)), OWN)
 
 
 def why_own(spec: ModelSpec) -> str | None:
-    """By which keys the nearest class computes something else; None where one computes `spec`."""
+    """By which keys the nearest class computes something else; None where `spec` has a published name."""
+    if model_type(spec) != OWN:
+        return None
     nearest = min(PUBLISHED, key=lambda each: len(differences(spec, each)))
-    reasons = differences(spec, nearest)
-    return f"{PUBLISHED[nearest]} computes something else: {'; '.join(reasons)}" if reasons else None
+    return f"{PUBLISHED[nearest]} computes something else: {'; '.join(differences(spec, nearest))}"
 
 
 def differences(spec: ModelSpec, published: str) -> list[str]:
-    """The keys by which the class computes something else than `spec`, each with what it has there."""
+    """The keys by which the class computes something else than `spec`, of latent attention, each with what it has."""
     found = gate_differences(spec.moe, published) if spec.moe else []
     depth, heads = spec.num_nextn_predict_layers, spec.attention.num_attention_heads
     if depth and published == "deepseek_v2":

@@ -66,7 +66,7 @@ def route(logits: Tensor, bias: Tensor | None, moe: Moe) -> Routing:
 
 
 def score(logits: Tensor, moe: Moe) -> Tensor:
-    """How well each expert suits each token [N, E], from logits [N, E]; never negative."""
+    """How well each expert suits each token, from logits [N, E]. Weights are shares of a sum, so none is negative."""
     match moe.scoring_func:
         case "sigmoid":
             return logits.sigmoid()
