@@ -1,13 +1,11 @@
 """Guides with console blocks are walked from top to bottom in an empty directory, each block as a reader would type it.
 
-    ```console      `$ dovetail ...` or `$ pytest ...`, and what it prints: `...` stands for what differs from run to
-                    run, and where nothing is shown anything may come. It has to fail where an error is shown, a line
-                    that opens with `dovetail: `, and only there.
-    ```toml a.toml  a file of that name, in any language
-    ```python       code; blocks share their names, up to a diff
-    ```diff         applied to a copy of the package's files, from here on
-
-Blocks in other languages are not run.
+```console      `$ dovetail ...` or `$ pytest ...`, and what it prints: `...` stands for what differs from run to
+                run, and where nothing is shown anything may come. It has to fail where an error is shown, a line
+                that opens with `dovetail: `, and only there.
+```toml a.toml  a file of that name, in any language
+```python       code; blocks share their names, up to a diff
+```diff         applied to a copy of the package's files, from here on; any other block is not run
 """
 
 from __future__ import annotations
@@ -92,9 +90,8 @@ def check(command: str, shown: str) -> None:
             code = {"dovetail": main, "pytest": lambda: pytest.main([*words, *QUIET])}[program]()
         except SystemExit as end:
             code = end.code
-    checker, example = doctest.OutputChecker(), doctest.Example(command, shown)
-    if shown and not checker.check_output(shown, out.getvalue(), SAME):
-        raise AssertionError(f"$ {command}\n{checker.output_difference(example, out.getvalue(), SAME)}")
+    if shown and not doctest.OutputChecker().check_output(shown, out.getvalue(), SAME):
+        raise AssertionError(f"$ {command}\nshown:\n{shown}\nprinted:\n{out.getvalue()}")
     assert bool(code) == ("\ndovetail: " in "\n" + shown), f"$ {command}\n{out.getvalue()}"
 
 
