@@ -3,8 +3,9 @@
     python benchmarks/same_bits.py BEFORE AFTER
 
 Each side runs its own commands (`python -m dovetail`) on the same small text and model, so that files may move and
-functions change their names between the two. Clock times are left out; everything else has to agree to the last bit.
-Exit code 1 names what does not. Bits depend on the CPU and on its number of threads: compare on one machine.
+functions change their names between the two. Numbers have to agree to the last bit, and files byte for byte; wording
+and clock times are left out. Exit code 1 names what does not agree. Bits depend on the CPU and on its number of
+threads: compare on one machine.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ for dtype in (torch.bfloat16, torch.float32):
         logits.append(llm.model.logits(llm.model.mtp_forward(0, hidden, tokens.roll(-1, 1)).hidden))
     print(dtype, *(hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in logits))
 """
-TIMES = {"seconds", "tokens_per_second", "mfu", "statistics", "search_seconds", "elapsed", "version"}
+STEP = ("loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "batch_size", "gamma", "max_vio", "skipped")
 
 
 def main() -> None:
@@ -114,7 +115,9 @@ def fingerprints(checkout: Path) -> Iterator[tuple[str, str]]:
             settings = [part for change in (f"out={name}", *changes) for part in ("--set", change)]
             run(checkout, directory, ["train", "run.toml", *settings])
             lines = (directory / name / "metrics.jsonl").read_text().splitlines()
-            yield f"training {name}", digest([json.loads(line) for line in lines])
+            records = [json.loads(line) for line in lines]
+            steps = [[record[key] for key in STEP] for record in records if record["kind"] == "step"]
+            yield f"training {name}", digest([*steps, *(each for each in records if each["kind"] == "health")])
         yield from weights(checkout, directory)
 
 
@@ -129,8 +132,8 @@ def weights(checkout: Path, directory: Path) -> Iterator[tuple[str, str]]:
     for depth in ("0", "1"):
         for name, options in (("greedy", GREEDY), ("drawn", DRAWN)):
             arguments = ["generate", "model", "--prompt", "def f3_4(", "--prompt", "return", "--speculate", depth]
-            text = run(checkout, directory, [*arguments, *options, "--max-tokens", "40", "--json"])
-            yield f"completions {name}, {depth} drafts", digest(json.loads(text))
+            completions = json.loads(run(checkout, directory, [*arguments, *options, "--max-tokens", "40", "--json"]))
+            yield f"completions {name}, {depth} drafts", digest([each["token_ids"] for each in completions])
     yield "logits", python(checkout, directory, ["-c", LOGITS, "model"])
 
 
@@ -147,13 +150,17 @@ def python(checkout: Path, directory: Path, arguments: list[str]) -> str:
 
 
 def digest(record: Any) -> str:
-    return hashlib.sha256(json.dumps(without_times(record), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(numbers(record), sort_keys=True).encode()).hexdigest()
 
 
-def without_times(record: Any) -> Any:
+def numbers(record: Any) -> Any:
+    """`record` without texts; keys stay where a number is below them."""
     if isinstance(record, dict):
-        return {key: without_times(value) for key, value in record.items() if key not in TIMES}
-    return [without_times(each) for each in record] if isinstance(record, list) else record
+        found = {key: numbers(value) for key, value in record.items()}
+        return {key: value for key, value in found.items() if value not in (None, {}, [])}
+    if isinstance(record, list):
+        return [each for value in record if (each := numbers(value)) not in (None, {}, [])]
+    return None if isinstance(record, str) else record
 
 
 if __name__ == "__main__":
