@@ -56,7 +56,7 @@ WALKS = (
             ("model.attention.mla.MultiHeadLatentAttention", "hidden states"),
             ("model.experts.gate.route", "Routing"),
             ("model.experts.moe.Experts", "rows of each expert"),
-            ("numerics.products.grouped.grouped_linear", "hidden states"),
+            ("numerics.products.grouped.fprop", "hidden states"),
             ("train.step.loss.token_loss", "loss, then gradients"),
             ("train.step.optim.AdamW", "new weights"),
             ("cost.count.training_flop_per_token", "StepMetrics"),
@@ -89,7 +89,7 @@ WALKS = (
         (
             ("cli.plan.plan", "Request"),
             ("planner.request.answer", "name"),
-            ("cost.inspect.inspect", "ModelSpec"),
+            ("catalog.presets.find_model", "ModelSpec"),
             ("catalog.hardware.load_cluster", "Cluster"),
             ("planner.training.search.search_all", "Layout"),
             ("cost.memory.rank.pipeline_memory", "RankMemory"),

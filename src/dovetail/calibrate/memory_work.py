@@ -23,11 +23,11 @@ from dovetail.cost.ops.layer import head_ops, layer_ops
 from dovetail.cost.ops.ops import BF16, Elementwise, Op
 from dovetail.cost.ops.step import adam_bytes
 from dovetail.model.attention.heads import split_heads
+from dovetail.model.block import Block
 from dovetail.model.experts.gate import Routing, route
 from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.experts.swiglu import swiglu, swiglu_backward
 from dovetail.model.norm import RmsNorm
-from dovetail.model.transformer import Block
 from dovetail.numerics import capability
 from dovetail.numerics.operands.operands import quantize_and_keep, quantize_blocks, quantize_columns, retile
 from dovetail.spec.layout import Layout

@@ -22,9 +22,9 @@ from dovetail.cost.ops.ops import Attention, Elementwise, Gemm, Op
 from dovetail.model.attention.causal import causal_attention, masked_attention
 from dovetail.model.attention.mla import Context
 from dovetail.model.attention.rope import tables
+from dovetail.model.block import Block
 from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.norm import RmsNorm
-from dovetail.model.transformer import Block
 from dovetail.numerics.operands.operands import quantize_blocks, quantize_columns, quantize_rows
 from dovetail.numerics.products import grouped, scaled
 from dovetail.spec.layout import Layout
@@ -245,7 +245,7 @@ def _layer_work() -> Work:
         inputs = [x, *block.parameters()]
 
         def run() -> object:
-            output = block(x, context, dispatcher, [])
+            output, _ = block(x, context, dispatcher)
             return torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
 
         return run

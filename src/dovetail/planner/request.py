@@ -136,7 +136,7 @@ def _check(request: Request) -> None:
         raise ValueError(f"--network {request.network}: {near_matches(request.network, NETWORKS)}")
     for name in ("fabric", "routing", "fail"):
         if getattr(request, name) and request.network != "simulate":
-            raise ValueError(f"--{name} is of --network simulate: add it, or leave --{name} out")
+            raise ValueError(f"--{name} is for --network simulate: add that, or leave --{name} out")
     if request.explain is not None:
         check_key(request.explain, request.goal)
     for name in ("gpus", "ep", "tp", "pp", "microbatch_size", "prefill_ep"):

@@ -13,7 +13,7 @@ import pytest
 from dovetail.train.compare.compare import LOG, compare, measure
 from dovetail.train.compare.pairs import HeldOutPair, Pair, Record, read_records
 from dovetail.train.compare.sides import Comparison, comparison
-from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, read_metrics
+from dovetail.train.report.metrics import StepMetrics, WholeHeldOutMetrics, read_metrics
 from dovetail.train.run import loop
 from dovetail.train.run.loop import Interrupted, train
 from dovetail.train.run.run_file import RunConfig
@@ -74,7 +74,7 @@ def test_both_sides_are_the_runs_that_train_would_make(
         assert [each.tokens for each in ours] == [each.tokens for each in steps]
         bits = [getattr(each, side) for each in records if isinstance(each, HeldOutPair)]
         if "seed" in b:
-            assert bits == [each.bits_per_byte for each in metrics if isinstance(each, HeldOutMetrics)]
+            assert bits == [each.bits_per_byte for each in metrics if isinstance(each, WholeHeldOutMetrics)]
         else:
             assert bits == []  # the same batches: nothing else is measured
 
