@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dovetail.train.report.metrics import HeldOutMetrics, MetricsLog, StepMetrics, read_metrics
+from dovetail.train.report.metrics import HeldOutMetrics, MetricsLog, StepMetrics, WholeHeldOutMetrics, read_metrics
 from dovetail.train.report.picture import draw_run
 
 RECORD = Path(__file__).with_suffix(".jsonl")
@@ -35,7 +35,7 @@ def record(log: Path) -> None:
     kept = MetricsLog(RECORD)
     group: list[StepMetrics] = []
     for each in metrics:
-        if isinstance(each, HeldOutMetrics):
+        if isinstance(each, HeldOutMetrics | WholeHeldOutMetrics):
             kept.write(_short(each))
         elif isinstance(each, StepMetrics):
             group.append(each)
