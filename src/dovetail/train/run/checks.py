@@ -9,24 +9,19 @@ from collections import Counter
 
 import torch
 
-from dovetail.catalog.precision import load_recipe
-from dovetail.model.precision import apply_recipe
-from dovetail.model.transformer import Transformer
 from dovetail.spec.model import ModelSpec
 from dovetail.text.atomic import check_folder
 from dovetail.text.documents import DataConfig, read_documents, source_files
 from dovetail.text.prepare import check_special_tokens
 from dovetail.text.tokenizer import check_vocabulary
 from dovetail.train.run.ranks import rank_and_world
-from dovetail.train.run.run_file import RunConfig, load_tokenizer, resolve_dtype
+from dovetail.train.run.run_file import RunConfig, build_model, load_tokenizer
 
 
-def check_run(config: RunConfig, spec: ModelSpec, device: torch.device) -> None:
+def check_run(config: RunConfig, spec: ModelSpec) -> None:
     """Raise ValueError, one line, for what stands against the run; nothing is written."""
     check_folder(config.out)
-    with torch.device("meta"):  # the whole model without its memory
-        model = Transformer(spec, dtype=resolve_dtype(config.train.dtype, device))
-    apply_recipe(model, load_recipe(config.train.precision))
+    build_model(config, torch.device("meta"))  # without memory, which is enough to see that it can be built
     if config.train.steps is None and rank_and_world()[1] > 1 and not (config.out / "budget.json").exists():
         raise ValueError("train.minutes is measured by one process; under torchrun set train.steps")
     check_text(config.data)

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -110,9 +109,8 @@ def prepare(config: RunConfig, display: Display) -> Run:
     device = local_device()
     spec = run_file.resolve_model(config.model)
     schedule = run_file.resolve_schedule(config)
-    run_file.build_model(config, torch.device("meta"))  # so that what cannot run is refused before anything is written
     with first_rank_first():
-        check_run(config, spec, device)
+        check_run(config, spec)
         run_file.claim(config, spec)
         tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
         train_store, held_out_store = run_file.prepare_stores(config, tokenizer, display.message)
