@@ -1,6 +1,6 @@
 """quickstart.png: the picture that `dovetail quickstart` writes of its run, drawn by the same code from a log of one.
 
-quickstart.jsonl is the metrics.jsonl of that run, shortened: a line for the mean of thirteen steps, and numbers of five
+quickstart.jsonl is the metrics.jsonl of that run, shortened: a line for the mean of fifteen steps, and numbers of five
 digits. To take those of another run: python docs/pictures/quickstart.py RUN/metrics.jsonl
 """
 
@@ -17,7 +17,7 @@ from dovetail.train.report.metrics import HeldOutMetrics, MetricsLog, StepMetric
 from dovetail.train.report.picture import draw_run
 
 RECORD = Path(__file__).with_suffix(".jsonl")
-STRIDE = 13
+STRIDE = 15
 MEANS = ("loss", "mtp_loss", "max_vio")  # what is drawn
 
 

@@ -84,7 +84,7 @@ def test_loss_is_the_weighted_sum(depths: int, tiny_spec: SpecFactory, random_mo
     assert math.isclose(result.grad_norm, norm, rel_tol=bound)
     if depths:
         assert math.isclose(result.mtp_loss, sum(losses.mtp).detach() / depths, rel_tol=bound)
-        assert result.mtp_losses == [float(each) for each in losses.mtp]
+        assert result.mtp_losses == [float(each.detach()) for each in losses.mtp]
     else:
         assert math.isnan(result.mtp_loss)
     assert result.mtp_losses == [each.item() for each in losses.mtp]
