@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from _machine import provenance
+
+from dovetail import threads
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -81,15 +84,26 @@ def ratio(slower: Series, faster: Series) -> Ratio:
 
 
 def take_turns(
-    builds: Mapping[str, Build], cases: Sequence[Case], warmup: int, repeats: int
+    builds: Mapping[str, Build],
+    cases: Sequence[Case],
+    warmup: int,
+    repeats: int,
+    environments: Mapping[str, Mapping[str, str]] | None = None,
 ) -> dict[tuple[str, Case], Series]:
-    """Laps of every side in every case, the first `warmup` rounds left out."""
+    """Laps of every side in every case, the first `warmup` rounds left out.
+
+    `environments` are settings of OpenMP for each side's process, which has no others.
+    """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
     for name, build in builds.items():
         pipes[name], theirs = context.Pipe()
         workers.append(context.Process(target=_serve, args=(build, theirs), daemon=True))
+        if environments is not None:
+            for setting in threads.SETTINGS:
+                os.environ.pop(setting, None)
+            os.environ.update(environments[name])
         workers[-1].start()
         theirs.close()  # so that a side that died is an EOFError here, not a wait for ever
     for name, pipe in pipes.items():

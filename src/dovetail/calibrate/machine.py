@@ -29,7 +29,7 @@ from dovetail.calibrate.memory_work import memory_work
 from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in_rounds
 from dovetail.calibrate.work import Work, attention_work, launch_work, product_work
 from dovetail.cost.ops.ops import Gemm
-from dovetail.numerics.cpu.allocator import keep_freed_memory
+from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
 from dovetail.text.atomic import check_new_file, write_bytes
@@ -47,7 +47,7 @@ def calibrate(path: Path, seconds: float = 45.0) -> Cluster:
     if path.suffix != ".toml":
         raise ValueError(f"{path}: expected a name that ends in .toml, which tells a cluster's file from its name")
     check_new_file(path)
-    keep_freed_memory()  # as training does
+    settle_process()  # as training does
     with process_group():
         cluster = measure(seconds)
         if rank_and_world()[0] == 0:

@@ -13,6 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import dovetail
+from dovetail import threads
 from dovetail.cli import catalog, generate, health, models, network, plan, reproduce, train, weights
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ def main() -> None:
     RuntimeError of torch or an AssertionError is a bug and keeps its traceback.
     """
     try:
+        threads.prepare()
         app()
     except (ValueError, OSError) as error:
         fail(error, 1)

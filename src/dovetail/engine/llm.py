@@ -22,6 +22,7 @@ from dovetail.engine.sequence import Completion, Sequence
 from dovetail.model.checkpoint.inventory import read_config
 from dovetail.model.checkpoint.weights import import_hf
 from dovetail.model.transformer import Transformer
+from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
 from dovetail.text.tokenizer import Tokenizer
 
@@ -55,6 +56,7 @@ class LLM:
     ) -> LLM:
         """From a directory in the Hugging Face layout, its `tokenizer.json` included; on a GPU, if there is one, unless
         told. Raises `ValueError`."""
+        settle_process()
         directory = Path(checkpoint_dir)
         read_config(directory)  # says so where this is no checkpoint
         tokenizer = Tokenizer.load(directory)  # before the weights, which take longest

@@ -18,8 +18,17 @@ from torch import Tensor
 
 from dovetail.kernel_cache import compiled
 
-# One pool of threads means one number of them: OMP_NUM_THREADS, say, counts for both.
-numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def use_threads_of_torch() -> None:
+    """Kernels run on as many threads as torch, whose number stays; of the calling thread, as numba has it."""
+    count = torch.get_num_threads()
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != count:  # numba starts with all cores, and OpenMP keeps one number for both
+        torch.set_num_threads(count)
+
+
+use_threads_of_torch()
 
 # Reassociation and fused multiply-add are allowed; NaN and infinity are not assumed away, since the training
 # loop looks for them.

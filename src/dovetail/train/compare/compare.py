@@ -26,7 +26,7 @@ import torch
 from dovetail.catalog.precision import load_recipe
 from dovetail.config import as_table, dump, read_toml
 from dovetail.model.transformer import initialize
-from dovetail.numerics.cpu.allocator import keep_freed_memory
+from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
 from dovetail.text.atomic import write_bytes
 from dovetail.text.prepare import prepare_store
@@ -63,7 +63,7 @@ def compare(what: Comparison, num_seeds: int, display: CompareDisplay | None = N
 
     Raises ValueError for settings that cannot work and for a directory with other settings, and Interrupted on Ctrl-C.
     """
-    keep_freed_memory()
+    settle_process()
     for side in what.sides:  # so that what cannot run is refused before anything is written
         run_file.build_model(side, torch.device("meta"))
     keep_settings(what)

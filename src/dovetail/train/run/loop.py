@@ -19,7 +19,7 @@ from torch import Tensor
 from dovetail.catalog.precision import load_recipe
 from dovetail.cost.count import training_flop_per_token
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.numerics.cpu.allocator import keep_freed_memory
+from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import read_batch
 from dovetail.text.shards import TokenStore
@@ -91,7 +91,7 @@ def train(config: RunConfig, display: Display | None = None) -> Run:
     Raises ValueError for settings that cannot work, Interrupted on Ctrl-C (the run is saved), Diverged, and
     CheckpointError if the disk gives out.
     """
-    keep_freed_memory()
+    settle_process()
     with process_group():
         if display is None or rank_and_world()[0] > 0:
             display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
