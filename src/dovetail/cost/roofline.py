@@ -61,10 +61,12 @@ def op_time(op: Gemm | Attention | Elementwise, gpu: Gpu, multiprocessors: int |
 
 
 def _gemm_time(op: Gemm, gpu: Gpu, part: float) -> Timed:
-    share = gemm_share(gpu, op.format, op.layout, op.m, op.n, op.k, op.groups)
+    # Groups without rows have no part in the product.
+    rows, groups = op.m / op.filled, op.groups * op.filled
+    share = gemm_share(gpu, op.format, op.layout, rows, op.n, op.k, groups)
     format, near, efficiency = gpu.runs_as(op.format), share.nearest, gpu.efficiency
     ideal = op.flop / gpu.peak(format) / part, op.bytes / gpu.bandwidth
-    shape = f"{format} {op.groups} x [{op.m:g} x {op.k:g} x {op.n:g}]"
+    shape = f"{format} {groups:g} x [{rows:g} x {op.k:g} x {op.n:g}]"
     nearest = f"{near.format} {near.layout} {near.groups} x [{near.m} x {near.k} x {near.n}]"
     source = f"{efficiency.gemm_source}; nearest: {nearest} with {near.tflops:g} TFLOPS"
     if near.format != format and format in efficiency.gemm_relative:

@@ -103,7 +103,7 @@ class _Measured:
 
 
 @lru_cache(maxsize=1 << 16)
-def gemm_share(gpu: Gpu, format: Format, layout: str, m: float, n: float, k: float, groups: int = 1) -> GemmShare:
+def gemm_share(gpu: Gpu, format: Format, layout: str, m: float, n: float, k: float, groups: float = 1) -> GemmShare:
     """Return the share of their roofline that `groups` products [m, k] x [k, n] are expected to reach on `gpu`.
 
     A format that the GPU has no products in means the next wider one.

@@ -1,5 +1,6 @@
 """The listed work against torch's own FLOP counter on our model, the exact counts, and byte counts made by hand."""
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost import count
+from dovetail.cost.ops.ffn import touched_experts
 from dovetail.cost.ops.layer import embedding_ops, head_ops, layer_ops, mtp_ops
 from dovetail.cost.ops.ops import Attention, Collective, Elementwise, Exchange, Gemm, Op
 from dovetail.model.experts.moe import LocalDispatcher
@@ -211,6 +213,41 @@ def test_redundant_experts_share_the_same_rows() -> None:
     ops = layer_ops(V3, 3, Layout(ep=144, dp=144, redundant_experts=32), FP8, 90, "decode", 5000, 90)
     up = next(op for op in ops if isinstance(op, Gemm) and op.name == "experts gate and up")
     assert (up.groups, up.m, up.layout) == (2, 90 * 8 / 2, "masked")
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens"),
+    [
+        (Layout(ep=8, dp=8), 0.5),
+        (Layout(ep=8, dp=8), 3),
+        (Layout(ep=4, dp=8), 2),  # two groups that share nothing
+        (Layout(), 3),
+        (Layout(ep=9, dp=9, redundant_experts=2), 1),
+    ],
+    ids=["half", "few", "replicas", "one rank", "redundant"],
+)
+def test_experts_that_tokens_touch_by_counting_draws(layout: Layout, tokens: float, tiny_spec: SpecFactory) -> None:
+    """The mean over many draws, of groups of experts as of all alike, is what the formula expects."""
+    spec = tiny_spec(n_routed_experts=16, num_experts_per_tok=3, n_group=4, topk_group=2)
+    slots, ranks, draw = 16 + layout.redundant_experts, layout.ep, random.Random(0)
+    grouped = not layout.redundant_experts
+
+    def chosen() -> list[int]:
+        if not grouped:
+            return draw.sample(range(slots), 3)
+        groups = draw.sample(range(4), 2)
+        return draw.sample([4 * group + place for group in groups for place in range(4)], 3)
+
+    draws = 4000
+    counts = [len({each for _ in range(int(tokens * ranks)) for each in chosen()}) for _ in range(draws)]
+    expected = touched_experts(spec, layout, tokens) * ranks
+    error = (sum(each * each for each in counts) / draws - (sum(counts) / draws) ** 2) ** 0.5 / draws**0.5
+    assert abs(sum(counts) / draws - expected) < 4 * error
+
+
+def test_training_reads_all_experts() -> None:
+    ops = layer_ops(V3, 3, PRETRAINING, FP8, 4096, "training", 4096)
+    assert {op.filled for op in ops if isinstance(op, Gemm)} == {1.0}
 
 
 def test_prefix_keys_are_made_again_from_the_cache() -> None:

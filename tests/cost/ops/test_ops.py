@@ -23,6 +23,12 @@ def test_formats_of_operands_and_results() -> None:
     assert Gemm(**sizes, pass_="wgrad", is_added=False).bytes == 5 * (2 * 5 * 128 + 2 * 6)
 
 
+def test_weights_of_groups_without_rows_are_not_read() -> None:
+    op = Gemm(name="x", pass_="forward", m=2, n=3, k=128, groups=5, filled=0.4)
+    assert op.bytes == 5 * 2 * 128 * 2 + 2 * 3 * 128 * 2 + 5 * 2 * 3 * 2
+    assert op.flop == 2 * 5 * 2 * 3 * 128
+
+
 def attention(**changes: object) -> Attention:
     sizes = {"name": "x", "pass_": "forward", "tokens": 10, "context": 10, "heads": 3, "qk_dim": 192, "v_dim": 128}
     return Attention(**{**sizes, **changes})

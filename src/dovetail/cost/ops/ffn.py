@@ -1,6 +1,12 @@
 """The operations of a layer's feed-forward on one rank: dense, or gate and experts.
 
-Experts are taken to be balanced: a rank computes tokens x K rows in its share of the experts. Rows arrive in FP8, once
+Experts are taken to be balanced: a rank computes tokens x K rows in its share of the experts. With few tokens some
+experts get none, and their weights stay where they are. A rank's products read the weights of as many as are expected
+to have rows (`touched_experts`), with the tokens of all ranks that send to it:
+
+    touched = experts of the rank x (1 - (1 - K / experts)^tokens)
+
+Rows arrive in FP8, once
 per rank; they are ordered by expert, and summed to one row per token before they go back in BF16 [DeepEP; TileKernels:
 expand_to_fused_with_sf, reduce_fused]. The gradient of the outputs is dispatched in FP8 too [V3 §3.3.3]. The gate's
 weights are applied in the SwiGLU, whose backward pass computes their gradients, so that no expert's output is kept
@@ -14,6 +20,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from dovetail.cost.ops.ops import BF16, FP32, Elementwise, Exchange, Op, Pass
@@ -57,30 +64,33 @@ class FfnWork:
         hidden, width = self.spec.hidden_size, moe.moe_intermediate_size
         groups = self.layout.experts_per_rank(self.spec)
         rows = self.tokens * moe.num_experts_per_tok / groups
-        layout: Literal["masked", "contiguous"] = "masked" if self.phase == "decode" else "contiguous"
+        grouped = partial(
+            Linear,
+            part="experts",
+            rows=rows,
+            groups=groups,
+            layout="masked" if self.phase == "decode" else "contiguous",
+            filled=touched_experts(self.spec, self.layout, self.tokens) / groups if rows else 1.0,
+        )
         up, down = site_precision(self.recipe, "expert_up"), site_precision(self.recipe, "expert_down")
         return (
-            Linear(
-                name="experts gate and up",
-                part="experts",
-                n_in=hidden,
-                n_out=2 * width,
-                rows=rows,
-                groups=groups,
-                layout=layout,
-                precision=up,
-            ),
-            Linear(
-                name="experts down",
-                part="experts",
-                n_in=width,
-                n_out=hidden,
-                rows=rows,
-                groups=groups,
-                layout=layout,
-                precision=down,
-            ),
+            grouped(name="experts gate and up", n_in=hidden, n_out=2 * width, precision=up),
+            grouped(name="experts down", n_in=width, n_out=hidden, precision=down),
         )
+
+
+def touched_experts(spec: ModelSpec, layout: Layout, tokens: float) -> float:
+    """Return how many of a rank's experts are expected to have rows when each rank has `tokens`.
+
+    Every token chooses alike and alone. A gate that keeps to a few groups of experts changes which are chosen together,
+    but not how often each is, so that the expectation is the same. Tokens that resemble each other, and experts of
+    uneven load, touch fewer. It is a mean over ranks: the fullest rank of a step has more. Redundant slots count as
+    experts, each with its part of the rows.
+    """
+    assert spec.moe is not None
+    here = layout.experts_per_rank(spec)
+    missed: float = (1 - spec.moe.num_experts_per_tok / (here * layout.ep)) ** (tokens * layout.ep)
+    return here * (1 - missed)
 
 
 def dense_forward(work: FfnWork) -> list[Op]:

@@ -27,7 +27,8 @@ BF16, FP32 = 2, 4  # bytes
 class Gemm:
     """`groups` products [m, k] x [k, n].
 
-    With several groups m (in wgrad: k) is the mean number of rows per group, which need not be whole.
+    With several groups m (in wgrad: k) is the mean number of rows per group, which need not be whole. `filled` is the
+    share of the groups that have rows at all; the weights [k, n] of the others are not read.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Gemm:
     part: str = ""
     recomputed: bool = False  # run again for the backward pass
     is_added: bool = True  # for a weight gradient: it is added to those of other micro-batches or ranks
+    filled: float = 1.0  # of forward products and dgrad
 
     @property
     def flop(self) -> float:
@@ -53,7 +55,7 @@ class Gemm:
         A weight gradient is added to one in FP32, which is read and written [V3 §3.3.3]; if there is none to add to,
         it is written like other results.
         """
-        operands = (self.m * self.k + self.k * self.n) * OPERAND_BYTES[self.format]
+        operands = (self.m * self.k + self.filled * self.k * self.n) * OPERAND_BYTES[self.format]
         is_added = self.pass_ == "wgrad" and self.is_added
         per_result = 2 * FP32 if is_added else FP32 if self.format == "fp32" else BF16
         return self.groups * (operands + self.m * self.n * per_result)

@@ -28,6 +28,7 @@ class Linear:
     rows: float
     groups: int = 1
     layout: GemmLayout = "dense"
+    filled: float = 1.0  # share of the groups that have rows
     precision: GemmPrecision | None = None  # None: BF16
     plain: GemmFormat = "bf16"  # the format if there is no precision
 
@@ -61,6 +62,7 @@ class Linear:
             layout=self.layout,
             part=self.part,
             recomputed=recomputed,
+            filled=1.0 if pass_ == "wgrad" else self.filled,  # a weight gradient is written for every group
         )
 
     def cast_weight(self, pass_: Pass, orders: int = 1) -> list[Elementwise]:
