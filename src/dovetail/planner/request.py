@@ -19,8 +19,10 @@ from dovetail.planner.amounts import amount, whole
 from dovetail.planner.figure import Figure
 from dovetail.planner.figure_keys import check_key
 from dovetail.planner.serving.figures import serving_figures
+from dovetail.planner.serving.fitting import why_none_fits as why_no_pool_fits
 from dovetail.planner.serving.goal import ServingGoal
-from dovetail.planner.serving.plan import ServingPlan, best_pools, on_network
+from dovetail.planner.serving.memory import DoesNotFitError
+from dovetail.planner.serving.plan import Search, ServingPlan, Wanted, best_pools, on_network
 from dovetail.planner.training.chunks import Workload
 from dovetail.planner.training.figures import training_figures
 from dovetail.planner.training.fitting import why_none_fits
@@ -216,28 +218,27 @@ def _serve(request: Request, spec: ModelSpec, cluster: Cluster) -> Callable[[], 
             table[name] = amount(text, f"--{name.replace('_', '-')}")
     for change in request.change:
         apply_override(table, change)
-    goal = validate(ServingGoal, table, where="--goal serve")
     _check_gpus(request.gpus, cluster)
     own = _of(cluster, request.gpus)
-    decoders = load_cluster(request.decode_cluster) if request.decode_cluster else own
-    tp = request.tp or 1
-    for each in (own, decoders):
-        _traffic(request, each, each.gpus)  # names of fabrics and failures, before the search
-    search = partial(
-        best_pools,
-        spec,
-        own,
-        load_recipe(request.precision),
-        goal,
-        decode_cluster=decoders,
-        prefill_layout=_pool(spec, request.prefill_ep, tp),
-        decode_layout=_pool(spec, request.ep, tp),
+    search = Search(
+        spec=spec,
+        cluster=own,
+        decode_cluster=load_cluster(request.decode_cluster) if request.decode_cluster else own,
+        recipe=load_recipe(request.precision),
+        goal=validate(ServingGoal, table, where="--goal serve"),
+        prefill=Wanted(ep=request.prefill_ep, tp=request.tp),
+        decode=Wanted(ep=request.ep, tp=request.tp),
     )
+    for each in (own, search.decode_cluster):
+        _traffic(request, each, each.gpus)  # names of fabrics and failures, before the search
     return partial(_best_pools, request, cluster, search)
 
 
-def _best_pools(request: Request, cluster: Cluster, search: Callable[[], ServingPlan]) -> Choice:
-    plan = search()
+def _best_pools(request: Request, cluster: Cluster, search: Search) -> Choice:
+    try:
+        plan = best_pools(search)
+    except DoesNotFitError as problem:
+        raise ValueError(why_no_pool_fits(search, problem)) from None
     if request.network == "simulate":
         pools = [_pools_traffic(request, each.work.cluster, each.layout) for each in (plan.prefill, plan.decode)]
         plan = on_network(plan, *pools)
@@ -258,16 +259,6 @@ def _pools_traffic(request: Request, cluster: Cluster, layout: Layout) -> Layout
     traffic = _traffic(request, cluster, cluster.gpus // layout.gpus * layout.gpus)
     assert traffic is not None
     return traffic
-
-
-def _pool(spec: ModelSpec, ep: int | None, tp: int) -> Layout | None:
-    """Return a pool's layout with as few redundant experts as divide evenly; None without a given `ep`."""
-    if ep is None:
-        return None
-    if ep % tp:
-        raise ValueError(f"--tp {tp} does not divide --ep {ep}: the {ep} ranks of a pool are dp x tp")
-    redundant = -spec.moe.n_routed_experts % ep if spec.moe else 0
-    return Layout(ep=ep, dp=ep // tp, tp=tp, redundant_experts=redundant)
 
 
 def _check_gpus(gpus: int | None, cluster: Cluster) -> None:

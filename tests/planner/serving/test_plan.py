@@ -12,12 +12,20 @@ from dovetail.cost.ops.ops import Attention, Elementwise, Exchange, Gemm
 from dovetail.planner.figure import explanation, find_figure
 from dovetail.planner.limits import PAPER_HIDDEN, nodes_for, rent, speed_limit
 from dovetail.planner.serving import production
-from dovetail.planner.serving.decode import evaluate_decode, fitting_gpus
+from dovetail.planner.serving.decode import evaluate_decode
 from dovetail.planner.serving.figures import serving_figures
 from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.memory import DoesNotFitError
 from dovetail.planner.serving.microbatches import PIECES, ends, finish, schedule
-from dovetail.planner.serving.pieces import COMBINE_KERNELS, DISPATCH_KERNELS, FUSED, kernel_seconds, timed_layer
-from dovetail.planner.serving.plan import best_decode, decode_layouts, evaluate
+from dovetail.planner.serving.pieces import (
+    COMBINE_KERNELS,
+    DISPATCH_KERNELS,
+    FUSED,
+    kernel_seconds,
+    layer_ops_of,
+    timed_layer,
+)
+from dovetail.planner.serving.plan import Wanted, best_decode, best_prefill, evaluate, pool_layouts
 from dovetail.planner.serving.prefill import evaluate_prefill
 from dovetail.spec.layout import Layout
 
@@ -326,7 +334,7 @@ def test_every_operation_of_a_layer_is_in_one_piece():
 def test_the_search_finds_nothing_better_among_what_it_says_it_tries():
     cluster, goal = load_cluster("h800-prefill"), ServingGoal(context=4989, output_speed=15)
     best = best_decode(V3, cluster, RECIPE, goal)
-    for layout in decode_layouts(V3, cluster):
+    for layout in pool_layouts(V3, cluster):
         try:
             plan = evaluate_decode(V3, cluster, layout, RECIPE, goal)
         except ValueError:
@@ -336,29 +344,90 @@ def test_the_search_finds_nothing_better_among_what_it_says_it_tries():
 
 
 def test_published_groups_are_among_those_tried():
-    tried = {(layout.ep, layout.redundant_experts) for layout in decode_layouts(V3, load_cluster("h800-2048"))}
+    tried = {(layout.ep, layout.redundant_experts) for layout in pool_layouts(V3, load_cluster("h800-2048"))}
     assert {(144, 32), (128, 0), (256, 0), (32, 0)} <= tried
     assert all((256 + redundant) % ep == 0 for ep, redundant in tried)
+
+
+def test_tensor_parallelism_is_searched_and_what_is_given_is_kept():
+    node = load_cluster("h800-2048")
+    assert {layout.tp for layout in pool_layouts(V3, node)} == {1, 2, 4, 8}
+    given = set(pool_layouts(V3, node, Wanted(ep=144, tp=4)))
+    assert given == {Layout(ep=144, dp=36, tp=4, redundant_experts=32)}
+    assert {layout.ep for layout in pool_layouts(V3, node, Wanted(ep=64))} == {64}
+    assert {layout.tp for layout in pool_layouts(V3, node, Wanted(tp=2))} == {2}
+    dense = V3.model_copy(update={"moe": None})
+    assert [(layout.dp, layout.tp) for layout in pool_layouts(dense, node)] == [(1, 1), (1, 2), (1, 4), (1, 8)]
+    one = load_cluster("h200-node").model_copy(update={"gpus_per_node": 1})
+    assert list(pool_layouts(V3, one)) == [Layout()]  # too large for it, which the plan then says
+
+
+def test_where_attention_must_be_shared_out_to_fit_it_is():
+    """Weights in BF16 on 32 GPUs of 80 GB: 75 GB with whole attention."""
+    a100 = load_cluster("a100-node").model_copy(update={"nodes": 4})
+    goal, plain = ServingGoal(context=4000), load_recipe("bf16")
+    for plan in (best_prefill(V3, a100, plain, goal), best_decode(V3, a100, plain, goal)):
+        assert plan.layout.gpus == 32 and plan.layout.tp > 1
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_ranks_that_share_attention_have_as_much_work_each(phase):
+    """tp ranks run the tokens of tp GPUs: a rank has all of them for its heads, and its own elsewhere."""
+    whole, split = Layout(ep=32, dp=32), Layout(ep=32, dp=8, tp=4)
+    plans = [
+        evaluate_decode(V3, PREFILL, layout, RECIPE, ServingGoal(context=4989, requests_per_gpu=16))
+        if phase == "decode"
+        else evaluate_prefill(V3, PREFILL, layout, RECIPE, GOAL)
+        for layout in (whole, split)
+    ]
+    flop = [sum(op.flop for op in layer_ops_of(plan.work) if isinstance(op, Gemm | Attention)) for plan in plans]
+    assert flop[0] == pytest.approx(flop[1])
+    assert [plan.work.own_tokens for plan in plans] == 2 * [8.0 if phase == "decode" else 8192.0]
+    for name in ("experts", "shared experts", "embedding and head"):
+        assert plans[0].seconds_by_use[name].value == pytest.approx(plans[1].seconds_by_use[name].value)
+    assert phase == "prefill" or plans[1].cache_bytes == 4 * plans[0].cache_bytes
+
+
+def test_few_tokens_read_few_experts_and_the_figure_says_which():
+    """8 requests on 8 GPUs: 64 choices among 256 experts."""
+    node, goal = load_cluster("h200-node"), ServingGoal(context=1536, requests_per_gpu=1)
+    plans = [evaluate_decode(V3, node, Layout(ep=8, dp=8 // tp, tp=tp), RECIPE, goal) for tp in (1, 8)]
+    read = 32 * (1 - (1 - 8 / 256) ** 8)
+    for plan in plans:
+        up = next(op for op in layer_ops_of(plan.work) if op.name == "experts gate and up")
+        assert up.groups * up.filled == pytest.approx(read)
+        figure = find_figure(
+            serving_figures(evaluate(V3, node, plan.layout, plan.layout, RECIPE, goal)), "decode.experts"
+        )
+        assert "7.178 of 32 on a GPU: 32 x (1 - (1 - 8 / 256)^8)" in "\n".join(explanation(figure))
+    full = evaluate_decode(V3, node, Layout(ep=8, dp=8), RECIPE, goal.model_copy(update={"requests_per_gpu": 64}))
+    assert plans[0].pieces.experts.value < 0.3 * full.pieces.experts.value
+    few = evaluate_prefill(V3, node, Layout(ep=8, dp=8), RECIPE, goal.model_copy(update={"prefill_tokens": 2}))
+    up = next(op for op in layer_ops_of(few.work) if op.name == "experts gate and up")
+    assert up.groups * up.filled == pytest.approx(read)
 
 
 # what cannot be
 
 
-def test_a_model_that_does_not_fit_says_how_many_gpus_would_hold_it():
+def test_a_model_that_does_not_fit_names_its_largest_part():
     node = load_cluster("h800-node")
-    with pytest.raises(ValueError, match=r"a decoding GPU .* needs 1\d\d\.\d GB .* 84\.9: 16 GPUs \(ep = 16\)"):
+    largest = r"with ep = 8, tp = 1 needs 1\d\d\.\d GB, most of it weights \(weights 1\d\d\.\d.*\), and h800 has 84\.9"
+    with pytest.raises(DoesNotFitError, match=f"a decoding GPU for 1 requests of context 4989 {largest}"):
         evaluate_decode(V3, node, Layout(ep=8, dp=8), RECIPE, ServingGoal(context=4989))
-    with pytest.raises(ValueError, match=r"does not fit on h800-node \(8 GPUs\): 16 GPUs \(ep = 16\) would hold it"):
-        best_decode(V3, node, RECIPE, ServingGoal(context=4989))
-    assert fitting_gpus(V3, node, RECIPE, ServingGoal(context=4989)) == 16
-    with pytest.raises(ValueError, match=r"a prefill GPU needs .* 84\.9: \d+ GPUs \(ep = \d+\) would hold it"):
+    with pytest.raises(DoesNotFitError, match=f"a prefill GPU {largest}"):
         evaluate_prefill(V3, node, Layout(ep=8, dp=8), RECIPE, GOAL)
+    for best in (best_decode, best_prefill):  # the layout that needs the least shares attention out
+        with pytest.raises(DoesNotFitError, match=r"ep = 8, tp = [48] needs"):
+            best(V3, node, RECIPE, ServingGoal(context=4989))
 
 
 def test_more_requests_than_fit():
     goal = ServingGoal(context=4989, requests_per_gpu=400)
-    with pytest.raises(ValueError, match=r"400 requests .* at most 1\d\d fit"):
+    with pytest.raises(DoesNotFitError, match=r"for 400 requests .* most of it cache"):
         evaluate_decode(V3, DECODE, EP144, RECIPE, goal)
+    with pytest.raises(ValueError, match="requests_per_gpu = 2000 is above max_requests_per_gpu = 1024"):
+        ServingGoal(context=4989, requests_per_gpu=2000)
 
 
 def test_a_speed_that_cannot_be_met_names_the_best():

@@ -176,7 +176,7 @@ def _vllm(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
         table = json.dumps({"num_redundant_experts": layout.redundant_experts}, separators=(",", ":"))
         flags.append(f"--enable-eplb --eplb-config '{table}'")
     if isinstance(pool, PrefillPlan):
-        flags.append(f"--max-num-batched-tokens {pool.tokens_per_step}")
+        flags.append(f"--max-num-batched-tokens {pool.shared_tokens}")
     else:
         flags.append(f"--max-num-seqs {pool.requests * layout.tp}")
     if pool.goal.mtp_acceptance is not None:
@@ -203,7 +203,7 @@ def _sglang(pool: PrefillPlan | DecodePlan, target: str, index: int) -> str:
     if layout.redundant_experts:
         flags.append(f"--enable-eplb --ep-num-redundant-experts {layout.redundant_experts}")
     if isinstance(pool, PrefillPlan):
-        flags.append(f"--chunked-prefill-size {pool.tokens_per_step * layout.dp}")
+        flags.append(f"--chunked-prefill-size {pool.shared_tokens * layout.dp}")
     else:
         flags.append(f"--max-running-requests {pool.requests * gpus}")
     if pool.goal.mtp_acceptance is not None:

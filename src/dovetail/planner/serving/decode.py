@@ -11,12 +11,12 @@ out: sampling parameters, the CPU's time between steps, requests that come and g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dovetail.cost.memory.inference import InferenceMemory, inference_memory, low_latency_buffer
 from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.memory import DoesNotFitError, Holding
 from dovetail.planner.serving.microbatches import NOTHING, Overlapped, Pieces, overlap
 from dovetail.planner.serving.pieces import (
     Work,
@@ -81,8 +81,8 @@ class DecodePlan:
 
     @property
     def cache_bytes(self) -> float:
-        """The bytes of the latents of all requests at their mean length."""
-        return self.requests * self.goal.mean_context * self.memory.cache_per_token
+        """The bytes of the latents of all requests at their mean length, those of other ranks of tp too."""
+        return self.requests * self.layout.tp * self.goal.mean_context * self.memory.cache_per_token
 
     @property
     def communication_seconds(self) -> Band:
@@ -162,16 +162,17 @@ def decode_pool(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recip
 def evaluate_decode(spec: ModelSpec, cluster: Cluster, layout: Layout, recipe: Recipe, goal: ServingGoal) -> DecodePlan:
     """Plan the pool with the goal's `requests_per_gpu`, or as many as memory holds and `output_speed` allows.
 
-    Raises ValueError for an illegal layout, a model or requests that do not fit, and a speed that even one request
-    per micro-batch does not reach.
+    Raises ValueError for an illegal layout and for a speed that even one request per micro-batch does not reach, and
+    DoesNotFitError for a model or requests that do not fit.
     """
     check_layout(layout, spec, cluster.gpus)
     return fullest(decode_pool(spec, cluster, layout, recipe, goal))
 
 
 def fullest(pool: Pool) -> DecodePlan:
-    """Plan `pool` with the requests asked for, or as many as memory and speed allow. Raises ValueError if none are."""
-    goal, ep = pool.goal, pool.layout.ep
+    """Plan `pool` with the requests asked for, or as many as memory and speed allow. Raises DoesNotFitError if memory
+    allows none, and ValueError if speed does."""
+    goal, ep, tp = pool.goal, pool.layout.ep, pool.layout.tp
     if goal.requests_per_gpu is not None:
         return step_of(pool, goal.requests_per_gpu)
     most = pool.most_that_fit()
@@ -181,9 +182,9 @@ def fullest(pool: Pool) -> DecodePlan:
         return step_of(pool, most)
     if least.step_seconds.value > allowed:
         raise ValueError(
-            f"output_speed = {goal.output_speed:g} tokens/s: with ep = {ep} on {pool.cluster.name} a request gets "
-            f"{least.speed.value:.3g} tokens/s at best ({least.requests} per GPU, context {goal.mean_context:g}); ask "
-            "for less"
+            f"output_speed = {goal.output_speed:g} tokens/s: with ep = {ep}, tp = {tp} on {pool.cluster.name} a "
+            f"request gets {least.speed.value:.3g} tokens/s at best ({least.requests} per GPU, context "
+            f"{goal.mean_context:g}); ask for less"
         )
     return _most_requests(pool, least, step_of(pool, most), allowed)
 
@@ -207,11 +208,11 @@ def _most_requests(pool: Pool, low: DecodePlan, high: DecodePlan, allowed: float
 
 
 def step_of(pool: Pool, requests: int) -> DecodePlan:
-    """Plan a step of `requests` per GPU. Raises ValueError if these do not fit."""
+    """Plan a step of `requests` per GPU. Raises DoesNotFitError if these do not fit."""
     fit = pool.fit(requests)
     if fit < requests:
-        raise ValueError(_no_fit(pool, requests))
-    spec, goal = pool.spec, pool.goal
+        raise _no_fit(pool, requests)
+    spec, goal, sequences = pool.spec, pool.goal, requests * pool.layout.tp
     microbatches = min(goal.microbatches, requests) if pool.exchanges else 1
     work = Work(
         spec=spec,
@@ -219,15 +220,15 @@ def step_of(pool: Pool, requests: int) -> DecodePlan:
         layout=pool.layout,
         recipe=pool.recipe,
         phase="decode",
-        tokens=pool.tokens_per_request * requests / microbatches,
+        tokens=pool.tokens_per_request * sequences / microbatches,
         context=goal.mean_context,
-        sequences=requests / microbatches,
+        sequences=sequences / microbatches,
         low_latency=goal.exchange == "low-latency",
         imbalance=goal.expert_imbalance,
         traffic=pool.traffic,
     )
     pieces, dense = layer_pieces(work), spec.num_hidden_layers - spec.num_moe_layers
-    all_tokens = replace(work, tokens=pool.tokens_per_request * requests, sequences=requests)
+    all_tokens = replace(work, tokens=pool.tokens_per_request * sequences, sequences=sequences)
     mtp = NOTHING
     if goal.mtp_acceptance is not None:
         mtp = overlap(mtp_pieces(work), "decode", spec.num_nextn_predict_layers, microbatches).seconds
@@ -245,33 +246,13 @@ def step_of(pool: Pool, requests: int) -> DecodePlan:
     )
 
 
-def fitting_gpus(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, requests: int = 1) -> int | None:
-    """Return the smallest ep that holds the model and `requests` per GPU, whatever the cluster's size, or None.
-    Beyond one node it is a whole number of nodes."""
-    experts = spec.moe.n_routed_experts if spec.moe else 1
-    for ep in _sizes(cluster.gpus_per_node, experts):
-        layout = Layout(ep=ep, dp=ep, redundant_experts=-experts % ep if spec.moe else 0)
-        if decode_pool(spec, cluster, layout, recipe, goal).fit(requests) >= requests:
-            return ep
-    return None
-
-
-def _sizes(gpus_per_node: int, most: int) -> Iterator[int]:
-    yield from (ep for ep in (1, 2, 4) if ep < gpus_per_node and ep <= most)
-    yield from range(gpus_per_node, most + 1, gpus_per_node)
-
-
-def _no_fit(pool: Pool, requests: int) -> str:
+def _no_fit(pool: Pool, requests: int) -> DoesNotFitError:
     memory, gpu = pool.memory(requests), pool.cluster.gpu
-    cache = requests * pool.goal.mean_context * memory.cache_per_token
-    needed = memory.weights + memory.buffers + gpu.runtime_bytes + cache
-    text = (
-        f"a decoding GPU with {requests} requests of context {pool.goal.mean_context:g} needs {needed / 1e9:.1f} GB "
-        f"(weights {memory.weights / 1e9:.1f}, cache {cache / 1e9:.1f}, buffers {memory.buffers / 1e9:.1f}, runtime "
-        f"{gpu.runtime_bytes / 1e9:g}) and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}: "
+    holding = Holding(
+        weights=memory.weights,
+        cache=requests * pool.layout.tp * pool.goal.mean_context * memory.cache_per_token,
+        buffers=memory.buffers,
+        runtime=gpu.runtime_bytes,
     )
-    most = pool.most_that_fit()
-    if most:
-        return f"{text}at most {most} fit"
-    gpus = fitting_gpus(pool.spec, pool.cluster, pool.recipe, pool.goal, requests)
-    return text + (f"{gpus} GPUs (ep = {gpus}) would hold it" if gpus else "no number of these GPUs would hold it")
+    whose = f"a decoding GPU for {requests} requests of context {pool.goal.mean_context:.0f}"
+    return DoesNotFitError("decode", whose, pool.layout, holding, gpu)

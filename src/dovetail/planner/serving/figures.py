@@ -82,7 +82,7 @@ def prefill_figures(plan: PrefillPlan) -> tuple[Figure, ...]:
             "activations per GPU",
             plan.activation_bytes,
             "attention's queries, keys and values or the experts' rows, whichever is more, and the residuals",
-            Input(name="tokens of a micro-batch", value=f"{plan.work.tokens:,.0f}", source=tokens.source),
+            Input(name="tokens of a micro-batch", value=f"{plan.work.own_tokens:,.0f}", source=tokens.source),
         ),
     ]
     return tuple(found)
@@ -97,11 +97,11 @@ def decode_figures(plan: DecodePlan) -> tuple[Figure, ...]:
     step = Input(name="step", value=f"{number(1e3 * plan.step_seconds.value)} ms", source="explain decode.step_seconds")
     nodes = Input(name="GPUs per node", value=str(gpus), source=plan.work.cluster.source)
     rate = f"{plan.requests} x {goal.tokens_per_step:g} / {step.value}"
-    held = f"{goal.mean_context:,.0f} tokens x {memory.cache_per_token:,} B"
     copies = f" x {plan.layout.tp} (every rank of tp has all latents)" if plan.layout.tp > 1 else ""
+    held = f"{goal.mean_context:,.0f} tokens x {memory.cache_per_token:,} B{copies}"
     gpu = plan.work.cluster.gpu
     free = gpu.usable_bytes - memory.weights - memory.buffers
-    fits = f"{free:.4g} B / ({held}{copies}), at most {goal.max_requests_per_gpu} (goal.max_requests_per_gpu)"
+    fits = f"{free:.4g} B / ({held}), at most {goal.max_requests_per_gpu} (goal.max_requests_per_gpu)"
     beside = Input(
         name="left for latents",
         value=f"{free / 1e9:.2f} GB",
@@ -229,7 +229,7 @@ def _limit(limit: SpeedLimit, decode: DecodePlan) -> list[Figure]:
     inputs = (
         Input(
             name="dispatch and combine of a micro-batch",
-            value=f"{work.tokens:g} tokens x {copies} experts x {work.spec.hidden_size} x "
+            value=f"{work.own_tokens:g} tokens x {copies} experts x {work.spec.hidden_size} x "
             f"{DISPATCH_BYTES + COMBINE_BYTES} B / {limit.bandwidth.value / 1e9:g} GB/s",
             source="FP8 there, BF16 back, the shared expert as one more [ISCA §2.3.2]",
         ),

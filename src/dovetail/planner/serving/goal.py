@@ -40,6 +40,15 @@ class ServingGoal(Record):
             )
         return self
 
+    @model_validator(mode="after")
+    def _requests_are_allowed(self) -> Self:
+        if (self.requests_per_gpu or 0) > self.max_requests_per_gpu:
+            raise ValueError(
+                f"requests_per_gpu = {self.requests_per_gpu} is above max_requests_per_gpu = "
+                f"{self.max_requests_per_gpu}: raise that too"
+            )
+        return self
+
     @property
     def mean_context(self) -> float:
         if self.context is not None:

@@ -44,7 +44,10 @@ FUSED = ("quantise to dispatch", "sum of expert outputs")  # part of DeepEP's ke
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One rank's micro-batch: `tokens` are computed of `sequences` with `context` keys each, their own included."""
+    """The micro-batch of a rank, or of tp ranks that share it.
+
+    `tokens` are computed of `sequences` with `context` keys each, their own included.
+    """
 
     spec: ModelSpec
     cluster: Cluster
@@ -57,6 +60,11 @@ class Work:
     low_latency: bool
     imbalance: float = 1.0
     traffic: LayoutTraffic | None = None  # exchanges of all pools at once; None: closed forms
+
+    @property
+    def own_tokens(self) -> float:
+        """The tokens that one rank has, outside of attention's heads."""
+        return self.tokens / self.layout.tp
 
     @property
     def exchanges(self) -> bool:
@@ -163,8 +171,8 @@ def _pieces(work: Work, ops: Sequence[Op]) -> Pieces:
 def _with_kernels(work: Work, pieces: Pieces) -> Pieces:
     """Return the pieces with the kernels, and with exchanges shortened by what the kernels take."""
     count = work.cluster.gpu.multiprocessors
-    dispatch = kernel_seconds(DISPATCH_KERNELS, work.tokens, count)
-    combine = kernel_seconds(COMBINE_KERNELS, work.tokens, count)
+    dispatch = kernel_seconds(DISPATCH_KERNELS, work.own_tokens, count)
+    combine = kernel_seconds(COMBINE_KERNELS, work.own_tokens, count)
     return replace(
         pieces,
         issue_dispatch=ISSUE_SHARE * dispatch,

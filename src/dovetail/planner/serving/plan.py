@@ -3,23 +3,25 @@
     GPUs of prefill per GPU of decoding = (prompt / output tokens) x decode tokens/s / input tokens/s
     dollars per million tokens          = price per GPU and hour / 3600 / tokens/s x 10^6
 
-`best_decode` tries sizes of the expert-parallel group, and for each the most requests that the output speed and memory
-allow. Redundant experts serve to balance loads; loads are equal here, so the search takes as few as divide evenly.
+`best_pools` tries sizes of the expert-parallel group and of the groups in it that share attention's heads (`tp`), for
+decoding each with the most requests that the output speed and memory allow. Redundant experts serve to balance loads;
+loads are equal here, so the search takes as few as divide evenly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dovetail.planner.limits import SpeedLimit, speed_limit
-from dovetail.planner.serving.decode import DecodePlan, decode_pool, evaluate_decode, fitting_gpus, fullest
+from dovetail.planner.serving.decode import DecodePlan, decode_pool, evaluate_decode, fullest
 from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.memory import DoesNotFitError
 from dovetail.planner.serving.prefill import PrefillPlan, evaluate_prefill
 from dovetail.spec.band import Band
 from dovetail.spec.hardware import Cluster
-from dovetail.spec.layout import Layout, check_layout
+from dovetail.spec.layout import Layout, check_layout, divisors
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
 
@@ -28,6 +30,34 @@ if TYPE_CHECKING:
 
 EXPERTS_PER_RANK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers that are tried
 REDUNDANT_SHARE = 1 / 8  # of the experts; none is tried too. DeepSeek has 32 of 256 [V3 §3.4]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The parts of a pool's layout that are given; None is searched."""
+
+    ep: int | None = None
+    tp: int | None = None
+
+
+FREE = Wanted()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """What both pools are searched for. Raises ValueError for layouts wanted that no pool can have."""
+
+    spec: ModelSpec
+    cluster: Cluster  # of prompts
+    decode_cluster: Cluster
+    recipe: Recipe
+    goal: ServingGoal
+    prefill: Wanted = FREE
+    decode: Wanted = FREE
+
+    def __post_init__(self) -> None:
+        for wanted, cluster in ((self.prefill, self.cluster), (self.decode, self.decode_cluster)):
+            _check_wanted(wanted, self.spec, cluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,23 +108,10 @@ def evaluate(
     return ServingPlan(prefill=prefill, decode=decode, limit=_limit(decode))
 
 
-def best_pools(
-    spec: ModelSpec,
-    cluster: Cluster,
-    recipe: Recipe,
-    goal: ServingGoal,
-    decode_cluster: Cluster | None = None,
-    prefill_layout: Layout | None = None,
-    decode_layout: Layout | None = None,
-) -> ServingPlan:
-    """Find both pools with the most tokens/s per GPU; a layout that is given is kept. Raises ValueError as
-    `best_decode` and `best_prefill` do."""
-    own = decode_cluster or cluster
-    if prefill_layout is not None:
-        prefill = evaluate_prefill(spec, cluster, prefill_layout, recipe, goal)
-    else:
-        prefill = best_prefill(spec, cluster, recipe, goal)
-    decode = best_decode(spec, own, recipe, goal, decode_layout)
+def best_pools(search: Search) -> ServingPlan:
+    """Find both pools with the most tokens/s per GPU. Raises ValueError as `best_decode` and `best_prefill` do."""
+    prefill = best_prefill(search.spec, search.cluster, search.recipe, search.goal, search.prefill)
+    decode = best_decode(search.spec, search.decode_cluster, search.recipe, search.goal, search.decode)
     return ServingPlan(prefill=prefill, decode=decode, limit=_limit(decode))
 
 
@@ -111,67 +128,82 @@ def on_network(plan: ServingPlan, prefill: LayoutTraffic, decode: LayoutTraffic)
     return ServingPlan(prefill=again, decode=slower, limit=_limit(slower))
 
 
-def best_prefill(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal) -> PrefillPlan:
-    """Find the plan with the most input tokens/s per GPU. Raises ValueError if none fits, with the reason for the
-    largest group."""
+def best_prefill(
+    spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, wanted: Wanted = FREE
+) -> PrefillPlan:
+    """Find the plan with the most input tokens/s per GPU. Raises DoesNotFitError, for the layout that needs the least
+    memory, if none fits."""
     plans: list[PrefillPlan] = []
-    problems: dict[int, ValueError] = {}
-    for layout in decode_layouts(spec, cluster):
+    problems: list[DoesNotFitError] = []
+    for layout in pool_layouts(spec, cluster, wanted):
         try:
             plans.append(evaluate_prefill(spec, cluster, layout, recipe, goal))
-        except ValueError as problem:
-            problems[layout.ep] = problem
+        except DoesNotFitError as problem:
+            problems.append(problem)
     if not plans:
-        raise problems[max(problems)] if problems else ValueError(f"{cluster.name} has no GPUs for a pool")
+        raise least_needed(problems)
     return max(plans, key=lambda plan: plan.input_per_second.value)
 
 
 def best_decode(
-    spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, given: Layout | None = None
+    spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, wanted: Wanted = FREE
 ) -> DecodePlan:
     """Find the plan with the most tokens/s per GPU, with one or two micro-batches.
 
-    It tries sizes of the expert-parallel group, or only the layout that is given. Raises ValueError if no size holds
-    the model, with the number of GPUs that would, and if none is fast enough, with the best speed.
+    Raises DoesNotFitError, for the layout that needs the least memory, if none fits, and ValueError with the best speed
+    if none is fast enough.
     """
-    best: DecodePlan | None = None
-    problems: list[str] = []
-    if given is not None:
-        check_layout(given, spec, cluster.gpus)
-    for layout in decode_layouts(spec, cluster) if given is None else (given,):
+    plans: list[DecodePlan] = []
+    problems: list[DoesNotFitError] = []
+    slow: list[ValueError] = []
+    for layout in pool_layouts(spec, cluster, wanted):
         pool = decode_pool(spec, cluster, layout, recipe, goal)
         for microbatches in (2, 1) if goal.microbatches == 2 and pool.exchanges else (1,):
-            own = replace(pool, goal=goal.model_copy(update={"microbatches": microbatches}))
             try:
-                plan = fullest(own)
+                plans.append(fullest(replace(pool, goal=goal.model_copy(update={"microbatches": microbatches}))))
+            except DoesNotFitError as problem:
+                problems.append(problem)
             except ValueError as problem:
-                problems.append(str(problem))
-                continue
-            if best is None or plan.tokens_per_second.value > best.tokens_per_second.value:
-                best = plan
-    if best is not None:
-        return best
-    if given is not None:
-        raise ValueError(problems[-1])
-    raise ValueError(_why_none(spec, cluster, recipe, goal, problems))
+                slow.append(problem)
+    if plans:
+        return max(plans, key=lambda plan: plan.tokens_per_second.value)
+    if slow:
+        raise ValueError(_too_slow(spec, cluster, recipe, goal, wanted))
+    raise least_needed(problems)
 
 
-def decode_layouts(spec: ModelSpec, cluster: Cluster) -> Iterator[Layout]:
-    """Yield for each number of experts per rank, without and with an eighth redundant, the layout whose ep is a whole
-    number of nodes or a divisor of one."""
-    experts = spec.moe.n_routed_experts if spec.moe else 0
-    if not experts:
-        yield Layout()
-        return
-    seen = set()
+def least_needed(problems: Sequence[DoesNotFitError]) -> DoesNotFitError:
+    """Return the problem of the layout that needs the least memory."""
+    return min(problems, key=lambda each: each.holding.total)
+
+
+def pool_layouts(spec: ModelSpec, cluster: Cluster, wanted: Wanted = FREE) -> Iterator[Layout]:
+    """Yield the layouts of a pool that are tried: sizes of expert-parallel groups, each with every `tp` that divides
+    the group, a node and attention's heads. Without experts a pool is one group of tp ranks."""
+    sizes = [(wanted.ep, _fewest_redundant(spec, wanted.ep))] if wanted.ep else _group_sizes(spec, cluster)
+    heads = spec.attention.num_attention_heads
+    for ep, redundant in sizes:
+        for tp in [wanted.tp] if wanted.tp else divisors(cluster.gpus_per_node):
+            ranks = ep if spec.moe else tp
+            if ranks % tp == 0 and heads % tp == 0:
+                yield Layout(ep=ep, dp=ranks // tp, tp=tp, redundant_experts=redundant)
+
+
+def _group_sizes(spec: ModelSpec, cluster: Cluster) -> list[tuple[int, int]]:
+    """Return ep and the number of redundant experts, for each number of experts per rank without and with an eighth
+    redundant, if ep is a whole number of nodes or a divisor of one."""
+    if spec.moe is None:
+        return [(1, 0)]
+    experts = spec.moe.n_routed_experts
+    found: dict[tuple[int, int], None] = {}
     for per_rank in EXPERTS_PER_RANK:
         for slots in (experts, round(experts * (1 + REDUNDANT_SHARE))):
             ep = _whole(slots / per_rank, cluster.gpus_per_node)
             redundant = ep * per_rank - experts
-            is_close = 0 <= redundant <= 2 * REDUNDANT_SHARE * experts
-            if is_close and ep <= cluster.gpus and (ep, redundant) not in seen:
-                seen.add((ep, redundant))
-                yield Layout(ep=ep, dp=ep, redundant_experts=redundant)
+            if 0 <= redundant <= 2 * REDUNDANT_SHARE * experts and ep <= cluster.gpus:
+                found[ep, redundant] = None
+    within = [(ep, 0) for ep in divisors(cluster.gpus_per_node) if experts % ep == 0]
+    return list(found | dict.fromkeys(within))
 
 
 def _whole(ranks: float, gpus_per_node: int) -> int:
@@ -180,32 +212,45 @@ def _whole(ranks: float, gpus_per_node: int) -> int:
     return -int(-ranks // gpus_per_node) * gpus_per_node
 
 
-def _why_none(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, problems: list[str]) -> str:
-    slow = [each for each in problems if each.startswith("output_speed")]
-    if slow:
-        unbound = goal.model_copy(update={"output_speed": None, "requests_per_gpu": 1, "microbatches": 1})
-        plans = []
-        for layout in decode_layouts(spec, cluster):
-            try:
-                plans.append(evaluate_decode(spec, cluster, layout, recipe, unbound))
-            except ValueError:
-                continue
-        best = max(plans, key=lambda plan: plan.speed.value)
-        return (
-            f"output_speed = {goal.output_speed:g} tokens/s is not reached on {cluster.name}: the best is "
-            f"{best.speed.value:.3g} tokens/s, one request per GPU with ep = {best.layout.ep} and context "
-            f"{goal.mean_context:g}"
+def _fewest_redundant(spec: ModelSpec, ep: int) -> int:
+    """Return as few redundant experts as make `ep` divide evenly."""
+    return -spec.moe.n_routed_experts % ep if spec.moe else 0
+
+
+def _check_wanted(wanted: Wanted, spec: ModelSpec, cluster: Cluster) -> None:
+    ep, tp = wanted.ep, wanted.tp or 1
+    if ep is not None and spec.moe and ep % tp:
+        raise ValueError(f"--tp {tp} does not divide --ep {ep}: the {ep} ranks of a pool are dp x tp")
+    ranks, redundant = (ep, _fewest_redundant(spec, ep)) if ep is not None else (tp, 0)
+    layout = Layout(ep=ep or 1, dp=max(1, ranks // tp), tp=tp, redundant_experts=redundant)
+    check_layout(layout, spec, cluster.gpus)
+    if not any(pool_layouts(spec, cluster, wanted)):
+        raise ValueError(
+            f"--tp {tp} divides no pool that is tried on the {cluster.gpus} GPUs of {cluster.name}; give --ep as well"
         )
-    gpus = fitting_gpus(spec, cluster, recipe, goal, goal.requests_per_gpu or 1)
-    remedy = f"{gpus} GPUs (ep = {gpus}) would hold it" if gpus else "no number of these GPUs would hold it"
-    return f"the model does not fit on {cluster.name} ({cluster.gpus} GPUs): {remedy}"
+
+
+def _too_slow(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, wanted: Wanted) -> str:
+    unbound = goal.model_copy(update={"output_speed": None, "requests_per_gpu": 1, "microbatches": 1})
+    plans = []
+    for layout in pool_layouts(spec, cluster, wanted):
+        try:
+            plans.append(evaluate_decode(spec, cluster, layout, recipe, unbound))
+        except DoesNotFitError:
+            continue
+    best = max(plans, key=lambda plan: plan.speed.value)
+    return (
+        f"output_speed = {goal.output_speed:g} tokens/s is not reached on {cluster.name}: the best is "
+        f"{best.speed.value:.3g} tokens/s, one request per GPU with ep = {best.layout.ep}, tp = {best.layout.tp} and "
+        f"context {goal.mean_context:g}"
+    )
 
 
 def _limit(decode: DecodePlan) -> SpeedLimit | None:
     if decode.work.spec.moe is None or decode.layout.ep == 1:
         return None
     work = decode.work
-    return speed_limit(work.spec, work.cluster, tokens=work.tokens, achieved=True, ranks=work.layout.ep)
+    return speed_limit(work.spec, work.cluster, tokens=work.own_tokens, achieved=True, ranks=work.layout.ep)
 
 
 def _dollars(cluster: Cluster, rate: Band) -> Band | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from dovetail.cost.memory.inference import InferenceMemory, inference_memory
 from dovetail.network.demands.closed_forms import send_time
 from dovetail.planner.serving.goal import ServingGoal
+from dovetail.planner.serving.memory import DoesNotFitError, Holding
 from dovetail.planner.serving.microbatches import NOTHING, Overlapped, Pieces, overlap
 from dovetail.planner.serving.pieces import Work, dense_layer_seconds, ends_seconds, layer_pieces, mtp_pieces
 from dovetail.spec.band import Band
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
-    """A prefill pool's step. Times are in seconds; tokens are those of one GPU."""
+    """A prefill pool's step. Times are in seconds; tokens are those of one GPU, of which tp share theirs."""
 
     work: Work  # of one micro-batch
     goal: ServingGoal
@@ -52,6 +53,11 @@ class PrefillPlan:
     def tokens_per_step(self) -> int:
         """The tokens that one GPU computes in a step."""
         return self.goal.prefill_tokens
+
+    @property
+    def shared_tokens(self) -> int:
+        """The tokens that the tp GPUs with the same prompts compute in a step."""
+        return self.tokens_per_step * self.layout.tp
 
     @property
     def step_seconds(self) -> Band:
@@ -77,12 +83,12 @@ class PrefillPlan:
 
     @property
     def steps_per_prompt(self) -> int:
-        return math.ceil(self.goal.computed_per_prompt / self.tokens_per_step)
+        return math.ceil(self.goal.computed_per_prompt / self.shared_tokens)
 
     @property
     def sampled(self) -> float:
         """The number of prompts whose last token goes through the head in a step."""
-        return max(1.0, self.tokens_per_step / self.goal.computed_per_prompt)
+        return max(1.0, self.shared_tokens / self.goal.computed_per_prompt)
 
     @property
     def transfer_seconds(self) -> Band:
@@ -119,42 +125,43 @@ def evaluate_prefill(
     goal: ServingGoal,
     traffic: LayoutTraffic | None = None,
 ) -> PrefillPlan:
-    """Plan the pool. Raises ValueError for an illegal layout, and for a model that does not fit."""
+    """Plan the pool. Raises ValueError for an illegal layout, and DoesNotFitError for a model that does not fit."""
     check_layout(layout, spec, cluster.gpus)
     check_pool(layout, spec)
-    sequences, dense = goal.prefill_tokens / goal.computed_per_prompt, spec.num_hidden_layers - spec.num_moe_layers
+    tokens, dense = goal.prefill_tokens * layout.tp, spec.num_hidden_layers - spec.num_moe_layers
+    sequences = tokens / goal.computed_per_prompt
     work = Work(
         spec=spec,
         cluster=cluster,
         layout=layout,
         recipe=recipe,
         phase="prefill",
-        tokens=goal.prefill_tokens / goal.microbatches,
+        tokens=tokens / goal.microbatches,
         context=goal.prompt,
         sequences=sequences / goal.microbatches,
         low_latency=False,
         imbalance=goal.expert_imbalance,
         traffic=traffic,
     )
-    pieces, has_mtp = layer_pieces(work), goal.mtp_acceptance is not None
+    has_mtp = goal.mtp_acceptance is not None
+    memory, activations = _fitting_memory(work, goal)
+    pieces = layer_pieces(work)
     mtp = overlap(mtp_pieces(work), "prefill", spec.num_nextn_predict_layers, goal.microbatches)
-    plan = PrefillPlan(
+    return PrefillPlan(
         work=work,
         goal=goal,
         pieces=pieces,
         layers=overlap(pieces, "prefill", spec.num_moe_layers, goal.microbatches),
         dense_seconds=dense * goal.microbatches * dense_layer_seconds(work) if dense else NOTHING,
-        ends_seconds=ends_seconds(replace(work, tokens=goal.prefill_tokens), max(1.0, sequences)),
+        ends_seconds=ends_seconds(replace(work, tokens=tokens), max(1.0, sequences)),
         mtp_seconds=mtp.seconds if has_mtp else NOTHING,
-        memory=inference_memory(spec, layout, absorbed=False, fp8=bool(recipe.sites), mtp=has_mtp),
-        activation_bytes=activation_bytes(spec, layout, work.tokens, work.sequences * goal.prompt),
+        memory=memory,
+        activation_bytes=activations,
     )
-    _check_fit(plan)
-    return plan
 
 
 def activation_bytes(spec: ModelSpec, layout: Layout, tokens: float, keys: float) -> float:
-    """Return the most bytes of activations.
+    """Return the most bytes of activations on a rank, for `tokens` that tp ranks share.
 
     These are, for one micro-batch, attention's queries, keys and values or the experts' rows (FP8 in, both SwiGLU
     inputs, its output, BF16 out), whichever are more, and the residuals of both micro-batches.
@@ -177,23 +184,18 @@ def check_pool(layout: Layout, spec: ModelSpec) -> None:
         raise ValueError(f"pp = {layout.pp}: pools of serving have whole models, without pipelines; use pp = 1")
 
 
-def _check_fit(plan: PrefillPlan) -> None:
-    gpu, goal = plan.work.cluster.gpu, plan.goal
-    cache = plan.work.sequences * goal.microbatches * goal.prompt * plan.memory.cache_per_token
-    needed = plan.memory.weights + plan.activation_bytes + cache + gpu.runtime_bytes
-    if needed > gpu.memory_bytes:
-        raise ValueError(
-            f"a prefill GPU needs {needed / 1e9:.1f} GB (weights {plan.memory.weights / 1e9:.1f}, activations "
-            f"{plan.activation_bytes / 1e9:.1f}, cache {cache / 1e9:.1f}, runtime {gpu.runtime_bytes / 1e9:g}) and "
-            f"{gpu.name} has {gpu.memory_bytes / 1e9:.1f}: {_remedy(plan, needed)}"
-        )
-
-
-def _remedy(plan: PrefillPlan, needed: float) -> str:
-    work, tokens = plan.work, plan.goal.prefill_tokens
-    experts = work.spec.moe.n_routed_experts if work.spec.moe else 1
-    for ep in (each for each in range(work.layout.ep + 1, experts + 1) if experts % each == 0):
-        held = inference_memory(work.spec, Layout(ep=ep, dp=ep), absorbed=False, fp8=bool(work.recipe.sites))
-        if needed - plan.memory.weights + held.weights <= work.cluster.gpu.memory_bytes:
-            return f"{ep} GPUs (ep = {ep}) would hold it"
-    return f"use fewer than {tokens} prefill_tokens, or GPUs with more memory"
+def _fitting_memory(work: Work, goal: ServingGoal) -> tuple[InferenceMemory, float]:
+    """Return the memory and the bytes of activations. Raises DoesNotFitError if a GPU has not as much."""
+    spec, layout, gpu = work.spec, work.layout, work.cluster.gpu
+    has_mtp = goal.mtp_acceptance is not None
+    memory = inference_memory(spec, layout, absorbed=False, fp8=bool(work.recipe.sites), mtp=has_mtp)
+    activations = activation_bytes(spec, layout, work.tokens, work.sequences * goal.prompt)
+    holding = Holding(
+        weights=memory.weights,
+        activations=activations,
+        cache=work.sequences * goal.microbatches * goal.prompt * memory.cache_per_token,
+        runtime=gpu.runtime_bytes,
+    )
+    if holding.total > gpu.memory_bytes:
+        raise DoesNotFitError("prefill", "a prefill GPU", layout, holding, gpu)
+    return memory, activations

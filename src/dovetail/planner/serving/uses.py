@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+from dovetail.cost.ops.ffn import touched_experts
 from dovetail.planner.figure import Figure, Input, number
 from dovetail.planner.serving.decode import DecodePlan
 from dovetail.planner.serving.pieces import (
     KERNEL_SOURCE,
     TimedOp,
+    Work,
     timed_dense_layer,
     timed_ends,
     timed_layer,
@@ -64,7 +66,25 @@ def _use(plan: Pool, name: str, unit: str, scale: float) -> tuple[str, Iterable[
         return _times(plan, spec.num_moe_layers, sum(kernels.values())), inputs
     pieces = PIECES_OF[name]
     each = sum(getattr(plan.pieces, piece).value for piece in pieces)
-    return _times(plan, spec.num_moe_layers, each), operations(plan, pieces)
+    touched = [_touched(work)] if name == "experts" else []
+    return _times(plan, spec.num_moe_layers, each), [*touched, *operations(plan, pieces)]
+
+
+def _touched(work: Work) -> Input:
+    """Return the experts of a GPU whose weights a micro-batch reads, as `touched_experts` computes them."""
+    moe, layout = work.spec.moe, work.layout
+    if moe is None:
+        return Input(name="experts", value="none")
+    here, tokens = layout.experts_per_rank(work.spec), work.own_tokens * layout.ep
+    touched, share = (
+        touched_experts(work.spec, layout, work.own_tokens),
+        f"{moe.num_experts_per_tok} / {here * layout.ep}",
+    )
+    return Input(
+        name="experts that are read",
+        value=f"{number(touched)} of {here} on a GPU: {here} x (1 - (1 - {share})^{tokens:g})",
+        source=f"expected of a micro-batch's {tokens:g} tokens on the {layout.ep} GPUs that share the experts",
+    )
 
 
 def _times(plan: Pool, layers: int, seconds: float) -> str:
