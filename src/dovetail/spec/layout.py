@@ -42,6 +42,7 @@ class Layout(Record):
     schedule: ScheduleName = "1f1b"
     chunks: int = Field(default=2, gt=0)  # stages per rank under "interleaved"
     stage_layers: tuple[PositiveInt, ...] | None = None  # layers on each stage; None: `cost.memory.stages` decides
+    zero: Literal[0, 1] = 1  # 1: ranks with the same weight share its optimizer state out (ZeRO-1); 0: each has all
     redundant_experts: int = Field(default=0, ge=0)  # second copies of busy experts, in serving [V3 §3.4]
 
     @property
@@ -64,6 +65,11 @@ class Layout(Record):
     def adds_gradients(self) -> bool:
         """Whether several micro-batches or ranks have a gradient of the same weight; these add up in FP32."""
         return self.microbatches * self.dp * self.tp * self.stage_copies > 1
+
+    @property
+    def shares_optimizer(self) -> bool:
+        """Whether optimizer states are divided among ranks that hold the same weights."""
+        return self.zero == 1 and self.dp * self.tp * self.stage_copies > 1
 
     @property
     def stage_copies(self) -> int:

@@ -89,6 +89,10 @@ def test_optimizer_state_is_shared_out() -> None:
     assert whole.gradients == split.gradients == 4 * (experts + others)
     assert whole.moments == pytest.approx(4 * (experts + others / 8), rel=1e-6)
     assert split.moments == pytest.approx(whole.moments / 2, rel=1e-6)
+    unshared = rank_memory(V3, Layout(pp=61, ep=8, dp=16, zero=0), BF16, 1, rank=30)
+    assert unshared.moments == 4 * (experts + others) and unshared.gradients == split.gradients
+    wide = 2 * 7168 + 1536 + 512 + 256 * 7168  # norms and the gate's weights are in FP32 and are their own masters
+    assert unshared.master_weights == 4 * (experts + others - wide)
 
 
 @pytest.mark.parametrize(

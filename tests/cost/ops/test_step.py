@@ -49,3 +49,16 @@ def test_the_update_touches_the_rank_s_share() -> None:
     assert update.bytes == 22 * trained / 8
     wide = next(op for op in step_ops(V3, layout, moment_bytes=4) if op.name == "AdamW")
     assert wide.bytes == 30 * trained / 8  # two moments, read and written
+
+
+def test_without_zero_every_rank_updates_all_its_weights() -> None:
+    """An all-reduce of every gradient over its holders, and nothing to gather."""
+    trained = count.parameters(V3).total_with_mtp - 59 * 256
+    sums, norm, update, clear = step_ops(V3, Layout(dp=8, zero=0))
+    assert isinstance(sums, Collective) and (sums.name, sums.bytes, sums.ranks) == ("all_reduce", 4 * trained, 8)
+    assert (update.name, update.bytes) == ("AdamW", 22 * trained)
+    split = Layout(pp=16, ep=64, dp=128, microbatches=120, schedule="dualpipe")
+    shared, whole = (step_ops(V3, split.model_copy(update={"zero": zero}), rank=5) for zero in (1, 0))
+    names = [(op.ranks, op.stride) for op in shared if isinstance(op, Collective) and op.name == "reduce_scatter"]
+    assert [(op.ranks, op.stride) for op in whole if isinstance(op, Collective)] == names
+    assert {op.name for op in whole if isinstance(op, Collective)} == {"all_reduce"}

@@ -9,8 +9,11 @@ import pytest
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.config import load_toml, read_toml
+from dovetail.cost.memory.rank import pipeline_memory
+from dovetail.planner.figure import find_figure
 from dovetail.planner.report.launch import launches
 from dovetail.planner.request import Request, answer
+from dovetail.planner.training.figures import training_figures
 from dovetail.spec.hf_config import write_hf
 from dovetail.train.run.run_file import RunConfig, resolve_model, resolve_schedule
 
@@ -32,7 +35,7 @@ def options_of(line: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("gpus", [1, 8])
 def test_dovetail_train_reads_the_run_file_and_runs_this_plan(gpus, tmp_path):
-    plan, (launch,) = launched(**SMALL, gpus=gpus, pp=1, tokens="100M", microbatch_size=4, schedule="1f1b")
+    plan, (launch,) = launched(**SMALL, gpus=gpus, pp=1, ep=1, tp=1, tokens="100M", microbatch_size=4, schedule="1f1b")
     file, command = launch.blocks
     (tmp_path / "run.toml").write_text(file.text, encoding="utf-8")
     config = load_toml(tmp_path / "run.toml", RunConfig)
@@ -85,7 +88,7 @@ def test_a_toml_model_is_named_varied_and_not_written_over(tmp_path):
 
 
 def test_a_layout_that_cannot_be_run_has_no_command():
-    _, (launch,) = launched(
+    plan, (launch,) = launched(
         model="deepseek-v3",
         clusters=["h800-2048"],
         goal="train",
@@ -96,14 +99,25 @@ def test_a_layout_that_cannot_be_run_has_no_command():
         schedule="dualpipe",
     )
     assert launch.blocks == ()
-    (note,) = launch.notes
-    assert "cannot run this layout" in note and "pp = 16, ep = 64" in note
+    cannot, states = launch.notes
+    assert "cannot run this layout" in cannot and "pp = 16, ep = 64" in cannot and "too large for it" in cannot
+    whole = pipeline_memory(plan.work.spec, plan.work.layout.model_copy(update={"zero": 0}), plan.work.recipe, 4096)
+    needed, planned = max(rank.total for rank in whole) + 2e9, plan.largest_memory.total + 2e9
+    assert "(ZeRO-1). dovetail train does not: it keeps all of it on every rank. So this layout would take" in states
+    assert f"take {needed / 1e9:,.1f} GB of a GPU instead of {planned / 1e9:.1f}, and h800 has 84.9." in states
 
 
-def test_whole_optimizer_states_are_said():
-    """Planned: shared out over the ranks. `train.step.optim` keeps them whole."""
-    _, (launch,) = launched(**{**SMALL, "model": "1b"}, gpus=8, pp=1, ep=1, tp=1)
-    assert any("whole on every rank" in note for note in launch.notes)
+def test_a_plan_that_dovetail_runs_counts_what_it_runs():
+    """`train.step` sums gradients by all-reduce and updates all weights on every rank."""
+    plan, (launch,) = launched(**{**SMALL, "model": "1b"}, gpus=8, pp=1, ep=1, tp=1)
+    alone, _ = launched(**{**SMALL, "model": "1b", "batch": "8"}, gpus=1, microbatch_size=1)
+    held = plan.largest_memory
+    assert (held.master_weights, held.moments) == (alone.largest_memory.master_weights, alone.largest_memory.moments)
+    assert f"{(held.master_weights + held.moments) / 1e9:.1f} GB of each rank's memory" in launch.notes[1]
+    assert "all_reduce" in {each.name for each in find_figure(training_figures(plan), "optimizer").inputs}
+    shared, (launch,) = launched(**{**SMALL, "model": "1b"}, gpus=8, pp=1, ep=1, tp=1, vary=["zero=1"])
+    assert shared.parts.optimizer.value < plan.parts.optimizer.value
+    assert f"GB of a GPU instead of {(shared.largest_memory.total + 2e9) / 1e9:.1f}." in launch.notes[1]
 
 
 def test_nodes_are_joined_by_torchrun():

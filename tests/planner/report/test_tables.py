@@ -322,11 +322,28 @@ def test_what_does_not_fit_says_by_how_much_and_what_would():
     numbers = re.search(r"needs least, ([\d.]+) GB .* has ([\d.]+), ([\d.]+) GB too few", str(caught.value))
     needs, has, short = map(float, numbers.groups())
     assert needs - has == pytest.approx(short, abs=0.11)
+    assert re.search(r"on its fullest rank, most of it \w+( \w+)? \(\d+\.\d\)", str(caught.value))
     remedy = re.search(r"what would do: (\d+) GPUs \(pp = (\d+), ep = (\d+), tp = (\d+)\)", str(caught.value))
     gpus, pp, ep, tp = map(int, remedy.groups())
     assert gpus > 64
     layout = {"gpus": gpus, "pp": pp, "ep": ep, "tp": tp, "schedule": "1f1b", "microbatch_size": 1}
     assert answer(Request(**{**TRAIN, "batch": "1024"}, **layout)).choices[0].plan.fits
+
+
+def test_a_shorter_sequence_is_named_only_if_it_fits():
+    fixed = {
+        "model": "deepseek-v2-lite",
+        "gpus": 8,
+        "pp": 8,
+        "ep": 1,
+        "tp": 1,
+        "microbatch_size": 4,
+        "schedule": "1f1b",
+    }
+    with pytest.raises(ValueError, match=r"most of it activations .* or --sequence-length \d+$") as caught:
+        answer(Request(**{**TRAIN, "batch": "64", "clusters": ["h800-node"], **fixed}, sequence_length="32768"))
+    fixed["sequence_length"] = str(caught.value).rpartition(" ")[2]
+    assert answer(Request(**{**TRAIN, "batch": "64", "clusters": ["h800-node"], **fixed})).choices[0].plan.fits
 
 
 def test_what_was_measured_is_a_table():

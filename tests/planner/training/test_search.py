@@ -119,6 +119,15 @@ def test_layouts_are_legal_and_different() -> None:
     assert {layout.tp for layout in each} == {1, 2, 4, 8}
 
 
+def test_plain_data_parallelism_counts_what_dovetail_train_runs() -> None:
+    for layout in layouts(LITE.spec, 8, 8, 32):
+        assert layout.zero == (0 if layout.pp * layout.ep * layout.tp == 1 else 1)
+    both = list(layouts(LITE.spec, 8, 8, 32, Choices(zero=(0, 1))))
+    assert len(set(both)) == len(both) == 2 * len(list(layouts(LITE.spec, 8, 8, 32)))
+    with pytest.raises(ValueError, match="zero = 2: expected 0 or 1"):
+        Choices(zero=(2,))  # type: ignore[arg-type]
+
+
 def test_choices_hold_the_search(found: Found) -> None:
     held = search(LITE, GOAL, choices=Choices(pp=(4,), schedule=("zb1p", "1f1b"), tp=(1, 2), microbatch_size=(1,)))
     assert 0 < held.tried < found.tried

@@ -4,7 +4,8 @@ Weights are held in BF16 (norms and router in FP32) and quantised when they are 
 products need would not fit beside the rest for DeepSeek-V3 on 80 GB. Gradients add up in FP32; a gradient to which
 nothing is added is in BF16. Master weights (FP32) and the two moments (in the recipe's format: BF16 [V3 §3.3.3]) are
 divided among all ranks that hold the same weight (ZeRO-1): data-parallel ranks, the replicas of routed experts, and
-both copies of a stage where DualPipe has two. The moving average is in the host's memory [V3 §3.2.3].
+both copies of a stage where DualPipe has two. With `zero = 0` in the layout every rank has them whole. The moving
+average is in the host's memory [V3 §3.2.3].
 
 Activations are those of `cost.memory.activations` with its recomputation, times the micro-batches in flight:
 
@@ -243,7 +244,8 @@ def _state(layout: Layout, held: Iterable[Held], moment_bytes: int) -> _State:
     for each in held:
         weights += (FP32 if each.is_wide else BF16) * each.elements
         if each.has_gradient:
-            share = -(-each.elements // (each.replicas * layout.stage_copies))  # ZeRO-1
+            holders = each.replicas * layout.stage_copies if layout.zero else 1
+            share = -(-each.elements // holders)
             gradients += (FP32 if each.is_wide or layout.adds_gradients else BF16) * each.elements
             master += 0 if each.is_wide else FP32 * share
             moments += 2 * moment_bytes * share

@@ -7,6 +7,9 @@
     all-gather       brings the weights, in BF16, to all ranks that hold them
     zero             clears the accumulators of gradients
 
+That is ZeRO-1. With `zero = 0` in the layout every rank updates all its weights: an all-reduce sums their gradients,
+and nothing is gathered.
+
 A gradient that only one micro-batch on one rank has stays as the product wrote it, in BF16, and nothing is cleared.
 
 That gradients are sent in FP32 is not in the paper (unverified). The replicas of an expert are ep ranks apart. Where
@@ -46,14 +49,18 @@ def step_ops(
         elements, weights = by_replicas[each.replicas]
         per_element = FP32 if each.is_wide else BF16
         by_replicas[each.replicas] = elements + each.elements, weights + per_element * each.elements
-    share = sum(elements / replicas for replicas, (elements, _) in by_replicas.items()) / layout.stage_copies
     held = sum(elements for elements, _ in by_replicas.values())
+    share: float = held
+    if layout.zero:
+        share = sum(elements / replicas for replicas, (elements, _) in by_replicas.items()) / layout.stage_copies
     sums: list[Op] = []
     gathers: list[Op] = []
     for replicas, (elements, weights) in sorted(by_replicas.items()):
         stride = layout.dp * layout.tp // replicas
         for ranks, apart, part in ((replicas, stride, 1), (layout.stage_copies, layout.dp * layout.tp, replicas)):
-            if ranks > 1:
+            if ranks > 1 and not layout.zero:
+                sums.append(_collective("all_reduce", FP32 * elements, ranks, apart))
+            elif ranks > 1:
                 sums.append(_collective("reduce_scatter", FP32 * elements / part, ranks, apart))
                 gathers.insert(0, _collective("all_gather", weights / part, ranks, apart))
     gradient = FP32 if layout.adds_gradients else BF16
@@ -66,7 +73,9 @@ def step_ops(
     )
 
 
-def _collective(name: Literal["reduce_scatter", "all_gather"], bytes_: float, ranks: int, stride: int) -> Collective:
+def _collective(
+    name: Literal["reduce_scatter", "all_gather", "all_reduce"], bytes_: float, ranks: int, stride: int
+) -> Collective:
     return Collective(name=name, pass_="wgrad", bytes=bytes_, ranks=ranks, stride=stride, part="step")
 
 

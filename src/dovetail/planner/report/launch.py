@@ -1,7 +1,8 @@
 """The commands that carry a plan out: a run file for `dovetail train`, or those that start an engine.
 
-`dovetail train` has data parallelism only. It cannot run a layout with pipelines, tensor or expert parallelism; for
-such a layout the reason stands in place of a command. The engines are vLLM and SGLang, with the flags of their
+`dovetail train` has data parallelism only, with the optimizer's whole state on every rank. It cannot run a layout with
+pipelines, tensor or expert parallelism; for such a layout the reason stands in place of a command, with what the states
+would take whole. The engines are vLLM and SGLang, with the flags of their
 documentation of 2025 ("Expert Parallel Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert
 Parallelism"). None of these commands was run here.
 """
@@ -21,6 +22,7 @@ from dovetail.planner.serving.decode import DecodePlan
 from dovetail.planner.serving.plan import ServingPlan
 from dovetail.planner.serving.prefill import PrefillPlan
 from dovetail.planner.training.plan import TrainingPlan
+from dovetail.spec.hardware import Gpu
 from dovetail.spec.hf_config import write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.layout import Layout
@@ -64,18 +66,18 @@ def training_launch(plan: TrainingPlan, model: str) -> Launch:
     layout = plan.work.layout
     split = [f"{name} = {value}" for name, value in _split(layout) if value > 1]
     if split:
-        return Launch(title="to carry it out", notes=(_cannot(plan, split),))
+        states = (_whole_states(plan),) if layout.shares_optimizer else ()
+        return Launch(title="to carry it out", notes=(_cannot(plan, split), *states))
     name = Path(model).name.removesuffix(".json").removesuffix(".toml") or "model"
     file = f"{name}-run.toml" if model.endswith(".toml") else f"{name}.toml"  # not over the model's own file
     notes = [f"Save the first block as {file}; its [data] is Python's own library until you name your own text."]
-    held, own, gpu = _unsharded(plan), plan.largest_memory.total, plan.work.cluster.gpu
-    if layout.dp > 1 and held > own:
+    if layout.shares_optimizer:
+        notes.append(_whole_states(plan))
+    elif layout.dp > 1:
+        memory = plan.largest_memory
         notes.append(
-            "dovetail train keeps optimizer states whole on every rank: "
-            f"{(held + gpu.runtime_bytes) / 1e9:.1f} GB in all, "
-            f"where the plan, which shares them out, has {(own + gpu.runtime_bytes) / 1e9:.1f}"
-            + ("" if held <= gpu.usable_bytes else "; that does not fit")
-            + "."
+            "dovetail train keeps the optimizer's state whole on every rank, and so the plan counts it: "
+            f"{(memory.master_weights + memory.moments) / 1e9:.1f} GB of each rank's memory."
         )
     blocks = (Block(kind="toml", text=run_file(plan, model, name)), Block(kind="sh", text=_command(plan, file)))
     return Launch(title="to carry it out", blocks=blocks, notes=tuple(notes))
@@ -126,23 +128,43 @@ def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
     return {key: value for key, value in mine.items() if value not in (named.get(key), None) and key not in follows}
 
 
-def _unsharded(plan: TrainingPlan) -> int:
-    """Return the bytes of a rank that keeps the optimizer's whole state, as `train.step.optim` does."""
-    lone = plan.work.layout.model_copy(update={"dp": 1})
-    (rank,) = pipeline_memory(plan.work.spec, lone, plan.work.recipe, plan.work.sequence_length, plan.work.recompute)
-    return rank.total
+def _whole_states(plan: TrainingPlan) -> str:
+    """Say that the plan has ZeRO-1 and dovetail has not, and what the layout takes without it."""
+    gpu, shared = plan.work.cluster.gpu, plan.largest_memory.total
+    whole = _fullest(plan, plan.work.layout.model_copy(update={"zero": 0}))
+    return (
+        "The plan shares the optimizer's state out among the ranks that hold the same weights (ZeRO-1). dovetail train "
+        f"does not: it keeps all of it on every rank. So this layout would take {_gigabytes(whole, gpu)} GB of a GPU "
+        f"instead of {_gigabytes(shared, gpu)}"
+        + (f", and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}." if whole > gpu.usable_bytes else ".")
+    )
 
 
 def _cannot(plan: TrainingPlan, split: list[str]) -> str:
-    work = plan.work
-    whole = work.layout.model_copy(update={"pp": 1, "ep": 1, "tp": 1, "dp": 1, "schedule": "1f1b"})
-    (rank,) = pipeline_memory(work.spec, whole, work.recipe, work.sequence_length, work.recompute)
-    needed, has = (rank.total + work.cluster.gpu.runtime_bytes) / 1e9, work.cluster.gpu.memory_bytes / 1e9
-    way = "ask for --pp 1 --ep 1 --tp 1" if needed <= has else "this model is too large for it"
+    gpu, gpus, batch = plan.work.cluster.gpu, plan.gpus, plan.goal.batch
+    plain = _fullest(plan, Layout(dp=gpus, microbatches=max(1, batch // gpus), zero=0))
+    if plain > gpu.usable_bytes:
+        way = "this model is too large for it"
+    elif batch % gpus:
+        way = f"ask for --pp 1 --ep 1 --tp 1 and a --batch that {gpus} divides"
+    else:
+        way = "ask for --pp 1 --ep 1 --tp 1"
     return (
         f"dovetail train cannot run this layout: it has data parallelism only, and this layout has "
-        f"{', '.join(split)}. With data parallelism alone a GPU needs {needed:,.1f} GB and has {has:.1f}: {way}."
+        f"{', '.join(split)}. With data parallelism alone a GPU needs {_gigabytes(plain, gpu)} GB and has "
+        f"{gpu.memory_bytes / 1e9:.1f}: {way}."
     )
+
+
+def _fullest(plan: TrainingPlan, layout: Layout) -> int:
+    """Return the bytes of the fullest rank of another layout, without the runtime's."""
+    work = plan.work
+    ranks = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
+    return max(rank.total for rank in ranks)
+
+
+def _gigabytes(size: int, gpu: Gpu) -> str:
+    return f"{(size + gpu.runtime_bytes) / 1e9:,.1f}"
 
 
 def _command(plan: TrainingPlan, file: str) -> str:

@@ -158,7 +158,8 @@ def training_layout_text(layout: Layout) -> str:
     """Return the layout with its schedule and micro-batches."""
     size = f" of {layout.microbatch_size}" if layout.microbatch_size > 1 else ""
     count = f"{layout.microbatches} micro-batch{'es' if layout.microbatches > 1 else ''}"
-    return f"{layout_text(layout)}, {layout.schedule}, {count}{size}"
+    shared = ", ZeRO-1" if layout.shares_optimizer else ""
+    return f"{layout_text(layout)}, {layout.schedule}, {count}{size}{shared}"
 
 
 def _cell(figure: Figure) -> str:

@@ -1,4 +1,7 @@
-"""Says what makes a serving plan fit that does not: each remedy is planned, and named only if its plan exists."""
+"""Explains why no serving plan fits in memory, and names remedies that were planned and do fit.
+
+Each remedy changes the user's request in one way: other layouts, less work at once, narrower weights, more GPUs.
+"""
 
 from __future__ import annotations
 

@@ -30,11 +30,12 @@ COUNTED = "matrix products and attention, no recomputation, MTP apart [ISCA §2.
 USES = {  # field of RankMemory, and how it is held
     "weights": "BF16, norms and router FP32 [V3 §3.3]",
     "gradients": "FP32 accumulators [V3 §3.3.3]",
-    "master_weights": "FP32, shared out over the ranks that hold the same weight [V3 §3.3.3]",
-    "moments": "of the recipe's format, shared out likewise [V3 §3.3.3]",
+    "master_weights": "FP32 [V3 §3.3.3]",
+    "moments": "of the recipe's format [V3 §3.3.3]",
     "activations": "of the micro-batches in flight, with recomputation [V3 §3.2.3]",
     "buffers": "one layer forward and one backward at work; an estimate",
 }
+STATE = ("master_weights", "moments")  # what ZeRO-1 shares out
 
 
 def training_figures(plan: TrainingPlan) -> tuple[Figure, ...]:
@@ -84,7 +85,12 @@ def layer_figures(work: Workload) -> tuple[Figure, ...]:
 def memory_figure(plan: TrainingPlan) -> Figure:
     """Return the memory of the fullest rank, with the runtime's bytes."""
     rank, runtime = plan.largest_memory, plan.work.cluster.gpu.runtime_bytes
-    uses = [(name.replace("_", " "), getattr(rank, name), source) for name, source in USES.items()]
+    shared = "shared out over the ranks that hold the same weight (ZeRO-1)"
+    state = f", {shared if plan.work.layout.zero else 'whole on every rank'}"
+    uses = [
+        (name.replace("_", " "), getattr(rank, name), source + (state if name in STATE else ""))
+        for name, source in USES.items()
+    ]
     uses.append(("runtime", int(runtime), "CUDA's context and communicators; unverified" if runtime else "none"))
     low, high = rank.band
     flights = ", ".join(f"{count} of stage {stage}" for stage, count in rank.in_flight)

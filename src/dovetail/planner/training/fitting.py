@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dovetail.cost.memory.rank import pipeline_memory
+from dovetail.cost.memory.rank import RankMemory, pipeline_memory
 from dovetail.planner.training.chunks import Workload
+from dovetail.planner.training.figures import USES
 from dovetail.planner.training.search import Candidate
+from dovetail.planner.training.vary import FREE
 from dovetail.spec.layout import Layout, check_layout
 
 LARGEST = 1 << 16  # at most so many GPUs are tried
@@ -17,10 +19,13 @@ def why_none_fits(smallest: Candidate, batch: int) -> str:
     """Return one line: the layout that needs the least, how much is missing, and how many GPUs, or which, would do."""
     work, gpu = smallest.work, smallest.work.cluster.gpu
     layout, needed = work.layout, smallest.memory + gpu.runtime_bytes
+    fullest = _fullest(work, layout, work.sequence_length)
+    largest = max(USES, key=lambda name: getattr(fullest, name))
     text = (
         f"no layout of the {layout.gpus} GPUs of {work.cluster.name} fits in memory: pp = {layout.pp}, "
         f"ep = {layout.ep}, tp = {layout.tp}, {layout.schedule} needs least, {needed / 1e9:.1f} GB on its fullest "
-        f"rank, and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
+        f"rank, most of it {largest.replace('_', ' ')} ({getattr(fullest, largest) / 1e9:.1f}), and {gpu.name} has "
+        f"{gpu.memory_bytes / 1e9:.1f}, {(needed - gpu.memory_bytes) / 1e9:.1f} GB too few; "
     )
     larger = fitting_layout(work, batch)
     remedies = []
@@ -28,11 +33,11 @@ def why_none_fits(smallest: Candidate, batch: int) -> str:
         remedies.append(f"{larger.gpus} GPUs (pp = {larger.pp}, ep = {larger.ep}, tp = {larger.tp})")
     if needed <= MOST_MEMORY:
         remedies.append(f"GPUs with {needed / 1e9:.0f} GB")
-    state = max(
-        rank.state for rank in pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
-    )
-    if state < gpu.usable_bytes:  # the rest grows with the tokens of a micro-batch
-        remedies.append(f"a --sequence-length below {work.sequence_length}")
+    shorter = work.sequence_length
+    while shorter > 1 and _fullest(work, layout, shorter).total > gpu.usable_bytes:
+        shorter //= 2
+    if _fullest(work, layout, shorter).total <= gpu.usable_bytes:
+        remedies.append(f"--sequence-length {shorter}")
     return text + ("what would do: " + " or ".join(remedies) if remedies else "no number of these GPUs would do")
 
 
@@ -41,11 +46,15 @@ def fitting_layout(work: Workload, batch: int) -> Layout | None:
     gpus = 2 * work.layout.gpus
     while gpus <= LARGEST:
         for layout in _layouts(work, gpus, batch):
-            memory = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
-            if max(rank.total for rank in memory) <= work.cluster.gpu.usable_bytes:
+            if _fullest(work, layout, work.sequence_length).total <= work.cluster.gpu.usable_bytes:
                 return layout
         gpus *= 2
     return None
+
+
+def _fullest(work: Workload, layout: Layout, sequence_length: int) -> RankMemory:
+    ranks = pipeline_memory(work.spec, layout, work.recipe, sequence_length, work.recompute)
+    return max(ranks, key=lambda rank: rank.total)
 
 
 def _layouts(work: Workload, gpus: int, batch: int) -> Iterator[Layout]:
@@ -54,7 +63,8 @@ def _layouts(work: Workload, gpus: int, batch: int) -> Iterator[Layout]:
         for pp in reversed(_powers(min(gpus // tp, work.spec.num_hidden_layers))):
             dp = gpus // (pp * tp)
             for ep in reversed(_powers(dp * tp if work.spec.moe else 1)):
-                layout = Layout(pp=pp, ep=ep, tp=tp, dp=dp, microbatches=max(1, batch // dp))
+                (zero,) = FREE.zero_of(pp, ep, tp)
+                layout = Layout(pp=pp, ep=ep, tp=tp, dp=dp, microbatches=max(1, batch // dp), zero=zero)
                 try:
                     check_layout(layout, work.spec)
                 except ValueError:

@@ -7,9 +7,10 @@ combination of values. Keys of a layout limit the values that the search tries a
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.config import apply_override, near_matches
@@ -34,6 +35,7 @@ class Choices:
     microbatch_size: tuple[int, ...] = MICROBATCH_SIZES
     schedule: tuple[ScheduleName, ...] = SCHEDULES
     chunks: tuple[int, ...] = (2,)  # for "interleaved"
+    zero: tuple[Literal[0, 1], ...] | None = None  # None: what runs the layout decides (`zero_of`)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.schedule if name not in SCHEDULES]
@@ -42,8 +44,10 @@ class Choices:
         for key in LAYOUT_KEYS:
             values = () if key == "schedule" else getattr(self, key) or ()
             for value in values:
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise ValueError(f"{key} = {value}: expected a whole number of at least 1")
+                least, most = (0, 1) if key == "zero" else (1, math.inf)
+                if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                    expected = "0 or 1" if key == "zero" else "a whole number of at least 1"
+                    raise ValueError(f"{key} = {value}: expected {expected}")
 
     @staticmethod
     def of(fixed: Mapping[str, int | str]) -> Choices:
@@ -59,6 +63,11 @@ class Choices:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {' or '.join(map(str, values))}" for name, values in self.given.items())
+
+    def zero_of(self, pp: int, ep: int, tp: int) -> tuple[Literal[0, 1], ...]:
+        """Return the values of `zero` for a layout. Plain data parallelism is what `dovetail train` runs, with whole
+        optimizer states on every rank; others take other trainers, which share the states out as DeepSeek did."""
+        return (0 if pp * ep * tp == 1 else 1,) if self.zero is None else self.zero
 
     def among(self, name: str, values: Sequence[int]) -> list[int]:
         """Return those of `values` that may be taken for `name`."""
