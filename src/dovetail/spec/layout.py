@@ -31,7 +31,7 @@ ScheduleName = Literal["1f1b", "interleaved", "zb1p", "dualpipe", "dualpipev"]
 
 
 class Layout(Record):
-    """One way to split. Training reads all of it; serving does not read `microbatches` and `schedule`."""
+    """One way to split. Training reads all of it; serving does not read `microbatches`, `schedule` and `zero`."""
 
     pp: int = Field(default=1, gt=0)  # ranks of a pipeline
     ep: int = Field(default=1, gt=0)  # ranks that share one copy of a layer's routed experts

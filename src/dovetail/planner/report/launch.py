@@ -2,9 +2,9 @@
 
 `dovetail train` has data parallelism only, with the optimizer's whole state on every rank. It cannot run a layout with
 pipelines, tensor or expert parallelism; for such a layout the reason stands in place of a command, with what the states
-would take whole. The engines are vLLM and SGLang, with the flags of their
-documentation of 2025 ("Expert Parallel Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert
-Parallelism"). None of these commands was run here.
+would take whole. The engines are vLLM and SGLang, with the flags of their documentation of 2025 ("Expert Parallel
+Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert Parallelism"). None of these commands was run
+here.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _whole_states(plan: TrainingPlan) -> str:
         "The plan shares the optimizer's state out among the ranks that hold the same weights (ZeRO-1). dovetail train "
         f"does not: it keeps all of it on every rank. So this layout would take {_gigabytes(whole, gpu)} GB of a GPU "
         f"instead of {_gigabytes(shared, gpu)}"
-        + (f", and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}." if whole > gpu.usable_bytes else ".")
+        f"{f', and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}' if whole > gpu.usable_bytes else ''}."
     )
 
 

@@ -171,7 +171,7 @@ def _layouts_text(choice: Choice) -> str:
     if isinstance(choice.plan, TrainingPlan):
         return f"{choice.plan.gpus:,} GPUs: {candidate_text(choice.plan.work)}"
     prefill, decode = choice.plan.prefill.layout, choice.plan.decode.layout
-    return f"prefill ep {prefill.ep}, decode ep {decode.ep}"
+    return f"prefill ep {prefill.ep}, tp {prefill.tp}; decode ep {decode.ep}, tp {decode.tp}"
 
 
 def _about(choice: Choice) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from dovetail.planner.serving.memory import DoesNotFitError
 from dovetail.planner.serving.plan import FREE, Search, best_pools, pool_layouts
 
 CODED = "deepseek-v3"  # the recipe whose weights are in FP8
-HALVINGS = 10  # tokens, requests and lengths down to a thousandth are tried
+HALVINGS = 10  # tokens and lengths down to a thousandth are tried
 LENGTHS = ("context", "prompt_length", "output_length")
 
 
@@ -61,7 +61,7 @@ def _less(search: Search, problem: DoesNotFitError) -> list[tuple[str, Search]]:
         changes = [{"requests_per_gpu": most}]
     elif problem.holding.largest == "cache":
         lengths = {name: length for name in LENGTHS if (length := getattr(goal, name)) is not None}
-        changes = [{name: length / part for name, length in lengths.items()} for part in parts]
+        changes = [{name: length // part for name, length in lengths.items()} for part in parts]
     return [
         (
             " ".join(_option(name, value) for name, value in change.items()),

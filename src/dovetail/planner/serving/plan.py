@@ -141,7 +141,7 @@ def best_prefill(
         except DoesNotFitError as problem:
             problems.append(problem)
     if not plans:
-        raise least_needed(problems)
+        raise _least_needed(problems)
     return max(plans, key=lambda plan: plan.input_per_second.value)
 
 
@@ -169,12 +169,7 @@ def best_decode(
         return max(plans, key=lambda plan: plan.tokens_per_second.value)
     if slow:
         raise ValueError(_too_slow(spec, cluster, recipe, goal, wanted))
-    raise least_needed(problems)
-
-
-def least_needed(problems: Sequence[DoesNotFitError]) -> DoesNotFitError:
-    """Return the problem of the layout that needs the least memory."""
-    return min(problems, key=lambda each: each.holding.total)
+    raise _least_needed(problems)
 
 
 def pool_layouts(spec: ModelSpec, cluster: Cluster, wanted: Wanted = FREE) -> Iterator[Layout]:
@@ -228,6 +223,11 @@ def _check_wanted(wanted: Wanted, spec: ModelSpec, cluster: Cluster) -> None:
         raise ValueError(
             f"--tp {tp} divides no pool that is tried on the {cluster.gpus} GPUs of {cluster.name}; give --ep as well"
         )
+
+
+def _least_needed(problems: Sequence[DoesNotFitError]) -> DoesNotFitError:
+    """Return the problem of the layout that needs the least memory."""
+    return min(problems, key=lambda each: each.holding.total)
 
 
 def _too_slow(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGoal, wanted: Wanted) -> str:
