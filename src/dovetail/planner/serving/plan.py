@@ -241,8 +241,8 @@ def _too_slow(spec: ModelSpec, cluster: Cluster, recipe: Recipe, goal: ServingGo
     best = max(plans, key=lambda plan: plan.speed.value)
     return (
         f"output_speed = {goal.output_speed:g} tokens/s is not reached on {cluster.name}: the best is "
-        f"{best.speed.value:.3g} tokens/s, one request per GPU with ep = {best.layout.ep}, tp = {best.layout.tp} and "
-        f"context {goal.mean_context:g}"
+        f"{best.speed.value:.3g} tokens/s (expected {best.speed.low:.3g} to {best.speed.high:.3g}), one request per "
+        f"GPU with ep = {best.layout.ep}, tp = {best.layout.tp} and context {goal.mean_context:g}"
     )
 
 
