@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from dovetail.config import Record, apply_override, differences, dump, load_toml, near_matches
+from dovetail.config import Record, UserPath, apply_override, differences, dump, load_toml, near_matches, read_json
 
 
 class Optimizer(Record):
@@ -93,6 +93,39 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"steps = 7 # \xff")
     with pytest.raises(ValueError, match="not UTF-8"):
         load_toml(tmp_path / "binary.toml", Run)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    assert load_toml(write(tmp_path, "\ufeffsteps = 7"), Run).steps == 7
+    assert read_json(write(tmp_path, '\ufeff{"a": "\u00e9"}')) == {"a": "\u00e9"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON: .* line 1"),
+        (b"[]", "holds a JSON list, not an object of keys"),
+        ("{}".encode("utf-16"), "not UTF-8 text .byte 0.; save it as UTF-8"),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"a.json: {message}"):
+        read_json(tmp_path / "a.json")
+
+
+def test_the_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table(Record):
+        out: UserPath
+        other: UserPath | None = None
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path, 'out = "~/runs/~x"')
+    assert load_toml("~/run.toml", Table) == Table(out=tmp_path / "runs/~x")
+    assert load_toml(path, Table, ["other=~"]).other == tmp_path
+    assert load_toml(path, Table, ["other=a~b"]).other == Path("a~b")
+    with pytest.raises(ValueError, match="other = '~nobody-here/x': .*~nobody-here is nobody's home directory"):
+        load_toml(path, Table, ["other=~nobody-here/x"])
 
 
 def test_overrides_are_toml_values_and_bare_strings(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import importlib
 import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from draw_tree import LONGEST, draw
@@ -208,6 +208,8 @@ def kind(annotation: Any) -> str:
     """How the guide writes a field's type."""
     if annotation in WORDS:
         return WORDS[annotation]
+    if get_origin(annotation) is Annotated:
+        return kind(get_args(annotation)[0])
     arguments = [each for each in get_args(annotation) if each is not type(None)]
     if get_origin(annotation) is Literal:
         *most, last = (f'"{each}"' for each in arguments)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -43,20 +44,47 @@ def load_toml(path: str | Path, schema: type[SchemaT], overrides: Sequence[str] 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read the tables of one TOML file. Raises ValueError with the line and column for malformed text."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a directory, not a TOML file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    text = read_text(path)
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         last = f"at line {text.rstrip().count(chr(10)) + 1}, the end"
         problem = str(error).replace("at end of document", last)
         raise ValueError(f"{path}: not valid TOML: {problem}") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read the object in one JSON file. Raises ValueError for malformed text, and for JSON that is no object."""
+    try:
+        table = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}; write the file again") from None
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: holds a JSON {type(table).__name__}, not an object of keys and values")
+    return table
+
+
+def read_text(path: str | Path) -> str:
+    """Return the text of a file that a user wrote: UTF-8, with a byte order mark or without. Raises ValueError."""
+    try:
+        return user_path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a directory, not a file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def user_path(path: str | Path) -> Path:
+    """Return `path` with "~" or "~user" at its start expanded. Raises ValueError where this user has no home."""
+    expanded = Path(os.path.expanduser(path))
+    if str(expanded).startswith("~"):  # so it was left as it is
+        raise ValueError(f"{path}: {expanded.parts[0]} is nobody's home directory; write ./{path} for such a name")
+    return expanded
+
+
+UserPath = Annotated[Path, AfterValidator(user_path)]  # a path in a user's table
 
 
 def apply_override(table: dict[str, Any], override: str) -> None:

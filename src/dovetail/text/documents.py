@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from dovetail.config import Record
+from dovetail.config import Record, UserPath
 
 Skip = Callable[[str, str], None]  # (document, why it was left out)
 Split = Literal["train", "held_out", "all"]
@@ -48,7 +48,7 @@ class DataConfig(Record):
     """Where text comes from and what is done to it before it is tokenised."""
 
     kind: Literal["stdlib", "files", "jsonl", "parquet", "datasets"] = "stdlib"
-    path: Path | None = None  # a file or a directory; None for stdlib
+    path: UserPath | None = None  # a file or a directory; None for stdlib
     patterns: tuple[str, ...] = ()  # shell patterns for paths below `path`; * matches / too. Empty: the kind's own
     text_key: str = "text"  # the field of a JSONL line, or the column of Parquet and of datasets
     held_out_share: float = Field(default=0.05, ge=0, lt=1)

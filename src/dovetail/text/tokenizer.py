@@ -23,6 +23,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from dovetail.config import read_json, read_text
 from dovetail.text import atomic
 
 # How DeepSeek-V3's published tokenizer cuts words, from memory (unverified), without its rule for Han and kana.
@@ -184,18 +185,14 @@ def _load(path: Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give a published tokenizer.json, or train one")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_str(read_text(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(
             f"{path}: not a tokenizer.json that `tokenizers` can read ({error}); copy the file again, or "
             "update the package: pip install -U tokenizers"
         ) from error
     config_path = path.with_name("tokenizer_config.json")
-    try:
-        named = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ValueError(f"{config_path}: not valid JSON: {error}; copy the file again, or remove it") from None
-    return wrap(backend, named)
+    return wrap(backend, read_json(config_path) if config_path.is_file() else {})
 
 
 def tokenizer_file(path: Path) -> Path:

@@ -21,7 +21,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dovetail.catalog.precision import RecipeTable, is_file, load_recipe, read_recipe
 from dovetail.catalog.presets import load_model, model_names, read_model_file
-from dovetail.config import Record, as_table, differences, dump, load_toml, near_matches, read_toml, validate
+from dovetail.config import Record, UserPath, as_table, differences, dump, load_toml, near_matches, read_toml, validate
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
@@ -45,7 +45,7 @@ class ModelConfig(Record):
     """[model]: a preset or a file of one's own, and keys of either to change."""
 
     preset: str | None = None
-    config: Path | None = None  # a .toml or config.json, or a directory that holds one
+    config: UserPath | None = None  # a .toml or config.json, or a directory that holds one
     change: dict[str, Any] = {}  # flat config.json keys, such as num_hidden_layers
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class ModelConfig(Record):
 class TokenizerConfig(Record):
     """[tokenizer]: a published tokenizer.json, or none: one of the model's vocabulary is trained on the text."""
 
-    path: Path | None = None
+    path: UserPath | None = None
 
 
 class TrainConfig(Record):
@@ -108,7 +108,7 @@ class TrainConfig(Record):
 class RunConfig(Record):
     """A whole run file."""
 
-    out: Path
+    out: UserPath
     model: ModelConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
