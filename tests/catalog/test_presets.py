@@ -97,7 +97,7 @@ def test_a_preset_goes_before_a_directory_of_its_name(tmp_path: Path, monkeypatc
     ("content", "message"),
     [
         (b"{", r"config.json: not valid JSON"),
-        (b"\xff", r"config.json: not valid JSON"),
+        (b"\xff", r"config.json: not UTF-8 text \(byte 0\); save it as UTF-8"),
         (b"[1]", r"config.json: holds a JSON list, not an object"),
         (b"{}", r"config.json: model_type None is not one of"),
         (b'{"model_type": "deepseek_v3"}', r"config.json: missing key 'vocab_size'"),
@@ -127,3 +127,14 @@ def test_a_target_that_is_nothing(target: str, message: str, tmp_path: Path, mon
     (tmp_path / "text").mkdir()
     with pytest.raises(ValueError, match=message):
         find_model(target)
+
+
+def test_what_is_no_description_of_a_model_says_what_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\xb0")
+    with pytest.raises(
+        ValueError, match="model.safetensors: holds weights, not the description of a model; a model is"
+    ):
+        find_model(str(tmp_path / "model.safetensors"))
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(write_hf(load_model("20m"))), encoding="utf-8")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_model("~/config.json").spec == find_model("~").spec == load_model("20m")

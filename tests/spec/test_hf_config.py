@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 from transformers import DeepseekV2Config, DeepseekV3Config, LlamaConfig, Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -126,7 +127,7 @@ def test_transformers_reads_what_we_write_and_we_read_what_it_writes(name: str) 
 
 
 def test_a_config_that_transformers_made_alone() -> None:
-    theirs = DeepseekV3Config(num_nextn_predict_layers=2, rope_scaling=PUBLISHED["rope_scaling"])
+    theirs = DeepseekV3Config(num_nextn_predict_layers=2, rope_scaling=changed()["rope_scaling"])
     spec = read_hf(theirs.to_dict())
     assert spec.moe and spec.moe.scoring_func == "sigmoid" and spec.moe.topk_method == "noaux_tc"
     assert spec.num_nextn_predict_layers == 2
@@ -136,7 +137,7 @@ def test_a_config_that_transformers_made_alone() -> None:
 
 def test_yarn_scales_the_same_after_the_round_trip() -> None:
     theirs = DeepseekV3Config(**write_hf(read_hf(PUBLISHED)))
-    original = DeepseekV3Config(**{key: value for key, value in PUBLISHED.items() if key != "quantization_config"})
+    original = DeepseekV3Config(**changed(quantization_config=None))  # a copy, for transformers writes into its tables
     ours, published = (ROPE_INIT_FUNCTIONS["yarn"](config) for config in (theirs, original))
     assert ours[1] == published[1] == 1.0
     assert ours[0].tolist() == published[0].tolist()
@@ -227,7 +228,33 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"attention_bias": True}, "attention_bias = True"),
         ({"rope_interleave": False}, "rope_interleave = False"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
-        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "attention_factor": 1.0}}, "attention_factor = 1.0"),
+        (
+            {"rope_scaling": {**PUBLISHED["rope_scaling"], "attention_factor": 1.3}},
+            "attention_factor = 1.3 in the rope scaling is not supported, only what .* give, 1; remove it",
+        ),
+        (
+            {"rope_scaling": {**PUBLISHED["rope_scaling"], "mscale_all_dim": 0, "attention_factor": 1.0}},
+            "attention_factor = 1.0 .* give, 1.36889;",
+        ),
+        (
+            {"rope_scaling": {**PUBLISHED["rope_scaling"], "factor": 1, "attention_factor": 2.0}},
+            "attention_factor = 2.0 .* give, 1;",
+        ),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "attention_factor": "1"}}, "attention_factor = '1'"),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "factor": 0.5}}, "rope_scaling: factor = 0.5"),
+        ({"rope_scaling": "yarn"}, 'rope_scaling = \'yarn\': expected an object such as {"type": "yarn"'),
+        ({"rope_scaling": [40]}, r"rope_scaling = \[40\]: expected an object"),
+        ({"rope_scaling": {"factor": 40}}, "rope_scaling has factor and no type; expected"),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "rope_type": "default"}}, "are default and yarn; keep one"),
+        ({"rope_theta": 500000.0, "rope_parameters": {"rope_theta": 10000.0}}, "rope_theta = 500000.0, and 10000.0 in"),
+        ({"rope_theta": 1}, "rope_theta = 1: input should be greater than 1"),
+        ({"num_local_experts": 64}, "n_routed_experts = 256, num_local_experts = 64 contradict each other"),
+        ({"model_type": ["deepseek_v3"]}, "is not one of deepseek_v3"),
+        ({"model_type": "deepseekv3"}, "is not one of deepseek_v3, .*; architectures names the class of deepseek_v3"),
+        ({"model_type": "kimi_k2", "architectures": ["KimiForCausalLM"]}, "model_type 'kimi_k2' is not one of"),
+        ({"model_type": "mine"}, "architectures names the class of deepseek_v3: if the model is one, set model_type"),
+        ({"model_type": None, "architectures": None}, "model_type None is not one of deepseek_v3"),
+        ({"eos_token_id": [1, 129280]}, "eos_token_id = 129280 is not a token"),
         ({"rope_scaling": {**PUBLISHED["rope_scaling"], "truncate": False}}, "truncate = False"),
         ({"hidden_size": "7168"}, "hidden_size = '7168': input should be a valid integer"),
         ({"topk_group": 9}, "topk_group = 9 groups cannot be kept of n_group = 8"),
@@ -244,10 +271,62 @@ def test_unknown_keys_are_collected_and_not_fatal() -> None:
     config = changed(index_topk=2048, index_n_heads=64)
     assert read_hf(config) == read_hf(PUBLISHED)
     assert unread_keys(config) == ["index_n_heads", "index_topk"]
+    misspelt = changed(rope_scaling={**PUBLISHED["rope_scaling"], "betafast": 64, "extra": None}, index_topk=None)
+    assert unread_keys(misspelt) == ["rope_scaling.betafast"]
 
 
-def test_several_end_tokens_become_the_first() -> None:
-    assert read_hf(changed(eos_token_id=[5, 6])).eos_token_id == 5
+def test_several_end_tokens_are_kept() -> None:
+    spec = read_hf(changed(eos_token_id=[5, 6]))
+    assert spec.eos_token_id == spec.end_tokens == (5, 6)
+    assert json.loads(json.dumps(write_hf(spec)))["eos_token_id"] == [5, 6]
+    assert read_hf(PUBLISHED).end_tokens == (1,) and read_hf(changed(eos_token_id=None)).end_tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"num_local_experts": None}, {}),
+        ({"num_local_experts": 256}, {}),
+        ({"num_experts": 256, "n_routed_experts": None}, {}),
+        ({"scoring_func": None, "topk_method": None, "norm_topk_prob": None, "initializer_range": None}, {}),
+        ({"hidden_act": "swish", "moe_layer_freq": None}, {}),
+        ({"model_type": None}, {}),
+        ({"model_type": "kimi_k2"}, {}),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "mscale": None}}, {}),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "attention_factor": 1.0, "truncate": True}}, {}),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "type": "YaRN"}}, {}),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "rope_type": "yarn"}}, {}),
+        ({"rope_scaling": {**PUBLISHED["rope_scaling"], "factor": 1.0}}, {"rope_scaling": None}),
+        ({"rope_scaling": {"type": None, "factor": None}}, {"rope_scaling": None}),
+        (
+            {"rope_scaling": {**PUBLISHED["rope_scaling"], "mscale_all_dim": 0.0, "attention_factor": 1.3688879454}},
+            {"rope_scaling": {**PUBLISHED["rope_scaling"], "mscale_all_dim": 0.0}},
+        ),
+    ],
+)
+def test_other_spellings_of_the_same_model_are_read(changes: dict[str, Any], same: dict[str, Any]) -> None:
+    assert read_hf(changed(**changes)) == read_hf(changed(**same))
+
+
+def test_null_takes_the_default_of_its_family() -> None:
+    nulls = dict.fromkeys(["scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group"])
+    spec = read_hf(changed(model_type="deepseek_v2", **nulls))
+    assert spec.moe and (spec.moe.topk_method, spec.moe.scoring_func) == ("greedy", "softmax")
+    assert spec.moe.norm_topk_prob is False
+
+
+def test_a_factor_of_one_and_an_attention_factor_compute_the_same_in_transformers() -> None:
+    """The reason why they are read."""
+    scaling = {**changed()["rope_scaling"], "mscale_all_dim": 0.0}
+    frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](
+        DeepseekV3Config(**changed(rope_scaling={**scaling, "factor": 1.0}))
+    )
+    base = 1.0 / 10000 ** (torch.arange(0, 64, 2).float() / 64)
+    assert factor == 1.0 and torch.allclose(frequencies, base, rtol=1e-6)
+    told = DeepseekV3Config(**changed(rope_scaling={**scaling, "attention_factor": 1.3688879454}))
+    follows = DeepseekV3Config(**changed(rope_scaling=scaling))
+    factors = [ROPE_INIT_FUNCTIONS["yarn"](config)[1] for config in (told, follows)]
+    assert factors[0] == pytest.approx(factors[1])
 
 
 def test_flat_tables_are_strict() -> None:

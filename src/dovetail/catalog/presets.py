@@ -7,7 +7,6 @@ numbers come from. Weights are not read, and nothing is downloaded.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dovetail.config import near_matches, read_toml, validate
+from dovetail.config import near_matches, read_json, read_toml, user_path, validate
 from dovetail.spec.family import Dial, dovetail_spec
 from dovetail.spec.hf_config import read_flat, read_hf, unread_keys
 from dovetail.spec.model import ModelSpec
 
 ACCEPTED = "a model is a preset (dovetail list models), a .toml file, a config.json, or a directory that holds one"
 _MODELS = Path(__file__).parent / "models"
+_WEIGHTS = frozenset([".safetensors", ".gguf", ".bin", ".pt", ".pth"])
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # as in deepseek-ai/DeepSeek-V3
 
 
@@ -43,7 +43,7 @@ def find_model(target: str) -> FoundModel:
     """
     if target in model_names():
         return FoundModel(spec=load_model(target), source=model_source(target))
-    path = Path(target)
+    path = user_path(target)
     if path.exists() or path.suffix in (".toml", ".json"):
         return read_model_file(path)
     near = near_matches(target, model_names()).rstrip("?")
@@ -62,11 +62,10 @@ def read_model_file(path: Path) -> FoundModel:
     if not file.is_file():
         missing = "no such file" if directory is None else "a directory without a config.json"
         raise ValueError(f"{path}: {missing}; {ACCEPTED}")
-    config = _read_json(file)
-    try:
-        spec = read_hf(config)
-    except ValueError as error:
-        raise ValueError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
+    if file.suffix in _WEIGHTS:
+        raise ValueError(f"{path}: holds weights, not the description of a model; {ACCEPTED}")
+    config = read_json(file)
+    spec = read_hf(config, where=str(file))
     return FoundModel(spec=spec, source=str(file), unread=tuple(unread_keys(config)), directory=directory)
 
 
@@ -112,13 +111,3 @@ def _read(name: str) -> dict[str, Any]:
     if name not in model_names():
         raise ValueError(f"no model preset {name!r}; {near_matches(name, model_names())}")
     return read_toml(_MODELS / f"{name}.toml")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise ValueError(f"{file}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: holds a JSON {type(config).__name__}, not an object")
-    return config

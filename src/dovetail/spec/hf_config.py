@@ -1,10 +1,11 @@
 """Reads a `ModelSpec` from a checkpoint's flat `config.json`, and writes one.
 
 The same keys serve three files: a Hugging Face `config.json`, read leniently by `read_hf`, which ignores keys that do
-not concern the shape; and a catalog entry and the `[model]` table of a run file, read strictly by `read_flat`. Keys
-and values are those of the published DeepSeek-V3 and -V2 files [HFcfg]. transformers 5 writes `rope_parameters` in
-place of `rope_theta` and `rope_scaling`, and renames a few keys: both forms are read, and the published one is written.
-`dovetail.spec.published` decides which `model_type` is written.
+not concern the shape and takes a null for an absent key; and a catalog entry and the `[model]` table of a run file,
+read strictly by `read_flat`. Keys and values are those of the published DeepSeek-V3 and -V2 files [HFcfg].
+transformers 5 writes `rope_parameters` in place of `rope_theta` and `rope_scaling`, and renames a few keys: both forms
+are read, and the published one is written. `dovetail.spec.hf.rope` reads the rotary keys; `dovetail.spec.published`
+decides which `model_type` is written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from dovetail.config import near_matches, validate
 from dovetail.spec import published
-from dovetail.spec.model import Gqa, Mla, ModelSpec, Moe, Yarn
+from dovetail.spec.hf import rope
+from dovetail.spec.model import Gqa, Mla, ModelSpec, Moe
 
 _MLA_KEYS = frozenset(Mla.model_fields)
 _GQA_KEYS = frozenset(Gqa.model_fields)
@@ -65,12 +67,12 @@ _IGNORED = frozenset(
     ]
 )
 
-# Keys that would change the function computed; any other value than this is an error, and not silently ignored.
-_ONLY_VALUE: dict[str, Any] = {
-    "hidden_act": "silu",  # SwiGLU
-    "moe_layer_freq": 1,
-    "mlp_bias": False,
-    "rope_interleave": True,
+# Keys that would change the function computed; any other value than these is an error, and not silently ignored.
+_ONLY_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names of what is in SwiGLU
+    "moe_layer_freq": (1,),
+    "mlp_bias": (False,),
+    "rope_interleave": (True,),
 }
 
 # What a family's own code assumes when a key is absent [V3repo, HFcfg; transformers 5 never writes these].
@@ -87,35 +89,39 @@ _ARCHITECTURES: dict[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+_OF_CLASS = {name: family for family, name in _ARCHITECTURES.items()}
+_SAME_CODE = {"kimi_k2": "deepseek_v3"}  # where `architectures` names the latter's class too
 
 
-def read_hf(config: Mapping[str, Any]) -> ModelSpec:
-    """Return the spec in a `config.json`. Raises ValueError for a missing key or an unsupported value."""
-    family = config.get("model_type")
-    if family not in _FAMILY_DEFAULTS:
-        raise ValueError(f"config.json: model_type {family!r} is not one of {', '.join(_FAMILY_DEFAULTS)}")
-    if family == published.OWN and (unread := unread_keys(config)):
+def read_hf(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
+    """Return the spec in a `config.json`; error lines begin with `where`.
+
+    Raises ValueError for a missing key, an unsupported value, and keys that contradict each other.
+    """
+    given = {key: value for key, value in config.items() if value is not None}
+    family = _family(given, where)
+    if family == published.OWN and (unread := unread_keys(given)):
         raise ValueError(
-            f"config.json: {', '.join(unread)} not known here; read it with the version of dovetail that wrote it"
+            f"{where}: {', '.join(unread)} not known here; read it with the version of dovetail that wrote it"
         )
-    flat: dict[str, Any] = {"initializer_range": 0.02, **_FAMILY_DEFAULTS[family]}
-    flat |= {_RENAMED.get(key, key): value for key, value in config.items()}
+    flat: dict[str, Any] = {"initializer_range": 0.02, **_FAMILY_DEFAULTS[family], **_renamed(given, where)}
     is_mla = family not in ("qwen2", "llama")
-    _check_supported(flat, is_mla)
+    _check_supported(flat, is_mla, where)
     required = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads"]
     if is_mla:
-        required += ["q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        required += ["kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"]
+        required += [] if "q_lora_rank" in config else ["q_lora_rank"]  # there, null says something
     if flat.get("n_routed_experts"):
         required += ["num_experts_per_tok", "moe_intermediate_size", "first_k_dense_replace"]
     for key in required:
-        if key not in flat or (flat[key] is None and key != "q_lora_rank"):
-            raise ValueError(f"config.json: missing key {key!r}, required for model_type {family!r}")
-    flat |= _rope_keys(flat, is_mla)
+        if key not in flat:
+            raise ValueError(f"{where}: missing key {key!r}, required for model_type {family!r}")
+    flat |= rope.read_rope(flat, is_mla, where)
     if not is_mla:
         flat = {key: value for key, value in flat.items() if key not in _MLA_KEYS - _GQA_KEYS}
-    spec = _build(flat, "config.json")
+    spec = _build(flat, where)
     if family in published.PUBLISHED and spec.moe:
-        _check_gate(spec.moe, family)
+        _check_gate(spec.moe, family, where)
     return spec
 
 
@@ -136,8 +142,9 @@ def read_flat(table: Mapping[str, Any], where: str = "model") -> ModelSpec:
 
 def unread_keys(config: Mapping[str, Any]) -> list[str]:
     """Return the keys of a `config.json` that nothing here knows. The user is told of them; they are no error."""
-    known = _SHAPE_KEYS | _IGNORED | _RENAMED.keys() | _ONLY_VALUE.keys()
-    return sorted(key for key in config if key not in known)
+    known = _SHAPE_KEYS | _IGNORED | _RENAMED.keys() | _ONLY_VALUES.keys()
+    found = (key for key, value in config.items() if key not in known and value is not None)
+    return sorted([*found, *rope.unread_keys(config)])
 
 
 def write_hf(spec: ModelSpec) -> dict[str, Any]:
@@ -158,6 +165,32 @@ def write_hf(spec: ModelSpec) -> dict[str, Any]:
     return config
 
 
+def _family(config: Mapping[str, Any], where: str) -> str:
+    """Return the family whose code computes the model: the `model_type`, or what the class in `architectures` is of."""
+    named, classes = config.get("model_type"), config.get("architectures")
+    known = [_OF_CLASS[each] for each in classes if each in _OF_CLASS] if isinstance(classes, list) else []
+    if isinstance(named, str) and named in _FAMILY_DEFAULTS:
+        return named
+    if known and (named is None or _SAME_CODE.get(str(named)) == known[0]):
+        return known[0]
+    line = f"{where}: model_type {named!r} is not one of {', '.join(_FAMILY_DEFAULTS)}"
+    if known:
+        line += f"; architectures names the class of {known[0]}: if the model is one, set model_type to that"
+    raise ValueError(line)
+
+
+def _renamed(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys under their published names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = _RENAMED.get(key, key)
+        if name in flat and flat[name] != value:
+            both = ", ".join(f"{each} = {config[each]!r}" for each in config if _RENAMED.get(each, each) == name)
+            raise ValueError(f"{where}: {both} contradict each other; remove the wrong one")
+        flat[name] = value
+    return flat
+
+
 def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
     """Sort flat keys into the records. A null counts as absent, so that the record's default applies."""
     given = {key: value for key, value in flat.items() if value is not None}
@@ -167,8 +200,9 @@ def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
     else:
         table = {key: given[key] for key in _GQA_KEYS & given.keys()}
         table.setdefault("num_key_value_heads", table.get("num_attention_heads"))
-        if given.get("hidden_size") and table.get("num_attention_heads"):
-            table.setdefault("head_dim", given["hidden_size"] // table["num_attention_heads"])
+        width, heads = given.get("hidden_size"), table.get("num_attention_heads")
+        if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+            table.setdefault("head_dim", width // heads)
         attention = validate(Gqa, table, where)
     moe = None
     if given.get("n_routed_experts"):
@@ -177,44 +211,21 @@ def _build(flat: Mapping[str, Any], where: str) -> ModelSpec:
             table |= {"n_group": 1, "topk_group": 1}
         moe = validate(Moe, table, where)
     body = {key: given[key] for key in _BODY_KEYS & given.keys()}
-    if isinstance(body.get("eos_token_id"), list):
-        body["eos_token_id"] = body["eos_token_id"][0]
     return validate(ModelSpec, {**body, "attention": attention, "moe": moe}, where)
 
 
-def _check_supported(flat: Mapping[str, Any], is_mla: bool) -> None:
-    only = {**_ONLY_VALUE, "attention_bias": False} if is_mla else _ONLY_VALUE
-    for key, value in only.items():
-        if flat.get(key) is not None and flat[key] != value:
-            raise ValueError(f"config.json: {key} = {flat[key]!r} is not supported, only {value!r} is")
+def _check_supported(flat: Mapping[str, Any], is_mla: bool, where: str) -> None:
+    only = {**_ONLY_VALUES, "attention_bias": (False,)} if is_mla else _ONLY_VALUES
+    for key, values in only.items():
+        if key in flat and flat[key] not in values:
+            raise ValueError(f"{where}: {key} = {flat[key]!r} is not supported, only {values[0]!r} is")
 
 
-def _check_gate(moe: Moe, family: str) -> None:
+def _check_gate(moe: Moe, family: str, where: str) -> None:
     """A published name over the keys of another gate: what is meant cannot be known."""
     if wrong := published.gate_differences(moe, family):
         raise ValueError(
-            f"config.json: model_type {family!r} is {published.PUBLISHED[family]}, which computes something else than "
+            f"{where}: model_type {family!r} is {published.PUBLISHED[family]}, which computes something else than "
             f"these keys say: {'; '.join(wrong)}. Correct them, or set model_type to {published.OWN!r} "
             "to have the gate that they describe"
         )
-
-
-def _rope_keys(flat: Mapping[str, Any], is_mla: bool) -> dict[str, Any]:
-    """Return `rope_theta` and `rope_scaling` from either form of the file."""
-    rope = {**(flat.get("rope_scaling") or {}), **(flat.get("rope_parameters") or {})}
-    theta = rope.pop("rope_theta", flat.get("rope_theta"))
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    keys: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
-    if kind == "yarn":
-        # transformers added these keys; they would change the rotation.
-        for key, only in {"attention_factor": None, "truncate": True}.items():
-            if rope.get(key, only) not in (None, only):
-                raise ValueError(f"config.json: {key} = {rope[key]!r} in the rope scaling is not supported")
-        # The published code assumes 1 and 0 where mscales are absent [V3repo].
-        scaling = {"mscale": 1.0, "mscale_all_dim": 0.0, **rope}
-        keys["rope_scaling"] = {key: scaling[key] for key in Yarn.model_fields if key in scaling}
-    elif kind == "default" or not is_mla:  # grouped-query models are only counted
-        keys["rope_scaling"] = None
-    else:
-        raise ValueError(f"config.json: rope scaling of type {kind!r} is not supported, only 'yarn' is")
-    return keys

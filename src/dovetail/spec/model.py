@@ -121,6 +121,11 @@ class Yarn(Record):
     mscale: float = 1.0
     mscale_all_dim: float = 1.0
 
+    @property
+    def magnitude(self) -> float:
+        """What cosines and sines are multiplied by."""
+        return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
+
     def blended_pairs(self, dim: int, theta: float) -> tuple[int, int]:
         """The first and last of the dim/2 pairs between which frequencies are blended: (10, 23) for V3.
 
@@ -134,6 +139,24 @@ class Yarn(Record):
         return max(math.floor(pair_at(self.beta_fast)), 0), min(math.ceil(pair_at(self.beta_slow)), dim - 1)
 
 
+def yarn_mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 and mscale else 1.0
+
+
+def token_ids(value: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the ids that a key holds: one, several, or none."""
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, int) else value
+
+
+def check_tokens(name: str, ids: tuple[int, ...], vocab_size: int) -> None:
+    """Raise ValueError for an id under the key `name` that is none of the vocabulary."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{name} = {token} is not a token: vocab_size = {vocab_size}")
+
+
 class ModelSpec(Record):
     """One model. `attention` and `moe` hold the keys that only those parts read."""
 
@@ -145,13 +168,13 @@ class ModelSpec(Record):
     moe: Moe | None = None
     num_nextn_predict_layers: int = Field(default=0, ge=0)
     max_position_embeddings: int = Field(default=4096, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: Yarn | None = None
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     tie_word_embeddings: bool = False
     initializer_range: float = 0.006  # [V3 §4.2]; the 0.02 of published config.json files is only a default
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None  # several, if any of them ends a text
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -162,11 +185,13 @@ class ModelSpec(Record):
             )
         if isinstance(self.attention, Gqa) and (self.moe or self.num_nextn_predict_layers):
             raise ValueError("grouped-query attention is described for counting dense models: no experts, no MTP")
-        for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self, name)
-            if token is not None and not 0 <= token < self.vocab_size:
-                raise ValueError(f"{name} = {token} is not a token: vocab_size = {self.vocab_size}")
+        check_tokens("bos_token_id", () if self.bos_token_id is None else (self.bos_token_id,), self.vocab_size)
+        check_tokens("eos_token_id", self.end_tokens, self.vocab_size)
         return self
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        return token_ids(self.eos_token_id)
 
     @property
     def num_moe_layers(self) -> int:

@@ -8,12 +8,10 @@ code that permutes to half-split first gets the same scores, because q and k get
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from dovetail.spec.model import ModelSpec
+from dovetail.spec.model import ModelSpec, yarn_mscale
 
 
 def frequencies(spec: ModelSpec, dim: int) -> Tensor:
@@ -39,17 +37,10 @@ def attention_scale(spec: ModelSpec, qk_head_dim: int) -> float:
     return scale
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 and mscale else 1.0
-
-
 def tables(spec: ModelSpec, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [..., dim/2] FP32 of `positions` [...]."""
     angles = positions.float()[..., None] * frequencies(spec, dim).to(positions.device)
-    magnitude = 1.0
-    if spec.rope_scaling is not None:
-        yarn = spec.rope_scaling
-        magnitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+    magnitude = 1.0 if spec.rope_scaling is None else spec.rope_scaling.magnitude
     return angles.cos() * magnitude, angles.sin() * magnitude
 
 
