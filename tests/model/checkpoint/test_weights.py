@@ -310,7 +310,8 @@ def test_existing_target_is_kept_unless_overwritten(
     assert same_bits(first, import_hf(tmp_path / "out", dtype=torch.float32)[0])
     export_hf(second, spec, tmp_path / "out", overwrite=True)
     assert same_bits(second, import_hf(tmp_path / "out", dtype=torch.float32)[0])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

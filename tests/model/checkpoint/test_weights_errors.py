@@ -27,6 +27,14 @@ def checkpoint(tmp_path: Path, tiny_spec: Callable[..., ModelSpec], random_model
     return tmp_path / "hf"
 
 
+@pytest.fixture
+def plain(tmp_path: Path, tiny_spec: Callable[..., ModelSpec], random_model: Callable[..., Transformer]) -> Path:
+    """A sound one that is not quantised, in one file."""
+    spec = tiny_spec()
+    export_hf(random_model(spec), spec, tmp_path / "plain")
+    return tmp_path / "plain"
+
+
 def shard_of(checkpoint: Path, name: str) -> Path:
     return checkpoint / json.loads((checkpoint / INDEX).read_text())["weight_map"][name]
 
@@ -202,6 +210,49 @@ def test_weight_with_codes_for_nan_is_named(checkpoint: Path) -> None:
     refused(checkpoint, str(path), repr(DOWN), "[32, 16]", "2 values that are not finite", "anew")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", [DOWN, "model.layers.1.mlp.gate.e_score_correction_bias", "model.norm.weight"])
+def test_values_that_are_not_finite_are_named_and_taken_if_allowed(
+    plain: Path, name: str, wrong: float, dtype: torch.dtype
+) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors[name] = tensors[name].to(dtype)
+    tensors[name].view(-1)[-1] = wrong
+    save_file(tensors, plain / "model.safetensors")
+    refused(plain, str(plain / "model.safetensors"), repr(name), "1 values that are not finite", "--allow-non-finite")
+    model, _ = import_hf(plain, dtype=torch.float32, allow_non_finite=True)
+    assert sum(int((~torch.isfinite(each)).sum()) for each in model.state_dict().values()) == 1
+
+
+def test_a_copy_that_is_not_finite_is_taken_if_allowed(plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "model.layers.3.embed_tokens.weight"):
+        tensors[name][3, 4] = torch.nan
+    save_file(tensors, plain / "model.safetensors")
+    refused(plain, "embed_tokens.weight", "1 values that are not finite")
+    import_hf(plain, allow_non_finite=True)
+
+
+def test_numbers_too_large_for_the_dtype_are_named(plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    tensors[DOWN] = torch.full(tensors[DOWN].shape, 1e300, dtype=torch.float64)
+    save_file(tensors, plain / "model.safetensors")
+    refused(plain, repr(DOWN), "not finite in torch.float32", "too large")
+
+
+def test_tables_that_older_writers_saved_are_passed_over(plain: Path) -> None:
+    tensors = load_file(plain / "model.safetensors")
+    before = import_hf(plain)[0].state_dict()
+    for layer in range(4):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["model.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
+    save_file(tensors, plain / "model.safetensors")
+    assert all(torch.equal(before[key], tensor) for key, tensor in import_hf(plain)[0].state_dict().items())
+    save_file({**tensors, "model.layers.0.inv_freq": torch.ones(4)}, plain / "model.safetensors")
+    refused(plain, "unexpected tensor 'model.layers.0.inv_freq'")
+
+
 def test_index_that_names_a_missing_file(checkpoint: Path) -> None:
     path = shard_of(checkpoint, DOWN)
     weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
@@ -251,10 +302,13 @@ def test_directory_that_is_no_checkpoint(checkpoint: Path, tmp_path: Path) -> No
 
 def test_other_quantisations_are_refused(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
-    for quantization in ({"quant_method": "awq"}, {"quant_method": "fp8", "weight_block_size": None}):
+    wrong_blocks = [{"quant_method": "fp8", "weight_block_size": each} for each in (None, ["a", 128], [128, 0], 128)]
+    for quantization in ({"quant_method": "awq"}, *wrong_blocks):
         config["quantization_config"] = quantization
         (checkpoint / "config.json").write_text(json.dumps(config))
         refused(checkpoint, "config.json", str(quantization["quant_method"]), "BF16")
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": "fp8"}))
+    refused(checkpoint, "config.json: quantization_config = 'fp8': expected an object")
 
 
 def without_mtp(checkpoint: Path) -> None:

@@ -15,6 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from dovetail.config import read_json
+from dovetail.spec.hf_config import read_hf
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import SCALE_SUFFIX, WEIGHT_TILE, Stored, readable_tensors, scale_shape
 
@@ -23,6 +25,8 @@ MtpChoice = Literal["require", "drop"]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+# Tables that older writers saved beside the weights; config.json says all that is in them.
+_BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per element
 _BYTES = {**_FLOATS, "F8_E4M3": 1, "F8_E8M0": 1}  # the dtypes that can be read here
@@ -46,7 +50,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         found = sorted(path.name for path in directory.iterdir())
         listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"
         raise ValueError(f"{directory} is not a checkpoint directory: no {CONFIG} in it; it holds {listing}")
-    return _read_object(directory / CONFIG)
+    return read_json(directory / CONFIG)
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """The model that the `config.json` of a checkpoint directory describes. `ValueError` where it cannot be read."""
+    return read_hf(read_config(directory), where=str(directory / CONFIG))
 
 
 def read_inventory(directory: Path) -> dict[str, Entry]:
@@ -96,13 +105,19 @@ def read_header(path: Path) -> list[Entry]:
 def weight_tile(config: Mapping[str, Any], directory: Path) -> tuple[int, int]:
     """Block of one FP8 scale. `ValueError` for a quantisation other than block FP8."""
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{directory / CONFIG}: quantization_config = {quantization!r}: expected an object, or null")
     method, tile = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", WEIGHT_TILE)
-    if method != "fp8" or not isinstance(tile, list | tuple) or len(tile) != 2:
+    if method != "fp8" or len(sizes := _sizes(tile)) != 2:
         raise ValueError(
             f"{directory / CONFIG}: weights quantised with {method!r} in blocks of {tile} cannot be read;"
             " only 'fp8' in two-dimensional blocks can; convert them to BF16 first"
         )
-    return int(tile[0]), int(tile[1])
+    return sizes[0], sizes[1]
+
+
+def _sizes(tile: Any) -> list[int]:
+    return [size for size in tile if isinstance(size, int) and size > 0] if isinstance(tile, list | tuple) else []
 
 
 def check_inventory(
@@ -112,7 +127,7 @@ def check_inventory(
     expected = {stored.name: stored for stored in readable_tensors(spec)}
     missing = [name for name, stored in expected.items() if name not in entries and not stored.copy_of]
     scales = {name + SCALE_SUFFIX for name, entry in entries.items() if entry.dtype == "F8_E4M3"}
-    unexpected = [name for name in entries if name not in expected and name not in scales]
+    unexpected = [name for name in entries if name not in expected and name not in scales and not is_buffer(name)]
     if mtp == "drop":
         unexpected = [name for name in unexpected if not _is_mtp(name, spec)]
     if missing:
@@ -124,9 +139,14 @@ def check_inventory(
             _check_entry(entries, entries[name], stored, tile)
 
 
+def is_buffer(name: str) -> bool:
+    """Whether the tensor is a table that follows from config.json. It is passed over, as every other loader does."""
+    return name.endswith(_BUFFERS)
+
+
 def _read_indexed(directory: Path) -> dict[str, Entry]:
     index = directory / INDEX
-    weight_map = _read_object(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no 'weight_map' of tensor names to shard files in it")
     inventory: dict[str, Entry] = {}
@@ -146,16 +166,6 @@ def _read_indexed(directory: Path) -> dict[str, Entry]:
         if name not in inventory:
             raise ValueError(f"{directory / shard}: tensor {name!r} is not in it, though {INDEX} says so")
     return inventory
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not {type(table).__name__}")
-    return table
 
 
 def _entry(path: Path, name: str, field: dict[str, Any]) -> Entry:

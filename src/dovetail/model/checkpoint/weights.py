@@ -13,12 +13,11 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,17 +26,19 @@ from dovetail.model.checkpoint.inventory import (
     CONFIG,
     INDEX,
     SINGLE,
-    Entry,
     MtpChoice,
     check_inventory,
     read_config,
     read_inventory,
+    read_spec,
     weight_tile,
 )
+from dovetail.model.checkpoint.shards import Source, check_copy, check_finite, load_tensor, opened
 from dovetail.model.transformer import Transformer
-from dovetail.numerics.formats.quantize import dequantize, quantize_weight
-from dovetail.numerics.formats.quantized import Quantized, refuse_non_finite
-from dovetail.spec.hf_config import read_hf, write_hf
+from dovetail.numerics.formats.quantize import quantize_weight
+from dovetail.numerics.formats.quantized import refuse_non_finite
+from dovetail.spec.hf import generation
+from dovetail.spec.hf_config import write_hf
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.tensors import (
     SCALE_SUFFIX,
@@ -84,7 +85,8 @@ def export_hf(
     tokenizer_files: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """Write `model`, or a state dict, as a Hugging Face checkpoint: config.json, shards, tokenizer files.
+    """Write `model`, or a state dict, as a Hugging Face checkpoint: config.json, generation_config.json, shards, and
+    the `tokenizer_files`, among which a generation_config.json of its own is kept whole.
 
     Tensors keep the dtype they have in the model (norms and router FP32), so that a round trip is bitwise;
     with `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two. `out_dir`
@@ -100,7 +102,8 @@ def export_hf(
         config["quantization_config"] = _quantization_config(fp8)
     total = sum(size for _, size in shards)
     with new_directory(Path(out_dir), total, overwrite) as directory:
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / CONFIG, config)
+        _write_json(directory / generation.FILE, generation.write_generation(spec))
         for path in tokenizer_paths:
             shutil.copyfile(path, directory / path.name)
         _write_shards(state, [group for group, _ in shards], directory, fp8)
@@ -112,110 +115,62 @@ def import_hf(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     mtp: MtpChoice = "require",
+    allow_non_finite: bool = False,
 ) -> tuple[Transformer, ModelSpec]:
     """Build the model that a checkpoint directory describes and load its weights, FP8 ones dequantised.
 
     `mtp="drop"` builds it without MTP modules, whatever the checkpoint holds: transformers writes
     `num_nextn_predict_layers` but never their weights, which under "require" is an error. Raises
     `ValueError`, naming file and tensor, for anything missing, unexpected, truncated or of the wrong shape or
-    dtype, before any memory is spent on weights.
+    dtype, before any memory is spent on weights; and for NaN and infinities, unless `allow_non_finite`.
     """
     directory = Path(hf_dir)
-    spec = read_hf(read_config(directory))
+    spec = read_spec(directory)
     if mtp == "drop":
         spec = spec.model_copy(update={"num_nextn_predict_layers": 0})
-    _checked_inventory(directory, spec, mtp)
+    _checked_source(directory, spec, mtp)
     with torch.device("meta"):
         model = Transformer(spec, dtype=dtype)
     model.to_empty(device=device)  # everything in it is about to be loaded
-    load_into(model, directory, mtp=mtp)
+    load_into(model, directory, mtp=mtp, allow_non_finite=allow_non_finite)
     return model, spec
 
 
-def load_into(model: Transformer, hf_dir: str | Path, *, mtp: MtpChoice = "require") -> None:
+def load_into(
+    model: Transformer, hf_dir: str | Path, *, mtp: MtpChoice = "require", allow_non_finite: bool = False
+) -> None:
     """Copy a checkpoint's weights into `model`, in its own dtypes and on its own devices.
 
     Errors as in `import_hf`; names, shapes and dtypes are all checked first, so such an error leaves `model`
-    alone. Of the checkpoint's config.json only the quantisation is read.
+    alone, and values as they are read. Of the checkpoint's config.json only the quantisation is read.
     """
     directory, spec = Path(hf_dir), model.spec
     if mtp == "drop" and spec.num_nextn_predict_layers:
         raise ValueError(f'mtp="drop" would leave the model\'s {spec.num_nextn_predict_layers} MTP modules unloaded')
-    entries, tile = _checked_inventory(directory, spec, mtp)
+    source = replace(_checked_source(directory, spec, mtp), allow_non_finite=allow_non_finite)
     state = model.state_dict()
     by_file: dict[Path, list[tuple[Stored, Tensor]]] = {}
+    by_key: dict[str, list[tuple[Stored, Tensor]]] = {}
     for stored in readable_tensors(spec):
         view = stored_view(state, stored)
         if stored.copy_of is None:
-            by_file.setdefault(entries[stored.name].file, []).append((stored, view))
-        elif stored.name in entries:
-            _check_copy(entries, stored, tile)
+            by_file.setdefault(source.entries[stored.name].file, []).append((stored, view))
+            by_key.setdefault(stored.key, []).append((stored, view))
+        elif stored.name in source.entries:
+            check_copy(source, stored)
     for file, group in by_file.items():
-        with _opened(file) as shard:
+        with opened(file) as shard:
             for stored, view in group:
-                view.copy_(_tensor(shard, entries, stored.name, tile, view.dtype, view.device))
+                load_tensor(shard, source, stored.name, view)
+    for key, parts in by_key.items():  # not part by part: a call takes as long as reading an expert
+        check_finite(state[key], parts, source)
 
 
-def _checked_inventory(directory: Path, spec: ModelSpec, mtp: MtpChoice) -> tuple[dict[str, Entry], tuple[int, int]]:
+def _checked_source(directory: Path, spec: ModelSpec, mtp: MtpChoice) -> Source:
     tile = weight_tile(read_config(directory), directory)
     entries = read_inventory(directory)
     check_inventory(entries, spec, directory, tile, mtp)
-    return entries, tile
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A shard open for reading; what safetensors refuses is a `ValueError` that names the file."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _tensor(
-    shard: Any,
-    entries: Mapping[str, Entry],
-    name: str,
-    tile: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """Tensor `name` of an open shard in `dtype`, dequantised if FP8; its scales may lie in another shard."""
-    data: Tensor = shard.get_tensor(name).to(device)
-    if entries[name].dtype != "F8_E4M3":
-        return data.to(dtype)
-    scale_entry = entries[name + SCALE_SUFFIX]
-    is_here = scale_entry.file == entries[name].file
-    with nullcontext(shard) if is_here else _opened(scale_entry.file) as holder:
-        scale = holder.get_tensor(scale_entry.name).to(device=device, dtype=torch.float32)
-    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise ValueError(
-            f"{scale_entry.file}: tensor {scale_entry.name!r} {list(scale.shape)} has scales that are not finite, or"
-            f" negative; a multiplier per block of {name!r} is neither: fetch the checkpoint anew"
-        )
-    values = dequantize(Quantized(data=data, scale=scale, tile=tile), dtype)
-    if not bool(torch.isfinite(values).all()):
-        count = int((~torch.isfinite(values)).sum())
-        raise ValueError(
-            f"{entries[name].file}: tensor {name!r} {list(values.shape)} times its scales has {count} values that are"
-            f" not finite in {dtype}: FP8 codes for NaN, or scales of another checkpoint; fetch it anew"
-        )
-    return values
-
-
-def _check_copy(entries: Mapping[str, Entry], stored: Stored, tile: tuple[int, int]) -> None:
-    """The model shares these tensors: dropping a copy that differs would quietly lower MTP acceptance."""
-    assert stored.copy_of is not None
-    tensors = []
-    for name in (stored.name, stored.copy_of):
-        with _opened(entries[name].file) as shard:
-            tensors.append(_tensor(shard, entries, name, tile, torch.float32, torch.device("cpu")))
-    if not torch.equal(tensors[0], tensors[1]):
-        raise ValueError(
-            f"{entries[stored.name].file}: tensor {stored.name!r} differs from {stored.copy_of!r}, which the"
-            " model uses in its place; remove it from the checkpoint to accept that"
-        )
+    return Source(entries=entries, tile=tile)
 
 
 def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[str, Tensor]]:
@@ -263,7 +218,11 @@ def _write_shards(state: Mapping[str, Tensor], shards: Sequence[list[Stored]], d
         del tensors  # before the next shard is built
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / INDEX, index)
+
+
+def _write_json(path: Path, table: dict[str, Any]) -> None:
+    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
 
 def _shard_tensors(state: Mapping[str, Tensor], group: Sequence[Stored], fp8: Fp8Choice) -> dict[str, Tensor]:
