@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 
+from dovetail.engine import llm as engine
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.model.checkpoint.weights import export_hf
@@ -163,5 +166,83 @@ def test_load_a_checkpoint(texts, tmp_path):
 def test_bfloat16(texts, tmp_path):
     texts.tokenizer.save(tmp_path)
     export_hf(texts.model, texts.spec, tmp_path / "model", tokenizer_files=tmp_path.glob("*.json"))
-    loaded = LLM.load(tmp_path / "model")
+    loaded = LLM.load(tmp_path / "model", dtype=torch.bfloat16)
     assert len(loaded.generate(["def "], GREEDY, speculate=2)[0].token_ids) == 12
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fused", [True, False])
+def test_rows_beyond_the_tokenizer_are_never_drawn(engine_spec, engine_model, monkeypatch, tied, fused):
+    """As in published models, whose vocabulary is padded: the model would say nothing else."""
+    spec = engine_spec(vocab_size=272, eos_token_id=1, tie_word_embeddings=tied)
+    model = engine_model(spec, seed=1)
+    with torch.no_grad():
+        model.head_weight[261:] = 40 * model.head_weight[100:111]
+    if not fused:
+        monkeypatch.setattr("dovetail.engine.runner.takes", lambda spec: False)
+    llm = LLM(model, spec, Tokenizer.train([], 261))
+    assert max(LLM(model, spec).generate([[0, 5]], GREEDY)[0].token_ids) >= 261
+    for params in (GREEDY, SAMPLED):
+        for speculate in (0, 2):
+            completion = llm.generate(["ab"], params, speculate)[0]
+            assert max(completion.token_ids) < 261 and len(completion.token_ids) == 12
+            assert completion.text == llm.tokenizer.decode(completion.token_ids)
+    plain, drafted = (llm.generate(["ab"], GREEDY, speculate)[0].token_ids for speculate in (0, 2))
+    assert plain == drafted
+    assert llm.model is model and len(model.head_weight) == 272  # the caller's is as it was
+
+
+def test_an_end_token_beyond_the_tokenizer_can_be_drawn_and_is_no_text(engine_spec, engine_model):
+    spec = engine_spec(vocab_size=272, eos_token_id=265)
+    model = engine_model(spec, seed=1)
+    with torch.no_grad():
+        model.head_weight[265] = 40 * model.head_weight[100]
+    llm = LLM(model, spec, Tokenizer.train([], 261))
+    completion = llm.generate(["ab"], GREEDY)[0]
+    assert 265 in completion.token_ids and "265" not in completion.text
+    stopped = llm.generate(["ab"], GREEDY.model_copy(update={"ignore_eos": False}))[0]
+    assert stopped.token_ids[-1] == 265 and stopped.finish_reason == "stop"
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused_before_weights_are_read(texts, tmp_path, monkeypatch):
+    message = "the tokenizer has 300 ids and the model vocab_size = 261"
+    larger = Tokenizer.train(["abc abd abe " * 9, *(f"xyz{i}" for i in range(99))], 300)
+    with pytest.raises(ValueError, match=message):
+        LLM(texts.model, texts.spec, larger)
+    larger.save(tmp_path)
+    export_hf(texts.model, texts.spec, tmp_path / "model", tokenizer_files=tmp_path.glob("*.json"))
+    monkeypatch.setattr(engine, "import_hf", lambda *arguments, **named: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=message):
+        LLM.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_any_end_token_of_either_file_stops(texts, tmp_path, speculate):
+    whole = texts.generate(["ab"], GREEDY)[0].token_ids
+    kinds = list(dict.fromkeys(whole))
+    texts.tokenizer.save(tmp_path)
+    spec = texts.spec.model_copy(update={"eos_token_id": (1, kinds[5])})
+    export_hf(texts.model, spec, tmp_path / "model", tokenizer_files=tmp_path.glob("*.json"))
+    params = GREEDY.model_copy(update={"ignore_eos": False})
+
+    def stopped() -> list[int]:
+        return LLM.load(tmp_path / "model", dtype=torch.float32).generate(["ab"], params, speculate)[0].token_ids
+
+    file = tmp_path / "model" / "generation_config.json"
+    assert json.loads(file.read_text())["eos_token_id"] == [1, kinds[5]]
+    assert stopped() == whole[: whole.index(kinds[5]) + 1]
+    file.write_text(json.dumps({"eos_token_id": [2, kinds[3]]}))
+    assert stopped() == whole[: whole.index(kinds[3]) + 1]
+    file.write_text(json.dumps({"eos_token_id": 261}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id = 261 is not a token: vocab_size = 261"):
+        stopped()
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_weights_are_in_what_the_cpu_multiplies(texts, tmp_path, monkeypatch, has_bf16, dtype):
+    texts.tokenizer.save(tmp_path)
+    export_hf(texts.model, texts.spec, tmp_path / "model", tokenizer_files=tmp_path.glob("*.json"))
+    monkeypatch.setattr(engine.capability, "has_bf16_instructions", lambda: has_bf16)
+    assert LLM.load(tmp_path / "model", device="cpu").model.embed_tokens.weight.dtype == dtype
+    assert LLM.load(tmp_path / "model", torch.float32, "cpu").model.embed_tokens.weight.dtype == torch.float32
+    assert engine.fastest_dtype(torch.device("cuda")) == torch.bfloat16

@@ -107,7 +107,7 @@ def grown(model, prompt, count, params, depth):
                 prompt_tokens=len(prompt),
                 max_tokens=99,
                 params=params,
-                eos_id=None,
+                end_tokens=frozenset(),
                 text=None,
                 generator=torch.Generator().manual_seed(slot),
                 slot=slot,

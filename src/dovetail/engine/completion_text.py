@@ -16,6 +16,7 @@ class CompletionText:
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.stream = TextStream(tokenizer)
+        self.num_ids = tokenizer.vocab_size  # an end token that a model has beyond them is no text
         self.stop = tuple(stop)
         self.text = ""
         self.is_stopped = False
@@ -23,7 +24,7 @@ class CompletionText:
         self.taken = 0  # characters
 
     def push(self, ids: Iterable[int]) -> None:
-        self._extend(self.stream.push(ids))
+        self._extend(self.stream.push([token for token in ids if token < self.num_ids]))
 
     def finish(self) -> None:
         """No more tokens will come."""

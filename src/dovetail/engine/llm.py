@@ -5,13 +5,15 @@ Finished sequences leave the batch.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dovetail.engine import speculative
 from dovetail.engine.cache import ContiguousCache
@@ -19,10 +21,12 @@ from dovetail.engine.completion_text import CompletionText
 from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Completion, Sequence
-from dovetail.model.checkpoint.inventory import read_config
+from dovetail.model.checkpoint.inventory import read_spec
 from dovetail.model.checkpoint.weights import import_hf
 from dovetail.model.transformer import Transformer
+from dovetail.numerics import capability
 from dovetail.numerics.cpu.process import settle_process
+from dovetail.spec.hf.generation import read_generation
 from dovetail.spec.model import ModelSpec
 from dovetail.text.tokenizer import Tokenizer
 
@@ -31,7 +35,10 @@ MAX_BATCH = 32  # sequences decoded together; further prompts wait for a slot
 
 
 class LLM:
-    """A model and its tokenizer; without one, prompts are token ids and completions have no text."""
+    """A model and its tokenizer; without one, prompts are token ids and completions have no text.
+
+    A model often has more rows than its tokenizer has tokens, to fill up a multiple of 128. Such a row is never drawn.
+    """
 
     def __init__(
         self,
@@ -39,10 +46,20 @@ class LLM:
         spec: ModelSpec,
         tokenizer: Tokenizer | None = None,
         max_batch: int = MAX_BATCH,
+        end_tokens: Iterable[int] = (),
     ) -> None:
+        """`end_tokens`: further ones than the spec's, as a generation_config.json may name."""
         if max_batch < 1:
             raise ValueError(f"max_batch = {max_batch} sequences; at least 1")
         self.model = model
+        self.drawn_from = model  # the same, but for the head
+        self.end_tokens = frozenset((*spec.end_tokens, *end_tokens))
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, spec)
+            if not self.end_tokens and tokenizer.eos_id is not None:
+                self.end_tokens = frozenset([tokenizer.eos_id])
+            num_tokens = max([tokenizer.vocab_size, *(token + 1 for token in self.end_tokens)])
+            self.drawn_from = without_rows(model, num_tokens)
         self.spec = spec
         self.tokenizer = tokenizer
         self.max_batch = max_batch
@@ -51,18 +68,23 @@ class LLM:
     def load(
         cls,
         checkpoint_dir: str | Path,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        allow_non_finite: bool = False,
     ) -> LLM:
         """From a directory in the Hugging Face layout, its `tokenizer.json` included; on a GPU, if there is one, unless
-        told. Raises `ValueError`."""
+        told. `dtype`: `fastest_dtype`, unless given. `allow_non_finite` takes weights that are NaN or infinite. Raises
+        `ValueError`."""
         settle_process()
         directory = Path(checkpoint_dir)
-        read_config(directory)  # says so where this is no checkpoint
+        spec = read_spec(directory)  # says so where this is no checkpoint
         tokenizer = Tokenizer.load(directory)  # before the weights, which take longest
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, spec = import_hf(directory, dtype=dtype, device=device)
-        return cls(model, spec, tokenizer)
+        check_tokenizer(tokenizer, spec)
+        end_tokens = read_generation(directory, spec.vocab_size).end_tokens
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or fastest_dtype(device)
+        model, spec = import_hf(directory, dtype=dtype, device=device, allow_non_finite=allow_non_finite)
+        return cls(model, spec, tokenizer, end_tokens=end_tokens)
 
     def generate(
         self,
@@ -117,7 +139,7 @@ class LLM:
             prompt_tokens=len(tokens),
             max_tokens=min(params.max_tokens, self.spec.max_position_embeddings - len(tokens)),
             params=params,
-            eos_id=self._eos_id(),
+            end_tokens=self.end_tokens,
             text=None if self.tokenizer is None else CompletionText(self.tokenizer, params.stop),
             generator=params.generator(),
         )
@@ -146,11 +168,6 @@ class LLM:
                 )
         return tokens
 
-    def _eos_id(self) -> int | None:
-        if self.spec.eos_token_id is None and self.tokenizer is not None:
-            return self.tokenizer.eos_id
-        return self.spec.eos_token_id
-
     def _run(self, sequences: list[Sequence], depth: int) -> Iterator[None]:
         """Generate until all are finished, yielding whenever some have grown."""
         if not sequences:
@@ -159,7 +176,7 @@ class LLM:
         # The last token of a sequence is never run, but drafts after it may be, to be thrown away.
         capacity = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences) + depth
         parameter = self.model.embed_tokens.weight
-        runner = Runner(self.model, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device))
+        runner = Runner(self.drawn_from, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device))
         waiting, active, free = deque(sequences), list[Sequence](), list(range(batch))
         while waiting or active:
             if waiting and free:
@@ -171,6 +188,32 @@ class LLM:
             free += [sequence.slot for sequence in active if sequence.finish_reason is not None]
             active = [sequence for sequence in active if sequence.finish_reason is None]
             yield
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """BF16, or FP32 on a CPU that has no instructions to multiply BF16: there BF16 takes ten times as long."""
+    is_fast = device.type != "cpu" or capability.has_bf16_instructions()
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def check_tokenizer(tokenizer: Tokenizer, spec: ModelSpec) -> None:
+    """Raise `ValueError` for a tokenizer with ids that the model has no rows for."""
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model vocab_size = {spec.vocab_size}: they are not "
+            "of one checkpoint; take the model's own tokenizer.json"
+        )
+
+
+def without_rows(model: Transformer, num_tokens: int) -> Transformer:
+    """`model` with the first `num_tokens` rows of its head alone; the weights stay where they are."""
+    if num_tokens == model.spec.vocab_size:
+        return model
+    cut = copy.copy(model)
+    cut._modules = dict(model._modules)  # the copy's own, so that `model` keeps its head
+    cut.lm_head = nn.Linear(model.spec.hidden_size, num_tokens, bias=False, device="meta")
+    cut.lm_head.weight = nn.Parameter(model.head_weight[:num_tokens].detach(), requires_grad=False)
+    return cut
 
 
 def start(runner: Runner, sequence: Sequence, depth: int) -> None:

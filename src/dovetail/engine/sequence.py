@@ -53,7 +53,7 @@ class Sequence:
     prompt_tokens: int
     max_tokens: int
     params: SamplingParams
-    eos_id: int | None
+    end_tokens: frozenset[int]  # any of them ends it
     text: CompletionText | None
     generator: torch.Generator
     slot: int = -1
@@ -74,7 +74,7 @@ class Sequence:
         """Append up to the first token that ends the sequence; how many that were."""
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
-            if token == self.eos_id and not self.params.ignore_eos:
+            if token in self.end_tokens and not self.params.ignore_eos:
                 self._finish("stop")
             else:
                 self._extend_text(token)
