@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from io import TextIOWrapper
 from typing import Any
 
 from typer.core import TyperCommand
@@ -23,6 +24,16 @@ class GroupedCommand(TyperCommand):
         for name, records in groups.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+
+
+def open_streams() -> None:
+    """Make stdout take every text: what its encoding has no bytes for is escaped, and a closed stream takes all."""
+    if sys.stdout is None:  # closed by the caller (>&-)
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def announce_compilation(duration: str = "about a minute") -> None:

@@ -7,6 +7,7 @@ input or the machine is at fault (one line says how), and 2 if the command line 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
@@ -15,6 +16,8 @@ import typer
 import dovetail
 from dovetail import threads
 from dovetail.cli import catalog, generate, health, models, network, plan, reproduce, train, weights
+from dovetail.cli.options import with_user_paths
+from dovetail.printing import open_streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +29,9 @@ app = typer.Typer(
 for verbs in (train, health, generate, weights, models, catalog, plan, reproduce):
     app.add_typer(verbs.app)
 app.add_typer(network.app, name="network")
+for group in app.registered_groups:
+    for command in group.typer_instance.registered_commands if group.typer_instance else ():
+        command.callback = command.callback and with_user_paths(command.callback)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -47,11 +53,19 @@ def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 1, never a traceback.
 
     A RuntimeError that dovetail defines (a run that diverged, a disk that is full) is printed as one line too. A
-    RuntimeError of torch or an AssertionError is a bug and keeps its traceback.
+    RuntimeError of torch or an AssertionError is a bug and keeps its traceback. A reader that has gone, as after
+    `| head -1`, is no mistake, and nothing is said of it.
     """
+    open_streams()
     try:
-        threads.prepare()
-        app()
+        try:
+            threads.prepare()
+            app()
+        finally:
+            sys.stdout.flush()  # here, where an error is still caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed at exit
+        sys.exit(1)
     except (ValueError, OSError) as error:
         fail(error, 1)
     except RuntimeError as error:

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dovetail.cli.options import flat
+
 app = typer.Typer()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What is written, and in which form."""
+
+    fp8: Annotated[bool, typer.Option(help="Quantise to E4M3 with 128x128 blocks, as published.")] = False
+    ema: Annotated[bool, typer.Option(help="Export the moving average of a run's weights.")] = False
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, in GB.")] = 5.0
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Take weights that are NaN or infinite.")
+    ] = False
+
+
 @app.command()
+@flat
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="The directory of a training run, or a Hugging Face checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Directory to write, in the Hugging Face layout.")],
-    fp8: Annotated[bool, typer.Option(help="Quantise to E4M3 with 128x128 blocks, as published.")] = False,
-    ema: Annotated[bool, typer.Option(help="Export the moving average of a run's weights.")] = False,
-    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, in GB.")] = 5.0,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+    how: Export,
 ) -> None:
     """Write weights in the Hugging Face layout, and say which engines' kernels take the shape."""
     from dovetail import convert
 
-    for line in convert.export(checkpoint, out, convert.ExportOptions(fp8, ema, shard_gb * 1e9, overwrite)):
+    shard_bytes = how.shard_gb * 1e9
+    options = convert.ExportOptions(how.fp8, how.ema, shard_bytes, how.overwrite, how.allow_non_finite)
+    for line in convert.export(checkpoint, out, options):
         print(line)
 
 
@@ -32,9 +48,12 @@ def import_(
     out: Annotated[Path, typer.Argument(help="Directory to write: the same weights in BF16, every tensor checked.")],
     drop_mtp: Annotated[bool, typer.Option(help="Accept that MTP tensors named in the config are missing.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False,
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Take weights that are NaN or infinite.")
+    ] = False,
 ) -> None:
     """Read a published checkpoint, check every tensor, dequantise it, and write it for `generate`."""
     from dovetail import convert
 
-    for line in convert.import_(hf_dir, out, drop_mtp, overwrite):
+    for line in convert.import_(hf_dir, out, drop_mtp, overwrite, allow_non_finite):
         print(line)
