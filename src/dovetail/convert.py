@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dovetail.atomic import check_folder
 from dovetail.catalog.presets import model_names, repository_remedy
 from dovetail.config import load_toml, near_matches
 from dovetail.cost.count import parameters
@@ -25,7 +26,6 @@ from dovetail.spec.hf_config import unread_keys
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.published import OWN, why_own
-from dovetail.text.atomic import check_folder
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.run.run_file import DTYPES, RunConfig, is_run, load_weights, run_model
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from dovetail import config
+from dovetail.atomic import check_new_file, write_bytes
 from dovetail.calibrate.memory_work import memory_work
 from dovetail.calibrate.timing import Times, exchange_link, microseconds, run_in_rounds
 from dovetail.calibrate.work import Work, attention_work, launch_work, product_work
@@ -32,7 +33,6 @@ from dovetail.cost.ops.ops import Gemm
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
-from dovetail.text.atomic import check_new_file, write_bytes
 from dovetail.train.run.ranks import local_device, process_group, rank_and_world
 
 SMALLEST_SHARE = 0.2  # at least this share of an operation's time counts as work, however long a launch takes

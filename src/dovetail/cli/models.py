@@ -42,8 +42,8 @@ def inspect(
 
 def _write_config(spec: ModelSpec, path: Path, overwrite: bool) -> None:
     """Write the config.json of `spec` to `path`, whole or not at all."""
+    from dovetail.atomic import write_bytes
     from dovetail.spec.hf_config import read_hf, write_hf
-    from dovetail.text.atomic import write_bytes
 
     if path.is_dir():
         raise ValueError(f"--write-config {path}: is a directory; name the file, such as {path / 'config.json'}")

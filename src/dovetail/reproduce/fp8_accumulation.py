@@ -27,11 +27,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from dovetail.atomic import check_new_file, write_bytes
 from dovetail.numerics.formats.quantize import quantize
 from dovetail.numerics.formats.quantized import grid_values
 from dovetail.numerics.products.accumulate import matmul
 from dovetail.numerics.products.accumulators import HopperAccumulator
-from dovetail.text.atomic import check_new_file, write_bytes
 from dovetail.train.report.picture import INK, STYLE
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)  # K

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.text.atomic import check_new_file
+from dovetail.atomic import check_new_file
 from dovetail.train.compare import summary
 from dovetail.train.compare.compare import measure
 from dovetail.train.compare.gap import PAPER, Gap, percent, said

@@ -1,19 +1,11 @@
-"""Writes a token store, which has its final name only once every byte is on the disk.
-
-A kill at any moment leaves either the whole store or a hidden ".partial" directory, which nobody reads and which the
-next run on the same machine removes.
-"""
+"""Writes a token store, which has its final name only once every byte is on the disk."""
 
 from __future__ import annotations
 
 import array
 import contextlib
-import errno
-import glob
 import hashlib
 import os
-import shutil
-import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dovetail.text import atomic
+from dovetail.atomic import whole_directory, write_bytes
 from dovetail.text.shards import Index, StoredFile, TokenStore, open_store
 
 SHARD_TOKENS = 1 << 28  # half a gigabyte in uint16
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +40,16 @@ def write_store(
 ) -> TokenStore:
     """Write the store `directory` from a stream of documents and open it.
 
-    `left_out` is read after the last document. If another process finishes the same store first, its copy is kept.
-    Raises ValueError if there are no documents, and OSError if the disk is full; nothing is left behind then.
+    `left_out` is read after the last document. Raises ValueError if there are no documents or another process is
+    writing the store, and OSError if the disk is full; nothing is left behind then.
     """
-    remove_abandoned(directory)
-    partial = directory.with_name(f".{directory.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    tokens = TokenFiles(partial, token_dtype(vocab_size), shard_tokens)
-    try:
-        partial.mkdir(parents=True)
-        index = write_files(documents, tokens, fingerprint, left_out)
-        atomic.write_bytes(partial / "index.json", index.model_dump_json(indent=1).encode())
-        publish(partial, directory)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk is full after {tokens.num_bytes / 1e6:.1f} MB of token shards; free some space, "
-            "or choose a directory on another disk",
-            str(directory),
-        ) from error
-    finally:
-        tokens.abandon()
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_directory(directory) as partial:
+        tokens = TokenFiles(partial, token_dtype(vocab_size), shard_tokens)
+        try:
+            index = write_files(documents, tokens, fingerprint, left_out)
+        finally:
+            tokens.abandon()
+        write_bytes(partial / "index.json", index.model_dump_json(indent=1).encode())
     return open_store(directory, verify=False)
 
 
@@ -90,7 +68,7 @@ def write_files(
         )
     shards = tokens.close()
     boundaries = np.asarray(ends, "<u8").tobytes()
-    atomic.write_bytes(tokens.directory / "documents.bin", boundaries)
+    write_bytes(tokens.directory / "documents.bin", boundaries)
     return Index(
         fingerprint=fingerprint,
         token_dtype=tokens.dtype.str,
@@ -140,10 +118,6 @@ class TokenFiles:
         self.finished: list[StoredFile] = []
         self.current: HashedFile | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        return self.num_tokens * self.dtype.itemsize
-
     def write(self, ids: list[int]) -> None:
         data = np.asarray(ids, self.dtype)
         while len(data):
@@ -167,35 +141,3 @@ class TokenFiles:
         if self.current is not None:
             with contextlib.suppress(OSError):
                 self.current.file.close()
-
-
-def publish(partial: Path, directory: Path) -> None:
-    atomic.sync_directory(partial)
-    try:
-        partial.rename(directory)
-    except OSError as error:
-        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
-            raise
-    atomic.sync_directory(directory.parent)
-
-
-def remove_abandoned(directory: Path) -> None:
-    """Remove the partial copies of the store `directory` that killed processes of this machine left.
-
-    A partial store with our own process number is older than this process, because containers reuse the numbers.
-    """
-    prefix = f".{directory.name}.{socket.gethostname()}."
-    for partial in directory.parent.glob(f"{glob.escape(prefix)}*.partial"):
-        process = partial.name.removeprefix(prefix).removesuffix(".partial")
-        if process.isdecimal() and (int(process) == os.getpid() or not is_running(int(process))):
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

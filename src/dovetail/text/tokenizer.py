@@ -23,8 +23,8 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
+from dovetail import atomic
 from dovetail.config import read_json, read_text
-from dovetail.text import atomic
 
 # How DeepSeek-V3's published tokenizer cuts words, from memory (unverified), without its rule for Han and kana.
 DEEPSEEK_PATTERN = (

@@ -168,7 +168,7 @@ def test_damage_is_named_and_passed_over(tmp_path: Path, harm: Callable[[Path], 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     assert latest(tmp_path / "absent") is None
-    (tmp_path / ".writing-step-00000010").mkdir()
+    (tmp_path / ".step-00000010.partial").mkdir()
     (tmp_path / "notes").mkdir()
     assert latest(tmp_path) is None
     with pytest.raises(ValueError, match="not the name of a checkpoint"):

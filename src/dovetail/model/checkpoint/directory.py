@@ -1,22 +1,17 @@
-"""Writes a directory that appears whole or not at all.
+"""Writes a checkpoint directory, which appears whole or not at all.
 
-It is filled beside its target, synced, and then renamed.
-
-An existing target is replaced only where asked, and only if it is a checkpoint directory. A process killed
-outright can leave a hidden `.NAME.partial-HOST-PID` beside the target, never a partial target; the next one
-to write there removes it. Between the two renames of an overwrite the former target is `.NAME.old-PID`.
+An existing target is replaced only where asked, and only if it is a checkpoint directory.
 """
 
 from __future__ import annotations
 
 import errno
-import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dovetail.atomic import whole_directory
 from dovetail.model.checkpoint.inventory import CONFIG, INDEX, SINGLE
 
 
@@ -33,27 +28,12 @@ def new_directory(target: Path, num_bytes: int, overwrite: bool) -> Iterator[Pat
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if num_bytes > free:
-        raise _disk_full(target, f"needs {num_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
-    stem = f".{target.name}.partial-{platform.node()}-"
-    for stale in target.parent.iterdir():
-        if stale.name.startswith(stem) and not _is_running(stale.name.removeprefix(stem)):
-            shutil.rmtree(stale)
-    partial = target.with_name(stem + str(os.getpid()))
-    partial.mkdir()
-    try:
+        what = f"no room for the checkpoint: it needs {num_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, what, str(target))
+    with whole_directory(target) as partial:
         yield partial
         for path in partial.iterdir():
             path.chmod(0o666 & partial.stat().st_mode)  # safetensors makes its files private
-            _sync(path)
-        _sync(partial)
-        _replace(partial, target)
-        _sync(target.parent)
-    except Exception as error:
-        if "os error 28" in str(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
-            raise _disk_full(target, f"the disk filled up while writing {num_bytes / 1e6:,.1f} MB") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -68,39 +48,3 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists and is not empty; choose another, or overwrite it explicitly")
     if not (target / CONFIG).is_file() or not ((target / SINGLE).exists() or (target / INDEX).exists()):
         raise ValueError(f"{target} is not a checkpoint, so it is not overwritten; remove it yourself")
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError, OverflowError):
-        pass
-    return True
-
-
-def _replace(partial: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(partial, target)
-        return
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    os.replace(target, old)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _disk_full(target: Path, what: str) -> OSError:
-    return OSError(errno.ENOSPC, f"no room for the checkpoint: {what}; nothing was left behind", str(target))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+from dovetail.atomic import check_new_file, write_bytes
 from dovetail.planner.figure import Figure, number
 from dovetail.planner.report import drawing
 from dovetail.planner.report.drawing import GRID, IDLE, INK, MUTED, draw_svg
@@ -36,7 +37,6 @@ from dovetail.planner.serving.decode import DecodePlan, decode_pool, step_of
 from dovetail.planner.serving.plan import ServingPlan
 from dovetail.planner.serving.prefill import PrefillPlan
 from dovetail.planner.training.plan import TrainingPlan
-from dovetail.text.atomic import check_new_file, write_bytes
 
 PARTS = ("forward", "input_backward", "weight_backward", "pair", "bubble", "optimizer")
 TILES = {

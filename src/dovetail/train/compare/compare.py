@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 
+from dovetail.atomic import write_bytes
 from dovetail.catalog.precision import load_recipe
 from dovetail.config import as_table, dump, read_toml
 from dovetail.model.transformer import initialize
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
-from dovetail.text.atomic import write_bytes
 from dovetail.text.prepare import prepare_store
 from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer

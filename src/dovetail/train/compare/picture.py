@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 from numpy.typing import NDArray
 
-from dovetail.text.atomic import write_bytes
+from dovetail.atomic import write_bytes
 from dovetail.train.compare.gap import FIRST, PAPER, smooth
 from dovetail.train.compare.pairs import Pair, Record, SideStep
 from dovetail.train.compare.summary import Summary

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
 
-from dovetail.text.atomic import write_bytes
+from dovetail.atomic import write_bytes
 from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, WholeHeldOutMetrics, read_metrics
 
 HeldOut = HeldOutMetrics | WholeHeldOutMetrics

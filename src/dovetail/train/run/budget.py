@@ -7,9 +7,9 @@ import math
 import time
 from collections import Counter
 
+from dovetail.atomic import write_bytes
 from dovetail.catalog.precision import load_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.text.atomic import write_bytes
 from dovetail.text.corpus import num_samples, read_batch
 from dovetail.text.shards import TokenStore
 from dovetail.train.report.display import Display

@@ -8,7 +8,7 @@ They are those of `torch.distributed.checkpoint`.
                          manifest.json     bytes and SHA-256 of every other file; written last
 
 A save copies the tensors into host buffers that are kept between saves (the only part a step waits for), and a
-thread does the rest: write into `root/.writing-*`, flush every file and the directory to the disk, rename, flush
+thread does the rest: write into `root/.step-*.partial`, flush every file and the directory to the disk, rename, flush
 `root`. So a directory of the final name is whole or, after damage, does not match its manifest; `latest` then
 names it and falls back to the one before. All ranks of a process group call together; without one, the same code
 runs alone. The state must be dictionaries of tensors: nothing of it is pickled, and all of it loads in place.
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from dovetail.text.atomic import sync_directory, write_bytes
+from dovetail.atomic import clear_leftovers, partial_name, publish, remove_directory, write_bytes
 from dovetail.train.run import manifest
 from dovetail.train.run.manifest import Fingerprint
 
@@ -42,8 +42,7 @@ Result = TypeVar("Result")
 State = Mapping[str, Any]  # of tensors, or of more such mappings
 
 _FINAL = re.compile(r"step-(\d{8,})")
-_TEMPORARY = ".writing-"
-_RETIRED = ".retired-"  # an older directory of the same step, on its way out
+_LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|old)")
 _SINGLE_PROCESS = "torch.distributed is disabled, unavailable or uninitialized"  # a warning that says all is well
 
 
@@ -77,7 +76,7 @@ class Save:
 class Checkpointer:
     """Writes the checkpoints of one run into `root` and keeps the newest `keep`.
 
-    Everything left behind by a killed run (`.writing-*`) is removed at the start; so only one run may use `root`.
+    Everything left behind by a killed run (`.step-*`) is removed at the start; so only one run may use `root`.
     """
 
     def __init__(self, root: Path, keep: int = 3) -> None:
@@ -93,9 +92,9 @@ class Checkpointer:
         warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
         if _rank(self._group) == 0:
             self.root.mkdir(parents=True, exist_ok=True)
-            for leftover in self.root.iterdir():
-                if leftover.name.startswith((_TEMPORARY, _RETIRED)):
-                    shutil.rmtree(leftover)
+            for leftover in sorted(self.root.iterdir()):
+                if match := _LEFTOVER.fullmatch(leftover.name):
+                    clear_leftovers(self.root / match[1])
 
     def save(self, step: int, state: State, extra: Mapping[str, Any] | None = None) -> Save:
         """Copy `state` and write it as the checkpoint of `step` beside the caller's work.
@@ -168,7 +167,7 @@ def load_checkpoint(path: Path, state: State, partial: bool = False) -> dict[str
 
 def _write(path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
     """Runs in the writing thread, on every rank."""
-    temporary = path.with_name(_TEMPORARY + path.name)
+    temporary = partial_name(path)
     rank = _rank(group)
     try:
         writer = FileSystemWriter(temporary, sync_files=True)
@@ -190,22 +189,11 @@ def _publish(temporary: Path, path: Path, extra: str, files: dict[str, Fingerpri
     for name in ("extra.json", ".metadata"):
         files[name] = manifest.fingerprint(temporary / name)
     manifest.write(temporary, files, {"step": step_of(path), "torch": torch.__version__})
-    if path.exists():  # the run came back to this step, from an older checkpoint or with other settings
-        _remove(path)
-    temporary.rename(path)
-    sync_directory(path.parent)
+    publish(temporary, path)  # in place of an older one where the run came back to this step
     # Later steps than this one belong to a run that was rewound: not ours to count, and not ours to remove.
     older = sorted(found for found in _checkpoints(path.parent) if found[0] <= step_of(path))
     for _, each in older[:-keep]:
-        _remove(each)
-
-
-def _remove(path: Path) -> None:
-    """Take the final name away at once, so that a kill in between leaves no half-removed checkpoint."""
-    retired = path.with_name(_RETIRED + path.name)
-    shutil.rmtree(retired, ignore_errors=True)
-    path.rename(retired)
-    shutil.rmtree(retired, ignore_errors=True)
+        remove_directory(each)
 
 
 def _checkpoints(root: Path) -> list[tuple[int, Path]]:

@@ -9,8 +9,8 @@ from collections import Counter
 
 import torch
 
+from dovetail.atomic import check_folder
 from dovetail.spec.model import ModelSpec
-from dovetail.text.atomic import check_folder
 from dovetail.text.documents import DataConfig, read_documents, source_files
 from dovetail.text.prepare import check_special_tokens
 from dovetail.text.tokenizer import check_vocabulary

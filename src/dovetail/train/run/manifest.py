@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dovetail.text.atomic import write_bytes
+from dovetail.atomic import write_bytes
 
 NAME = "manifest.json"
 

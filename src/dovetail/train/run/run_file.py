@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from dovetail.atomic import write_bytes
 from dovetail.catalog.precision import RecipeTable, is_file, load_recipe, read_recipe
 from dovetail.catalog.presets import load_model, model_names, read_model_file
 from dovetail.config import Record, UserPath, as_table, differences, dump, load_toml, near_matches, read_toml, validate
@@ -27,7 +28,6 @@ from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
 from dovetail.spec.model import Mla, ModelSpec
 from dovetail.spec.published import OWN
-from dovetail.text.atomic import write_bytes
 from dovetail.text.documents import DataConfig, read_documents
 from dovetail.text.prepare import prepare_store
 from dovetail.text.shards import TokenStore
