@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,24 @@ def test_indentation_stays_with_the_line_break() -> None:
 def test_numbers_are_cut_after_three_digits(tokenizer: Tokenizer) -> None:
     learnt = Tokenizer.train(["1234567 " * 50], 400)
     assert max(len(learnt.decode_bytes([i])) for i in learnt.encode("1234567")) == 3
+
+
+@pytest.mark.parametrize("run", [" ", "\n ", "=", "\u00e9"])
+def test_a_very_long_word_is_learnt_from_in_parts_and_encoded(source: str, tokenizer: Tokenizer, run: str) -> None:
+    """Without parts, learning from it takes minutes, and does not hear Ctrl-C."""
+    text = "id" + run * (250_000 // len(run)) + "value"
+    lines: list[str] = []
+    learnt = Tokenizer.train([source, text], 512, report=lines.append)
+    (line,) = lines
+    assert re.fullmatch(r"words of more than 1,024 characters, .* in parts: 1 \(the longest has 250,00\d\)", line)
+    assert max(len(learnt.decode_bytes([i])) for i in range(learnt.vocab_size)) <= 2048
+    for each in (learnt, tokenizer):
+        assert each.decode(each.encode(text)) == text
+    assert "1024" not in learnt.backend.to_str()  # the saved file cuts words as before
+
+
+def test_ordinary_words_are_not_mentioned(source: str) -> None:
+    assert Tokenizer.train([source, "=" * 1024, " " * 1024], 300, report=pytest.fail).vocab_size == 300
 
 
 def test_training_does_not_depend_on_the_process(source: str, tokenizer: Tokenizer) -> None:

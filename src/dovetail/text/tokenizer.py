@@ -12,18 +12,21 @@ whoever builds a sequence adds the special ids. The `tokenizers` library does th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from dovetail import atomic
+from dovetail.background import in_background
 from dovetail.config import read_json, read_text
 
 # How DeepSeek-V3's published tokenizer cuts words, from memory (unverified), without its rule for Han and kana.
@@ -38,6 +41,11 @@ DEEPSEEK_PATTERN = (
 SOURCE_PATTERN = DEEPSEEK_PATTERN.replace(r"[\p{P}\p{S}]+[\r\n]*", r"[\p{P}\p{S}]+(?:[\r\n]+[ \t]*)?").replace(
     r"\s*[\r\n]+", r"\s*[\r\n]+[ \t]*"
 )
+
+# Learning from a word takes the square of its length, and a padded line may be one word: a longer one is learnt from
+# in parts. Encoding cuts nothing. A word is up to three runs of letters, punctuation or white space: LONG_RUN finds it.
+LONGEST_WORD = 1024  # characters
+LONG_RUN = re.compile(rf"(?<!\S)(?:\S{{{LONGEST_WORD // 3},}}\s*|\S*\s{{{LONGEST_WORD // 3},}})")
 
 BOS, EOS = "<|begin_of_sentence|>", "<|end_of_sentence|>"  # ids 0 and 1, as in DeepSeek-V3's config.json
 FIM_BEGIN, FIM_HOLE, FIM_END = "<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>"
@@ -76,12 +84,18 @@ class Tokenizer:
     piece_bytes: tuple[bytes, ...] | None = field(repr=False)  # by id; None if the decoder is not byte-level
 
     @staticmethod
-    def train(documents: Iterable[str], vocab_size: int, pattern: str = SOURCE_PATTERN) -> Tokenizer:
+    def train(
+        documents: Iterable[str],
+        vocab_size: int,
+        pattern: str = SOURCE_PATTERN,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> Tokenizer:
         """Learn a byte-level BPE of `vocab_size` tokens, special ones included; too little text gives fewer.
 
-        Raises ValueError if `vocab_size` has no room for the 256 bytes and the special tokens.
+        `report` is told how far it is every ten seconds, and of words beyond `LONGEST_WORD`. Raises ValueError if
+        `vocab_size` has no room for the 256 bytes and the special tokens.
         """
-        return train(documents, vocab_size, pattern)
+        return train(documents, vocab_size, pattern, report)
 
     @staticmethod
     def load(path: str | Path) -> Tokenizer:
@@ -159,12 +173,13 @@ def check_vocabulary(vocab_size: int) -> None:
         )
 
 
-def train(documents: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
+def train(documents: Iterable[str], vocab_size: int, pattern: str, report: Callable[[str], None]) -> Tokenizer:
     check_vocabulary(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    parts = pre_tokenizers.Split(Regex(rf"[\s\S]{{{LONGEST_WORD}}}"), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, parts, to_bytes])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -172,7 +187,25 @@ def train(documents: Iterable[str], vocab_size: int, pattern: str) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(documents, trainer)
+    num_characters, long_words = 0, list[int]()
+
+    def read(stopped: Event) -> Iterator[str]:
+        nonlocal num_characters
+        for text in itertools.takewhile(lambda text: not stopped.is_set(), documents):
+            yield text
+            num_characters += len(text)
+            for run in LONG_RUN.finditer(text):
+                lengths = (len(word) for word, _ in words.pre_tokenize_str(run[0]))
+                long_words.extend(length for length in lengths if length > LONGEST_WORD)
+
+    in_background(
+        lambda stopped: backend.train_from_iterator(read(stopped), trainer),
+        lambda: report(f"learning the tokenizer from {num_characters / 1e6:,.1f} million characters so far"),
+    )
+    if long_words:
+        count = f"{len(long_words):,} (the longest has {max(long_words):,})"
+        report(f"words of more than {LONGEST_WORD:,} characters, which were learnt from in parts: {count}")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     # Published DeepSeek tokenizers put bos before a prompt; `encode` above does not.
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
