@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dovetail.text.documents import DataConfig, Document, is_held_out, read_documents, source_files
+from dovetail.text.documents import DataConfig, Document, cut_in_two, is_held_out, read_documents, source_files
 
 
 def read(config: DataConfig, split: str = "all") -> tuple[list[Document], dict[str, str]]:
@@ -25,6 +25,7 @@ def tree(tmp_path: Path) -> Path:
         "empty.txt": b"",
         "latin.txt": b"caf\xe9",
         "picture.txt": b"\x89PNG\0\0",
+        "windows.txt": b"\xef\xbb\xbfmarked",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -39,6 +40,7 @@ def test_directory_in_sorted_order_with_everything_left_out_counted(tree: Path) 
         Document("a/x.py", "first \u00e9", 8),
         Document("a/y.md", "# third", 7),
         Document("b.txt", "second\r\nline", 12),  # line ends are not touched
+        Document("windows.txt", "marked", 6),  # a byte order mark is no text
     ]
     assert skipped == {
         "dangling.txt": "not a regular file",
@@ -105,6 +107,35 @@ def test_splits_part_the_documents(tmp_path: Path) -> None:
     assert sorted([*train, *held_out], key=lambda document: document.name) == everything
 
 
+def test_one_document_is_cut_at_a_line(tmp_path: Path) -> None:
+    """Whatever the hash of its name says, and whatever lies beside it that is no text."""
+    text = "".join(f"line {number}\n" for number in range(100))
+    (tmp_path / "book.txt").write_text(text)
+    (tmp_path / "cover.png").write_bytes(b"\0")
+    config = DataConfig(kind="files", path=tmp_path, held_out_share=0.1)
+    (train,), skipped = read(config, "train")
+    (held_out,), _ = read(config, "held_out")
+    assert train.text + held_out.text == text and train.text.endswith("\n")
+    assert held_out.text.splitlines() == [f"line {number}" for number in range(90, 100)]
+    assert skipped == {"cover.png": "binary"}
+    (whole,), _ = read(config.model_copy(update={"held_out_share": 0.0}), "train")
+    assert whole.text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "share", "held_out"),
+    [
+        ("a\nb\nc\n", 1e-6, "c\n"),  # the last line at least
+        ("a\nb\nc\n", 0.999, "b\nc\n"),  # and the first one is trained on
+        ("long first line\nb", 0.5, "b"),
+        ("one line\n", 0.5, ""),
+        ("one line", 0.5, ""),
+    ],
+)
+def test_where_one_document_is_cut(text: str, share: float, held_out: str) -> None:
+    assert cut_in_two(text, share) == (text.removesuffix(held_out) if held_out else text, held_out)
+
+
 def test_stdlib_is_source_without_tests_tables_and_packages() -> None:
     names = [file.name for file in source_files(DataConfig())]
     assert names == sorted(set(names))
@@ -132,40 +163,6 @@ def test_stdlib_splits_by_file() -> None:
     assert sizes["train"] > 5e6
     assert 0.01 < sizes["held_out"] / sum(sizes.values()) < 0.15
     assert set(skipped) <= {"empty"}
-
-
-def test_jsonl(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one", "id": 1}\n\n{"text": "two \xc3\xa9"}\n{"text": ""}\n')
-    (tmp_path / "a.jsonl").write_text('{"text": "zero\\u0000\\nline"}')
-    (tmp_path / "notes.txt").write_text("not JSON")
-    documents, skipped = read(DataConfig(kind="jsonl", path=tmp_path))
-    assert [(d.name, d.text) for d in documents] == [
-        ("a.jsonl:1", "zero\0\nline"),
-        ("b.jsonl:1", "one"),
-        ("b.jsonl:3", "two \u00e9"),
-    ]
-    assert skipped == {"b.jsonl:4": "empty"}
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "cut', r"rows\.jsonl, line 2: not JSON \(Unterminated string"),
-        ('{"content": "x", "id": 3}', r"line 2: no text under 'text' \(keys with text: content\); set data"),
-        ('{"text": 3}', r"rows\.jsonl, line 2: no text under 'text' \(keys with text: none\)"),
-        ('["x"]', r"rows\.jsonl, line 2: no text under 'text'"),
-    ],
-)  # fmt: skip
-def test_broken_jsonl_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read(DataConfig(kind="jsonl", path=tmp_path / "rows.jsonl"))
-
-
-def test_jsonl_that_is_not_utf8_names_file_and_line(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl, line 1: not JSON"):
-        read(DataConfig(kind="jsonl", path=tmp_path / "rows.jsonl"))
 
 
 def test_lone_surrogate_in_json_is_left_out(tmp_path: Path) -> None:

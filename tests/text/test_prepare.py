@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dovetail.text import prepare
 from dovetail.text.documents import DataConfig
-from dovetail.text.prepare import Tally, prepare_store
+from dovetail.text.prepare import Tally, prepare_store, sha256_of
 from dovetail.text.shards import TokenStore, read_tokens
 from dovetail.text.tokenizer import Tokenizer
 
@@ -61,11 +62,25 @@ def test_any_change_makes_another_store(config: DataConfig, tokenizer: Tokenizer
         seen.append(directory(config.model_copy(update=update)))
     seen.append(directory(with_tokenizer=Tokenizer.train(["other text"], 300)))
     assert config.path is not None
-    os.utime(config.path / "00.txt", ns=(1, 1))
-    seen.append(directory())
     (config.path / "more.txt").write_text("more")
     seen.append(directory())
+    (config.path / "more.txt").write_text("less")
+    seen.append(directory())
     assert len(set(seen)) == len(seen)
+
+
+def test_a_touched_file_is_the_same_text(
+    config: DataConfig, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its content is read once more, and no other file's."""
+    first = prepare_store(config, tokenizer, tmp_path / "data", "train").directory
+    assert config.path is not None
+    os.utime(config.path / "00.txt", ns=(1, 1))
+    hashed: list[Path] = []
+    monkeypatch.setattr(prepare, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    for _ in range(2):
+        assert prepare_store(config, tokenizer, tmp_path / "data", "train").directory == first
+    assert hashed == [config.path / "00.txt"]
 
 
 def test_moved_text_is_the_same_text(config: DataConfig, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -108,6 +123,13 @@ def test_progress_counts_up_to_the_totals(config: DataConfig, tokenizer: Tokeniz
     store = prepare_store(config, tokenizer, tmp_path / "data", "train", seen.append)
     assert [progress.num_documents for progress in seen] == list(range(1, store.index.num_documents + 1))
     assert (seen[-1].num_bytes, seen[-1].num_tokens) == (store.num_bytes, store.num_tokens)
+
+
+def test_one_document_is_in_both_splits(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("one line of the book\n" * 100)
+    config = DataConfig(kind="files", path=tmp_path / "book.txt", fim_rate=0.0)
+    train, held_out = (prepare_store(config, tokenizer, tmp_path / "data", split) for split in ("train", "held_out"))
+    assert (train.num_bytes, held_out.num_bytes) == (95 * 21, 5 * 21)
 
 
 def test_empty_held_out_part_names_the_remedy(tokenizer: Tokenizer, tmp_path: Path) -> None:

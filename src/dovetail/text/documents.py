@@ -1,15 +1,17 @@
-"""Reads documents from directories, JSONL, Parquet, saved `datasets` or Python's own library.
+"""Reads documents from directories, JSON, Parquet, saved `datasets` or Python's own library.
 
 The order is fixed: sorted paths, and rows in the order of the file. Whether a document is held out depends on its
-name alone, so it stays the same with another seed, on another machine, and among other documents.
+name alone, so it stays the same with another seed, on another machine, and among other documents. Only where there is
+one document and no other, it is cut in two: its last lines are held out.
 """
 
 from __future__ import annotations
 
+import codecs
 import fnmatch
 import hashlib
 import importlib
-import json
+import itertools
 import os
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dovetail.config import Record, UserPath
+from dovetail.text.jsonl import read_jsonl
 
 Skip = Callable[[str, str], None]  # (document, why it was left out)
 Split = Literal["train", "held_out", "all"]
@@ -38,7 +41,7 @@ STDLIB_LEFT_OUT = (
 PATTERNS: dict[str, tuple[str, ...]] = {
     "stdlib": ("*.py",),
     "files": ("*",),
-    "jsonl": ("*.jsonl", "*.ndjson"),
+    "jsonl": ("*.jsonl", "*.ndjson", "*.jsonl.gz", "*.ndjson.gz"),
     "parquet": ("*.parquet",),
     "datasets": ("*",),
 }
@@ -84,11 +87,18 @@ def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | Non
     ValueError, with file and line, for a broken line or a missing column of a data set.
     """
     skip = on_skip or (lambda name, reason: None)
-
-    def wanted(name: str) -> bool:
-        return split == "all" or is_held_out(name, config.held_out_share) == (split == "held_out")
-
-    for name, text in named_texts(config, wanted, skip):
+    is_split = split != "all" and config.held_out_share > 0
+    document = only_document(config, *([skip] if split == "train" else [])) if is_split else None
+    if document is not None:
+        part = cut_in_two(document.text, config.held_out_share)[split == "held_out"]
+        texts = iter([(document.name, part)] if part else [])
+    else:
+        texts = named_texts(
+            config,
+            lambda name: not is_split or is_held_out(name, config.held_out_share) == (split == "held_out"),
+            skip,
+        )
+    for name, text in texts:
         if not text:
             skip(name, "empty")
             continue
@@ -96,6 +106,27 @@ def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | Non
             yield Document(name, text, len(text.encode()))
         except UnicodeEncodeError:  # "\ud800" is legal JSON
             skip(name, "lone surrogate")
+
+
+def only_document(config: DataConfig, skip: Skip = lambda name, reason: None) -> Document | None:
+    """Return the document of a source that has no other; what is left out beside it goes to `skip`."""
+    left_out: list[tuple[str, str]] = []
+    first = list(itertools.islice(read_documents(config, on_skip=lambda *why: left_out.append(why)), 2))
+    if len(first) != 1:
+        return None
+    for why in left_out:
+        skip(*why)
+    return first[0]
+
+
+def cut_in_two(text: str, share: float) -> tuple[str, str]:
+    """Return the lines to train on and the last lines, about a `share` of the characters, to hold out.
+
+    One line cannot be cut: nothing is held out then.
+    """
+    wanted = min(round(len(text) * (1 - share)), len(text) - 1)
+    at = text.rfind("\n", 0, wanted) + 1 or text.find("\n") + 1 or len(text)
+    return text[:at], text[at:]
 
 
 def is_held_out(name: str, share: float) -> bool:
@@ -111,7 +142,7 @@ def named_texts(config: DataConfig, wanted: Callable[[str], bool], skip: Skip) -
         return
     for file in source_files(config):
         if config.kind == "jsonl":
-            yield from (row for row in read_jsonl(file, config.text_key) if wanted(row[0]))
+            yield from (row for row in read_jsonl(file.path, file.name, config.text_key, skip) if wanted(row[0]))
         elif config.kind == "parquet":
             yield from (row for row in read_parquet(file, config.text_key, skip) if wanted(row[0]))
         elif wanted(file.name) and (text := read_text(file, skip)) is not None:
@@ -153,7 +184,10 @@ def walk(root: Path, patterns: tuple[str, ...], left_out: tuple[str, ...]) -> It
 
 
 def read_text(file: SourceFile, skip: Skip) -> str | None:
-    """Return the file's exact characters (line ends untouched), or None after telling `skip` why not."""
+    """Return the file's exact characters (line ends untouched), or None after telling `skip` why not.
+
+    A byte order mark at the start is none of them.
+    """
     try:
         if not file.path.is_file():  # a pipe would block, and a dangling link has no content
             skip(file.name, "not a regular file")
@@ -166,29 +200,10 @@ def read_text(file: SourceFile, skip: Skip) -> str | None:
         skip(file.name, "binary")
         return None
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError:
         skip(file.name, "not UTF-8")
         return None
-
-
-def read_jsonl(file: SourceFile, text_key: str) -> Iterator[tuple[str, str]]:
-    """Yield one document per line; blank lines are passed over."""
-    with open(file.path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            line = line.strip()
-            if not line:
-                continue
-            where = f"{file.path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise ValueError(f"{where}: not JSON ({error}); repair or delete the line") from error
-            fields = row if isinstance(row, dict) else {}
-            if not isinstance(fields.get(text_key), str):
-                keys = ", ".join(sorted(key for key, value in fields.items() if isinstance(value, str))) or "none"
-                raise ValueError(f"{where}: no text under {text_key!r} (keys with text: {keys}); set data.text_key")
-            yield f"{file.name}:{number}", fields[text_key]
 
 
 def read_parquet(file: SourceFile, text_key: str, skip: Skip) -> Iterator[tuple[str, str]]:
