@@ -30,6 +30,9 @@ def quickstart(
 def train(
     run: Annotated[Path, typer.Argument(help="A run file (TOML).")],
     change: Annotated[list[str] | None, typer.Option("--set", help="Override a key, such as train.steps=200.")] = None,
+    accept_changed_text: Annotated[
+        bool, typer.Option("--accept-changed-text", help="Go on though the text changed since the checkpoint.")
+    ] = False,
 ) -> None:
     """Train from a run file, or continue where the run was stopped."""
     from dovetail.config import load_toml
@@ -37,7 +40,7 @@ def train(
     from dovetail.train.run.run_file import RunConfig
 
     announce_compilation()
-    state = run_training(load_toml(run, RunConfig, change or ()))
+    state = run_training(load_toml(run, RunConfig, change or ()), accept_changed_text=accept_changed_text)
     out = state.config.out
     print(f"trained {state.num_steps} steps; complete text with: dovetail generate {out} --prompt TEXT")
     print(f"export the weights with: dovetail export {out} OUT")

@@ -15,8 +15,9 @@ from dovetail.train.compare.pairs import HeldOutPair, Pair, Record, read_records
 from dovetail.train.compare.sides import Comparison, comparison
 from dovetail.train.report.metrics import StepMetrics, WholeHeldOutMetrics, read_metrics
 from dovetail.train.run import loop
-from dovetail.train.run.loop import Interrupted, train
+from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.stop import Interrupted
 from dovetail.train.step import step as stepping
 
 Build = Callable[..., RunConfig]

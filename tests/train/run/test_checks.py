@@ -31,7 +31,6 @@ def changed(config: RunConfig, changes: dict[str, object]) -> RunConfig:
         ({"data.path": Path("nowhere")}, r"^nowhere: no such file or directory; set data.path"),
         ({"data.patterns": ("*.md",)}, r"no file matches \*.md; set data.patterns"),
         ({"data.kind": "parquet"}, r"no file matches \*.parquet"),
-        ({"data.held_out_share": 1e-6}, r"no document is held out; give more documents, or change data.held_out_share"),
         ({"data.held_out_share": 0.999999}, r"no document is to train on; give more documents, or change data"),
         ({"tokenizer.path": Path("tok")}, r"^tok/tokenizer.json: no such file"),
         ({"model.change": {"vocab_size": 200}}, r"vocab_size 200 is too small"),
@@ -47,6 +46,28 @@ def test_a_mistake_is_found_before_the_directory_is_claimed(
     with pytest.raises(ValueError, match=message):
         train(changed(tiny_run(tmp_path / "run", text), changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_text_is_trained_on_where_none_is_held_out_and_that_is_said(
+    tmp_path: Path, text: Path, tiny_run: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = train(changed(tiny_run(tmp_path / "run", text, evaluate_every=4), {"data.held_out_share": 1e-6}))
+    assert state.held_out_store is None
+    said = "no document is held out at data.held_out_share = 1e-06; training without held-out text"
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_one_file_is_cut_and_that_is_said_before_a_tokenizer_is_trained(
+    tmp_path: Path, text: Path, tiny_run: Build, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join((text / f"{number}.txt").read_text() + "\n" for number in range(20)))
+    state = train(tiny_run(tmp_path / "run", book))
+    assert state.held_out_store is not None
+    assert state.train_store.num_bytes + state.held_out_store.num_bytes == book.stat().st_size
+    said = f"book.txt is the only document: its last {state.held_out_store.num_bytes:,} bytes are held out"
+    lines = " ".join(capsys.readouterr().err.split())
+    assert -1 < lines.find(said) < lines.find("training a byte-level BPE")
 
 
 def test_a_broken_line_of_either_split_is_named_before_a_tokenizer_is_trained(

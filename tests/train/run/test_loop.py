@@ -24,8 +24,9 @@ from dovetail.train.report.metrics import (
     read_metrics,
 )
 from dovetail.train.run import loop
-from dovetail.train.run.loop import Diverged, Interrupted, train
+from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, load_weights, resolve_schedule
+from dovetail.train.run.stop import Diverged, Interrupted
 from dovetail.train.step.schedule import Schedule, Segment
 
 Build = Callable[..., RunConfig]

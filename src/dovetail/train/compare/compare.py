@@ -16,6 +16,7 @@ A comparison that was stopped goes on after its last whole seed, because the wei
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,10 +39,12 @@ from dovetail.train.compare.picture import draw
 from dovetail.train.compare.sides import Comparison
 from dovetail.train.compare.summary import Summary, summarize
 from dovetail.train.run import run_file
+from dovetail.train.run.claim import check_same, only_run
 from dovetail.train.run.evaluate import held_out
-from dovetail.train.run.loop import Counters, Interrupted, Run, advance
+from dovetail.train.run.loop import Counters, Run, advance
 from dovetail.train.run.ranks import local_device
 from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.stop import Interrupted
 from dovetail.train.step.optim import AdamW
 from dovetail.train.step.schedule import TrainingSchedule
 
@@ -66,6 +69,11 @@ def compare(what: Comparison, num_seeds: int, display: CompareDisplay | None = N
     settle_process()
     for side in what.sides:  # so that what cannot run is refused before anything is written
         run_file.build_model(side, torch.device("meta"))
+    with only_run(what.out, "this comparison is being made by another process"):
+        return _compare(what, num_seeds, display)
+
+
+def _compare(what: Comparison, num_seeds: int, display: CompareDisplay | None) -> list[Record]:
     keep_settings(what)
     first, steps = what.settings.a.train.seed, max(what.steps)
     seeds = [first + index for index in range(num_seeds)]
@@ -95,12 +103,19 @@ class _Side:
 
 
 def keep_settings(what: Comparison) -> None:
-    """Write the settings of a new directory, or check that the directory was made with the same ones."""
-    path = what.out / "compare.toml"
-    if path.exists():
-        there, here = read_toml(path), as_table(what.settings)
-        run_file.check_same(there, here, f"{what.out} holds a comparison with other settings", "give another --out")
-    else:
+    """Write the settings, or check that the comparison that is there was made with the same ones.
+
+    Before the first record they may change: the tokenizer is made again then.
+    """
+    path, log = what.out / "compare.toml", what.out / LOG
+    there, here = read_toml(path) if path.exists() else {}, as_table(what.settings)
+    if there and log.exists() and log.stat().st_size:
+        title, outs = f"{what.out} holds a comparison with other settings", ("a.out", "b.out")
+        check_same(there, here, title, "give another --out", outs)
+    elif there and there != here:
+        for tokenizer in {side.out / "tokenizer" for side in what.sides}:
+            shutil.rmtree(tokenizer, ignore_errors=True)
+    if there != here:
         write_bytes(path, dump(what.settings).encode())
 
 

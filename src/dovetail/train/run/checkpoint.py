@@ -128,7 +128,7 @@ class Checkpointer:
 
 def latest(root: Path) -> Path | None:
     """The newest whole checkpoint in `root`, or None; a damaged one is named in a warning and passed over."""
-    for _, path in sorted(_checkpoints(root), reverse=True):
+    for _, path in sorted(checkpoints(root), reverse=True):
         problem = manifest.damage(path)
         if problem is None:
             return path
@@ -191,12 +191,13 @@ def _publish(temporary: Path, path: Path, extra: str, files: dict[str, Fingerpri
     manifest.write(temporary, files, {"step": step_of(path), "torch": torch.__version__})
     publish(temporary, path)  # in place of an older one where the run came back to this step
     # Later steps than this one belong to a run that was rewound: not ours to count, and not ours to remove.
-    older = sorted(found for found in _checkpoints(path.parent) if found[0] <= step_of(path))
+    older = sorted(found for found in checkpoints(path.parent) if found[0] <= step_of(path))
     for _, each in older[:-keep]:
         remove_directory(each)
 
 
-def _checkpoints(root: Path) -> list[tuple[int, Path]]:
+def checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """The steps and directories of all checkpoints in `root`, whole or damaged, in no order."""
     if not root.is_dir():
         return []
     return [(int(match[1]), path) for path in root.iterdir() if (match := _FINAL.fullmatch(path.name))]

@@ -6,44 +6,60 @@ A mistake that is found here costs seconds, and the run file can be corrected: n
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
 from dovetail.atomic import check_folder
 from dovetail.spec.model import ModelSpec
-from dovetail.text.documents import DataConfig, read_documents, source_files
+from dovetail.text.documents import DataConfig, only_document, read_documents, source_files
 from dovetail.text.prepare import check_special_tokens
 from dovetail.text.tokenizer import check_vocabulary
 from dovetail.train.run.ranks import rank_and_world
 from dovetail.train.run.run_file import RunConfig, build_model, load_tokenizer
 
 
-def check_run(config: RunConfig, spec: ModelSpec) -> None:
-    """Raise ValueError, one line, for what stands against the run; nothing is written."""
+def check_run(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> bool:
+    """Return whether some of the text is held out; nothing is written. Raises ValueError, one line, for what stands
+    against the run."""
     check_folder(config.out)
     build_model(config, torch.device("meta"))  # without memory, which is enough to see that it can be built
     if config.train.steps is None and rank_and_world()[1] > 1 and not (config.out / "budget.json").exists():
         raise ValueError("train.minutes is measured by one process; under torchrun set train.steps")
-    check_text(config.data)
+    is_held_out = check_text(config.data, report)
     check_tokenizer(config, spec)
+    return is_held_out
 
 
-def check_text(config: DataConfig) -> None:
-    """Raise ValueError where the text cannot be read, or where one of its splits would be empty."""
+def check_text(config: DataConfig, report: Callable[[str], None]) -> bool:
+    """Return whether some text is held out, and tell `report` where that is not as one would think.
+
+    Raises ValueError where the text cannot be read, or where there is none to train on.
+    """
     source_files(config)
-    for split in ("train", "held_out") if config.held_out_share else ("train",):
-        left_out: Counter[str] = Counter()
-        documents = read_documents(config, split, lambda name, reason, seen=left_out: seen.update([reason]))
-        if next(documents, None) is None:
-            raise ValueError(_empty(config, "to train on" if split == "train" else "held out", left_out))
+    left_out: Counter[str] = Counter()
+    if next(read_documents(config, "train", lambda name, reason: left_out.update([reason])), None) is None:
+        raise ValueError(_empty(config, left_out))
+    if config.held_out_share == 0:
+        return False
+    held_out = next(read_documents(config, "held_out"), None)
+    share = f"data.held_out_share = {config.held_out_share:g}"
+    if held_out is None:
+        report(f"{_source(config)}: no document is held out at {share}; training without held-out text")
+    elif document := only_document(config):
+        report(f"{document.name} is the only document: its last {held_out.num_bytes:,} bytes are held out ({share})")
+    return held_out is not None
 
 
-def _empty(config: DataConfig, kind: str, left_out: Counter[str]) -> str:
-    where = "Python's own library" if config.path is None else str(config.path)
+def _source(config: DataConfig) -> str:
+    return "Python's own library" if config.path is None else str(config.path)
+
+
+def _empty(config: DataConfig, left_out: Counter[str]) -> str:
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
     share = f"data.held_out_share = {config.held_out_share:g} (0 holds nothing out)"
     remedy = "give more documents" + (f", or change {share}" if config.held_out_share else "")
-    return f"{where}: no document is {kind}{f', left out: {reasons}' if reasons else ''}; {remedy}"
+    return f"{_source(config)}: no document is to train on{f', left out: {reasons}' if reasons else ''}; {remedy}"
 
 
 def check_tokenizer(config: RunConfig, spec: ModelSpec) -> None:

@@ -35,26 +35,18 @@ from dovetail.train.report.metrics import (
     WholeHeldOutMetrics,
     read_metrics,
 )
-from dovetail.train.run import checkpoint, run_file
+from dovetail.train.run import checkpoint, claim, run_file
 from dovetail.train.run.budget import budget_line, steps_in_time
 from dovetail.train.run.checks import check_run
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.peak import measure_peak
 from dovetail.train.run.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.run.run_file import RunConfig
-from dovetail.train.run.stop import stop_signals
+from dovetail.train.run.stop import Diverged, Interrupted, stop_signals
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.optim import AdamW
 from dovetail.train.step.schedule import Position, TrainingSchedule, Values, values
 from dovetail.train.step.step import Objective, StepResult, microbatches, train_step
-
-
-class Diverged(RuntimeError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
-
-
-class Interrupted(RuntimeError):
-    """Ctrl-C or SIGTERM; the run is saved and can go on."""
 
 
 @dataclass(slots=True)
@@ -85,35 +77,38 @@ class Run:
     peak: float  # FLOP/s, measured
 
 
-def train(config: RunConfig, display: Display | None = None) -> Run:
+def train(config: RunConfig, display: Display | None = None, accept_changed_text: bool = False) -> Run:
     """Train to the end of the budget, resuming from the newest whole checkpoint in `config.out`.
 
-    Raises ValueError for settings that cannot work, Interrupted on Ctrl-C (the run is saved), Diverged, and
+    Raises ValueError for settings that cannot work, for a run that another process trains, and, unless
+    `accept_changed_text` is set, for one whose text changed; Interrupted on Ctrl-C (the run is saved), Diverged, and
     CheckpointError if the disk gives out.
     """
     settle_process()
-    with process_group():
+    with process_group(), claim.only_run(config.out):
         if display is None or rank_and_world()[0] > 0:
             display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
         try:
-            state = prepare(config, display)
+            state = prepare(config, display, accept_changed_text)
             display.num_steps = state.num_steps
-            _loop(state, display)
+            _loop(state, display, accept_changed_text)
         finally:
             display.close()
     return state
 
 
-def prepare(config: RunConfig, display: Display) -> Run:
+def prepare(config: RunConfig, display: Display, accept_changed_text: bool) -> Run:
     """Text, tokens, model and budget: everything up to the first step. Rank 0 writes files, the others read them."""
     device = local_device()
     spec = run_file.resolve_model(config.model)
     schedule = run_file.resolve_schedule(config)
     with first_rank_first():
-        check_run(config, spec)
-        run_file.claim(config, spec)
+        is_held_out = check_run(config, spec, display.message)
+        if not accept_changed_text:
+            claim.check_sources(config)
+        claim.claim(config, spec)
         tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
-        train_store, held_out_store = run_file.prepare_stores(config, tokenizer, display.message)
+        train_store, held_out_store = run_file.prepare_stores(config, tokenizer, is_held_out, display.message)
     model = run_file.build_model(config, device)
     num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
     display.message(budget_line(config.train, schedule, train_store, num_steps))
@@ -145,22 +140,28 @@ def state_of(state: Run) -> dict[str, dict[str, Tensor] | dict[str, dict[str, Te
     return tensors if state.ema is None else {**tensors, "ema": state.ema.state()}
 
 
-def resume(state: Run, root: Path) -> Counters:
+def _text(state: Run) -> claim.Text:
+    return claim.text_of(state.tokenizer, state.train_store, state.held_out_store)
+
+
+def resume(state: Run, root: Path, accept_changed_text: bool) -> Counters:
     """Fill the state from the newest whole checkpoint, if there is one."""
     newest = checkpoint.latest(root)
     if newest is None:
         return Counters()
     extra = checkpoint.load_checkpoint(newest, state_of(state))
+    if not accept_changed_text:
+        claim.check_text(state.config.out, checkpoint.step_of(newest), extra.get(claim.TEXT), _text(state))
     state.optimizer.updates = extra["updates"]
     state.optimizer.refresh_parameters()
     return Counters(**extra["counters"])
 
 
-def _loop(state: Run, display: Display) -> None:
+def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
     config, root = state.config, state.config.out / "checkpoints"
     is_first = rank_and_world()[0] == 0
     checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
-    counters = resume(state, root)
+    counters = resume(state, root, accept_changed_text)
     if counters.step:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
     log = MetricsLog(config.out / "metrics.jsonl", counters.step) if is_first else None
@@ -263,8 +264,7 @@ def _metrics(
 def _save(state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, log: MetricsLog | None) -> None:
     if log is not None:
         log.sync()
-    fields = {name: getattr(counters, name) for name in Counters.__slots__}
-    extra = {"counters": fields, "updates": state.optimizer.updates}
+    extra = {"counters": dataclasses.asdict(counters), "updates": state.optimizer.updates, claim.TEXT: _text(state)}
     checkpointer.save(counters.step, state_of(state), extra)
 
 

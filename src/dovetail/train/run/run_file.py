@@ -11,7 +11,6 @@ out/budget.json   the number of steps, fixed at the start where `train.minutes` 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +18,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from dovetail.atomic import write_bytes
 from dovetail.catalog.precision import RecipeTable, is_file, load_recipe, read_recipe
 from dovetail.catalog.presets import load_model, model_names, read_model_file
-from dovetail.config import Record, UserPath, as_table, differences, dump, load_toml, near_matches, read_toml, validate
+from dovetail.config import Record, UserPath, load_toml, near_matches, validate
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf_config import read_hf, write_hf
@@ -168,27 +166,6 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
     return model
 
 
-def claim(config: RunConfig, spec: ModelSpec) -> None:
-    """Create the run's directory, or check that the one there was made with the same settings and model."""
-    path, model = config.out / "run.toml", config.out / "config.json"
-    remedy = "set out to a new directory"
-    if path.exists():
-        check_same(read_toml(path), as_table(config), f"{config.out} holds a run with other settings", remedy)
-    if path.exists() and model.exists():
-        there = write_hf(read_model_file(model).spec)
-        check_same(there, write_hf(spec), f"{config.out} holds a run with other keys of the model", remedy)
-    if not path.exists() or not model.exists():  # run.toml is last: a directory with one is a run's
-        write_bytes(model, (json.dumps(write_hf(spec), indent=2) + "\n").encode())
-        write_bytes(path, dump(config).encode())
-
-
-def check_same(there: Mapping[str, Any], here: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise ValueError, which opens with `what`, for two tables that differ, with the first keys that do."""
-    if found := list(differences(there, here).items()):
-        changes = "; ".join(f"{key} was {was!r} and is now {now!r}" for key, (was, now) in found[:4])
-        raise ValueError(f"{what} ({changes}); {remedy}, or delete this one")
-
-
 def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> Tokenizer:
     """The run's tokenizer: there already, copied, or trained on the training text."""
     directory = config.out / "tokenizer"
@@ -198,7 +175,7 @@ def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str]
         tokenizer = load_tokenizer(config.tokenizer.path, spec)
     else:
         report(f"training a byte-level BPE of {spec.vocab_size} tokens")
-        tokenizer = Tokenizer.train(_texts(config.data), spec.vocab_size)
+        tokenizer = Tokenizer.train(_texts(config.data), spec.vocab_size, report=report)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     return tokenizer
@@ -221,17 +198,21 @@ def _texts(config: DataConfig) -> Iterator[str]:
 
 
 def prepare_stores(
-    config: RunConfig, tokenizer: Tokenizer, report: Callable[[str], None]
+    config: RunConfig, tokenizer: Tokenizer, is_held_out: bool, report: Callable[[str], None]
 ) -> tuple[TokenStore, TokenStore | None]:
-    """Training and held-out tokens; no held-out store where none of the text is held out."""
-    stores = []
-    for split in ("train", "held_out"):
-        if split == "held_out" and config.data.held_out_share == 0:
-            return stores[0], None
-        store = prepare_store(config.data, tokenizer, config.out / "tokens", split)
-        report(f"{split.replace('_', '-')} text: {store.num_bytes / 1e6:.1f} MB, {store.num_tokens:,} tokens")
-        stores.append(store)
-    return stores[0], stores[1]
+    """Training and held-out tokens; no held-out store where none of the text `is_held_out`."""
+    train = _prepare_store(config, tokenizer, "train", report)
+    return train, _prepare_store(config, tokenizer, "held_out", report) if is_held_out else None
+
+
+def _prepare_store(
+    config: RunConfig, tokenizer: Tokenizer, split: Literal["train", "held_out"], report: Callable[[str], None]
+) -> TokenStore:
+    store = prepare_store(config.data, tokenizer, config.out / "tokens", split)
+    line = f"{split.replace('_', '-')} text: {store.num_bytes / 1e6:.1f} MB, {store.num_tokens:,} tokens"
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(store.index.left_out.items()))
+    report(f"{line}; left out: {left_out}" if left_out else line)
+    return store
 
 
 def is_run(directory: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Turns the signals that stop a run into something to look at between two steps."""
+"""Why a run stops before its end, and the signals for it, to be looked at between two steps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class Interrupted(RuntimeError):
+    """Ctrl-C or SIGTERM; the run is saved and can go on."""
 
 
 @contextmanager
