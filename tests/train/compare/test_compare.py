@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.train.compare.compare import LOG, compare, measure
+from dovetail.config import load_toml
+from dovetail.train.compare.compare import LOG, compare, keep_settings, measure
 from dovetail.train.compare.pairs import HeldOutPair, Pair, Record, read_records
-from dovetail.train.compare.sides import Comparison, comparison
+from dovetail.train.compare.sides import Comparison, Settings, comparison
 from dovetail.train.report.metrics import StepMetrics, WholeHeldOutMetrics, read_metrics
 from dovetail.train.run import loop
+from dovetail.train.run.claim import only_run
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.run.stop import Interrupted
@@ -183,6 +185,22 @@ def test_a_step_that_is_not_finite_is_null_and_counted(compared: Compared, monke
     assert math.isnan(pairs[-1].difference)
     last = json.loads((what.out / LOG).read_text().splitlines()[-1])
     assert last["b"]["loss"] is None and isinstance(last["a"]["loss"], float)
+
+
+def test_before_the_first_record_settings_may_change(compared: Compared) -> None:
+    """What stopped the first attempt was mended, and the tokenizer of that attempt may be another one."""
+    keep_settings(compared(steps=1))
+    mended = compared(steps=2)
+    (mended.out / "tokenizer").mkdir()
+    keep_settings(mended)
+    assert load_toml(mended.out / "compare.toml", Settings) == mended.settings
+    assert not (mended.out / "tokenizer").exists()
+
+
+def test_a_comparison_is_made_by_one_process(compared: Compared) -> None:
+    what = compared(steps=1)
+    with only_run(what.out), pytest.raises(ValueError, match="this comparison is being made by another process"):
+        compare(what, 1)
 
 
 def test_a_side_that_cannot_be_trained_and_a_directory_with_other_settings(compared: Compared, tmp_path: Path) -> None:

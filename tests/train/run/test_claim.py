@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from dovetail.convert import load_llm
-from dovetail.engine.sampler import SamplingParams
 from dovetail.text import prepare
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.report.metrics import StepMetrics, read_metrics
@@ -94,7 +93,7 @@ def test_a_checkpoint_of_a_version_that_recorded_no_text_goes_on(
     train(stopped)
 
 
-def test_a_run_that_was_moved_goes_on_and_generates(stopped: RunConfig, tmp_path: Path) -> None:
+def test_a_run_that_was_moved_goes_on_and_is_found(stopped: RunConfig, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "run"
     moved.parent.mkdir()
     stopped.out.rename(moved)
@@ -102,8 +101,7 @@ def test_a_run_that_was_moved_goes_on_and_generates(stopped: RunConfig, tmp_path
     assert not stopped.out.exists()
     steps = [each.step for each in read_metrics(moved / "metrics.jsonl") if isinstance(each, StepMetrics)]
     assert steps == list(range(1, 9))
-    llm, line = load_llm(moved)
-    assert line == f"{moved}: weights after step 8" and llm.generate(["alpha"], SamplingParams(max_tokens=2))[0].token_ids
+    assert load_llm(moved)[1] == f"{moved}: weights after step 8"
 
 
 def test_another_path_of_the_tokenizer_may_name_the_same_one_only(tmp_path: Path, text: Path, tiny_run: Build) -> None:
