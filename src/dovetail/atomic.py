@@ -75,7 +75,11 @@ def publish(partial: Path, target: Path) -> None:
             raise
         shutil.rmtree(_old_name(target), ignore_errors=True)
         os.replace(target, _old_name(target))
-        os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            os.replace(_old_name(target), target)
+            raise
     sync(target.parent)
     shutil.rmtree(_old_name(target), ignore_errors=True)
 
@@ -109,10 +113,10 @@ def _old_name(target: Path) -> Path:
 
 @contextmanager
 def only_process(lock: Path, refusal: str) -> Iterator[None]:
-    """Hold the file `lock` during the block, which is of no use to a second process.
+    """Hold the file `lock` during the block, so that no other process enters such a block meanwhile.
 
-    A process that was killed holds nothing any more. Raises ValueError, which opens with `refusal` and names the
-    process that holds the file.
+    A process that was killed holds nothing any more. Raises ValueError if another one holds the file: `refusal`, with
+    its number and host.
     """
     try:
         file = _locked(lock, wait=False)

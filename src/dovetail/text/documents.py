@@ -86,9 +86,9 @@ def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | Non
     With kind "files" and "stdlib", a file that is not UTF-8 text is left out and reported to `on_skip`. Raises
     ValueError, with file and line, for a broken line or a missing column of a data set.
     """
-    skip = on_skip or (lambda name, reason: None)
+    skip = on_skip or _tell_nobody
     is_split = split != "all" and config.held_out_share > 0
-    document = only_document(config, *([skip] if split == "train" else [])) if is_split else None
+    document = only_document(config, skip if split == "train" else _tell_nobody) if is_split else None
     if document is not None:
         part = cut_in_two(document.text, config.held_out_share)[split == "held_out"]
         texts = iter([(document.name, part)] if part else [])
@@ -108,7 +108,11 @@ def read_documents(config: DataConfig, split: Split = "all", on_skip: Skip | Non
             skip(name, "lone surrogate")
 
 
-def only_document(config: DataConfig, skip: Skip = lambda name, reason: None) -> Document | None:
+def _tell_nobody(name: str, reason: str) -> None:
+    pass
+
+
+def only_document(config: DataConfig, skip: Skip = _tell_nobody) -> Document | None:
     """Return the document of a source that has no other; what is left out beside it goes to `skip`."""
     left_out: list[tuple[str, str]] = []
     first = list(itertools.islice(read_documents(config, on_skip=lambda *why: left_out.append(why)), 2))
