@@ -19,7 +19,6 @@ from torch import Tensor
 from dovetail.kernel_cache import compiled
 
 
-
 def use_threads_of_torch() -> None:
     """Kernels run on as many threads as torch, whose number stays; of the calling thread, as numba has it."""
     count = torch.get_num_threads()
