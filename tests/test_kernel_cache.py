@@ -5,13 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import dovetail
+import pytest
 
+import dovetail
+from dovetail.kernel_cache import kernel_directory
+
+SOURCE = str(Path(dovetail.__file__).parents[1])
 SIMULATE = ("network", "simulate", "--fabric", "mpft", "--gpus", "16", "--size", "1MiB", "--json")
 
 
 def run(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    source = {"PYTHONPATH": str(Path(dovetail.__file__).parents[1]), "XDG_CACHE_HOME": str(cache)}
+    source = {"PYTHONPATH": SOURCE, "XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, "-m", "dovetail", *SIMULATE]
     return subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **source, **environment}, timeout=120, check=True
@@ -29,3 +33,48 @@ def test_compiling_is_said_once_and_never_where_the_kernels_are_kept(tmp_path: P
 
 def test_of_several_processes_one_speaks(tmp_path: Path) -> None:
     assert run(tmp_path, RANK="1").stderr == ""
+
+
+LOSS = """
+import torch
+from dovetail.numerics.cpu import kernels
+from dovetail.train.step.loss import losses_and_gradient
+
+generator = torch.Generator().manual_seed(0)
+logits = torch.randn(64, 512, generator=generator).bfloat16()
+losses = losses_and_gradient(logits, torch.arange(64), 1 / 64)
+print(losses.double().sum().item().hex(), logits.double().abs().sum().item().hex())
+"""
+
+
+def python(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": SOURCE, **environment},
+        timeout=120,
+        check=True,
+    )
+    return run.stdout
+
+
+def test_the_run_that_compiles_has_the_bits_of_the_others(tmp_path: Path) -> None:
+    """numba's own order, compile and then keep, had others on AVX-512."""
+    first = python(LOSS, XDG_CACHE_HOME=str(tmp_path))
+    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path)) == first
+
+
+@pytest.mark.parametrize("home", ["nowhere", "forbidden"])
+def test_without_a_directory_to_keep_them_kernels_are_compiled_each_time(home: str, tmp_path: Path) -> None:
+    """A scratch directory serves, and is taken away."""
+    kept, scratch = tmp_path / "kept", tmp_path / "scratch"
+    scratch.mkdir()
+    if home == "forbidden":
+        (kept / "dovetail").mkdir(parents=True)
+        (kept / "dovetail" / kernel_directory().name).write_text("")  # root may write everywhere: a file in its place
+    else:
+        kept = Path("/proc/nowhere")
+    result = run(kept, TMPDIR=str(scratch))
+    assert "compiling" in result.stderr and "Traceback" not in result.stderr
+    assert not list(scratch.iterdir())

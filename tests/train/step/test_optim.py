@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance, unit_roundoff
 from dovetail.train.run import checkpoint
-from dovetail.train.step.optim import AdamW, AdamWConfig, Coefficients, Slot, update, update_reference
+from dovetail.train.step.optim import AdamW, AdamWConfig, Coefficients, Slot, sums_of_squares, update, update_reference
 
 Draw = Callable[..., Tensor]
 CONFIG = AdamWConfig()
-FACTORS = Coefficients(learning_rate=1e-3, decay=1e-4, inverse_correction2=3.0, grad_scale=0.7)
+FACTORS = Coefficients(rate=1e-3, corrected_rate=1e-3, inverse_correction2=3.0, grad_scale=0.7)
 
 
 def slot_of(shape: tuple[int, ...], dtype: torch.dtype, draw: Draw, moments: torch.dtype = torch.bfloat16) -> Slot:
@@ -65,11 +65,27 @@ def test_kernel_is_the_reference(
 ) -> None:
     ours, gradient = slot_of(shape, dtype, draw, moments), draw(*shape, dtype=grad_dtype)
     if not gradient.numel():
-        update(ours, gradient, CONFIG, FACTORS)
+        update([ours], [gradient], CONFIG, FACTORS)
         return
     before = copied(ours)
-    update(ours, gradient, CONFIG, FACTORS)
+    update([ours], [gradient], CONFIG, FACTORS)
     assert_close_to_reference(ours, before, gradient, CONFIG)
+
+
+def test_all_together_are_each_alone(draw: Draw) -> None:
+    """Of any formats and sizes in any order, to the last bit."""
+    kinds = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+    shapes = [(3, 5), (0,), (4096,), (4097,), (1,), (70, 130)]
+    together = [slot_of(shape, dtype, draw, moments) for shape in shapes for dtype, moments in kinds]
+    together = [replace(slot, weight_decay=0.1 * (i % 3)) for i, slot in enumerate(together)]
+    alone = [copied(slot) for slot in together]
+    gradients = [draw(*slot.master.shape, dtype=(torch.bfloat16, torch.float32)[i % 2]) for i, slot in enumerate(alone)]
+    update(together, gradients, CONFIG, FACTORS)
+    for slot, other, gradient in zip(together, alone, gradients, strict=True):
+        update([other], [gradient], CONFIG, FACTORS)
+        assert all(torch.equal(a, b) for a, b in zip(slot.written, other.written, strict=True))
+    separate = [float(sums_of_squares([gradient])[0]) for gradient in gradients]
+    assert [float(each) for each in sums_of_squares(gradients)] == separate
 
 
 def test_a_beta_near_one_keeps_its_complement(draw: Draw) -> None:
@@ -79,8 +95,8 @@ def test_a_beta_near_one_keeps_its_complement(draw: Draw) -> None:
     slot.moment2.zero_()
     gradient = draw(64)
     before = slot.master.clone()
-    factors = replace(FACTORS, decay=0.0, learning_rate=1.0, inverse_correction2=1.0, grad_scale=1.0)
-    update(slot, gradient, config, factors)
+    factors = replace(FACTORS, rate=0.0, corrected_rate=1.0, inverse_correction2=1.0, grad_scale=1.0)
+    update([slot], [gradient], config, factors)
     # (1 - b1) g / sqrt((1 - b2) g^2) = 100 sign(g)
     step = (before - slot.master).double() * gradient.sign()
     assert abs(step - 100 / (1 + 1e-8 / (0.01 * gradient.double().abs()))).max() < 100 * tolerance(torch.float32)
@@ -99,9 +115,9 @@ def test_strides_do_not_matter(dtype: torch.dtype, draw: Draw) -> None:
         transposed["parameter"] = transposed["master"]
     strided = replace(slot, **transposed)
     before = copied(same)
-    update(strided, gradient.t().contiguous().t(), CONFIG, FACTORS)
+    update([strided], [gradient.t().contiguous().t()], CONFIG, FACTORS)
     assert_close_to_reference(strided, before, gradient, CONFIG)
-    update(same, gradient.t().contiguous().t(), CONFIG, FACTORS)
+    update([same], [gradient.t().contiguous().t()], CONFIG, FACTORS)
     assert_close_to_reference(same, before, gradient, CONFIG)
 
 
@@ -111,7 +127,7 @@ def test_sizes_from_subnormal_to_large(size: float, draw: Draw) -> None:
     for moment in (slot.moment1, slot.moment2):
         moment.zero_()
     before = copied(slot)
-    update(slot, gradient, CONFIG, FACTORS)
+    update([slot], [gradient], CONFIG, FACTORS)
     theirs = copied(before)
     update_reference(theirs, gradient, CONFIG, FACTORS)
     assert slot.master.isfinite().all()

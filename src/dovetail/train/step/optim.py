@@ -14,7 +14,8 @@ torch.optim.AdamW takes BF16 moments beside FP32 parameters only on CUDA with fu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Literal
 
@@ -47,6 +48,10 @@ class Slot:
     moment2: Tensor
     weight_decay: float
 
+    @property
+    def written(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.parameter.detach(), self.master, self.moment1, self.moment2
+
 
 class AdamW:
     def __init__(
@@ -70,7 +75,7 @@ class AdamW:
 
     def grad_norm(self, gradients: Mapping[str, Tensor]) -> float:
         """Euclidean norm over all gradients; inf or nan if any element is."""
-        squares = [sum_of_squares(gradients[name]) for name in self.slots]
+        squares = sums_of_squares([gradients[name] for name in self.slots])
         return float(torch.stack(squares).sum().sqrt())
 
     @torch.no_grad()
@@ -80,14 +85,13 @@ class AdamW:
         config = self.config
         correction1 = 1.0 - config.beta1**self.updates
         correction2 = 1.0 - config.beta2**self.updates
-        for name, slot in self.slots.items():
-            coefficients = Coefficients(
-                learning_rate=learning_rate / correction1,
-                decay=learning_rate * slot.weight_decay,
-                inverse_correction2=1.0 / correction2,
-                grad_scale=grad_scale,
-            )
-            update(slot, gradients[name], config, coefficients)
+        coefficients = Coefficients(
+            rate=learning_rate,
+            corrected_rate=learning_rate / correction1,
+            inverse_correction2=1.0 / correction2,
+            grad_scale=grad_scale,
+        )
+        update(list(self.slots.values()), [gradients[name] for name in self.slots], config, coefficients)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Tensors that make up the state, to be saved or loaded in place; `updates` is apart."""
@@ -106,20 +110,29 @@ class AdamW:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    learning_rate: float  # divided by 1 - b1^t
-    decay: float  # learning rate * weight decay
+    rate: float
+    corrected_rate: float  # divided by 1 - b1^t
     inverse_correction2: float
     grad_scale: float
 
 
-def update(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
-    written = (slot.parameter, slot.master, slot.moment1, slot.moment2)
-    is_plain = slot.master.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in written)
-    if is_plain and capability.on_cpu(gradient, *written):
-        factors = *astuple(coefficients), config.beta1, config.beta2, config.eps
-        optim_numba.update(written, gradient, factors)
-    else:
-        update_reference(slot, gradient, config, coefficients)
+def update(slots: Sequence[Slot], gradients: Sequence[Tensor], config: AdamWConfig, coefficients: Coefficients) -> None:
+    rate, *others = astuple(coefficients)
+    by_format = defaultdict[tuple[torch.dtype, ...], list[tuple[Slot, Tensor]]](list)
+    for slot, gradient in zip(slots, gradients, strict=True):
+        written = slot.written
+        is_plain = slot.master.dtype == torch.float32 and all(tensor.is_contiguous() for tensor in written)
+        if is_plain and capability.on_cpu(gradient, *written):
+            by_format[*(tensor.dtype for tensor in (*written, gradient))].append((slot, gradient))
+        else:
+            update_reference(slot, gradient, config, coefficients)
+    for pairs in by_format.values():
+        optim_numba.update(
+            [slot.written for slot, _ in pairs],
+            [gradient for _, gradient in pairs],
+            [rate * slot.weight_decay for slot, _ in pairs],
+            (*others, config.beta1, config.beta2, config.eps),
+        )
 
 
 def update_reference(slot: Slot, gradient: Tensor, config: AdamWConfig, coefficients: Coefficients) -> None:
@@ -127,17 +140,29 @@ def update_reference(slot: Slot, gradient: Tensor, config: AdamWConfig, coeffici
     moment1 = config.beta1 * slot.moment1.float() + (1 - config.beta1) * g
     moment2 = config.beta2 * slot.moment2.float() + (1 - config.beta2) * g * g
     denominator = (moment2 * coefficients.inverse_correction2).sqrt() + config.eps
-    master = slot.master - slot.master * coefficients.decay - coefficients.learning_rate * moment1 / denominator
+    master = (
+        slot.master
+        - slot.master * (coefficients.rate * slot.weight_decay)
+        - coefficients.corrected_rate * moment1 / denominator
+    )
     slot.master.copy_(master)
     slot.parameter.copy_(master)
     slot.moment1.copy_(moment1)
     slot.moment2.copy_(moment2)
 
 
-def sum_of_squares(gradient: Tensor) -> Tensor:
-    if capability.on_cpu(gradient):
-        return optim_numba.sum_of_squares(gradient)
-    return sum_of_squares_reference(gradient)
+def sums_of_squares(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Of each, in FP64."""
+    squares = {
+        index: sum_of_squares_reference(each) for index, each in enumerate(gradients) if not capability.on_cpu(each)
+    }
+    by_format = defaultdict[torch.dtype, list[int]](list)
+    for index, gradient in enumerate(gradients):
+        if index not in squares:
+            by_format[gradient.dtype].append(index)
+    for indices in by_format.values():
+        squares |= zip(indices, optim_numba.sums_of_squares([gradients[index] for index in indices]), strict=True)
+    return [squares[index] for index in range(len(gradients))]
 
 
 def sum_of_squares_reference(gradient: Tensor) -> Tensor:
