@@ -44,7 +44,7 @@ while True:
 WORKS = ["training step", "prefill", "decoding"]
 OURS, LIBRARY, THEIRS = "dovetail", "dovetail as a library", "transformers"
 PROMPT, NEW_TOKENS = 512, 64
-SETTLE = 0.05  # seconds for the busy process to be running again, or stopped
+SETTLE, MEASURE = 0.5, 1.0  # seconds of each turn
 
 
 def build(spec: ModelSpec, is_ours: bool, hog: int | None) -> Turn:
@@ -54,17 +54,25 @@ def build(spec: ModelSpec, is_ours: bool, hog: int | None) -> Turn:
     works = ours(spec) if is_ours else theirs(spec)
 
     def turn(case: Case) -> Lap:
+        work = works[case[0]]
         if hog is not None:
             os.kill(hog, signal.SIGCONT)
-            time.sleep(SETTLE)
         try:
-            return works[case[0]]()
+            repeat(work, SETTLE)  # the kernel needs a while to find every thread its place
+            return repeat(work, MEASURE)
         finally:
             if hog is not None:
                 os.kill(hog, signal.SIGSTOP)
-                time.sleep(SETTLE)
 
     return turn
+
+
+def repeat(work: Callable[[], Lap], least: float) -> Lap:
+    """Laps of `work` for `least` seconds, as one."""
+    laps, end = [work()], time.perf_counter() + least
+    while time.perf_counter() < end:
+        laps.append(work())
+    return Lap(seconds=[second for lap in laps for second in lap.seconds], check=laps[0].check)
 
 
 def ours(spec: ModelSpec) -> list[Callable[[], Lap]]:
@@ -129,8 +137,8 @@ def start_hog() -> subprocess.Popen[bytes]:
 def main(
     model: Annotated[str, typer.Option(help="A preset: quickstart, 20m, 104m, ...")] = "quickstart",
     ours_only: bool = False,
-    warmup: int = 2,
-    repeats: int = 15,
+    warmup: int = 1,
+    repeats: int = 6,
     record: bool = True,
 ) -> None:
     use_threads(None)
@@ -148,7 +156,7 @@ def main(
             builds[where] = partial(build, spec, is_ours, process)
             environments[where] = settings
     try:
-        results = take_turns(builds, [(i,) for i in range(len(WORKS))], warmup, repeats, environments)
+        results = take_turns(builds, [(i,) for i in range(int(os.environ.get("W","3")))], warmup, repeats, environments)
     finally:
         hog.kill()
     report(model, results, list(sides), record)
@@ -160,7 +168,7 @@ def beside(name: str) -> str:
 
 def report(model: str, results: dict[tuple[str, Case], Series], sides: list[str], record: bool) -> None:
     lines, rows = [], []
-    for index, work in enumerate(WORKS):
+    for index, work in enumerate(WORKS[:int(os.environ.get("W","3"))]):
         for name in sides:
             alone, busy = results[name, (index,)], results[beside(name), (index,)]
             times = busy.median / alone.median

@@ -10,6 +10,7 @@ import pytest
 import dovetail
 from dovetail import threads
 
+V1 = {"quota": "250000", "period": "100000"}
 SOURCE = str(Path(dovetail.__file__).parents[1])
 COUNTS = """
 import sys, torch
@@ -78,7 +79,7 @@ def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("0::/a/b", {"a/b/cpu.max": "20000 100000"}, 1),
         ("0::/../../outside", {"cpu.max": "300000 100000"}, 3),
         ("0::/", {}, 64),
-        ("3:cpu,cpuacct:/x", {f"cpu,cpuacct/cpu.cfs_{k}_us": v for k, v in [("quota", "250000"), ("period", "100000")]}, 3),
+        ("3:cpu,cpuacct:/x", {f"cpu,cpuacct/cpu.cfs_{k}_us": v for k, v in V1.items()}, 3),
         ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
         ("4:memory:/x", {"memory/x/cpu.max": "100000 100000"}, 64),
     ],
