@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance
 from dovetail.train.step import loss
-from dovetail.train.step.loss import IGNORED, token_loss, token_loss_reference, token_losses
+from dovetail.train.step.loss import IGNORED, token_loss, token_loss_reference, token_losses, weighted_loss
 
 Draw = Callable[..., Tensor]
 DIM = 24
@@ -115,6 +115,29 @@ def test_strides_do_not_matter(dtype: torch.dtype, draw: Draw) -> None:
     assert not any(each.is_contiguous() for each in strided)
     for mine, right in zip(ours_of(*strided), ours_of(hidden, head, tokens[::2].clone()), strict=True):
         assert normwise_error(mine, right) < bound(hidden, head, dtype)
+
+
+def test_a_weight_acts_in_fp32(draw: Draw) -> None:
+    """0.3 is 0.30078 in BF16; half of that distance tells the two apart in the mean over many elements."""
+    hidden, head = (draw(n, DIM, dtype=torch.bfloat16, scale=0.4).requires_grad_() for n in (512, 96))
+    targets = targets_for(512, 96)
+    plain = torch.autograd.grad(token_loss(hidden, head, targets), hidden)[0].double()
+    total, of_one = weighted_loss(hidden, head, targets, 512, 0.3)
+    weighted = torch.autograd.grad(total, hidden)[0].double()
+    factor = (plain * weighted).sum() / plain.square().sum()
+    rounded = float(torch.tensor(0.3, dtype=torch.bfloat16))
+    assert abs(factor - 0.3) < (rounded - 0.3) / 2
+    assert abs((plain * (plain * rounded)).sum() / plain.square().sum() - 0.3) > (rounded - 0.3) / 2
+    assert total == of_one * 0.3 and of_one == token_loss(hidden, head, targets) and not of_one.requires_grad
+
+
+def test_parts_of_a_mean_add_up_whatever_counts_in_each(draw: Draw) -> None:
+    hidden, head, targets = draw(12, DIM), draw(96, DIM), targets_for(12, 96, ignored=(0, 1, 2, 4))
+    parts = [weighted_loss(hidden[k : k + 4], head, targets[k : k + 4], 8, 1.0)[0] for k in (0, 4, 8)]
+    whole = token_loss(hidden, head, targets)
+    assert normwise_error(sum(parts), whole) < bound(hidden, head, torch.float32)
+    means = [token_loss(hidden[k : k + 4], head, targets[k : k + 4]) for k in (0, 4, 8)]
+    assert normwise_error(sum(means) / 3, whole) > 10 * bound(hidden, head, torch.float32)
 
 
 def test_the_gradient_scales_with_what_comes_from_above(draw: Draw) -> None:

@@ -20,7 +20,7 @@ from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.optim import AdamW, AdamWConfig
 from dovetail.train.step.schedule import Values
-from dovetail.train.step.step import Objective, StepResult, compute_losses, train_step
+from dovetail.train.step.step import Objective, StepResult, compute_losses, microbatches, train_step
 
 SpecFactory = Callable[..., ModelSpec]
 ModelFactory = Callable[..., Transformer]
@@ -34,6 +34,13 @@ def batch_of(spec: ModelSpec, rows: int, length: int = 16, seed: int = 0) -> Bat
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, spec.vocab_size, (rows, length + 1), generator=generator)
     return Batch(tokens=tokens, document_ids=torch.zeros(tokens.shape, dtype=torch.int32))
+
+
+def bordered(batch: Batch) -> Batch:
+    """The same tokens, of documents that get longer from sample to sample."""
+    rows, width = batch.tokens.shape
+    ids = torch.stack([torch.arange(width) // (2 + 5 * row) for row in range(rows)])
+    return Batch(tokens=batch.tokens, document_ids=ids.int())
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -137,6 +144,29 @@ def test_microbatches_are_one_big_batch(parts: int, tiny_spec: SpecFactory, rand
         assert (ours - right).abs().max() <= room, name
     ours, theirs = biases(pieces), biases(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_targets_count_the_same_in_every_microbatch(
+    size: int, tiny_spec: SpecFactory, random_model: ModelFactory
+) -> None:
+    """Where documents are apart, samples have different numbers of targets; a mean of means is another loss."""
+    spec = tiny_spec(num_nextn_predict_layers=2)
+    model, batch = random_model(spec), bordered(batch_of(spec, 4))
+    objective = replace(OBJECTIVE, separate_documents=True)
+    whole, parts = copy.deepcopy(model), copy.deepcopy(model)
+    optimizers = [AdamW(each.named_parameters(), EPS) for each in (whole, parts)]
+    one = train_step(whole, optimizers[0], [batch], VALUES, objective)
+    several = train_step(parts, optimizers[1], microbatches(batch, size), VALUES, objective)
+    for field in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+        assert math.isclose(getattr(one, field), getattr(several, field), rel_tol=bound_of(spec)), field
+    for name, slot in optimizers[0].slots.items():
+        other = optimizers[1].slots[name].moment1
+        assert normwise_error(other, slot.moment1.double()) < tolerance(torch.bfloat16), name
+    with torch.no_grad():
+        losses = [compute_losses(model, each, separate_documents=True) for each in microbatches(batch, size)]
+    of_means = sum(float(each.token) for each in losses) / len(losses)
+    assert size == 4 or not math.isclose(one.loss, of_means, rel_tol=100 * bound_of(spec))
 
 
 def test_microbatches_add_up_in_fp32(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:

@@ -28,8 +28,20 @@ def token_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     hidden [..., dim] and head [vocab, dim] in the compute dtype, targets [...] int64. 0 where no target counts.
     Raises ValueError for a target that is neither a token nor IGNORED: the kernel does not look.
     """
+    return weighted_loss(hidden, head, targets, int((targets != IGNORED).sum()), 1.0)[0]
+
+
+def weighted_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, num_targets: int, weight: float
+) -> tuple[Tensor, Tensor]:
+    """What these targets add to a loss that is `weight` times a mean over `num_targets`, of which they are some.
+
+    Returns that, differentiable, and the same without the weight, not differentiable; FP32 scalars. The weight acts
+    in FP32, where the gradient is made: a factor put on the loss would be rounded to the compute dtype.
+    """
     _check_targets(targets, head.shape[0])
-    return _TokenLoss.apply(hidden.flatten(0, -2), head, targets.flatten())
+    loss, plain = _WeightedLoss.apply(hidden.flatten(0, -2), head, targets.flatten(), max(num_targets, 1), weight)
+    return loss, plain
 
 
 @torch.no_grad()
@@ -58,10 +70,11 @@ def token_loss_reference(hidden: Tensor, head: Tensor, targets: Tensor) -> Tenso
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED)
 
 
-class _TokenLoss(torch.autograd.Function):
+class _WeightedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        num_targets = max(int((targets != IGNORED).sum()), 1)
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, num_targets: int, weight: float
+    ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         chunks = _chunks(hidden.shape[0], head.shape[0])
@@ -69,18 +82,20 @@ class _TokenLoss(torch.autograd.Function):
         for start, stop in chunks:
             rows = hidden[start:stop]
             logits = F.linear(rows, head)
-            total += losses_and_gradient(logits, targets[start:stop], 1.0 / num_targets).double().sum()
+            total += losses_and_gradient(logits, targets[start:stop], weight / num_targets).double().sum()
             grad_hidden[start:stop] = logits @ head
             outer = logits.t() @ rows
             grad_head = outer if grad_head is None else grad_head.add_(outer)
         assert grad_head is not None
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
-        return (total / num_targets).float()
+        plain = (total / num_targets).float()
+        ctx.mark_non_differentiable(plain)
+        return plain * weight, plain
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, grad_of_plain: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad.to(grad_head.dtype), None, None, None
 
 
 def losses_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> Tensor:

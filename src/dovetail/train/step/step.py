@@ -2,8 +2,10 @@
 
     loss = token loss + lambda / D sum_k MTP loss_k + alpha sum over MoE layers of the balance loss
 
-[V3 eqs 17-25]. Gradients of several microbatches, and of several ranks, add up in FP32. A loss or gradient that
-is not finite leaves weights, moments and biases as they are.
+[V3 eqs 17-25]. Token and MTP losses are means over the targets of the whole batch, so that it does not matter how the
+batch is cut into microbatches and ranks; the balance loss is a mean over its sequences. Gradients of several
+microbatches, and of several ranks, add up in FP32. A loss or gradient that is not finite leaves weights, moments and
+biases as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dovetail.model.experts.gate import Gate, balance_loss, bias_update, max_vio
 from dovetail.model.transformer import Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
-from dovetail.train.step.loss import IGNORED, token_loss
+from dovetail.train.step.loss import IGNORED, weighted_loss
 from dovetail.train.step.optim import AdamW
 from dovetail.train.step.schedule import Values
 
@@ -37,21 +39,34 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Of each mean that a microbatch is part of, the main loss first: its number of targets, and its weight."""
+
+    num_targets: Sequence[int]
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Losses:
-    """Of one microbatch."""
+    """Of one microbatch: its part of the means, times their weights; differentiable."""
 
     token: Tensor
     mtp: list[Tensor]  # one per depth
-    balance: Tensor  # summed over layers, without coefficient
+    plain: Tensor  # token and MTP losses without their weights, not differentiable [1 + depths]
+    balance: Tensor  # summed over layers, without coefficient: a mean of this microbatch alone
     counts: list[Tensor]  # per MoE layer
 
 
-def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -> Losses:
+def compute_losses(model: Transformer, batch: Batch, separate_documents: bool, share: Share | None = None) -> Losses:
     """Main and MTP losses of one microbatch, batch.tokens [B, T + 1], moved to where the model is.
 
     With `separate_documents` nothing crosses a border: attention stops there, and a target in another document
-    than the position that predicts it does not count.
+    than the position that predicts it does not count. Without a `share` the microbatch is the whole batch, and all
+    weights are 1.
     """
+    depths = 1 + len(model.mtp)
+    if share is None:
+        share = Share(num_targets=count_targets([batch], depths, separate_documents), weights=[1.0] * depths)
     device = model.norm.weight.device
     tokens = batch.tokens.to(device)
     batch_size, length = tokens.shape[0], tokens.shape[1] - 1
@@ -59,8 +74,13 @@ def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -
     inputs = tokens[:, :-1].contiguous()
     output = model(inputs, document_ids=None if ids is None else ids[:, :-1])
     routings = list(output.routings)
-    token = token_loss(output.hidden, model.head_weight, _targets(tokens, ids, 1))
-    hidden, mtp = output.hidden, []
+
+    def loss(hidden: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+        targets = _targets(tokens, ids, depth + 1)
+        return weighted_loss(hidden, model.head_weight, targets, share.num_targets[depth], share.weights[depth])
+
+    found = [loss(output.hidden, 0)]
+    hidden = output.hidden
     for depth in range(len(model.mtp)):
         # Position i has seen tokens up to i + depth + 1 and predicts token i + depth + 2.
         positions = length - depth - 1
@@ -71,18 +91,32 @@ def compute_losses(model: Transformer, batch: Batch, separate_documents: bool) -
         output = model.mtp_forward(depth, hidden[:, :positions].contiguous(), nearer, document_ids=kept)
         hidden = output.hidden
         routings += output.routings
-        mtp.append(token_loss(hidden, model.head_weight, _targets(tokens, ids, depth + 2)))
-    moe = model.spec.moe
-    balance = token.new_zeros(())
+        found.append(loss(hidden, depth + 1))
+    moe, (weighted, plain) = model.spec.moe, zip(*found, strict=True)
+    balance = plain[0].new_zeros(())
     if moe is not None and routings:
         balance = torch.stack([balance_loss(routing, batch_size, moe) for routing in routings]).sum()
-    return Losses(token=token, mtp=mtp, balance=balance, counts=[routing.counts for routing in routings])
+    return Losses(
+        token=weighted[0],
+        mtp=list(weighted[1:]),
+        plain=torch.stack(plain),
+        balance=balance,
+        counts=[routing.counts for routing in routings],
+    )
 
 
 def _targets(tokens: Tensor, ids: Tensor | None, ahead: int) -> Tensor:
     """The token `ahead` positions on, IGNORED where that is in another document; [B, T + 1 - ahead]."""
     targets = tokens[:, ahead:]
     return targets if ids is None else targets.masked_fill(ids[:, ahead:] != ids[:, :-ahead], IGNORED)
+
+
+def count_targets(batches: Sequence[Batch], depths: int, separate_documents: bool) -> list[int]:
+    """The targets that count in `batches` of this rank, of each depth: 0 predicts the next token, 1 the one after."""
+    if separate_documents:
+        ids = [batch.document_ids for batch in batches]
+        return [sum(int((each[:, k:] == each[:, :-k]).sum()) for each in ids) for k in range(1, depths + 1)]
+    return [sum(len(batch.tokens) * (batch.tokens.shape[1] - k) for batch in batches) for k in range(1, depths + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,20 +138,23 @@ def train_step(
     """Train on `batches`, the equal microbatches of this rank; every rank of a process group calls it."""
     parameters = dict(model.named_parameters())
     gradients: dict[str, Tensor] = {}
-    sums = torch.zeros(3 + len(model.mtp), dtype=torch.float64, device=model.norm.weight.device)
+    sums = torch.zeros(2 + len(model.mtp), dtype=torch.float64, device=model.norm.weight.device)
     counts: list[Tensor] = []
+    share = _share(model, batches, values.mtp_weight, objective.separate_documents)
+    alpha = objective.balance_alpha / (len(batches) * _num_ranks())
     for batch in batches:
-        losses = compute_losses(model, batch, objective.separate_documents)
-        mtp = torch.stack(losses.mtp).mean() if losses.mtp else losses.token.new_zeros(())
-        balance = objective.balance_alpha * losses.balance
-        ((losses.token + values.mtp_weight * mtp + balance) / len(batches)).backward()
+        losses = compute_losses(model, batch, objective.separate_documents, share)
+        balance = alpha * losses.balance
+        torch.stack([losses.token, *losses.mtp, balance]).sum().backward()
         _collect(parameters, gradients, in_fp32=len(batches) > 1 or dist.is_initialized())
-        sums += torch.stack([losses.token, mtp, balance, *losses.mtp]).detach().double() / len(batches)
+        sums += torch.cat([losses.plain, balance.detach()[None]]).double()
         counts = [a + b for a, b in zip(counts, losses.counts, strict=True)] if counts else losses.counts
     if dist.is_initialized():
-        _average_over_ranks(gradients, sums, counts)
+        for each in (*gradients.values(), *counts, sums):
+            dist.all_reduce(each)
     norm = optimizer.grad_norm(gradients)
-    loss, mtp_loss, balance_value, *mtp_losses = sums.tolist()
+    loss, *mtp_losses, balance_value = sums.tolist()
+    mtp_loss = sum(mtp_losses) / max(len(mtp_losses), 1)
     is_finite = math.isfinite(norm) and all(map(math.isfinite, (loss, mtp_loss, balance_value)))
     if is_finite:
         _update(model, optimizer, gradients, values, norm, counts, ema)
@@ -130,6 +167,23 @@ def train_step(
         max_vio=[max_violation(each) for each in counts],
         is_finite=is_finite,
     )
+
+
+def _share(model: Transformer, batches: Sequence[Batch], mtp_weight: float, separate_documents: bool) -> Share:
+    """What the microbatches of all ranks have in common."""
+    depths = len(model.mtp)
+    counts = count_targets(batches, 1 + depths, separate_documents)
+    if separate_documents and dist.is_initialized():
+        total = torch.tensor(counts, device=model.norm.weight.device)
+        dist.all_reduce(total)
+        counts = total.tolist()
+    elif not separate_documents:  # each rank has as many
+        counts = [_num_ranks() * count for count in counts]
+    return Share(num_targets=counts, weights=[1.0, *[mtp_weight / max(depths, 1)] * depths])
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def microbatches(batch: Batch, size: int) -> list[Batch]:
@@ -168,15 +222,3 @@ def _collect(parameters: dict[str, Tensor], gradients: dict[str, Tensor], in_fp3
             gradients[name] += gradient
         else:
             gradients[name] = gradient.float() if in_fp32 else gradient
-
-
-def _average_over_ranks(gradients: dict[str, Tensor], sums: Tensor, counts: list[Tensor]) -> None:
-    """Mean of gradients and losses, sum of counts, over all ranks; each holds an equal share of the batch."""
-    world = dist.get_world_size()
-    for gradient in gradients.values():
-        dist.all_reduce(gradient)
-        gradient /= world
-    for load in counts:
-        dist.all_reduce(load)
-    dist.all_reduce(sums)
-    sums /= world
