@@ -252,3 +252,27 @@ def test_norm_shows_what_is_not_finite(poison: float, draw: Draw) -> None:
     assert math.isfinite(optimizer.grad_norm(gradients))
     gradients["a"][4999] = poison
     assert not math.isfinite(optimizer.grad_norm(gradients))
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_moments_that_would_stand_still_are_refused(name: str, draw: Draw) -> None:
+    """Half the spacing of BF16 numbers is 2^-8; with no more than that left to move by, a moment never falls."""
+    for beta, is_refused in ((0.95, False), (1 - 2**-8, False), (1 - 2**-8 + 1e-6, True), (0.999, True)):
+        config = AdamWConfig(**{name: beta})
+        AdamW([("weight", draw(4))], config, "float32")
+        if is_refused:
+            said = rf"optimizer.{name} = {beta:g}: .*0.0039.*bf16-fp32-moments.*0.996"
+            with pytest.raises(ValueError, match=said):
+                AdamW([("weight", draw(4))], config)
+        else:
+            AdamW([("weight", draw(4))], config)
+
+
+@pytest.mark.parametrize(("beta2", "falls"), [(1 - 2**-8, True), (0.999, False)])
+def test_a_second_moment_falls_where_it_is_allowed(beta2: float, falls: bool, draw: Draw) -> None:
+    """Without gradients, from every significand that BF16 has."""
+    slot = slot_of((128,), torch.float32, draw, torch.bfloat16)
+    slot.moment2.copy_(1 + torch.arange(128) / 128)
+    before = slot.moment2.clone()
+    update(slot, torch.zeros(128), AdamWConfig(beta2=beta2), FACTORS)
+    assert (slot.moment2 < before).all() if falls else torch.equal(slot.moment2, before)

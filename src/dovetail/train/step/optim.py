@@ -5,7 +5,8 @@ The compute copies of weights are BF16. A precision recipe may have FP32 moments
     m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
     w = w - lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay * w)
 
-m and v are updated in FP32 and stored rounded; the update uses the unrounded ones. Parameters that are FP32
+m and v are updated in FP32 and stored rounded; the update uses the unrounded ones. The published betas leave BF16
+moments room to move; values nearer to 1 are refused (`check_moments`). Parameters that are FP32
 already (norms, gates) are their own master. Weight decay applies to matrices, not to norm weights (the paper
 does not say; this is the field's habit).
 
@@ -14,6 +15,7 @@ torch.optim.AdamW takes BF16 moments beside FP32 parameters only on CUDA with fu
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -38,6 +40,24 @@ class AdamWConfig(Record):
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
+def check_moments(config: AdamWConfig, dtype: torch.dtype) -> None:
+    """Raise ValueError where a moment could not follow its gradients.
+
+    A step moves a moment x by (1 - beta) (new - x), so by (1 - beta) x where gradients have vanished. Numbers of the
+    dtype are up to eps x apart, and a move of less than half of that is rounded away: x stays for ever.
+    """
+    room = torch.finfo(dtype).eps / 2  # 2^-8 for BF16
+    for name in ("beta1", "beta2"):
+        beta = getattr(config, name)
+        if 1 - beta < room:
+            raise ValueError(
+                f"optimizer.{name} = {beta:g}: its moment is kept in {str(dtype).removeprefix('torch.')}, and would "
+                f"stand still because 1 - {name} = {1 - beta:.2g} is below half the spacing of its numbers, "
+                f'{room:.2g}; set train.precision to a recipe with moments = "float32", such as bf16-fp32-moments, '
+                f"or {name} to at most {math.floor(1000 * (1 - room)) / 1000:g}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
     """What one parameter needs; `master` is the parameter itself where that is FP32."""
@@ -60,7 +80,9 @@ class AdamW:
         config: AdamWConfig,
         moments: Literal["bfloat16", "float32"] = "bfloat16",
     ) -> None:
+        """Raises ValueError for a beta so near 1 that moments of that dtype would stand still."""
         self.config, dtype = config, getattr(torch, moments)
+        check_moments(config, dtype)
         self.updates = 0
         self.slots: dict[str, Slot] = {}
         for name, parameter in parameters:
