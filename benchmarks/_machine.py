@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dovetail.train.run.peak import measure_peak
+from dovetail.train.report.peak import measure_peak
 
 MEGABYTES = 512  # of the arrays for memory rates: many times the last-level cache
 REPEATS = 5

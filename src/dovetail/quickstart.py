@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
@@ -31,11 +34,13 @@ from dovetail.train.report.metrics import WholeHeldOutMetrics, read_metrics
 from dovetail.train.report.picture import draw_run
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.footprint import measure_step, state_bytes
-from dovetail.train.run.loop import Run, train
+from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
+from dovetail.train.run.state import Run
 
 PRESET = "quickstart"
 OVERHEAD_MINUTES = 1.0  # tokenizer, compiling kernels, evaluation, generation
+AFTER_MINUTES = 0.5  # of that, what comes after training
 PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 160, 96, 4
 
 
@@ -77,15 +82,25 @@ def quickstart(out: Path, minutes: float) -> Iterator[tuple[str, list[tuple[str,
     spec = load_model(PRESET)
     tokens = config.train.microbatch_size * config.train.sequence_length
     memory = training_memory(spec, tokens, recipe=load_recipe(config.train.precision), gradient_bytes=2)
-    state = train(config, Display(f"{PRESET}: the standard library, {minutes:g} minutes", 1))
+    display = Display(f"{PRESET}: the standard library, {minutes:g} minutes", 1)
+    # Training gives way where what comes before it takes longer, as on a busy machine.
+    state = train(config, display, ends_at=time.monotonic() + 60 * (minutes - AFTER_MINUTES))
     draw_run(out / "metrics.jsonl", out / "run.png", f"{PRESET}, {state.num_steps} steps")
     yield "held-out text, bits per byte", evaluation_rows(state)
+    say(f"writing the weights to {out / 'model'}")
     export(state, out / "model")
+    say("counting what was predicted")
     yield "predicted and measured", prediction_rows(state, memory)
     llm = LLM.load(out / "model")
+    say(f"completing {NUM_PROMPTS} held-out files, without and with drafts")
     results = [generate(llm, document) for document in unseen(state)]
     yield "generation, greedy, one sequence at a time", generation_rows(results)
     yield "written", [(name, str(out / name)) for name in ("model", "run.png", "metrics.jsonl", "run.toml")]
+
+
+def say(text: str) -> None:
+    """Say what comes next, which takes some seconds, on stderr."""
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def evaluation_rows(state: Run) -> list[tuple[str, ...]]:
@@ -112,8 +127,17 @@ def average_bits(state: Run) -> float:
     assert state.ema is not None and state.held_out_store is not None
     model = Transformer(state.spec, dtype=state.model.embed_tokens.weight.dtype)
     model.load_state_dict({**state.ema.average, **dict(state.model.named_buffers())})
-    train_config = state.config.train
-    return held_out(model, state.held_out_store, train_config.sequence_length, train_config.microbatch_size)[1]
+    length, batch_size = state.config.train.sequence_length, state.config.train.microbatch_size
+    display = Display("the moving average", 1)
+
+    def told(done: int, total: int) -> bool:
+        display.progress("measuring its moving average on held-out text", done, total)
+        return False
+
+    try:
+        return held_out(model, state.held_out_store, length, batch_size, told=told)[1]
+    finally:
+        display.close()
 
 
 def export(state: Run, directory: Path) -> None:

@@ -201,3 +201,28 @@ def test_spark_covers_its_range() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_long_work_says_how_far_it_is_and_short_work_says_nothing() -> None:
+    clock = Clock()
+    display, out = plain(clock)
+    for done in range(1, 5):
+        clock.now += 2.0
+        display.progress("measuring", done, 4)  # in eight seconds
+    assert out.getvalue() == ""
+    for done in range(1, 21):
+        display.progress("measuring", done, 20)
+        clock.now += 2.0
+    assert out.getvalue().splitlines() == ["measuring: 30%", "measuring: 55%", "measuring: 80%"]
+
+
+def test_work_is_below_the_live_panel_until_it_is_done() -> None:
+    display, console = live(Clock())
+    display.update(step_metrics(1))
+    display.progress("measuring", 1, 4)
+    shown = console.export_text(clear=False)
+    assert "measuring: 25%" in shown and "MFU" in shown
+    display.progress("measuring", 4, 4)
+    console.export_text()
+    display.close()
+    assert "measuring" not in console.export_text()

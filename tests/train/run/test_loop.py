@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dovetail.config import dump, load_toml
 from dovetail.train.report.metrics import (
@@ -23,7 +24,7 @@ from dovetail.train.report.metrics import (
     WholeHeldOutMetrics,
     read_metrics,
 )
-from dovetail.train.run import loop
+from dovetail.train.run import evaluate, loop
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, load_weights, resolve_schedule
 from dovetail.train.run.stop import Diverged, Interrupted
@@ -161,7 +162,7 @@ def test_the_held_out_curve_is_measured_on_the_same_windows_to_its_end(
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     curve = [each for each in records if isinstance(each, HeldOutMetrics)]
     whole = [each for each in records if isinstance(each, WholeHeldOutMetrics)]
-    assert [each.step for each in curve] == [3, 6, 8] and [each.step for each in whole] == [8]
+    assert [each.step for each in curve] == [3, 6] and [each.step for each in whole] == [8]
     assert len({each.loss for each in curve}) == 1 and whole[0].loss != curve[0].loss
     assert records[-1] == whole[0]
 
@@ -182,8 +183,46 @@ def test_a_final_figure_that_a_log_lacks_is_measured(
     log.write_text("".join(whole.splitlines(keepends=True)[:-1]))
     train(run)
     assert log.read_text() == whole
-    monkeypatch.setattr(loop, "held_out", lambda *arguments: pytest.fail("measured twice"))
+    monkeypatch.setattr("dovetail.train.run.evaluate.held_out", lambda *arguments: pytest.fail("measured twice"))
     train(run)
+
+
+@pytest.mark.parametrize("call", [1, 5])  # in the point after step 3, and in the final figure
+def test_ctrl_c_is_heard_while_held_out_text_is_measured(
+    call: int, tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"evaluate_every": 3, "evaluate_windows": 4, "checkpoint_every": 100}
+    train(tiny_run(tmp_path / "whole", text, **settings))
+    measure, calls = evaluate._nats, iter(range(1, 1000))
+
+    def nats(*arguments: object) -> object:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "_nats", nats)
+    run = tiny_run(tmp_path / "run", text, **settings)
+    with pytest.raises(Interrupted, match="after step 3 of 8" if call == 1 else "after step 8 of 8.*the same command"):
+        train(run)
+    held_out = (HeldOutMetrics, WholeHeldOutMetrics)
+    there = [each for each in read_metrics(run.out / "metrics.jsonl") if isinstance(each, held_out)]
+    assert len(there) == (0 if call == 1 else 2)  # no half of a figure
+    train(run)
+    found, expected = (
+        [each for each in read_metrics(out / "metrics.jsonl") if isinstance(each, held_out)]
+        for out in (run.out, tmp_path / "whole")
+    )
+    assert found == expected
+
+
+def test_tensorboard_may_be_turned_on_later(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    run = tiny_run(tmp_path / "run", text, steps=2)
+    train(run)
+    train(run.model_copy(update={"train": run.train.model_copy(update={"tensorboard": True})}))
+    train(tiny_run(tmp_path / "other", text, steps=2, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "other" / "tensorboard"))
+    events.Reload()
+    assert [each.value for each in events.Scalars("training/loss")] == pytest.approx(losses_of(tmp_path / "other"))
 
 
 def test_the_model_that_a_file_described_is_kept_with_the_run(
@@ -208,7 +247,8 @@ def test_the_model_that_a_file_described_is_kept_with_the_run(
 def test_minutes_become_steps_once(tmp_path: Path, text: Path, tiny_run: Build) -> None:
     state = train(tiny_run(tmp_path / "run", text, steps=None, minutes=0.01))
     budget = json.loads((tmp_path / "run" / "budget.json").read_text())
-    assert state.num_steps == budget["num_steps"] >= 1
+    last = budget["changes"][-1] if budget["changes"] else budget
+    assert state.num_steps == last["num_steps"] >= 1
     assert train(tiny_run(tmp_path / "run", text, steps=None, minutes=0.01)).num_steps == state.num_steps
 
 

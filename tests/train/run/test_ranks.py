@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from dovetail.config import dump
+from dovetail.model.transformer import initialize
 from dovetail.numerics.formats.errors import network_terms, tolerance
 from dovetail.train.report.metrics import StepMetrics, read_metrics
+from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import RunConfig
 
@@ -29,9 +32,13 @@ def steps_of(directory: Path) -> list[StepMetrics]:
     return [each for each in read_metrics(directory / "metrics.jsonl") if isinstance(each, StepMetrics)]
 
 
-def test_two_ranks_train_as_one(tmp_path: Path, text: Path, tiny_run: Build) -> None:
-    one = tiny_run(tmp_path / "one", text, dtype="float32", microbatch_size=4)
-    two = tiny_run(tmp_path / "two", text, dtype="float32", microbatch_size=2)
+@pytest.mark.parametrize("separate_documents", [False, True])
+def test_two_ranks_train_as_one(separate_documents: bool, tmp_path: Path, text: Path, tiny_run: Build) -> None:
+    for index, path in enumerate(sorted(text.iterdir())) if separate_documents else ():
+        path.write_text(path.read_text()[: 40 * index])  # documents of many lengths, most shorter than a sample
+    settings = {"dtype": "float32", "separate_documents": separate_documents}
+    one = tiny_run(tmp_path / "one", text, microbatch_size=4, **settings)
+    two = tiny_run(tmp_path / "two", text, microbatch_size=2, **settings)
     state = train(one)
     result = launch(two, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -44,6 +51,61 @@ def test_two_ranks_train_as_one(tmp_path: Path, text: Path, tiny_run: Build) -> 
     assert abs(alone[0].grad_norm / shared[0].grad_norm - 1) < bound
     assert alone[0].max_vio == shared[0].max_vio  # loads are counted over both ranks
     assert shared[-1].loss < shared[0].loss
+
+
+ON_TWO_RANKS = """
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dovetail.config import load_toml
+from dovetail.text.shards import open_store
+from dovetail.train.run import ranks
+from dovetail.train.run.evaluate import held_out
+from dovetail.train.run.run_file import RunConfig, build_model
+from dovetail.model.transformer import initialize
+
+run, store = load_toml(Path(sys.argv[1]), RunConfig), open_store(Path(sys.argv[2]))
+dist.init_process_group("gloo", timeout=timedelta(seconds=4))
+with ranks.first_rank_first():
+    if dist.get_rank() == 0:
+        time.sleep(6)
+model = build_model(run, torch.device("cpu"))
+initialize(model, 0)
+for windows in (None, 7):
+    found = held_out(model, store, run.train.sequence_length, 4, windows)
+    if dist.get_rank() == 1:
+        print(*(value.hex() for value in found))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_wait_for_the_first_and_measure_held_out_text_together(
+    tmp_path: Path, text: Path, tiny_run: Build
+) -> None:
+    """Longer than their collectives would; and the sum of their shares is the sum of one, to the bit."""
+    run = tiny_run(tmp_path / "run", text, steps=1, dtype="float32")
+    state = train(run)
+    assert state.held_out_store is not None
+    (tmp_path / "run.toml").write_text(dump(run))
+    (tmp_path / "script.py").write_text(ON_TWO_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "script.py"]
+    arguments = ["run.toml", str(state.held_out_store.directory)]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    initialize(state.model, 0)
+    told: list[tuple[int, int]] = []
+    alone = [
+        held_out(state.model, state.held_out_store, 32, 4, windows, lambda *done: bool(told.append(done)))
+        for windows in (None, 7)
+    ]
+    totals = list(dict.fromkeys(total for _, total in told))
+    assert told == [(done, total) for total in totals for done in range(1, total + 1)]  # told of each batch up to all
+    assert done.stdout.split() == [value.hex() for figures in alone for value in figures]
 
 
 def test_a_failure_of_the_first_rank_ends_them_all(tmp_path: Path, tiny_run: Build) -> None:

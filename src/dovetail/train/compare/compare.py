@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 
 from dovetail.atomic import write_bytes
-from dovetail.catalog.precision import load_recipe
 from dovetail.config import as_table, dump, read_toml
 from dovetail.model.transformer import initialize
 from dovetail.numerics.cpu.process import settle_process
@@ -38,14 +37,16 @@ from dovetail.train.compare.pairs import HeldOutPair, Pair, Record, SideStep, li
 from dovetail.train.compare.picture import draw
 from dovetail.train.compare.sides import Comparison
 from dovetail.train.compare.summary import Summary, summarize
+from dovetail.train.report.peak import Peak
 from dovetail.train.run import run_file
+from dovetail.train.run.budget import Pace
 from dovetail.train.run.claim import check_same, only_run
 from dovetail.train.run.evaluate import held_out
-from dovetail.train.run.loop import Counters, Run, advance
+from dovetail.train.run.loop import advance
 from dovetail.train.run.ranks import local_device
 from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.state import Counters, Run
 from dovetail.train.run.stop import Interrupted
-from dovetail.train.step.optim import AdamW
 from dovetail.train.step.schedule import TrainingSchedule
 
 LOG = "compare.jsonl"
@@ -68,7 +69,7 @@ def compare(what: Comparison, num_seeds: int, display: CompareDisplay | None = N
     """
     settle_process()
     for side in what.sides:  # so that what cannot run is refused before anything is written
-        run_file.build_model(side, torch.device("meta"))
+        run_file.build_optimizer(side, run_file.build_model(side, torch.device("meta")))
     with only_run(what.out, "this comparison is being made by another process"):
         return _compare(what, num_seeds, display)
 
@@ -204,8 +205,8 @@ def _start(side: _Side, index: int) -> Run:
         train_store=side.store,
         held_out_store=None,
         model=model,
-        optimizer=AdamW(model.named_parameters(), config.optimizer, load_recipe(train.precision).moments),
+        optimizer=run_file.build_optimizer(config, model),
         ema=None,
-        num_steps=train.steps,
-        peak=math.nan,  # it is for MFU, which a comparison does not report
+        pace=Pace(train.steps),
+        peak=Peak(lambda seconds: math.nan),  # it is for MFU, which a comparison does not report
     )

@@ -62,6 +62,8 @@ class Display:
         self._view: View | None = None  # the latest, if it is not on the screen yet
         self._shown_at = -math.inf
         self._live: Live | None = None
+        self._panel: RenderableType = Text()
+        self._work: tuple[str, float] | None = None  # what `progress` last heard of, and when it was shown
         if self.console.is_terminal and not self.console.is_dumb_terminal:
             # No thread of its own: it would compete with the step, and nothing changes between two steps.
             # Warnings go above the panel; what is printed to a file or pipe as data must still get there.
@@ -98,6 +100,20 @@ class Display:
             self._shown_at = now
             self._show()
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Say how far a piece of work is: below the live panel until it is done, or in plain lines if it takes long."""
+        now, share = self._clock(), f"{what}: {done / max(total, 1):.0%}"
+        if self._work is None or self._work[0] != what:
+            self._work = (what, now)
+        if self._live is not None:
+            rows = [self._panel] if done >= total else [self._panel, Text(share, "dim")]
+            self._live.update(Group(*rows), refresh=True)
+        elif now - self._work[1] >= self._line_seconds:
+            self._work = (what, now)
+            self.message(share)
+        if done >= total:
+            self._work = None
+
     def message(self, text: str) -> None:
         """A line that stays: above the live panel, or among the plain lines."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -116,7 +132,8 @@ class Display:
             self.message(line(view))
         else:
             bars = BARS if self.console.encoding.startswith("utf") else PLAIN_BARS
-            self._live.update(panel(view, bars), refresh=True)
+            self._panel = panel(view, bars)
+            self._live.update(self._panel, refresh=True)
 
 
 def line(view: View) -> str:

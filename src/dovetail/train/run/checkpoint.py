@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from dovetail.atomic import clear_leftovers, partial_name, publish, remove_directory, write_bytes
 from dovetail.train.run import manifest
 from dovetail.train.run.manifest import Fingerprint
+from dovetail.train.run.ranks import PATIENCE
 
 Result = TypeVar("Result")
 State = Mapping[str, Any]  # of tensors, or of more such mappings
@@ -84,7 +85,7 @@ class Checkpointer:
             raise ValueError(f"keep = {keep}: at least the newest checkpoint must be kept")
         self.root, self.keep = Path(root), keep
         # The writing thread needs a group of its own: its collectives would interleave with those of the step.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
         has_gpu = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(has_gpu, False, False, has_gpu))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

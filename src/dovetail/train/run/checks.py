@@ -15,15 +15,18 @@ from dovetail.spec.model import ModelSpec
 from dovetail.text.documents import DataConfig, only_document, read_documents, source_files
 from dovetail.text.prepare import check_special_tokens
 from dovetail.text.tokenizer import check_vocabulary
+from dovetail.train.report.reporter import check_tensorboard
 from dovetail.train.run.ranks import rank_and_world
-from dovetail.train.run.run_file import RunConfig, build_model, load_tokenizer
+from dovetail.train.run.run_file import RunConfig, build_model, build_optimizer, load_tokenizer
 
 
 def check_run(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> bool:
     """Return whether some of the text is held out; nothing is written. Raises ValueError, one line, for what stands
     against the run."""
     check_folder(config.out)
-    build_model(config, torch.device("meta"))  # without memory, which is enough to see that it can be built
+    build_optimizer(config, build_model(config, torch.device("meta")))  # without memory: enough to see what is wrong
+    if config.train.tensorboard:
+        check_tensorboard()
     if config.train.steps is None and rank_and_world()[1] > 1 and not (config.out / "budget.json").exists():
         raise ValueError("train.minutes is measured by one process; under torchrun set train.steps")
     is_held_out = check_text(config.data, report)

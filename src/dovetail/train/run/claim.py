@@ -28,6 +28,7 @@ from dovetail.train.run.ranks import first_rank_first, rank_and_world
 from dovetail.train.run.run_file import RunConfig
 
 PATHS = ("out", "data.path", "tokenizer.path", "model.config")
+SHOWN = "tensorboard"  # of [train]: how a run is shown, which changes nothing in it
 TEXT = "text"  # the key of extra.json
 
 Text = Mapping[str, str | None]
@@ -66,7 +67,7 @@ def claim(config: RunConfig, spec: ModelSpec) -> None:
     here, hf_here = as_table(config), write_hf(spec)
     if there and checkpoint.checkpoints(config.out / "checkpoints"):
         remedy = "set out to a new directory"
-        check_same(there, here, f"{config.out} holds a run with other settings", remedy, PATHS)
+        check_same(_learnt(there), _learnt(here), f"{config.out} holds a run with other settings", remedy, PATHS)
         check_same(hf_there or hf_here, hf_here, f"{config.out} holds a run with other keys of the model", remedy)
         _check_same_tokenizer(config, there.get("tokenizer", {}).get("path"))
     elif there and (changed := differences({**there, "model": hf_there}, {**here, "model": hf_here})):
@@ -77,6 +78,11 @@ def claim(config: RunConfig, spec: ModelSpec) -> None:
         write_bytes(model, (json.dumps(hf_here, indent=2) + "\n").encode())
     if there != here:  # run.toml is last: a directory with one is a run's
         write_bytes(path, dump(config).encode())
+
+
+def _learnt(settings: Mapping[str, Any]) -> dict[str, Any]:
+    train = {key: value for key, value in settings.get("train", {}).items() if key != SHOWN}
+    return {**settings, "train": train}
 
 
 def check_same(

@@ -19,7 +19,7 @@ from dovetail.model.experts.moe import LocalDispatcher
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Block, Transformer
 from dovetail.text.corpus import Batch
-from dovetail.train.run.loop import Run
+from dovetail.train.run.state import Run
 from dovetail.train.step.step import compute_losses
 
 

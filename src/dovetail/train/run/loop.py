@@ -8,78 +8,46 @@ the same number of threads).
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from torch import Tensor
 
-from dovetail.catalog.precision import load_recipe
 from dovetail.cost.count import training_flop_per_token
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.cpu.process import settle_process
-from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import read_batch
-from dovetail.text.shards import TokenStore
-from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.report.display import Display
 from dovetail.train.report.health import Watched, watch
-from dovetail.train.report.health_table import summary_line
-from dovetail.train.report.metrics import (
-    HealthMetrics,
-    HeldOutMetrics,
-    MetricsLog,
-    StepMetrics,
-    WholeHeldOutMetrics,
-    read_metrics,
-)
+from dovetail.train.report.metrics import HealthMetrics, StepMetrics
+from dovetail.train.report.peak import Peak, measure_peak
+from dovetail.train.report.reporter import Reporter
 from dovetail.train.run import checkpoint, claim, run_file
-from dovetail.train.run.budget import budget_line, steps_in_time
+from dovetail.train.run.budget import budget_line, pace_of, step_seconds
 from dovetail.train.run.checks import check_run
-from dovetail.train.run.evaluate import held_out
-from dovetail.train.run.peak import measure_peak
+from dovetail.train.run.evaluate import evaluate, evaluate_if_missing
 from dovetail.train.run.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.state import Counters, Run, resume, save
 from dovetail.train.run.stop import Diverged, Interrupted, stop_signals
 from dovetail.train.step.ema import Ema
-from dovetail.train.step.optim import AdamW
-from dovetail.train.step.schedule import Position, TrainingSchedule, Values, values
+from dovetail.train.step.schedule import Position, Values, values
 from dovetail.train.step.step import Objective, StepResult, microbatches, train_step
 
 
-@dataclass(slots=True)
-class Counters:
-    """Where the run is; the JSON half of a checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    samples: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """All that stays the same from step to step."""
-
-    config: RunConfig
-    spec: ModelSpec
-    schedule: TrainingSchedule
-    tokenizer: Tokenizer
-    train_store: TokenStore
-    held_out_store: TokenStore | None
-    model: Transformer
-    optimizer: AdamW
-    ema: Ema | None
-    num_steps: int
-    peak: float  # FLOP/s, measured
-
-
-def train(config: RunConfig, display: Display | None = None, accept_changed_text: bool = False) -> Run:
+def train(
+    config: RunConfig,
+    display: Display | None = None,
+    accept_changed_text: bool = False,
+    ends_at: float = math.inf,
+) -> Run:
     """Train to the end of the budget, resuming from the newest whole checkpoint in `config.out`.
 
+    A budget of minutes is cut short where it would go past `ends_at`, a time of `time.monotonic`.
     Raises ValueError for settings that cannot work, for a run that another process trains, and, unless
     `accept_changed_text` is set, for one whose text changed; Interrupted on Ctrl-C (the run is saved), Diverged, and
     CheckpointError if the disk gives out.
@@ -89,7 +57,7 @@ def train(config: RunConfig, display: Display | None = None, accept_changed_text
         if display is None or rank_and_world()[0] > 0:
             display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
         try:
-            state = prepare(config, display, accept_changed_text)
+            state = prepare(config, display, accept_changed_text, ends_at)
             display.num_steps = state.num_steps
             _loop(state, display, accept_changed_text)
         finally:
@@ -97,7 +65,7 @@ def train(config: RunConfig, display: Display | None = None, accept_changed_text
     return state
 
 
-def prepare(config: RunConfig, display: Display, accept_changed_text: bool) -> Run:
+def prepare(config: RunConfig, display: Display, accept_changed_text: bool, ends_at: float) -> Run:
     """Text, tokens, model and budget: everything up to the first step. Rank 0 writes files, the others read them."""
     device = local_device()
     spec = run_file.resolve_model(config.model)
@@ -110,11 +78,10 @@ def prepare(config: RunConfig, display: Display, accept_changed_text: bool) -> R
         tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
         train_store, held_out_store = run_file.prepare_stores(config, tokenizer, is_held_out, display.message)
     model = run_file.build_model(config, device)
-    num_steps = config.train.steps or steps_in_time(config, schedule, model, train_store, display)
-    display.message(budget_line(config.train, schedule, train_store, num_steps))
+    pace = pace_of(config, lambda: step_seconds(config, schedule, model, train_store), display.message, ends_at)
+    display.message(budget_line(config.train, schedule, train_store, pace.num_steps))
     initialize(model, config.train.seed)
-    moments = load_recipe(config.train.precision).moments
-    optimizer = AdamW(model.named_parameters(), config.optimizer, moments)
+    optimizer = run_file.build_optimizer(config, model)
     masters = {name: slot.master for name, slot in optimizer.slots.items()}
     decay = config.train.ema_decay
     # Beside the step on a GPU; a CPU has no cores to spare, so there it is a part of the step.
@@ -129,81 +96,89 @@ def prepare(config: RunConfig, display: Display, accept_changed_text: bool) -> R
         model=model,
         optimizer=optimizer,
         ema=ema,
-        num_steps=num_steps,
-        peak=measure_peak(model.embed_tokens.weight.dtype, device),
+        pace=pace,
+        peak=_peak(config, model),
     )
 
 
-def state_of(state: Run) -> dict[str, dict[str, Tensor] | dict[str, dict[str, Tensor]]]:
-    """The tensors of a checkpoint."""
-    tensors = {"optimizer": state.optimizer.state(), "buffers": dict(state.model.named_buffers())}
-    return tensors if state.ema is None else {**tensors, "ema": state.ema.state()}
-
-
-def _text(state: Run) -> claim.Text:
-    return claim.text_of(state.tokenizer, state.train_store, state.held_out_store)
-
-
-def resume(state: Run, root: Path, accept_changed_text: bool) -> Counters:
-    """Fill the state from the newest whole checkpoint, if there is one."""
-    newest = checkpoint.latest(root)
-    if newest is None:
-        return Counters()
-    extra = checkpoint.load_checkpoint(newest, state_of(state))
-    if not accept_changed_text:
-        claim.check_text(state.config.out, checkpoint.step_of(newest), extra.get(claim.TEXT), _text(state))
-    state.optimizer.updates = extra["updates"]
-    state.optimizer.refresh_parameters()
-    return Counters(**extra["counters"])
+def _peak(config: RunConfig, model: Transformer) -> Peak:
+    """What MFU is a share of: square products and, on a CPU, the model's own, which may be the faster ones there."""
+    weight, spec, rows = (
+        model.embed_tokens.weight,
+        model.spec,
+        config.train.microbatch_size * config.train.sequence_length,
+    )
+    own = [(rows, spec.hidden_size, width) for width in (spec.intermediate_size, spec.vocab_size)]
+    return Peak(partial(measure_peak, weight.dtype, weight.device, () if weight.is_cuda else own))
 
 
 def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
     config, root = state.config, state.config.out / "checkpoints"
-    is_first = rank_and_world()[0] == 0
     checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
     counters = resume(state, root, accept_changed_text)
+    state.pace.start(counters.step, counters.seconds)
     if counters.step:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
-    log = MetricsLog(config.out / "metrics.jsonl", counters.step) if is_first else None
+    is_first = rank_and_world()[0] == 0
+    reporter = Reporter(config.out, counters.step, display, config.train.tensorboard) if is_first else None
     try:
         with stop_signals() as received:
-            while counters.step < state.num_steps:
-                metrics, health = _one_step(state, counters)
-                if log is not None:
-                    log.write(metrics)
-                    display.update(metrics)
-                    for each in health:
-                        log.write(each)
-                    if health:
-                        display.message(summary_line(health))
-                if counters.bad_in_a_row >= config.train.max_bad_steps:
-                    checkpointer.wait()
-                    raise Diverged(_diverged(counters, root))
-                is_last = counters.step == state.num_steps
-                every = config.train.evaluate_every
-                if log is not None and (_is_due(every, counters.step) or (is_last and every is not None)):
-                    _evaluate(state, counters, log, display)  # before the save, so that a saved step has its figure
-                is_good = counters.bad_in_a_row == 0  # amid bad steps, the checkpoint before them is kept
-                is_stopped = any_rank(bool(received))
-                if is_last or is_stopped or (is_good and _is_due(config.train.checkpoint_every, counters.step)):
-                    _save(state, counters, checkpointer, log)
-                if is_stopped and not is_last:
-                    checkpointer.wait()
-                    raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
-        checkpointer.wait()
-        if log is not None and not _has_final_figure(log):
-            _evaluate(state, counters, log, display, is_whole=True)
+            _steps(state, counters, checkpointer, reporter, received)
+            checkpointer.wait()
+            try:
+                evaluate_if_missing(state, counters, reporter, received, is_whole=True)
+            except Interrupted:
+                again = "the run is saved, and the same command measures it on held-out text"
+                raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; {again}") from None
     finally:
         checkpointer.close()
-        if log is not None:
-            log.close()
+        if reporter is not None:
+            reporter.close()
+
+
+def _steps(
+    state: Run,
+    counters: Counters,
+    checkpointer: checkpoint.Checkpointer,
+    reporter: Reporter | None,
+    received: Sequence[int],
+) -> None:
+    """Take the steps that are still to come, and report, measure and save what is due after each."""
+    train = state.config.train
+    if 0 < counters.step < state.num_steps and _is_due(train.evaluate_every, counters.step):
+        evaluate_if_missing(state, counters, reporter, received)
+    while counters.step < state.num_steps:
+        metrics, health = _one_step(state, counters)
+        if reporter is not None:
+            reporter.write(metrics)
+            reporter.write_health(health)
+        if counters.bad_in_a_row >= train.max_bad_steps:
+            checkpointer.wait()
+            raise Diverged(_diverged(counters, checkpointer.root))
+        is_last, is_stopped = counters.step == state.num_steps, any_rank(bool(received))
+        if _is_due(train.evaluate_every, counters.step) and not is_last and not is_stopped:
+            try:  # before the save, so that a saved step has its figure
+                evaluate(state, counters, reporter, received)
+            except Interrupted:
+                is_stopped = True
+        is_good = counters.bad_in_a_row == 0  # amid bad steps, the checkpoint before them is kept
+        if is_last or is_stopped or (is_good and _is_due(train.checkpoint_every, counters.step)):
+            if reporter is not None:
+                reporter.sync()
+            save(state, counters, checkpointer)
+        if is_stopped and not is_last:
+            checkpointer.wait()
+            raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; the run is saved")
+        if reporter is not None and (change := state.pace.look(counters.step)):
+            reporter.display.num_steps = state.num_steps
+            reporter.display.message(change)
 
 
 def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
     """Take the next step of a run on this rank's share of the batch, and count it."""
     train = state.config.train
     rank, world = rank_and_world()
-    at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=(counters.step + 1) / state.num_steps)
+    at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=state.pace.fraction(counters.step + 1))
     now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
     batch = read_batch(
         state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world
@@ -229,7 +204,7 @@ def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthM
     seconds = time.perf_counter() - start
     num_tokens = now.batch_size * train.sequence_length
     flop = training_flop_per_token(state.spec, train.sequence_length, mtp=True)
-    mfu = flop * num_tokens / seconds / (state.peak * rank_and_world()[1])
+    mfu = state.peak.share(flop * num_tokens / seconds / rank_and_world()[1])
     health = [
         HealthMetrics(step=counters.step, layer=layer, operand=operand, **dataclasses.asdict(each))
         for layer, watched in layers.items()
@@ -259,31 +234,6 @@ def _metrics(
         skipped=counters.skipped,
         seconds=seconds,
     )
-
-
-def _save(state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, log: MetricsLog | None) -> None:
-    if log is not None:
-        log.sync()
-    extra = {"counters": dataclasses.asdict(counters), "updates": state.optimizer.updates, claim.TEXT: _text(state)}
-    checkpointer.save(counters.step, state_of(state), extra)
-
-
-def _evaluate(state: Run, counters: Counters, log: MetricsLog, display: Display, is_whole: bool = False) -> None:
-    """Measure a point of the curve, on the same windows each time, or the final figure, on all held-out text."""
-    if state.held_out_store is None:
-        return
-    train = state.config.train
-    windows = None if is_whole else train.evaluate_windows
-    loss, bits = held_out(state.model, state.held_out_store, train.sequence_length, train.microbatch_size, windows)
-    kind = WholeHeldOutMetrics if is_whole else HeldOutMetrics
-    metrics = kind(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits)
-    log.write(metrics)
-    display.update(metrics)
-
-
-def _has_final_figure(log: MetricsLog) -> bool:
-    """It is measured after the last checkpoint, so that a run may have been stopped before it."""
-    return any(isinstance(each, WholeHeldOutMetrics) for each in read_metrics(log.path))
 
 
 def _diverged(counters: Counters, root: Path) -> str:

@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Tokenising a large text takes hours. Other ranks need no limit to give up: should rank 0 die, its connection breaks.
+PATIENCE = timedelta(days=30)
 
 
 @contextmanager
@@ -41,17 +45,24 @@ def local_device() -> torch.device:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Rank 0 runs the block while the others wait, then they run it. A failure of rank 0 fails all."""
+    """Rank 0 runs the block while the others wait, then they run it. A failure of rank 0 fails all.
+
+    They wait as long as it takes: NCCL gives up after ten minutes and gloo after thirty, so a group is made for this.
+    """
     rank, world = rank_and_world()
-    if rank > 0 and not all_ranks(True):
+    if world == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    if rank > 0 and not all_ranks(True, group):
         raise ValueError("rank 0 could not prepare the run; its message says why")
     is_well = False
     try:
         yield
         is_well = True
     finally:
-        if rank == 0 and world > 1:
-            all_ranks(is_well)
+        if rank == 0:
+            all_ranks(is_well, group)
 
 
 def any_rank(flag: bool) -> bool:
@@ -59,10 +70,10 @@ def any_rank(flag: bool) -> bool:
     return not all_ranks(not flag)
 
 
-def all_ranks(flag: bool) -> bool:
+def all_ranks(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
     if not dist.is_initialized():
         return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     votes = torch.tensor(int(flag), device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+    dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=group)
     return bool(votes)

@@ -6,7 +6,8 @@ out/tokenizer/    tokenizer.json (trained here or copied)
 out/tokens/       token stores of the training and the held-out text
 out/checkpoints/  see `checkpoint`
 out/metrics.jsonl see `metrics`
-out/budget.json   the number of steps, fixed at the start where `train.minutes` asks for a time
+out/tensorboard/  the same for TensorBoard, where `train.tensorboard` asks for it
+out/budget.json   the number of steps and its changes, where `train.minutes` asks for a time: see `budget`
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.run import checkpoint
 from dovetail.train.run.ranks import local_device
-from dovetail.train.step.optim import AdamWConfig
+from dovetail.train.step.optim import AdamW, AdamWConfig
 from dovetail.train.step.schedule import TrainingSchedule, as_fractions, load_schedule, with_peak
 
 WARMUP = 0.02  # share of the budget, where a published number of steps would be next to none of a short run
@@ -63,7 +64,7 @@ class TrainConfig(Record):
     """[train]."""
 
     steps: int | None = Field(default=None, gt=0)
-    minutes: float | None = Field(default=None, gt=0)  # instead of steps: as many as fit, measured at the start
+    minutes: float | None = Field(default=None, gt=0)  # instead of steps: as many as fit, planned again as the run goes
     sequence_length: int = Field(default=256, gt=1)  # tokens
     microbatch_size: int = Field(default=8, gt=0)  # sequences per forward pass and rank
     learning_rate: float | None = Field(default=None, gt=0)  # peak, in place of the schedule's own
@@ -80,8 +81,9 @@ class TrainConfig(Record):
     max_bad_steps: int = Field(default=5, gt=0)  # non-finite steps in a row before the run stops
     checkpoint_every: int = Field(default=100, gt=0)  # steps
     keep_checkpoints: int = Field(default=3, gt=0)
-    evaluate_every: int | None = Field(default=None, gt=0)  # steps, and the last; all of the text once at the end
+    evaluate_every: int | None = Field(default=None, gt=0)  # steps; all of the text once at the end
     evaluate_windows: int = Field(default=32, gt=0)  # windows of held-out text, each time the same
+    tensorboard: bool = False  # metrics for TensorBoard too
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -164,6 +166,11 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
         model = Transformer(resolve_model(config.model), dtype=dtype, recompute=config.train.recompute)
     apply_recipe(model, load_recipe(config.train.precision))
     return model
+
+
+def build_optimizer(config: RunConfig, model: Transformer) -> AdamW:
+    """Return the optimizer of a run. Raises ValueError for moments that would stand still."""
+    return AdamW(model.named_parameters(), config.optimizer, load_recipe(config.train.precision).moments)
 
 
 def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> Tokenizer:
