@@ -74,7 +74,7 @@ def test_every_curve_is_labelled() -> None:
             "MTP loss",
             "training loss",
             "skipped step",
-            "held-out loss, the same windows (1.900 bits/byte at the last)",
+            "held-out loss, the same windows (1.900 bits/byte at the last point)",
             "all held-out text (2.100 bits/byte)",
         ],
         ["1", "2", "3", "mean"],
@@ -88,7 +88,7 @@ def test_every_curve_is_labelled() -> None:
 
 def test_the_figure_of_all_text_is_a_mark_and_not_a_point_of_the_curve() -> None:
     lines = {line.get_label(): line for line in _figure(run(30, 0), HELD_OUT, "").axes[0].get_lines()}
-    curve = lines["held-out loss, the same windows (1.900 bits/byte at the last)"]
+    curve = lines["held-out loss, the same windows (1.900 bits/byte at the last point)"]
     whole = lines["all held-out text (2.100 bits/byte)"]
     assert list(curve.get_ydata()) == [3.6, 3.0] and list(whole.get_ydata()) == [3.2]
     assert (curve.get_linestyle(), whole.get_linestyle()) == ("-", "None")

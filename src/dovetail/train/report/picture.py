@@ -95,7 +95,7 @@ def _draw_held_out(axes: Axes, held_out: Sequence[HeldOut]) -> None:
     """Draw the curve over the same windows and, as a mark of its own, the final figure over all of the text."""
     curve = [each for each in held_out if isinstance(each, HeldOutMetrics)]
     if curve:
-        label = f"held-out loss, the same windows ({curve[-1].bits_per_byte:.3f} bits/byte at the last)"
+        label = f"held-out loss, the same windows ({curve[-1].bits_per_byte:.3f} bits/byte at the last point)"
         points = [each.tokens for each in curve], [each.loss for each in curve]
         axes.plot(*points, color=HELD_OUT, linewidth=1.2, marker="o", markeredgecolor="white", label=label)
     for each in held_out:
