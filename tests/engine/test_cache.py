@@ -18,8 +18,10 @@ def test_size_is_latent_and_rotary_key_per_token_and_layer(engine_spec):
 def update(cache, slots, layer, positions, value):
     """Write, and gather up to the largest position."""
     selected = cache.select(slots)
+    num_keys = int(positions.max()) + 1
+    selected.reserve(num_keys)
     selected.write(layer, positions, *written(cache, layer, positions, value))
-    return selected.gather(layer, int(positions.max()) + 1)
+    return selected.gather(layer, num_keys)
 
 
 def written(cache, layer, positions, value):

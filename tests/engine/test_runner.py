@@ -1,9 +1,14 @@
 import pytest
 import torch
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.runner import Runner
+from dovetail.model.attention.causal import attention_reference
+from dovetail.model.precision import apply_recipe
 from dovetail.numerics.formats import errors
+
+E4M3_ROUNDOFF = 2.0**-4
 
 
 def assert_close(spec, actual, expected):
@@ -17,12 +22,15 @@ def tokens_of(spec, *shape):
     return torch.randint(0, spec.vocab_size, shape, generator=torch.Generator().manual_seed(5))
 
 
-def runner_of(model, fused):
+def runner_of(model, kind):
+    """Kinds: "fused"; "reference"; and "together", the reference as it is on a GPU."""
     dtype = model.embed_tokens.weight.dtype
-    return Runner(model, ContiguousCache(model.spec, batch=4, capacity=32, dtype=dtype), fused)
+    runner = Runner(model, ContiguousCache(model.spec, batch=4, capacity=32, dtype=dtype), kind == "fused")
+    runner.one_by_one = kind != "together"
+    return runner
 
 
-@pytest.fixture(params=[False, True], ids=["reference", "fused"])
+@pytest.fixture(params=["reference", "together", "fused"])
 def setup(engine_spec, engine_model, request):
     model = engine_model(engine_spec())
     return model.spec, model, runner_of(model, request.param)
@@ -51,17 +59,52 @@ def test_fused_gates_equal_the_reference(scoring_func, topk_method, engine_spec,
     for buffer in model.buffers():
         buffer.copy_(torch.linspace(-0.3, 0.3, 4))
     tokens, rows = tokens_of(model.spec, 6), (torch.full((6,), 1), torch.arange(6))
-    fused, reference = (runner_of(model, each).step(tokens, *rows) for each in (True, False))
+    fused, reference = (runner_of(model, each).step(tokens, *rows) for each in ("fused", "reference"))
     assert_close(model.spec, fused, reference)
 
 
 def test_a_gate_that_the_kernels_lack_goes_to_the_reference(engine_spec, engine_model):
     """They would take it for softmax."""
     model = engine_model(engine_spec())
-    assert runner_of(model, True).fused is not None
+    assert runner_of(model, "fused").fused is not None
     moe = model.spec.moe.model_copy(update={"scoring_func": "a new one"})
     model.spec = model.spec.model_copy(update={"moe": moe})
-    assert runner_of(model, True).fused is None
+    assert runner_of(model, "fused").fused is None
+
+
+@pytest.fixture
+def reference_attention(monkeypatch):
+    """One rounding of attention for prompts and steps: FP8 makes a coarse step of the smallest difference."""
+    monkeypatch.setattr("dovetail.model.attention.mla.causal_attention", attention_reference)
+
+
+def absorbed_anyway(patch, model):
+    for block in model.layers.values():
+        block.self_attn.kv_b_proj.precision = None
+
+
+def fused_anyway(patch, model):
+    patch.setattr("dovetail.engine.runner.takes", lambda model: True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", ["deepseek-v3", "deepseek-v3.1"])
+@pytest.mark.parametrize("wrong", [None, absorbed_anyway, fused_anyway])
+def test_a_recipe_holds_for_prompts_and_steps(
+    recipe, wrong, engine_spec, random_model, reference_attention, monkeypatch
+):
+    """Wrong variants are off by a rounding to E4M3 and more. All experts are chosen, so that none changes sides."""
+    moe = {**engine_spec().moe.model_dump(), "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1}
+    model, tokens = random_model(engine_spec(moe=moe), torch.bfloat16), tokens_of(engine_spec(), 30)
+    apply_recipe(model, load_recipe(recipe))
+    full = model(tokens[None]).hidden[0, 13:].double()
+    if wrong is not None:
+        wrong(monkeypatch, model)
+    runner = runner_of(model, "fused")
+    runner.prefill(0, tokens[:13])
+    steps = [runner.step(tokens[i : i + 1], torch.tensor([0]), torch.tensor([i])) for i in range(13, 30)]
+    difference = (torch.cat(steps).double() - full).norm() / full.norm()
+    assert (difference < E4M3_ROUNDOFF) == (wrong is None)
 
 
 @torch.no_grad()
@@ -122,7 +165,7 @@ def test_stale_entries_after_the_last_position_are_not_seen(setup):
 
 def test_rows_of_a_slot_must_be_adjacent(engine_spec, engine_model):
     spec = engine_spec()
-    runner = runner_of(engine_model(spec), fused=False)
+    runner = runner_of(engine_model(spec), "together")
     with pytest.raises(AssertionError, match="adjacent"):
         runner.step(tokens_of(spec, 3), torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]))
 
@@ -131,6 +174,16 @@ def test_a_step_beyond_the_capacity_is_an_error(setup):
     spec, _, runner = setup
     with pytest.raises(ValueError, match=r"position 32 .* capacity >= 33"):
         runner.step(tokens_of(spec, 1), torch.tensor([0]), torch.tensor([32]))
+
+
+@torch.no_grad()
+def test_the_largest_position_is_looked_for_once_a_pass(engine_spec, engine_model, monkeypatch):
+    """On a GPU each look waits for it."""
+    runner, looks, largest = runner_of(engine_model(engine_spec()), "together"), [], torch.Tensor.max
+    monkeypatch.setattr(torch.Tensor, "max", lambda self: looks.append(self) or largest(self))
+    runner.prefill(0, tokens_of(runner.model.spec, 5))
+    runner.step(tokens_of(runner.model.spec, 2), torch.tensor([0, 0]), torch.tensor([5, 6]))
+    assert len(looks) == 2
 
 
 def test_no_gradients_are_kept(setup):

@@ -47,7 +47,9 @@ class Sampling:
 class Loading:
     """Which weights, and how they are kept."""
 
-    speculate: Annotated[int, typer.Option(min=0, help="MTP drafts per step; this changes only the speed.")] = 0
+    speculate: Annotated[
+        int, typer.Option(min=0, help="MTP drafts per step. Greedy text stays (on a GPU up to rounding).")
+    ] = 0
     ema: Annotated[bool, typer.Option("--ema", help="Take the moving average of a run's weights.")] = False
     dtype: Annotated[
         str,

@@ -45,9 +45,8 @@ class ContiguousCache:
     def capacity(self) -> int:
         return self.data.shape[2]
 
-    def check(self, positions: Tensor) -> None:
-        """Raises `ValueError` where `positions` go beyond the capacity."""
-        num_keys = int(positions.max()) + 1
+    def reserve(self, num_keys: int) -> None:
+        """Raises `ValueError` where positions 0 .. num_keys - 1 go beyond the capacity."""
         if num_keys > self.capacity:
             raise ValueError(
                 f"position {num_keys - 1} is outside a cache of {self.capacity} positions per sequence; "
@@ -69,10 +68,11 @@ class SelectedSlots:
     cache: ContiguousCache
     slots: tuple[int, ...]
 
+    def reserve(self, num_keys: int) -> None:
+        self.cache.reserve(num_keys)
+
     def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
-        """Raises `ValueError` beyond the capacity."""
         assert positions.shape[0] == len(self.slots), "one row of positions per slot"
-        self.cache.check(positions)
         data = self.cache.data[layer]
         slots = torch.tensor(self.slots, device=data.device)
         data[slots[:, None], positions] = torch.cat((latent, rope_key), dim=-1).to(data.dtype)
@@ -86,6 +86,6 @@ class SelectedSlots:
         seen = data[first : first + count, :num_keys] if is_consecutive else data[slots, :num_keys]
         return seen[..., : self.cache.latent_dim], seen[..., self.cache.latent_dim :]
 
-    def attend(self, layer: int, query: Tensor, positions: Tensor, scale: float) -> Tensor:
-        latent, rope_key = self.gather(layer, int(positions.max()) + 1)
+    def attend(self, layer: int, query: Tensor, positions: Tensor, num_keys: int, scale: float) -> Tensor:
+        latent, rope_key = self.gather(layer, num_keys)
         return absorbed_attention(query, latent, rope_key, positions, scale)

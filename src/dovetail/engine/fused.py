@@ -19,9 +19,10 @@ from dovetail.model.attention.rope import tables
 from dovetail.model.block import Block
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.norm import RmsNorm
+from dovetail.model.precision import has_recipe
 from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.cpu.kernels import array
-from dovetail.spec.model import ModelSpec, Moe
+from dovetail.spec.model import Moe
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -37,9 +38,12 @@ class FusedBlock:
     gate: tuple[int, int, int, bool, bool, np.float32]
 
 
-def takes(spec: ModelSpec) -> bool:
-    """Whether the kernels have the model's gate; `rows_numba.route_row` takes any other for softmax."""
-    return spec.moe is None or spec.moe.scoring_func in ("sigmoid", "softmax")
+def takes(model: Transformer) -> bool:
+    """Whether the kernels compute what the model's layers do. They know nothing of a recipe, and
+    `rows_numba.route_row` takes any gate but sigmoid for softmax."""
+    moe = model.spec.moe
+    has_gate = moe is None or moe.scoring_func in ("sigmoid", "softmax")
+    return has_gate and not has_recipe(model)
 
 
 class FusedSteps:
@@ -54,10 +58,12 @@ class FusedSteps:
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
 
-    def prefill_last(self, slot: int, tokens: Tensor) -> Tensor:
-        """A prompt [T] into `slot` -> hidden [1, dim] of its last token.
+    def prefill(self, slot: int, tokens: Tensor, last_only: bool) -> Tensor:
+        """A prompt [T] into `slot` -> hidden [T, dim], or [1, dim] of its last token.
 
-        Nothing else of the last block is needed but its cache: the others' attention and experts there are left out.
+        The last token goes through the last block as a row of `step` either way: its bits and the cache's do not
+        depend on `last_only`. For this token alone nothing else of that block is needed but its cache: the others'
+        attention and experts there are left out.
         """
         model = self.model
         context = model.context(tokens[None], None, None, self.cache.select([slot]), False)
@@ -65,10 +71,14 @@ class FusedSteps:
         *before, last = model.layers.values()
         for block in before:
             x, _ = block(x, context, model.dispatcher)
-        last.self_attn.remember(last.input_layernorm(x), context, last.layer)
         row = x[0, -1:].float().numpy()
+        if last_only:
+            last.self_attn.remember(last.input_layernorm(x), context, last.layer)
+        else:
+            x, _ = last(x, context, model.dispatcher)
         self._run(self.blocks[-1], row, self._rows(torch.tensor([slot]), torch.tensor([len(tokens) - 1])))
-        return self._finish(row, model.norm)
+        hidden = self._finish(row, model.norm)
+        return hidden if last_only else torch.cat((model.norm(x[0, :-1]), hidden))
 
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         rows = self._rows(slots, positions)
@@ -94,7 +104,7 @@ class FusedSteps:
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Arrays:
         """slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's capacity."""
-        self.cache.check(positions)
+        self.cache.reserve(int(positions.max()) + 1)
         where = positions.numpy()
         return slots.numpy(), where, self.cos[where], self.sin[where]
 

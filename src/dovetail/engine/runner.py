@@ -3,7 +3,12 @@
 A row is one (slot, position) of the cache with the token that stands there. Rows of one slot are adjacent and
 their positions ascend by one (a token and the drafts after it, to be verified together); all rows are written
 to the cache before any is attended to, so each sees those of its slot up to itself. Rows are [R], slots and
-positions int64 on the model's device. Here is the reference, in plain torch; on a CPU `fused` does the short steps.
+positions int64 on the model's device. Here is the reference, in plain torch; on a CPU `fused` does the short steps,
+unless the model has a recipe or a gate that its kernels lack.
+
+On a CPU what a row computes is bit for bit the same whatever rows are beside it. The reference computes row by row
+there, for the bits of torch's products depend on the number of rows. On a GPU it computes rows together, which is
+many times faster: there a row depends on those beside it within rounding.
 """
 
 from __future__ import annotations
@@ -27,7 +32,8 @@ class Runner:
         self.model = model
         self.cache = cache
         on_cpu = capability.on_cpu(model.embed_tokens.weight, cache.data)
-        self.fused = FusedSteps(model, cache) if fused and on_cpu and takes(model.spec) else None
+        self.fused = FusedSteps(model, cache) if fused and on_cpu and takes(model) else None
+        self.one_by_one = self.device.type == "cpu"
 
     @property
     def device(self) -> torch.device:
@@ -36,13 +42,18 @@ class Runner:
     @torch.no_grad()
     def prefill(self, slot: int, tokens: Tensor) -> Tensor:
         """tokens [T] from position 0 on into `slot` -> hidden [T, dim] after the final norm."""
-        hidden: Tensor = self.model(tokens[None], cache=self.cache.select([slot])).hidden
-        return hidden[0]
+        return self._prefill(slot, tokens, last_only=False)
 
     @torch.no_grad()
     def prefill_last(self, slot: int, tokens: Tensor) -> Tensor:
-        """As `prefill`, but the last token's hidden [1, dim] alone, which is less work."""
-        return self.prefill(slot, tokens)[-1:] if self.fused is None else self.fused.prefill_last(slot, tokens)
+        """As `prefill`, but the last token's hidden [1, dim] alone, which is less work. Its bits are the same."""
+        return self._prefill(slot, tokens, last_only=True)
+
+    def _prefill(self, slot: int, tokens: Tensor, last_only: bool) -> Tensor:
+        if self.fused is not None:
+            return self.fused.prefill(slot, tokens, last_only)
+        hidden: Tensor = self.model(tokens[None], cache=self.cache.select([slot])).hidden
+        return hidden[0, -1:] if last_only else hidden[0]
 
     @torch.no_grad()
     def prefill_draft(self, depth: int, slot: int, hidden: Tensor, next_tokens: Tensor) -> Tensor:
@@ -79,17 +90,29 @@ class Runner:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab] FP32."""
-        return self.model.logits(hidden) if self.fused is None else self.fused.logits(hidden)
+        if self.fused is not None:
+            return self.fused.logits(hidden)
+        if not self.one_by_one:
+            return self.model.logits(hidden)
+        rows = hidden.reshape(-1, 1, hidden.shape[-1])
+        return torch.cat([self.model.logits(row) for row in rows]).view(*hidden.shape[:-1], -1)
 
     def _by_slot(self, slots: Tensor, run: Callable[[SelectedSlots, Tensor], Tensor]) -> Tensor:
-        """`run` on rows [B, T] for each number T of rows that slots have; its results [B, T, dim] as [R, dim]."""
-        parts = [(rows, run(self.cache.select(group), rows)) for group, rows in _groups(slots)]
+        """`run` on rows [B, T] for each number T of rows that slots have, or for each row; its results [B, T, dim] as
+        [R, dim]."""
+        groups = _single_rows(slots) if self.one_by_one else _groups(slots)
+        parts = [(rows, run(self.cache.select(group), rows)) for group, rows in groups]
         if len(parts) == 1:
             return parts[0][1].flatten(0, 1)
         output = parts[0][1].new_empty(len(slots), parts[0][1].shape[-1])
         for rows, hidden in parts:
             output[rows] = hidden
         return output
+
+
+def _single_rows(slots: Tensor) -> Iterator[tuple[list[int], Tensor]]:
+    """Each row alone, as `_groups` has it."""
+    return (([slot], torch.tensor([[row]], device=slots.device)) for row, slot in enumerate(slots.tolist()))
 
 
 def _groups(slots: Tensor) -> Iterator[tuple[list[int], Tensor]]:

@@ -43,6 +43,15 @@ def apply_recipe(model: nn.Module, recipe: Recipe) -> None:
             module.expert_output = recipe.expert_output
 
 
+def has_recipe(model: nn.Module) -> bool:
+    """Whether any layer computes otherwise than in its weights' format."""
+    return any(
+        module.expert_output is not None if isinstance(module, MoeMlp) else module.precision is not None
+        for module in model.modules()
+        if isinstance(module, Linear | DenseMlp | Experts | MoeMlp)
+    )
+
+
 def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     for path, module in model.named_modules():
         if isinstance(module, Linear):

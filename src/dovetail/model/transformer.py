@@ -171,12 +171,17 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         cos, sin = tables(self.spec, self.mla.qk_rope_head_dim, positions)
         first = None if document_ids is None else document_starts(document_ids)
+        num_keys = 0
+        if cache is not None:
+            num_keys = int(positions.max()) + 1
+            cache.reserve(num_keys)
         return Context(
             positions=positions,
             cos=cos,
             sin=sin,
             first=first,
             cache=cache,
+            num_keys=num_keys,
             absorbed=absorbed,
             recompute=Recompute() if self.recompute else None,
         )

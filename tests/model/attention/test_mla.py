@@ -31,6 +31,9 @@ class PagedCache:
         self.table = torch.arange(pages).flip(0).view(batch, -1)  # page of each sequence's position // PAGE
         self.calls: list[int] = []
 
+    def reserve(self, num_keys: int) -> None:
+        pass
+
     def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
         self.calls.append(layer)
         pages = self.table.gather(1, positions // self.PAGE)
@@ -40,7 +43,7 @@ class PagedCache:
         whole = self.data[self.table].flatten(1, 2)[:, :num_keys]
         return whole[..., : self.width], whole[..., self.width :]
 
-    def attend(self, layer: int, query: Tensor, positions: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, positions: Tensor, num_keys: int, scale: float) -> Tensor:
         """Softmax over pages one after another: each adds to the sums of those before it."""
         largest = torch.full(query.shape[:3], -torch.inf)
         total, mixed = torch.zeros(query.shape[:3]), torch.zeros(*query.shape[:3], self.width)
@@ -66,7 +69,8 @@ def layer_of(spec: ModelSpec, draw: Draw, dtype: torch.dtype = torch.float32) ->
 
 def context(spec: ModelSpec, positions: Tensor, **changes: object) -> Context:
     cos, sin = tables(spec, spec.attention.qk_rope_head_dim, positions)
-    return Context(positions=positions, cos=cos, sin=sin, **changes)
+    num_keys = int(positions.max()) + 1 if "cache" in changes else 0
+    return Context(positions=positions, cos=cos, sin=sin, num_keys=num_keys, **changes)
 
 
 def places(batch: int, start: int, stop: int) -> Tensor:

@@ -31,9 +31,13 @@ from dovetail.spec.model import Mla, ModelSpec
 class LatentCache(Protocol):
     """The KV cache as the model sees it: latents and rotary keys of earlier tokens, by layer and position.
 
-    A layer writes the tokens at hand and then attends. The two are apart, so that a cache may keep its tokens in pages
-    and absorbed attention may read them where they are.
+    A pass over the model makes room once; then each layer writes the tokens at hand and attends. The two are apart, so
+    that a cache may keep its tokens in pages and absorbed attention may read them where they are.
     """
+
+    def reserve(self, num_keys: int) -> None:
+        """Positions 0 .. num_keys - 1 will be written and read. Raises `ValueError` where there is no room."""
+        ...
 
     def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
         """Keep latent [B, T, kv_lora_rank] and rope_key [B, T, qk_rope_head_dim] of positions [B, T]."""
@@ -43,8 +47,8 @@ class LatentCache(Protocol):
         """latent [B, S, .] and rope_key [B, S, .] of positions 0 .. S-1, S = num_keys: what is expanded."""
         ...
 
-    def attend(self, layer: int, query: Tensor, positions: Tensor, scale: float) -> Tensor:
-        """`absorbed_attention` of query [B, H, T, kv_lora_rank + qk_rope_head_dim] over what has been written."""
+    def attend(self, layer: int, query: Tensor, positions: Tensor, num_keys: int, scale: float) -> Tensor:
+        """`absorbed_attention` of query [B, H, T, kv_lora_rank + qk_rope_head_dim] over positions 0 .. num_keys - 1."""
         ...
 
 
@@ -57,17 +61,13 @@ class Context:
     sin: Tensor
     first: Tensor | None = None  # [B, T] int32: first visible position where documents are kept apart
     cache: LatentCache | None = None
+    num_keys: int = 0  # with a cache: how many of its positions the queries can see at most, their own included
     absorbed: bool = False
     recompute: Recompute | None = None
 
     def again(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """function(*inputs); where recompute is on, made again for the backward pass instead of kept."""
         return function(*inputs) if self.recompute is None else self.recompute.again(function, *inputs)
-
-    @property
-    def num_keys(self) -> int:
-        """How many positions of a cache the queries can see at most: one more than the largest of theirs."""
-        return int(self.positions.max()) + 1
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -100,10 +100,12 @@ class MultiHeadLatentAttention(nn.Module):
             quantized = quantize_for(x, self.q_a_proj, self.kv_a_proj_with_mqa)
             low = context.again(self.q_a_layernorm, self.q_a_proj(x, quantized))
         latent, rope_key = self.remember(x, context, layer, quantized)
-        if context.absorbed:
+        # Absorption multiplies queries by the weight of kv_b_proj. Where a recipe quantises latents and weight, that is
+        # another function, so the cache is expanded as in a prompt.
+        if context.absorbed and self.kv_b_proj.precision is None:
             heads = self._absorbed(self.queries(low), latent, rope_key, context, layer)
             return self.o_proj(heads.flatten(2))
-        if context.cache is not None:
+        if context.cache is not None and context.num_keys > x.shape[1]:
             latent, rope_key = context.cache.gather(layer, context.num_keys)
         if latent.shape[1] == x.shape[1]:
             q, k, v = context.again(self._expand, low, latent, rope_key, context.cos, context.sin)
@@ -144,7 +146,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope = rotate(q_rope, context.cos[:, None], context.sin[:, None])
         query = torch.cat((q_nope @ up[:, :nope], q_rope), dim=-1)
         if context.cache is not None:
-            mixed = context.cache.attend(layer, query, context.positions, self.scale)
+            mixed = context.cache.attend(layer, query, context.positions, context.num_keys, self.scale)
         else:
             mixed = absorbed_attention(query, latent, rope_key, context.positions, self.scale)
         return (mixed @ up[:, nope:].transpose(1, 2)).transpose(1, 2)
@@ -165,7 +167,8 @@ def absorbed_attention(query: Tensor, latent: Tensor, rope_key: Tensor, position
     positions 0 .. S-1, positions [B, T] of the queries -> [B, H, T, kv_lora_rank].
     """
     keys = torch.cat((latent, rope_key), dim=-1)[:, None]
-    return masked_attention(query, keys, latent[:, None], scale, visible_keys(positions, latent.shape[1]))
+    values = keys[..., : latent.shape[-1]]  # of the copy: bits of a product may depend on where a cache's slot begins
+    return masked_attention(query, keys, values, scale, visible_keys(positions, latent.shape[1]))
 
 
 def visible_keys(positions: Tensor, num_keys: int) -> Tensor:

@@ -1,0 +1,160 @@
+"""On a CPU a completion is bit for bit the same with drafts and without, in a batch and alone."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.catalog.precision import load_recipe
+from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.fused import FusedSteps
+from dovetail.engine.llm import LLM
+from dovetail.engine.runner import Runner, _groups
+from dovetail.engine.sampler import SamplingParams
+from dovetail.model.precision import apply_recipe
+from dovetail.model.transformer import Transformer
+from dovetail.text.documents import DataConfig
+from dovetail.train.run.loop import train
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
+
+CHANGES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 2,
+}
+DTYPES = [torch.bfloat16, torch.float32]
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+STEPS = 12
+PREFILL = FusedSteps.prefill
+Trained = tuple[dict[torch.dtype, Transformer], list[int]]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model with two MTP modules, trained on Python's json package, in either dtype; and the tokens of that text."""
+    config = RunConfig(
+        out=tmp_path_factory.mktemp("lossless"),
+        model=ModelConfig(preset="quickstart", change=CHANGES),
+        data=DataConfig(kind="files", path=Path(json.__file__).parent, patterns=("*.py",), held_out_share=0.0),
+        train=TrainConfig(steps=300, sequence_length=64, microbatch_size=4, checkpoint_every=1000),
+        schedule="quickstart",
+    )
+    state = train(config)
+    models = {}
+    for dtype in DTYPES:
+        models[dtype] = Transformer(state.spec, dtype)
+        models[dtype].load_state_dict(state.model.state_dict())
+    files = Path(json.__file__).parent.glob("*.py")
+    return models, state.tokenizer.encode("".join(file.read_text("utf-8") for file in sorted(files)))
+
+
+def pieces(text: list[int], count: int) -> list[list[int]]:
+    """Of 1 to 60 tokens, from all over the text."""
+    starts = [i * (len(text) - 60) // count for i in range(count)]
+    return [text[start : start + 1 + i * 13 % 60] for i, start in enumerate(starts)]
+
+
+def run(model: Transformer, texts: list[list[int]], rows: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits and cache of each text, whose last STEPS tokens are run `rows` at a time, together with the others'."""
+    longest, dtype = max(map(len, texts)), model.embed_tokens.weight.dtype
+    runner = Runner(model, ContiguousCache(model.spec, len(texts), longest + 5, dtype))
+    prefill = runner.prefill_last if rows == 1 else runner.prefill  # as without drafts, and with them
+    seen = [[runner.logits(prefill(slot, torch.tensor(text[:-STEPS]))[-1:])] for slot, text in enumerate(texts)]
+    for done in range(0, STEPS, rows):
+        places = [len(text) - STEPS + done + i for text in texts for i in range(rows)]
+        slots = torch.arange(len(texts)).repeat_interleave(rows)
+        tokens = [texts[slot][place] for slot, place in zip(slots.tolist(), places, strict=True)]
+        hidden = runner.step(torch.tensor(tokens), slots, torch.tensor(places))
+        for parts, new in zip(seen, runner.logits(hidden).split(rows), strict=True):
+            parts.append(new)
+    layers = model.spec.num_hidden_layers
+    caches = [runner.cache.data[:layers, slot, : len(text)] for slot, text in enumerate(texts)]
+    return [torch.cat(parts) for parts in seen], caches
+
+
+def differing(model: Transformer, texts: list[list[int]]) -> int:
+    """How often logits or cache entries of a text are not those of one row at a time: many texts, by two and three."""
+    alone = [run(model, [text], 1) for text in texts]
+    count = 0
+    for rows in (2, 3):
+        for (logits, cache), other_logits, other_cache in zip(alone, *run(model, texts, rows), strict=True):
+            count += not (torch.equal(logits[0], other_logits) and torch.equal(cache[0], other_cache))
+    return count
+
+
+def completions(model: Transformer, prompts: list[list[int]], params: SamplingParams) -> list[list[list[int]]]:
+    """Tokens of the prompts' completions: plain, with drafts, and each prompt by itself."""
+    llm = LLM(model, model.spec)
+    together = [llm.generate(prompts, params, speculate) for speculate in (0, 1, 2)]
+    alone = [[llm.generate([prompt], params, speculate)[0] for prompt in prompts] for speculate in (0, 2)]
+    drafted = [completion.statistics for completion in together[2]]
+    assert 0.2 < sum(each.accepted for each in drafted) / sum(each.drafted for each in drafted) < 0.9
+    return [[completion.token_ids for completion in each] for each in (*together, *alone)]
+
+
+def prefill_of_its_own(self: FusedSteps, slot: int, tokens: Tensor, last_only: bool) -> Tensor:
+    """The last token of a prompt with drafts goes through the last block with the others."""
+    if last_only:
+        return PREFILL(self, slot, tokens, True)
+    return self.model(tokens[None], cache=self.cache.select([slot])).hidden[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drafts_and_neighbours_change_no_bit(dtype: torch.dtype, trained: Trained) -> None:
+    models, text = trained
+    assert differing(models[dtype], [text[i * 97 :][: STEPS + 1 + i] for i in range(40)]) == 0
+    plain, *others = completions(models[dtype], pieces(text, 40), GREEDY)
+    assert all(each == plain for each in others)
+    assert len(set(map(tuple, plain))) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_drafts_change_no_bit_of_hundreds(dtype: torch.dtype, trained: Trained) -> None:
+    models, text = trained
+    assert differing(models[dtype], [text[i * 17 :][: STEPS + 1 + i] for i in range(400)]) == 0
+    plain, *others = completions(models[dtype], pieces(text, 400), GREEDY)
+    assert all(each == plain for each in others)
+
+
+@pytest.mark.parametrize(("dtype", "recipe"), [*((dtype, "bf16") for dtype in DTYPES), (torch.bfloat16, "deepseek-v3")])
+def test_the_reference_computes_row_by_row(
+    dtype: torch.dtype, recipe: str, trained: Trained, monkeypatch: Patch
+) -> None:
+    models, text = trained
+    model, texts = copy.deepcopy(models[dtype]), [text[i * 97 :][: STEPS + 1 + 7 * i] for i in range(6)]
+    apply_recipe(model, load_recipe(recipe))
+    monkeypatch.setattr("dovetail.engine.runner.takes", lambda model: False)
+    assert differing(model, texts) == 0
+    plain, *others = completions(model, pieces(text, 6), GREEDY.model_copy(update={"max_tokens": 8}))
+    assert all(each == plain for each in others)
+
+
+def test_rows_run_together_by_the_reference_change_bits(trained: Trained, monkeypatch: Patch) -> None:
+    models, text = trained
+    monkeypatch.setattr("dovetail.engine.runner.takes", lambda model: False)
+    monkeypatch.setattr("dovetail.engine.runner._single_rows", _groups)
+    assert differing(models[torch.float32], [text[i * 97 :][: STEPS + 1 + 7 * i] for i in range(6)]) > 0
+
+
+def test_a_prefill_of_its_own_would_change_bits(trained: Trained, monkeypatch: Patch) -> None:
+    models, text = trained
+    monkeypatch.setattr(FusedSteps, "prefill", prefill_of_its_own)
+    assert differing(models[torch.bfloat16], [text[i * 97 :][: STEPS + 1 + i] for i in range(8)]) > 8
