@@ -73,8 +73,6 @@ def prompts(llm: LLM, files: int, prompt_tokens: int, new_tokens: int) -> Iterat
 
 def run_pairs(llm: LLM, chosen: Sequence[tuple[str, list[int]]], new_tokens: int, repeats: int) -> list[Pair]:
     params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
-    for depth in (0, 1):  # compile the kernels
-        llm.generate([chosen[0][1]], params.model_copy(update={"max_tokens": 4}), speculate=depth)
     pairs = []
     for round_index, (name, tokens) in itertools.product(range(repeats), chosen):
         plain, speculative = (llm.generate([tokens], params, speculate=depth)[0] for depth in (0, 1))

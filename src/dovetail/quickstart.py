@@ -179,7 +179,6 @@ def generate(llm: LLM, document: Document) -> Generation:
     assert llm.tokenizer is not None
     prompt = llm.tokenizer.decode(llm.tokenizer.encode(document.text)[:PROMPT_TOKENS])
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    llm.generate([prompt], params, speculate=1)  # once to compile
     plain, fast = (llm.generate([prompt], params, speculate=depth)[0] for depth in (0, 1))
     return Generation(name=document.name, prompt=prompt, plain=plain, speculative=fast)
 

@@ -61,7 +61,7 @@ def our_steps(monkeypatch, model, prompt, max_tokens, depth):
     monkeypatch.setattr(speculative, "step", count)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     completion = LLM(model, model.spec).generate([prompt], params, speculate=depth)[0]
-    return completion.token_ids, drafts, accepted
+    return completion.token_ids, drafts[1:], accepted[1:]  # the first step warms up
 
 
 def compared(monkeypatch, tmp_path, model, prompt, depth):

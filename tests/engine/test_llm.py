@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -5,7 +6,9 @@ import torch
 
 from dovetail.engine import llm as engine
 from dovetail.engine.llm import LLM
+from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams
+from dovetail.engine.sequence import Sequence
 from dovetail.model.checkpoint.weights import export_hf
 from dovetail.text.tokenizer import Tokenizer
 
@@ -149,6 +152,51 @@ def test_stop_strings_end_text_and_sequence(texts, speculate):
     assert "".join(texts.stream("ab", params, speculate)) == completion.text
 
 
+def test_an_abandoned_stream_and_an_error_leave_nothing_behind(texts, monkeypatch):
+    prompts = ["ab", "c", "def"]
+    before = [c.token_ids for c in texts.generate(prompts, GREEDY, speculate=2)]
+    abandoned = texts.stream("ab", GREEDY, speculate=2)
+    next(abandoned)
+    abandoned.close()
+    left_open = texts.stream("ab", GREEDY)
+    first = next(left_open)
+    extend = Sequence.extend
+
+    def fail_on_one(sequence, tokens):
+        if sequence.prompt_tokens == 2 and sequence.completion_tokens > 3:
+            raise RuntimeError("one sequence fails")
+        return extend(sequence, tokens)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="one sequence fails"):
+        patch.setattr(Sequence, "extend", fail_on_one)
+        texts.generate(prompts, GREEDY, speculate=2)
+    assert [c.token_ids for c in texts.generate(prompts, GREEDY, speculate=2)] == before
+    assert first + "".join(left_open) == texts.generate(["ab"], GREEDY)[0].text
+
+
+@pytest.mark.parametrize("speculate", [0, 2])
+def test_compiling_is_in_no_completions_seconds(engine_spec, engine_model, monkeypatch, speculate):
+    """Each part of the engine takes an hour when it is first run."""
+    clock = itertools.count()
+    hours = {name: iter([3600]) for name in ("prefill", "prefill_last", "prefill_draft", "step", "draft", "logits")}
+    passed = [0]
+
+    def slow_at_first(name, method):
+        def run(*arguments):
+            passed[0] += next(hours[name], 0)
+            return method(*arguments)
+
+        return run
+
+    for name in hours:
+        monkeypatch.setattr(Runner, name, slow_at_first(name, getattr(Runner, name)))
+    monkeypatch.setattr(engine.time, "perf_counter", lambda: passed[0] + next(clock))
+    spec = engine_spec()
+    statistics = LLM(engine_model(spec), spec).generate([[1], [2, 3, 4]], GREEDY, speculate)[0].statistics
+    assert passed[0] >= 3 * 3600
+    assert 0 < statistics.prefill_seconds < 3600 > statistics.decode_seconds > 0
+
+
 def test_errors_of_stream_come_with_the_call(texts):
     with pytest.raises(ValueError, match="not a token"):
         texts.stream([400], GREEDY)
@@ -179,7 +227,7 @@ def test_rows_beyond_the_tokenizer_are_never_drawn(engine_spec, engine_model, mo
     with torch.no_grad():
         model.head_weight[261:] = 40 * model.head_weight[100:111]
     if not fused:
-        monkeypatch.setattr("dovetail.engine.runner.takes", lambda spec: False)
+        monkeypatch.setattr("dovetail.engine.runner.takes", lambda model: False)
     llm = LLM(model, spec, Tokenizer.train([], 261))
     assert max(LLM(model, spec).generate([[0, 5]], GREEDY)[0].token_ids) >= 261
     for params in (GREEDY, SAMPLED):

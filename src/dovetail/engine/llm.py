@@ -63,6 +63,7 @@ class LLM:
         self.spec = spec
         self.tokenizer = tokenizer
         self.max_batch = max_batch
+        self.warm_depths = set[int]()  # drafts per step whose kernels have run
 
     @classmethod
     def load(
@@ -95,11 +96,13 @@ class LLM:
         """One completion per prompt, in order; `params` for all, or one per prompt.
 
         `speculate` drafts per step come from the MTP modules; they change the speed, not what is generated
-        (greedy: the same tokens, up to rounding ties; sampled: the same distribution, from other random numbers).
-        A completion depends on its prompt and its params only, so equal prompts want different seeds. It ends
-        early ("length") where the model's max_position_embeddings end. A prompt given as text is put behind the
-        beginning-of-sequence token, where the tokenizer has one. Raises `ValueError`, naming the prompt, for one
-        without tokens, one that is too long, and an id that is no token.
+        (greedy: the same tokens; sampled: the same distribution, from other random numbers). A completion depends on
+        its prompt and its params only, so equal prompts want different seeds. On a CPU neither drafts nor other prompts
+        change a bit of the logits; on a GPU they do, by rounding, so that near ties may fall otherwise. A completion
+        ends early ("length") where the model's max_position_embeddings end. A prompt given as text is put behind the
+        beginning-of-sequence token, where the tokenizer has one. No statistics count the compiling of kernels in the
+        first call. Raises `ValueError`, naming the prompt, for one without tokens, one that is too long, and an id that
+        is no token.
         """
         sequences = self._sequences(prompts, params, speculate)
         for _ in self._run(sequences, speculate):
@@ -175,8 +178,10 @@ class LLM:
         batch = min(len(sequences), self.max_batch)
         # The last token of a sequence is never run, but drafts after it may be, to be thrown away.
         capacity = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences) + depth
-        parameter = self.model.embed_tokens.weight
-        runner = Runner(self.drawn_from, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device))
+        if depth not in self.warm_depths:
+            warm_up(self._runner(1, 3 + depth), depth)
+            self.warm_depths.add(depth)
+        runner = self._runner(batch, capacity)
         waiting, active, free = deque(sequences), list[Sequence](), list(range(batch))
         while waiting or active:
             if waiting and free:
@@ -188,6 +193,10 @@ class LLM:
             free += [sequence.slot for sequence in active if sequence.finish_reason is not None]
             active = [sequence for sequence in active if sequence.finish_reason is None]
             yield
+
+    def _runner(self, batch: int, capacity: int) -> Runner:
+        parameter = self.model.embed_tokens.weight
+        return Runner(self.drawn_from, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device))
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -214,6 +223,22 @@ def without_rows(model: Transformer, num_tokens: int) -> Transformer:
     cut.lm_head = nn.Linear(model.spec.hidden_size, num_tokens, bias=False, device="meta")
     cut.lm_head.weight = nn.Parameter(model.head_weight[:num_tokens].detach(), requires_grad=False)
     return cut
+
+
+def warm_up(runner: Runner, depth: int) -> None:
+    """A prompt of two tokens and a step, in slot 0: afterwards all kernels are compiled."""
+    sequence = Sequence(
+        tokens=[0, 0],
+        prompt_tokens=2,
+        max_tokens=depth + 2,
+        params=SamplingParams(temperature=0, ignore_eos=True),
+        end_tokens=frozenset(),
+        text=None,
+        generator=torch.Generator(),
+        slot=0,
+    )
+    start(runner, sequence, depth)
+    step(runner, [sequence], depth)
 
 
 def start(runner: Runner, sequence: Sequence, depth: int) -> None:
