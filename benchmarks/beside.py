@@ -156,7 +156,7 @@ def main(
             builds[where] = partial(build, spec, is_ours, process)
             environments[where] = settings
     try:
-        results = take_turns(builds, [(i,) for i in range(int(os.environ.get("W","3")))], warmup, repeats, environments)
+        results = take_turns(builds, [(i,) for i in range(len(WORKS))], warmup, repeats, environments)
     finally:
         hog.kill()
     report(model, results, list(sides), record)
@@ -168,7 +168,7 @@ def beside(name: str) -> str:
 
 def report(model: str, results: dict[tuple[str, Case], Series], sides: list[str], record: bool) -> None:
     lines, rows = [], []
-    for index, work in enumerate(WORKS[:int(os.environ.get("W","3"))]):
+    for index, work in enumerate(WORKS):
         for name in sides:
             alone, busy = results[name, (index,)], results[beside(name), (index,)]
             times = busy.median / alone.median

@@ -16,10 +16,10 @@ from pathlib import Path
 # An OpenMP thread that waits for the others first spins, then sleeps. libgomp spins some 300,000 rounds, milliseconds
 # that are taken from the very thread it waits for when another process is on that core: a step then took 4 to 40
 # times as long. Threads wait for 15 to 100 microseconds between the regions of one step, so this many rounds (some
-# 150 microseconds) cost nothing where nobody else wants the cores. benchmarks/beside.py measures both.
-SPINS = 10_000
+# 75 microseconds) cost 1 to 4 % where nobody else wants the cores. benchmarks/beside.py measures both.
+SPINS = 5_000
 
-SETTINGS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what `prepare` looks at
+SETTINGS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # what `prepare` looks at
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -27,9 +27,7 @@ _OWN_CGROUPS = Path("/proc/self/cgroup")
 
 def prepare() -> None:
     """Set what OpenMP reads from the environment, where the user has not: the number of threads, and how they wait."""
-    count = str(num_threads())
-    os.environ.setdefault("OMP_NUM_THREADS", count)
-    os.environ.setdefault("NUMBA_NUM_THREADS", count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(num_threads()))
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 

@@ -1,4 +1,4 @@
-"""Settles a process that is about to compute on a CPU for long: its memory, its turns, its threads."""
+"""Settles a process that is about to compute on a CPU for long: its memory and its threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.numerics.cpu.kernels import use_threads_of_torch
-from dovetail.numerics.cpu.turns import take_short_turns
 from dovetail.threads import num_threads
 
 
@@ -19,7 +18,6 @@ def settle_process() -> None:
     OMP_NUM_THREADS or torch.set_num_threads has said how many.
     """
     keep_freed_memory()
-    take_short_turns()
     is_unsaid = "OMP_NUM_THREADS" not in os.environ
     if is_unsaid and num_threads() < torch.get_num_threads() == len(os.sched_getaffinity(0)):
         torch.set_num_threads(num_threads())
