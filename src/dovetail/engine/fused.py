@@ -1,4 +1,4 @@
-"""Runs the short steps of `runner` on a CPU, by the kernels of `rows_numba`.
+"""Runs the short steps of `runner` on a CPU, by the kernels of `rows_numba` and `row_experts_numba`.
 
 Rows [R] may be any mix of slots; all rows of a call are written to the cache before any is attended to, and each
 attends up to its own position. The model's weights must stay where they are.
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.engine import rows_numba
+from dovetail.engine import row_experts_numba, rows_numba
 from dovetail.engine.cache import ContiguousCache
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.attention.rope import tables
@@ -40,7 +40,7 @@ class FusedBlock:
 
 def takes(model: Transformer) -> bool:
     """Whether the kernels compute what the model's layers do. They know nothing of a recipe, and
-    `rows_numba.route_row` takes any gate but sigmoid for softmax."""
+    `row_experts_numba.route_row` takes any gate but sigmoid for softmax."""
     moe = model.spec.moe
     has_gate = moe is None or moe.scoring_func in ("sigmoid", "softmax")
     return has_gate and not has_recipe(model)
@@ -112,9 +112,9 @@ class FusedSteps:
         scale, heads = np.float32(self.model.layers["0"].self_attn.scale), self.model.mla.num_attention_heads
         rows_numba.attention(x, self.eps, *block.attention, block.cache, *rows, scale, heads)
         if block.choices:
-            rows_numba.experts(x, self.eps, *block.mlp, block.choices, block.gate)
+            row_experts_numba.experts(x, self.eps, *block.mlp, block.choices, block.gate)
         else:
-            rows_numba.dense(x, self.eps, *block.mlp)
+            row_experts_numba.dense(x, self.eps, *block.mlp)
 
     def _finish(self, x: np.ndarray, norm: RmsNorm) -> Tensor:
         hidden = torch.empty(x.shape, dtype=self.model.embed_tokens.weight.dtype)
