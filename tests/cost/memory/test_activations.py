@@ -96,7 +96,7 @@ def surviving(model: Transformer) -> int:
     with Survivors() as survivors:
         losses = compute_losses(model, batch, separate_documents=False)
     before = [batch.tokens, batch.document_ids, *model.parameters(), *model.buffers()]  # some results are views of them
-    return survivors.alive(*before, losses.token, *losses.mtp, losses.balance, *losses.counts)
+    return survivors.alive(*before, losses.token, *losses.mtp, losses.plain, losses.balance, *losses.counts)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
