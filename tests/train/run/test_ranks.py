@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +19,11 @@ from dovetail.config import dump
 from dovetail.model.transformer import initialize
 from dovetail.numerics.formats.errors import network_terms, tolerance
 from dovetail.train.report.metrics import StepMetrics, read_metrics
+from dovetail.train.run import loop
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.loop import train
-from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.run_file import RunConfig, resolve_model
+from dovetail.train.run.stop import Interrupted
 
 Build = Callable[..., RunConfig]
 
@@ -112,3 +119,90 @@ def test_a_failure_of_the_first_rank_ends_them_all(tmp_path: Path, tiny_run: Bui
     result = launch(tiny_run(tmp_path / "run", tmp_path / "nowhere"), tmp_path)
     assert result.returncode != 0
     assert "no such file or directory" in result.stderr
+
+
+STOPPED_OR_NOT = """
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from dovetail.config import load_toml
+from dovetail.train.run import loop
+from dovetail.train.run.run_file import RunConfig
+from dovetail.train.run.state import state_of
+from dovetail.train.run.stop import Interrupted
+
+run, last = load_toml(Path(sys.argv[1]), RunConfig), int(sys.argv[2])
+step = loop._one_step
+
+
+def one_step(state, counters):
+    if counters.step == last - 1:
+        os.kill(os.getpid(), signal.SIGINT)
+    return step(state, counters)
+
+
+loop._one_step = one_step
+try:
+    state = loop.train(run)
+except Interrupted:
+    sys.exit()
+torch.save((state_of(state), state.model.state_dict()), f"{run.out}-of-rank-{os.environ['RANK']}.pt")
+"""
+
+
+def train_on_two(config: RunConfig, last: int) -> None:
+    """Train to the end, or up to step `last`."""
+    (config.out.parent / "train.py").write_text(STOPPED_OR_NOT)
+    file = config.out.with_suffix(".toml")
+    file.write_text(dump(config))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, "train.py", str(file), str(last)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=config.out.parent)
+    assert done.returncode == 0, done.stderr
+
+
+def train_on_one(config: RunConfig, last: int) -> None:
+    step = loop._one_step
+
+    def one_step(state: loop.Run, counters: loop.Counters) -> object:
+        if counters.step == last - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(state, counters)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Interrupted):
+        patch.setattr(loop, "_one_step", one_step)
+        train(config)
+
+
+def leaves(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [leaf for part in (state.values() if isinstance(state, dict) else state) for leaf in leaves(part)]
+
+
+@pytest.mark.parametrize("begun_on", [1, 2])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    begun_on: int, tmp_path: Path, text: Path, tiny_run: Build
+) -> None:
+    """And at its end every rank has the same weights and the same state of the optimizer, to the bit."""
+    settings = {"dtype": "float32", "microbatch_size": 2, "batch_size": 4}
+    one, two = (tiny_run(tmp_path / f"on-{ranks}", text, **settings) for ranks in (1, 2))
+    (train_on_one if begun_on == 1 else train_on_two)(one, last=4)
+    shutil.copytree(one.out, two.out)
+    train_on_one(one, last=0)
+    train_on_two(two, last=0)
+    alone, shared = steps_of(one.out), steps_of(two.out)
+    assert [each.step for each in alone] == [each.step for each in shared] == list(range(1, 9))
+    assert [each.tokens for each in alone] == [each.tokens for each in shared]
+    assert [each.loss for each in alone[:4]] == [each.loss for each in shared[:4]]
+    # Step 5 starts from the same weights and reads the same samples.
+    bound = tolerance(torch.float32, terms=network_terms(resolve_model(one.model), one.train.sequence_length))
+    assert abs(alone[4].loss / shared[4].loss - 1) < bound
+    assert abs(alone[4].grad_norm / shared[4].grad_norm - 1) < bound
+    first, second = (leaves(torch.load(f"{two.out}-of-rank-{rank}.pt")) for rank in (0, 1))
+    assert len(first) == len(second) > 0
+    assert all(map(torch.equal, first, second))
