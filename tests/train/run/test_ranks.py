@@ -19,7 +19,7 @@ from dovetail.config import dump
 from dovetail.model.transformer import initialize
 from dovetail.numerics.formats.errors import network_terms, tolerance
 from dovetail.train.report.metrics import StepMetrics, read_metrics
-from dovetail.train.run import loop
+from dovetail.train.run import loop, state
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import RunConfig, resolve_model
@@ -185,9 +185,7 @@ def leaves(state: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("begun_on", [1, 2])
-def test_a_run_goes_on_with_another_number_of_ranks(
-    begun_on: int, tmp_path: Path, text: Path, tiny_run: Build
-) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(begun_on: int, tmp_path: Path, text: Path, tiny_run: Build) -> None:
     """And at its end every rank has the same weights and the same state of the optimizer, to the bit."""
     settings = {"dtype": "float32", "microbatch_size": 2, "batch_size": 4}
     one, two = (tiny_run(tmp_path / f"on-{ranks}", text, **settings) for ranks in (1, 2))
@@ -206,3 +204,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     first, second = (leaves(torch.load(f"{two.out}-of-rank-{rank}.pt")) for rank in (0, 1))
     assert len(first) == len(second) > 0
     assert all(map(torch.equal, first, second))
+
+
+def test_ranks_that_would_change_the_batch_are_refused(
+    tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path / "run", text, microbatch_size=2, batch_size=6)
+    train_on_one(run, last=4)
+    monkeypatch.setattr(state, "rank_and_world", lambda: (0, 4))
+    wanted = r"with ranks = 4 step 5 would have a batch of 8, and with .* ranks = 1 one of 6.*; go on with ranks = 1"
+    with pytest.raises(ValueError, match=wanted):
+        train(run)
+    monkeypatch.setattr(state, "rank_and_world", lambda: (0, 3))  # 6 again
+    train(run)
+    assert [each.batch_size for each in steps_of(run.out)] == 8 * [6]
