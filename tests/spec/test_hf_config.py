@@ -253,7 +253,7 @@ def test_a_missing_key_is_named(key: str) -> None:
         ({"model_type": "deepseekv3"}, "is not one of deepseek_v3, .*; architectures names the class of deepseek_v3"),
         ({"model_type": "kimi_k2", "architectures": ["KimiForCausalLM"]}, "model_type 'kimi_k2' is not one of"),
         ({"model_type": "mine"}, "architectures names the class of deepseek_v3: if the model is one, set model_type"),
-        ({"model_type": None, "architectures": None}, "model_type None is not one of deepseek_v3"),
+        ({"model_type": None, "architectures": None}, "no model_type; set it to one of deepseek_v3"),
         ({"eos_token_id": [1, 129280]}, "eos_token_id = 129280 is not a token"),
         ({"rope_scaling": {**PUBLISHED["rope_scaling"], "truncate": False}}, "truncate = False"),
         ({"hidden_size": "7168"}, "hidden_size = '7168': input should be a valid integer"),

@@ -173,7 +173,8 @@ def _family(config: Mapping[str, Any], where: str) -> str:
         return named
     if known and (named is None or _SAME_CODE.get(str(named)) == known[0]):
         return known[0]
-    line = f"{where}: model_type {named!r} is not one of {', '.join(_FAMILY_DEFAULTS)}"
+    found = "no model_type; set it to" if named is None else f"model_type {named!r} is not"
+    line = f"{where}: {found} one of {', '.join(_FAMILY_DEFAULTS)}"
     if known:
         line += f"; architectures names the class of {known[0]}: if the model is one, set model_type to that"
     raise ValueError(line)

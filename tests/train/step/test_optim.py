@@ -274,5 +274,5 @@ def test_a_second_moment_falls_where_it_is_allowed(beta2: float, falls: bool, dr
     slot = slot_of((128,), torch.float32, draw, torch.bfloat16)
     slot.moment2.copy_(1 + torch.arange(128) / 128)
     before = slot.moment2.clone()
-    update(slot, torch.zeros(128), AdamWConfig(beta2=beta2), FACTORS)
+    update([slot], [torch.zeros(128)], AdamWConfig(beta2=beta2), FACTORS)
     assert (slot.moment2 < before).all() if falls else torch.equal(slot.moment2, before)
