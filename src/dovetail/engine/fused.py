@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dovetail.engine import row_experts_numba, rows_numba
 from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.sharing import Sharing
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.attention.rope import tables
 from dovetail.model.block import Block
@@ -56,6 +57,7 @@ class FusedSteps:
         positions = torch.arange(cache.capacity)
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
+        self.sharing, self.draft_sharing, self.head_sharing = Sharing(), Sharing(), Sharing()
         self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
 
     def prefill(self, slot: int, tokens: Tensor, last_only: bool) -> Tensor:
@@ -82,24 +84,27 @@ class FusedSteps:
 
     def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         rows = self._rows(slots, positions)
-        x = rows_numba.embed(self.embedding, tokens.numpy())
-        for block in self.blocks:
-            self._run(block, x, rows)
-        return self._finish(x, self.model.norm)
+        with self.sharing.of_step(len(tokens)):
+            x = rows_numba.embed(self.embedding, tokens.numpy())
+            for block in self.blocks:
+                self._run(block, x, rows)
+            return self._finish(x, self.model.norm)
 
     def draft(self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         mtp = self.model.mtp[depth]
         assert isinstance(mtp, Mtp)
         weights = (array(each) for each in (mtp.enorm.weight, mtp.hnorm.weight, mtp.eh_proj.weight))
         rows = self._rows(slots, positions)
-        x = rows_numba.join(self.embedding, array(hidden.contiguous()), next_tokens.numpy(), self.eps, *weights)
-        self._run(self.drafters[depth], x, rows)
-        return self._finish(x, mtp.norm)
+        with self.draft_sharing.of_step(len(next_tokens)):
+            x = rows_numba.join(self.embedding, array(hidden.contiguous()), next_tokens.numpy(), self.eps, *weights)
+            self._run(self.drafters[depth], x, rows)
+            return self._finish(x, mtp.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
         logits = torch.empty(flat.shape[0], self.head_weight.shape[0], dtype=torch.float32)
-        rows_numba.head(array(flat), self.head_weight, logits.numpy())
+        with self.head_sharing.of_step(len(flat)):
+            rows_numba.head(array(flat), self.head_weight, logits.numpy())
         return logits.view(*hidden.shape[:-1], -1)
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Arrays:
