@@ -16,8 +16,8 @@ SHARE = 50  # which take at most one part in so many of the time
 class Sharing:
     """All threads, or one alone where that was faster of late.
 
-    A step of a small model has some twenty regions of 10 microseconds. All threads are faster on a quiet machine. Beside
-    a busy process each region waits for a thread that is not running, and one thread alone is up to 50 times as fast.
+    A step of a small model has some twenty regions of 10 microseconds. All threads are faster on a quiet machine.
+    Beside a busy process each region waits for a thread that is not running, and one thread is up to 50 times as fast.
     Timing may decide here, since the kernels of steps give the same bits for any number of threads.
     """
 
