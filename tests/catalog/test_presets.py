@@ -99,7 +99,7 @@ def test_a_preset_goes_before_a_directory_of_its_name(tmp_path: Path, monkeypatc
         (b"{", r"config.json: not valid JSON"),
         (b"\xff", r"config.json: not UTF-8 text \(byte 0\); save it as UTF-8"),
         (b"[1]", r"config.json: holds a JSON list, not an object"),
-        (b"{}", r"config.json: model_type None is not one of"),
+        (b"{}", r"config.json: no model_type; set it to one of"),
         (b'{"model_type": "deepseek_v3"}', r"config.json: missing key 'vocab_size'"),
     ],
 )
