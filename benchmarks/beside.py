@@ -19,10 +19,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated
 
+import prefill
 import torch
 import training_step
 import typer
-from _machine import use_threads
 from _sides import Build, Case, Lap, Series, Turn, append_rows, print_table, ratio, take_turns, timed
 from _transformers import Rival, build_ours, build_rival
 from torch import Tensor
@@ -43,6 +43,7 @@ while True:
 """
 WORKS = ["training step", "prefill", "decoding"]
 OURS, LIBRARY, THEIRS = "dovetail", "dovetail as a library", "transformers"
+STEP: Case = (4, 256, 0)  # sequences, tokens of each, and fresh ones every time
 PROMPT, NEW_TOKENS = 512, 64
 SETTLE, MEASURE = 0.5, 1.0  # seconds of each turn
 
@@ -77,13 +78,11 @@ def repeat(work: Callable[[], Lap], least: float) -> Lap:
 
 def ours(spec: ModelSpec) -> list[Callable[[], Lap]]:
     step = training_step.build_whole(spec, with_mtp=False)
+    prompt = prefill.build_dovetail(spec, PROMPT)
     model = build_ours(spec, torch.bfloat16)
     runner = Runner(model, ContiguousCache(model.spec, 1, PROMPT + NEW_TOKENS, torch.bfloat16))
-    prompt, following = tokens_of(spec)
-
-    @torch.no_grad()
-    def prefill() -> float:
-        return float(runner.logits(runner.prefill_last(0, prompt)).max())
+    first, following = tokens_of(spec)
+    runner.prefill(0, first)
 
     @torch.no_grad()
     def decode() -> float:
@@ -93,17 +92,14 @@ def ours(spec: ModelSpec) -> list[Callable[[], Lap]]:
             logits.argmax().item()
         return float(logits.max())
 
-    return [lambda: step((4, 256, 0)), lambda: timed(prefill), lambda: timed(decode)]
+    return [lambda: step(STEP), lambda: prompt((PROMPT,)), lambda: timed(decode)]
 
 
 def theirs(spec: ModelSpec) -> list[Callable[[], Lap]]:
     step = training_step.build_theirs(spec, Rival())
+    prompt = prefill.build_theirs(spec, Rival(), PROMPT)
     model = build_rival(spec, Rival(), torch.bfloat16).eval()
-    prompt, following = tokens_of(spec)
-
-    @torch.no_grad()
-    def prefill(cache: DynamicCache) -> float:
-        return float(model(prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1).logits.max())
+    first, following = tokens_of(spec)
 
     @torch.no_grad()
     def decode(cache: DynamicCache) -> float:
@@ -112,12 +108,13 @@ def theirs(spec: ModelSpec) -> list[Callable[[], Lap]]:
             logits.argmax().item()
         return float(logits.max())
 
+    @torch.no_grad()
     def decoding() -> Lap:
         cache = DynamicCache(config=model.config)
-        prefill(cache)
+        model(first[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         return timed(lambda: decode(cache))
 
-    return [lambda: step((4, 256, 0)), lambda: timed(lambda: prefill(DynamicCache(config=model.config))), decoding]
+    return [lambda: step(STEP), lambda: prompt((PROMPT,)), decoding]
 
 
 def tokens_of(spec: ModelSpec) -> tuple[Tensor, Tensor]:
@@ -141,7 +138,6 @@ def main(
     repeats: int = 6,
     record: bool = True,
 ) -> None:
-    use_threads(None)
     spec = load_model(model)
     environment = dict(os.environ)
     threads.prepare()

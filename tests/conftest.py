@@ -1,9 +1,11 @@
 """The smallest models that still have every part, random weights for them, and random numbers by test name."""
 
 import os
+import random
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics import capability
 from dovetail.spec.hf_config import read_flat
 from dovetail.spec.model import ModelSpec
+from dovetail.text.documents import DataConfig
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: its kernels then run on a CPU
@@ -98,3 +102,52 @@ def with_triton(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
             yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     return pretend
+
+
+TINY_RUN = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def write_text() -> Callable[[Path], Path]:
+    """`write_text(directory)`: twenty files of four words; returns the directory."""
+
+    def write(directory: Path) -> Path:
+        directory.mkdir()
+        words = random.Random(0)
+        for number in range(20):
+            lines = (" ".join(words.choices(["alpha", "beta", "gamma", "delta"], k=12)) for _ in range(30))
+            (directory / f"{number}.txt").write_text("\n".join(lines))
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> Callable[..., RunConfig]:
+    """`tiny_run(out, text, key=value)`: eight steps of a tiny model; changes go into [train]."""
+    return build
+
+
+def build(out: Path, text: Path, **changes: object) -> RunConfig:
+    settings = {"steps": 8, "sequence_length": 32, "microbatch_size": 4, "checkpoint_every": 3, "ema_decay": 0.9}
+    return RunConfig(
+        out=out,
+        model=ModelConfig(preset="quickstart", change=TINY_RUN),
+        data=DataConfig(kind="files", path=text, held_out_share=0.2),
+        train=TrainConfig(**{**settings, **changes}),
+        schedule="quickstart",
+    )

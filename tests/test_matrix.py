@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,27 +19,11 @@ from dovetail.engine.sampler import SamplingParams
 from dovetail.numerics import capability
 from dovetail.numerics.formats.errors import network_terms, tolerance
 from dovetail.spec.model import ModelSpec
-from dovetail.text.documents import DataConfig
 from dovetail.train.report.metrics import StepMetrics, read_metrics
 from dovetail.train.run import loop
-from dovetail.train.run.run_file import DTYPES, ModelConfig, RunConfig, TrainConfig, load_weights
+from dovetail.train.run.run_file import DTYPES, RunConfig, load_weights
 from dovetail.train.run.stop import Interrupted
 
-CHANGES = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 2,
-}
 STEPS, STOP = 8, 5
 ROUNDINGS_PER_LAYER = 12  # of the residual stream's branches: norms, projections, heads, SwiGLU, experts, sums
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -58,39 +41,31 @@ class Life(NamedTuple):
     completions: dict[int, list[list[int]]]  # by the number of drafts per step
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory, words = tmp_path_factory.mktemp("text"), random.Random(0)
-    for number in range(8):
-        lines = (" ".join(words.choices(["alpha", "beta", "gamma", "delta"], k=12)) for _ in range(30))
-        (directory / f"{number}.txt").write_text("\n".join(lines))
-    return directory
-
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def lives(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Lives]:
+def lives(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_run: Callable[..., RunConfig],
+    write_text: Callable[[Path], Path],
+) -> Lives:
     """Of one dtype: the model with kernels (True) and without (False)."""
-    found = {}
+    found, text = {}, write_text(tmp_path_factory.mktemp("source") / "text")
     for has_kernels in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             if not has_kernels:
                 for name in ("on_cpu", "on_bf16_cpu"):
                     patch.setattr(capability, name, lambda *tensors: False)
                 patch.setattr(capability, "has_bf16_instructions", lambda: False)
-            found[has_kernels] = live(tmp_path_factory.mktemp("run"), text, request.param, patch)
-    yield found
+            directory = tmp_path_factory.mktemp("run")
+
+            def config(name: str, directory: Path = directory) -> RunConfig:
+                return tiny_run(directory / name, text, steps=STEPS, dtype=request.param)
+
+            found[has_kernels] = live(directory, config, DTYPES[request.param], patch)
+    return found
 
 
-def live(directory: Path, text: Path, dtype: str, patch: pytest.MonkeyPatch) -> Life:
-    def config(name: str) -> RunConfig:
-        return RunConfig(
-            out=directory / name,
-            model=ModelConfig(preset="quickstart", change=CHANGES),
-            data=DataConfig(kind="files", path=text, held_out_share=0.0),
-            train=TrainConfig(steps=STEPS, sequence_length=32, microbatch_size=4, dtype=dtype),
-            schedule="quickstart",
-        )
-
+def live(directory: Path, config: Callable[[str], RunConfig], dtype: torch.dtype, patch: pytest.MonkeyPatch) -> Life:
     spec = loop.train(config("whole")).spec
     with patch.context() as stopping:
         stopping.setattr(loop, "_one_step", interrupted(loop._one_step))
@@ -98,7 +73,7 @@ def live(directory: Path, text: Path, dtype: str, patch: pytest.MonkeyPatch) -> 
             loop.train(config("resumed"))
     loop.train(config("resumed"))
     list(export(directory / "whole", directory / "hf", ExportOptions()))
-    llm = LLM.load(directory / "hf", DTYPES[dtype], "cpu")
+    llm = LLM.load(directory / "hf", dtype, "cpu")
     prompts = ["alpha beta", "gamma", "delta delta alpha"]
     return Life(
         spec=spec,

@@ -116,22 +116,25 @@ def prefill_of_its_own(self: FusedSteps, slot: int, tokens: Tensor, last_only: b
     return self.model(tokens[None], cache=self.cache.select([slot])).hidden[0]
 
 
+def assert_lossless(trained: Trained, dtype: torch.dtype, num_prompts: int, apart: int) -> list[list[int]]:
+    """Logits, cache and completions are those without drafts; returns the completions."""
+    models, text = trained
+    assert differing(models[dtype], [text[i * apart :][: STEPS + 1 + i] for i in range(num_prompts)]) == 0
+    plain, *others = completions(models[dtype], pieces(text, num_prompts), GREEDY)
+    assert all(each == plain for each in others)
+    return plain
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_drafts_and_neighbours_change_no_bit(dtype: torch.dtype, trained: Trained) -> None:
-    models, text = trained
-    assert differing(models[dtype], [text[i * 97 :][: STEPS + 1 + i] for i in range(40)]) == 0
-    plain, *others = completions(models[dtype], pieces(text, 40), GREEDY)
-    assert all(each == plain for each in others)
+    plain = assert_lossless(trained, dtype, 40, apart=97)
     assert len(set(map(tuple, plain))) > 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_drafts_change_no_bit_of_hundreds(dtype: torch.dtype, trained: Trained) -> None:
-    models, text = trained
-    assert differing(models[dtype], [text[i * 17 :][: STEPS + 1 + i] for i in range(400)]) == 0
-    plain, *others = completions(models[dtype], pieces(text, 400), GREEDY)
-    assert all(each == plain for each in others)
+    assert_lossless(trained, dtype, 400, apart=17)
 
 
 @pytest.mark.parametrize(("dtype", "recipe"), [*((dtype, "bf16") for dtype in DTYPES), (torch.bfloat16, "deepseek-v3")])

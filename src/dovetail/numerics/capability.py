@@ -4,7 +4,7 @@ An operation has a plain reference and up to four faster paths. Its module lists
 
     on_cpu        numba kernels: FP32 or BF16 in CPU memory
     on_bf16_cpu   numba kernels made of AVX-512 BF16 instructions: BF16 in CPU memory
-    has_amx       none of ours: torch's own BF16 products are the faster ones
+    multiplies_bf16   the same, on a CPU whose BF16 products torch does not make faster still, in AMX tiles
     on_gpu        Triton kernels: memory of an NVIDIA GPU
     on_fp8_gpu    Triton kernels that multiply FP8: the same, of compute capability 8.9 or more
 
@@ -32,6 +32,10 @@ def on_cpu(*tensors: Tensor) -> bool:
 
 def on_bf16_cpu(*tensors: Tensor) -> bool:
     return has_bf16_instructions() and all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
+
+
+def multiplies_bf16(*tensors: Tensor) -> bool:
+    return on_bf16_cpu(*tensors) and not has_amx()
 
 
 def on_gpu(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ This is the one file of `text` that needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,15 +66,15 @@ def read_batch(
     return read_windows(store, samples[rank_slice(count, rank, world)] * sequence_length, sequence_length + 1)
 
 
-def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: int) -> Iterator[Windows]:
-    """Yield windows of `length` inputs over the whole stream, in batches of up to `batch_size` rows.
+def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: int) -> Sequence[Windows]:
+    """Return windows of `length` inputs over the whole stream, in batches of up to `batch_size` rows.
 
-    Every token is scored exactly once, except the stream's first, which nothing precedes. The first window scores
-    all its targets. Each later window starts `stride` tokens further and scores its last `stride` targets, so every
-    scored target is predicted from more than `length - stride` tokens. The last window is moved back so that it ends
-    with the stream. As in training, and as a compressor does, a window sees the documents before. The nats summed
-    over scored targets and `store.num_bytes` give `yardstick.bits_per_byte`; predicting eos and bos costs nats and
-    adds no bytes.
+    A batch is read when it is asked for. Every token is scored exactly once, except the stream's first, which nothing
+    precedes. The first window scores all its targets. Each later window starts `stride` tokens further and scores its
+    last `stride` targets, so every scored target is predicted from more than `length - stride` tokens. The last window
+    is moved back so that it ends with the stream. As in training, and as a compressor does, a window sees the documents
+    before. The nats summed over scored targets and `store.num_bytes` give `yardstick.bits_per_byte`; predicting eos and
+    bos costs nats and adds no bytes.
     """
     if not 1 <= stride <= length:
         raise ValueError(f"stride {stride} must be between 1 and the window length {length}")
@@ -83,9 +83,26 @@ def evaluation_windows(store: TokenStore, length: int, stride: int, batch_size: 
     starts = np.array([*range(0, num_targets - length, stride), num_targets - length], dtype=np.int64)
     done = np.concatenate([[0], starts[:-1] + length])  # targets scored by the windows before
     scored = starts[:, None] + np.arange(length) >= done[:, None]
-    for first in range(0, len(starts), batch_size):
-        rows = slice(first, first + batch_size)
-        yield Windows(batch=read_windows(store, starts[rows], length + 1), scored=torch.from_numpy(scored[rows]))
+    return _EvaluationWindows(store, starts, scored, batch_size)
+
+
+class _EvaluationWindows(Sequence[Windows]):
+    """Batches of windows that begin at `starts`, each read when it is asked for."""
+
+    def __init__(
+        self, store: TokenStore, starts: NDArray[np.int64], scored: NDArray[np.bool_], batch_size: int
+    ) -> None:
+        self._store, self._starts, self._scored, self._batch_size = store, starts, scored, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._starts) // self._batch_size)
+
+    def __getitem__(self, index: int) -> Windows:  # type: ignore[override]  # no slices: a list of batches is no batch
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        rows = slice(index * self._batch_size, (index + 1) * self._batch_size)
+        batch = read_windows(self._store, self._starts[rows], self._scored.shape[1] + 1)
+        return Windows(batch=batch, scored=torch.from_numpy(self._scored[rows]))
 
 
 def read_windows(store: TokenStore, starts: NDArray[np.int64], width: int) -> Batch:

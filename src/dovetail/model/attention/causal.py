@@ -43,7 +43,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tenso
     if capability.on_cpu(q, k, v):
         if first is None:
             first = torch.zeros(q.shape[0], q.shape[2], dtype=torch.int32)
-        if capability.on_bf16_cpu(q, k, v) and not capability.has_amx():
+        if capability.multiplies_bf16(q, k, v):
             return _HeadAttention.apply(q, k, v, scale, first)
         return _BlockAttention.apply(q, k, v, scale, first)
     if q.is_cuda:

@@ -30,18 +30,14 @@ from dovetail.numerics.products import grouped_numba
 TORCH_ROW_MULTIPLE = 32
 
 
-def _has_kernel(*tensors: Tensor) -> bool:
-    return capability.on_bf16_cpu(*tensors) and not capability.has_amx()
-
-
 def row_multiple(rows: Tensor) -> int:
     """The products of such rows are fastest with multiples of this many per expert."""
-    return 1 if _has_kernel(rows) else TORCH_ROW_MULTIPLE
+    return 1 if capability.multiplies_bf16(rows) else TORCH_ROW_MULTIPLE
 
 
 def fprop(rows: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
     """Each group's rows by its weight transposed. `weight` may be a transposed view."""
-    if _has_kernel(rows, weight):
+    if capability.multiplies_bf16(rows, weight):
         return grouped_numba.fprop(rows, weight, offsets)
     if _is_aligned(rows.dtype, *weight.shape[1:]):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=_ends(offsets, rows))
@@ -55,7 +51,7 @@ def dgrad(grad: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
 
 def wgrad(grad: Tensor, rows: Tensor, offsets: Sequence[int]) -> Tensor:
     """Each group's gradient transposed by its rows; zero where a group has none."""
-    if _has_kernel(grad, rows):
+    if capability.multiplies_bf16(grad, rows):
         return grouped_numba.wgrad(grad, rows, offsets)
     if _is_aligned(grad.dtype, grad.shape[1], rows.shape[1]):
         return F.grouped_mm(grad.t(), rows, offs=_ends(offsets, grad))

@@ -7,7 +7,6 @@ ranks there are.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,17 +42,15 @@ def held_out(
     """
     stride = max(length // 2, 1)
     every = 1 if max_windows is None else max(1, store.num_tokens // stride // max(max_windows, batch_size))
-    windows = itertools.islice(evaluation_windows(store, length, stride, batch_size), 0, None, every)
-    rows = max(0, -(-(store.num_tokens - 1 - length) // stride)) + 1
-    total = -(-rows // (batch_size * every))
+    windows = evaluation_windows(store, length, stride, batch_size)
+    chosen = range(0, len(windows), every)
     rank, world = rank_and_world()
     found: dict[int, tuple[float, int]] = {}  # by batch: nats, and targets scored
     is_stopped = False
-    for index, window in enumerate(windows):
-        if index % world == rank:
-            found[index] = _nats(model, window)
-            if is_stopped := told(index + 1, total):
-                break
+    for done in range(rank, len(chosen), world):
+        found[chosen[done]] = _nats(model, windows[chosen[done]])
+        if is_stopped := told(done + 1, len(chosen)):
+            break
     if any_rank(is_stopped):
         raise Interrupted("stopped while held-out text was measured")
     nats, scored = 0.0, 0

@@ -103,11 +103,8 @@ def prepare(config: RunConfig, display: Display, accept_changed_text: bool, ends
 
 def _peak(config: RunConfig, model: Transformer) -> Peak:
     """What MFU is a share of: square products and, on a CPU, the model's own, which may be the faster ones there."""
-    weight, spec, rows = (
-        model.embed_tokens.weight,
-        model.spec,
-        config.train.microbatch_size * config.train.sequence_length,
-    )
+    weight, spec = model.embed_tokens.weight, model.spec
+    rows = config.train.microbatch_size * config.train.sequence_length
     own = [(rows, spec.hidden_size, width) for width in (spec.intermediate_size, spec.vocab_size)]
     return Peak(partial(measure_peak, weight.dtype, weight.device, () if weight.is_cuda else own))
 
