@@ -6,7 +6,7 @@ Python acts on a signal only between its own instructions, and a library's call 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from threading import Event, Thread
 from typing import TypeVar
 
@@ -32,8 +32,8 @@ def in_background(work: Callable[[Event], Result], on_wait: Callable[[], None]) 
             outcome.set_exception(error)
 
     thread = Thread(target=run, daemon=True)
-    thread.start()
     try:
+        thread.start()  # Ctrl-C may come as early as in here
         while True:
             thread.join(REPORT_SECONDS)
             if not thread.is_alive():
@@ -41,5 +41,5 @@ def in_background(work: Callable[[Event], Result], on_wait: Callable[[], None]) 
             on_wait()
     except BaseException:
         stopped.set()
-        thread.join(PATIENCE_SECONDS)
+        wait([outcome], PATIENCE_SECONDS)
         raise
