@@ -30,8 +30,8 @@ from transformers import DynamicCache
 
 from dovetail import threads
 from dovetail.catalog.presets import load_model
-from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.runner import Runner
+from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
 
@@ -80,7 +80,7 @@ def ours(spec: ModelSpec) -> list[Callable[[], Lap]]:
     step = training_step.build_whole(spec, with_mtp=False)
     prompt = prefill.build_dovetail(spec, PROMPT)
     model = build_ours(spec, torch.bfloat16)
-    runner = Runner(model, ContiguousCache(model.spec, 1, PROMPT + NEW_TOKENS, torch.bfloat16))
+    runner = Runner(model, contiguous_cache(model.spec, 1, PROMPT + NEW_TOKENS, torch.bfloat16))
     first, following = tokens_of(spec)
     runner.prefill(0, first)
 

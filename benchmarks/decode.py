@@ -28,8 +28,8 @@ from transformers import DynamicCache, StaticCache
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, layer_parameters, parameters
-from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.runner import Runner
+from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
@@ -71,7 +71,7 @@ def build_dovetail(spec: ModelSpec, cases: list[Case]) -> Turn:
     keep_freed_memory()
     model = build_ours(spec, torch.bfloat16)
     capacity = max(context for context, _ in cases) + STEPS
-    cache = ContiguousCache(model.spec, max(batch for _, batch in cases), capacity, torch.bfloat16)
+    cache = contiguous_cache(model.spec, max(batch for _, batch in cases), capacity, torch.bfloat16)
     runner = Runner(model, cache)
     filled: list[int] = []
 

@@ -19,8 +19,8 @@ from transformers import DynamicCache
 
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import attention_flop_per_token, parameters
-from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.runner import Runner
+from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
 
@@ -36,7 +36,7 @@ def prompt_of(length: int, vocab_size: int) -> Tensor:
 def build_dovetail(spec: ModelSpec, length: int) -> Turn:
     keep_freed_memory()
     model = build_ours(spec, torch.bfloat16)
-    runner = Runner(model, ContiguousCache(model.spec, 1, length, torch.bfloat16))
+    runner = Runner(model, contiguous_cache(model.spec, 1, length, torch.bfloat16))
     prompt = prompt_of(length, spec.vocab_size)
 
     @torch.no_grad()

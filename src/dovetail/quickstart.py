@@ -20,10 +20,10 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, parameters, training_flop_per_token
 from dovetail.cost.memory.process import TrainingMemory, training_memory
-from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion
+from dovetail.engine.steps.cache import contiguous_cache
 from dovetail.model.checkpoint.directory import check_target
 from dovetail.model.checkpoint.weights import export_hf
 from dovetail.model.transformer import Transformer
@@ -148,7 +148,7 @@ def export(state: Run, directory: Path) -> None:
 def prediction_rows(state: Run, memory: TrainingMemory) -> list[tuple[str, ...]]:
     spec, length = state.spec, state.config.train.sequence_length
     counted = sum(each.numel() for each in [*state.model.parameters(), *state.model.buffers()])
-    cache = ContiguousCache(spec, 1, length)
+    cache = contiguous_cache(spec, 1, length)
     cached = cache.data[: spec.num_hidden_layers].nbytes // length
     low, high = (bound / 1e6 for bound in memory.band)
     flop = training_flop_per_token(spec, length, causal=False, mtp=True)

@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from dovetail.engine.cache import ContiguousCache
+from dovetail.engine.steps.cache import contiguous_cache
 from dovetail.spec.model import Gqa
 
 
 def test_size_is_latent_and_rotary_key_per_token_and_layer(engine_spec):
     spec = engine_spec()
-    cache = ContiguousCache(spec, batch=3, capacity=7, dtype=torch.float32)
+    cache = contiguous_cache(spec, slots=3, capacity=7, dtype=torch.float32)
     layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
     width = spec.attention.kv_lora_rank + spec.attention.qk_rope_head_dim
     assert cache.data.numel() == layers * 3 * 7 * width
@@ -31,7 +31,7 @@ def written(cache, layer, positions, value):
 
 
 def test_write_keeps_its_positions_only_and_gather_gives_views_up_to_the_largest(engine_spec):
-    cache = ContiguousCache(engine_spec(), batch=2, capacity=8, dtype=torch.float32)
+    cache = contiguous_cache(engine_spec(), slots=2, capacity=8, dtype=torch.float32)
     positions = torch.tensor([[2, 3], [5, 0]])
     latent, rope_key = update(cache, [0, 1], 1, positions, 3)
     assert latent.shape == (2, 6, cache.latent_dim)
@@ -45,7 +45,7 @@ def test_write_keeps_its_positions_only_and_gather_gives_views_up_to_the_largest
 
 
 def test_a_second_write_replaces_the_first(engine_spec):
-    cache = ContiguousCache(engine_spec(), batch=1, capacity=4, dtype=torch.float32)
+    cache = contiguous_cache(engine_spec(), slots=1, capacity=4, dtype=torch.float32)
     positions = torch.tensor([[1]])
     update(cache, [0], 0, positions, 1)
     latent, _ = update(cache, [0], 0, positions, 2)
@@ -54,7 +54,7 @@ def test_a_second_write_replaces_the_first(engine_spec):
 
 @pytest.mark.parametrize("slots", [[2], [1, 2], [3, 0]])
 def test_selected_slots_share_the_memory(engine_spec, slots):
-    cache = ContiguousCache(engine_spec(), batch=4, capacity=4, dtype=torch.bfloat16)
+    cache = contiguous_cache(engine_spec(), slots=4, capacity=4, dtype=torch.bfloat16)
     positions = torch.arange(len(slots))[:, None] + 1
     latent, rope_key = update(cache, slots, 2, positions, 5)
     for row, slot in enumerate(slots):
@@ -65,7 +65,7 @@ def test_selected_slots_share_the_memory(engine_spec, slots):
 
 
 def test_beyond_capacity_is_an_error_with_numbers_and_remedy(engine_spec):
-    cache = ContiguousCache(engine_spec(), batch=1, capacity=4)
+    cache = contiguous_cache(engine_spec(), slots=1, capacity=4)
     positions = torch.tensor([[4]])
     with pytest.raises(ValueError, match=r"position 4 is outside a cache of 4 positions.*capacity >= 5"):
         update(cache, [0], 0, positions, 1)
@@ -73,7 +73,7 @@ def test_beyond_capacity_is_an_error_with_numbers_and_remedy(engine_spec):
 
 @pytest.mark.parametrize("slot", [-1, 4])
 def test_no_such_slot(engine_spec, slot):
-    cache = ContiguousCache(engine_spec(), batch=4, capacity=4)
+    cache = contiguous_cache(engine_spec(), slots=4, capacity=4)
     with pytest.raises(ValueError, match=rf"slot {slot} is not in a cache of 4 slots"):
         cache.select([slot])
 
@@ -82,4 +82,4 @@ def test_grouped_query_models_have_no_latent_cache(engine_spec):
     gqa = Gqa(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     spec = engine_spec(attention=gqa, moe=None, num_nextn_predict_layers=0)
     with pytest.raises(ValueError, match="MLA"):
-        ContiguousCache(spec, batch=1, capacity=4)
+        contiguous_cache(spec, slots=1, capacity=4)

@@ -6,9 +6,9 @@ import torch
 
 from dovetail.engine import llm as engine
 from dovetail.engine.llm import LLM
-from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Sequence
+from dovetail.engine.steps.runner import Runner
 from dovetail.model.checkpoint.weights import export_hf
 from dovetail.text.tokenizer import Tokenizer
 
@@ -227,7 +227,7 @@ def test_rows_beyond_the_tokenizer_are_never_drawn(engine_spec, engine_model, mo
     with torch.no_grad():
         model.head_weight[261:] = 40 * model.head_weight[100:111]
     if not fused:
-        monkeypatch.setattr("dovetail.engine.runner.takes", lambda model: False)
+        monkeypatch.setattr("dovetail.engine.steps.runner.takes", lambda model: False)
     llm = LLM(model, spec, Tokenizer.train([], 261))
     assert max(LLM(model, spec).generate([[0, 5]], GREEDY)[0].token_ids) >= 261
     for params in (GREEDY, SAMPLED):

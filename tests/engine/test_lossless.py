@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.fused import FusedSteps
 from dovetail.engine.llm import LLM
-from dovetail.engine.runner import Runner, _groups
 from dovetail.engine.sampler import SamplingParams
+from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.fused import FusedSteps
+from dovetail.engine.steps.runner import Runner, _groups
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.text.documents import DataConfig
@@ -74,7 +74,7 @@ def pieces(text: list[int], count: int) -> list[list[int]]:
 def run(model: Transformer, texts: list[list[int]], rows: int) -> tuple[list[Tensor], list[Tensor]]:
     """Logits and cache of each text, whose last STEPS tokens are run `rows` at a time, together with the others'."""
     longest, dtype = max(map(len, texts)), model.embed_tokens.weight.dtype
-    runner = Runner(model, ContiguousCache(model.spec, len(texts), longest + 5, dtype))
+    runner = Runner(model, contiguous_cache(model.spec, len(texts), longest + 5, dtype))
     prefill = runner.prefill_last if rows == 1 else runner.prefill  # as without drafts, and with them
     seen = [[runner.logits(prefill(slot, torch.tensor(text[:-STEPS]))[-1:])] for slot, text in enumerate(texts)]
     for done in range(0, STEPS, rows):
@@ -144,7 +144,7 @@ def test_the_reference_computes_row_by_row(
     models, text = trained
     model, texts = copy.deepcopy(models[dtype]), [text[i * 97 :][: STEPS + 1 + 7 * i] for i in range(6)]
     apply_recipe(model, load_recipe(recipe))
-    monkeypatch.setattr("dovetail.engine.runner.takes", lambda model: False)
+    monkeypatch.setattr("dovetail.engine.steps.runner.takes", lambda model: False)
     assert differing(model, texts) == 0
     plain, *others = completions(model, pieces(text, 6), GREEDY.model_copy(update={"max_tokens": 8}))
     assert all(each == plain for each in others)
@@ -152,8 +152,8 @@ def test_the_reference_computes_row_by_row(
 
 def test_rows_run_together_by_the_reference_change_bits(trained: Trained, monkeypatch: Patch) -> None:
     models, text = trained
-    monkeypatch.setattr("dovetail.engine.runner.takes", lambda model: False)
-    monkeypatch.setattr("dovetail.engine.runner._single_rows", _groups)
+    monkeypatch.setattr("dovetail.engine.steps.runner.takes", lambda model: False)
+    monkeypatch.setattr("dovetail.engine.steps.runner._single_rows", _groups)
     assert differing(models[torch.float32], [text[i * 97 :][: STEPS + 1 + 7 * i] for i in range(6)]) > 0
 
 

@@ -7,8 +7,8 @@ import torch
 
 from dovetail.engine import speculative
 from dovetail.engine.llm import LLM
-from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams
+from dovetail.engine.steps.runner import Runner
 from dovetail.model.transformer import Mtp
 
 LENGTH = 49  # one token of the prefill and 48 of steps, which 2 and 3 divide

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from dovetail.catalog.precision import load_recipe
-from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.runner import Runner
+from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.runner import Runner
 from dovetail.model.attention.causal import attention_reference
 from dovetail.model.precision import apply_recipe
 from dovetail.numerics.formats import errors
@@ -25,7 +25,7 @@ def tokens_of(spec, *shape):
 def runner_of(model, kind):
     """Kinds: "fused"; "reference"; and "together", the reference as it is on a GPU."""
     dtype = model.embed_tokens.weight.dtype
-    runner = Runner(model, ContiguousCache(model.spec, batch=4, capacity=32, dtype=dtype), kind == "fused")
+    runner = Runner(model, contiguous_cache(model.spec, slots=4, capacity=32, dtype=dtype), kind == "fused")
     runner.one_by_one = kind != "together"
     return runner
 
@@ -84,7 +84,7 @@ def absorbed_anyway(patch, model):
 
 
 def fused_anyway(patch, model):
-    patch.setattr("dovetail.engine.runner.takes", lambda model: True)
+    patch.setattr("dovetail.engine.steps.runner.takes", lambda model: True)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dovetail.engine import sharing
-from dovetail.engine.sharing import PROBE, Sharing
+from dovetail.engine.steps import sharing
+from dovetail.engine.steps.sharing import PROBE, Sharing
 
 
 @pytest.fixture

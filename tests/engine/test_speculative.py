@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dovetail.engine import speculative
-from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.llm import LLM
-from dovetail.engine.runner import Runner
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.speculative import Draft, accept
+from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.runner import Runner
 
 ERROR_RATE = 1e-6  # chance that a right sampler fails one of the chi-square tests
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -98,7 +98,7 @@ def test_greedy_acceptance_stops_at_the_first_difference():
 def grown(model, prompt, count, params, depth):
     """`count` sequences that have one prompt and seeds of their own, all prefilled (once, then copied)."""
     spec = model.spec
-    runner = Runner(model, ContiguousCache(spec, count, len(prompt) + 2 * depth + 2, torch.float32))
+    runner = Runner(model, contiguous_cache(spec, count, len(prompt) + 2 * depth + 2, torch.float32))
     sequences = []
     for slot in range(count):
         sequences.append(

@@ -14,21 +14,28 @@ from dovetail.text.tokenizer import Tokenizer
 class CompletionText:
     """Held back from `take`: unfinished characters, and an end of the text that may begin a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], include_stop: bool = False) -> None:
+        """`include_stop`: the text ends behind the stop string, and not before it."""
         self.stream = TextStream(tokenizer)
         self.num_ids = tokenizer.vocab_size  # an end token that a model has beyond them is no text
         self.stop = tuple(stop)
         self.text = ""
-        self.is_stopped = False
+        self.include_stop = include_stop
+        self.stopped_by: str | None = None
         self.is_finished = False
         self.taken = 0  # characters
 
-    def push(self, ids: Iterable[int]) -> None:
-        self._extend(self.stream.push([token for token in ids if token < self.num_ids]))
+    @property
+    def is_stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def push(self, ids: Iterable[int], may_stop: bool = True) -> None:
+        """`may_stop`: look for stop strings in what these tokens bring."""
+        self._extend(self.stream.push([token for token in ids if token < self.num_ids]), may_stop)
 
     def finish(self) -> None:
         """No more tokens will come."""
-        self._extend(self.stream.finish())
+        self._extend(self.stream.finish(), True)
         self.is_finished = True
 
     def take(self) -> str:
@@ -40,15 +47,17 @@ class CompletionText:
         self.taken = max(self.taken, end)
         return delta
 
-    def _extend(self, text: str) -> None:
+    def _extend(self, text: str, may_stop: bool) -> None:
         if self.is_stopped or not text:
             return
         old = len(self.text)
         self.text += text
-        found = [match for stop in self.stop if (match := find_new(self.text, stop, old)) is not None]
+        if not may_stop:
+            return
+        found = [(*match, stop) for stop in self.stop if (match := find_new(self.text, stop, old)) is not None]
         if found:
-            self.is_stopped = True
-            self.text = self.text[: min(found)[1]]
+            end, start, self.stopped_by = min(found)
+            self.text = self.text[: end if self.include_stop else start]
 
 
 def find_new(text: str, stop: str, old: int) -> tuple[int, int] | None:

@@ -1,13 +1,8 @@
-"""Completes prompts: `LLM` prefills each prompt into a slot, and decodes them as a batch.
-
-Finished sequences leave the batch.
-"""
+"""Completes prompts: `LLM` has a model and its tokenizer, makes sequences of prompts, and runs them."""
 
 from __future__ import annotations
 
 import copy
-import time
-from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from pathlib import Path
@@ -16,11 +11,12 @@ import torch
 from torch import nn
 
 from dovetail.engine import speculative
-from dovetail.engine.cache import ContiguousCache
 from dovetail.engine.completion_text import CompletionText
-from dovetail.engine.runner import Runner
-from dovetail.engine.sampler import SamplingParams, probabilities, sample
+from dovetail.engine.core import Core, Outputs, Room
+from dovetail.engine.grammar import Grammar, GrammarCompiler, GrammarState
+from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion, Sequence
+from dovetail.engine.stream import Token
 from dovetail.model.checkpoint.inventory import read_spec
 from dovetail.model.checkpoint.weights import import_hf
 from dovetail.model.transformer import Transformer
@@ -32,6 +28,8 @@ from dovetail.text.tokenizer import Tokenizer
 
 Prompt = str | Sequences[int]
 MAX_BATCH = 32  # sequences decoded together; further prompts wait for a slot
+PAGE = 64  # positions
+PROMPT_TOKENS = 2048  # of a step at most
 
 
 class LLM:
@@ -63,6 +61,7 @@ class LLM:
         self.spec = spec
         self.tokenizer = tokenizer
         self.max_batch = max_batch
+        self._compiler: GrammarCompiler | None = None
         self.warm_depths = set[int]()  # drafts per step whose kernels have run
 
     @classmethod
@@ -95,19 +94,20 @@ class LLM:
     ) -> list[Completion]:
         """One completion per prompt, in order; `params` for all, or one per prompt.
 
-        `speculate` drafts per step come from the MTP modules; they change the speed, not what is generated
-        (greedy: the same tokens; sampled: the same distribution, from other random numbers). A completion depends on
-        its prompt and its params only, so equal prompts want different seeds. On a CPU neither drafts nor other prompts
-        change a bit of the logits; on a GPU they do, by rounding, so that near ties may fall otherwise. A completion
-        ends early ("length") where the model's max_position_embeddings end. A prompt given as text is put behind the
-        beginning-of-sequence token, where the tokenizer has one. No statistics count the compiling of kernels in the
-        first call. Raises `ValueError`, naming the prompt, for one without tokens, one that is too long, and an id that
-        is no token.
+        `params` for all: prompt i then draws with seed + i, so that equal prompts get different completions. `speculate`
+        drafts per step come from the MTP modules; they change the speed, not what is generated. A completion depends on
+        its prompt and its params only: on a CPU neither drafts nor other prompts change a bit of the logits; on a GPU
+        they do, by rounding, so that near ties may fall otherwise. A completion ends early ("length") where the model's
+        max_position_embeddings end. A prompt given as text is put behind the beginning-of-sequence token, where the
+        tokenizer has one. No statistics count the compiling of kernels in the first call. Raises `ValueError`, naming
+        the prompt, for one without tokens, one that is too long, and an id that is no token.
         """
         sequences = self._sequences(prompts, params, speculate)
-        for _ in self._run(sequences, speculate):
-            pass
-        return [sequence.completion() for sequence in sequences]
+        tokens: dict[int, list[Token]] = {id(sequence): [] for sequence in sequences}
+        for outputs in self._run(sequences, speculate):
+            for sequence, output in outputs:
+                tokens[id(sequence)] += output.tokens
+        return [sequence.completion(tuple(tokens[id(sequence)])) for sequence in sequences]
 
     def stream(self, prompt: Prompt, params: SamplingParams, speculate: int = 0) -> Iterator[str]:
         """The text of the one completion, in parts as they become sure; errors as in `generate`, on the call."""
@@ -116,11 +116,10 @@ class LLM:
         return self._deltas(self._sequences([prompt], params, speculate), speculate)
 
     def _deltas(self, sequences: list[Sequence], speculate: int) -> Iterator[str]:
-        text = sequences[0].text
-        assert text is not None
-        for _ in self._run(sequences, speculate):
-            if delta := text.take():
-                yield delta
+        for outputs in self._run(sequences, speculate):
+            for _, output in outputs:
+                if delta := "".join(token.text for token in output.tokens) + output.text:
+                    yield delta
 
     def _sequences(
         self, prompts: Sequences[Prompt], params: SamplingParams | Sequences[SamplingParams], speculate: int
@@ -128,24 +127,37 @@ class LLM:
         speculative.check_depth(speculate, self.spec.num_nextn_predict_layers)
         if isinstance(prompts, str):
             raise ValueError("prompts is one string; give a list of prompts")
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if isinstance(params, SamplingParams):
+            each = [params.model_copy(update={"seed": (params.seed + i) % 2**63}) for i in range(len(prompts))]
+        else:
+            each = list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} params; give one for all, or one per prompt")
-        return [self._sequence(i, *pair) for i, pair in enumerate(zip(prompts, each, strict=True))]
+        tokens = [self._tokens(i, prompt) for i, prompt in enumerate(prompts)]
+        return [self.sequence(*pair) for pair in zip(tokens, each, strict=True)]
 
-    def _sequence(self, index: int, prompt: Prompt, params: SamplingParams) -> Sequence:
-        tokens = self._tokens(index, prompt)
+    def sequence(self, tokens: list[int], params: SamplingParams, max_length: int | None = None) -> Sequence:
+        """A prompt of tokens, ready to be worked on. Raises `ValueError` for params that this model cannot follow."""
         if self.tokenizer is None and params.stop:
             raise ValueError("stop strings need a tokenizer; without one use max_tokens or the end-of-sequence token")
+        limit = min(self.spec.max_position_embeddings, max_length or self.spec.max_position_embeddings)
         return Sequence(
             tokens=tokens,
             prompt_tokens=len(tokens),
-            max_tokens=min(params.max_tokens, self.spec.max_position_embeddings - len(tokens)),
+            max_tokens=min(params.max_tokens, limit - len(tokens)),
             params=params,
+            shares=params.prompt_logprobs is None,
             end_tokens=self.end_tokens,
-            text=None if self.tokenizer is None else CompletionText(self.tokenizer, params.stop),
-            generator=params.generator(),
+            text=None if self.tokenizer is None else CompletionText(self.tokenizer, params.stop, params.include_stop),
+            grammar=None if params.grammar is None else self._grammar(params.grammar),
         )
+
+    def _grammar(self, grammar: Grammar) -> GrammarState:
+        if self.tokenizer is None:
+            raise ValueError("a grammar needs a tokenizer")
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self.tokenizer, self.end_tokens)
+        return self._compiler.start(grammar)
 
     def _tokens(self, index: int, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -171,32 +183,40 @@ class LLM:
                 )
         return tokens
 
-    def _run(self, sequences: list[Sequence], depth: int) -> Iterator[None]:
-        """Generate until all are finished, yielding whenever some have grown."""
+    def _run(self, sequences: list[Sequence], depth: int) -> Iterator[Outputs]:
+        """Generate until all are finished, yielding what each step gave."""
         if not sequences:
             return
-        batch = min(len(sequences), self.max_batch)
-        # The last token of a sequence is never run, but drafts after it may be, to be thrown away.
-        capacity = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences) + depth
-        if depth not in self.warm_depths:
-            warm_up(self._runner(1, 3 + depth), depth)
-            self.warm_depths.add(depth)
-        runner = self._runner(batch, capacity)
-        waiting, active, free = deque(sequences), list[Sequence](), list(range(batch))
-        while waiting or active:
-            if waiting and free:
-                waiting[0].slot = free.pop()
-                start(runner, waiting[0], depth)
-                active.append(waiting.popleft())
-            else:
-                step(runner, active, depth)
-            free += [sequence.slot for sequence in active if sequence.finish_reason is not None]
-            active = [sequence for sequence in active if sequence.finish_reason is None]
-            yield
+        self.warm_up(depth)
+        together = min(len(sequences), self.max_batch)
+        most = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences)
+        pages = together * -(-(most + depth + 1) // PAGE)
+        core = Core(
+            self.drawn_from,
+            Room(sequences=together, positions=most, num_pages=pages, page_size=PAGE, prompt_tokens=PROMPT_TOKENS),
+            depth,
+        )
+        for sequence in sequences:
+            core.add(sequence)
+        while core.has_work:
+            yield core.step()
 
-    def _runner(self, batch: int, capacity: int) -> Runner:
-        parameter = self.model.embed_tokens.weight
-        return Runner(self.drawn_from, ContiguousCache(self.spec, batch, capacity, parameter.dtype, parameter.device))
+    def warm_up(self, depth: int) -> None:
+        """A prompt of two tokens and a step with so many drafts: afterwards all kernels are compiled."""
+        if depth in self.warm_depths:
+            return
+        core = Core(
+            self.drawn_from, Room(sequences=1, positions=depth + 4, num_pages=1, page_size=2 * depth + 8), depth
+        )
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=depth + 2)
+        core.add(
+            Sequence(
+                tokens=[0, 0], prompt_tokens=2, max_tokens=depth + 2, params=params, end_tokens=frozenset(), text=None
+            )
+        )
+        while core.has_work:
+            core.step()
+        self.warm_depths.add(depth)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -223,50 +243,3 @@ def without_rows(model: Transformer, num_tokens: int) -> Transformer:
     cut.lm_head = nn.Linear(model.spec.hidden_size, num_tokens, bias=False, device="meta")
     cut.lm_head.weight = nn.Parameter(model.head_weight[:num_tokens].detach(), requires_grad=False)
     return cut
-
-
-def warm_up(runner: Runner, depth: int) -> None:
-    """A prompt of two tokens and a step, in slot 0: afterwards all kernels are compiled."""
-    sequence = Sequence(
-        tokens=[0, 0],
-        prompt_tokens=2,
-        max_tokens=depth + 2,
-        params=SamplingParams(temperature=0, ignore_eos=True),
-        end_tokens=frozenset(),
-        text=None,
-        generator=torch.Generator(),
-        slot=0,
-    )
-    start(runner, sequence, depth)
-    step(runner, [sequence], depth)
-
-
-def start(runner: Runner, sequence: Sequence, depth: int) -> None:
-    """Prefill the prompt into the sequence's slot and add the first token."""
-    begin = time.perf_counter()
-    tokens = torch.tensor(sequence.tokens, device=runner.device)
-    if depth:
-        hidden = runner.prefill(sequence.slot, tokens)
-        speculative.fill_prompt(runner, sequence, hidden, depth)
-    else:
-        hidden = runner.prefill_last(sequence.slot, tokens)
-    logits = runner.logits(hidden[-1])
-    if sequence.params.is_greedy:
-        token = int(logits.argmax())
-    else:
-        token = sample(probabilities(logits, sequence.params), sequence.generator)
-    sequence.prefill_seconds = time.perf_counter() - begin
-    sequence.extend([token])
-
-
-def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> None:
-    """One decoding step of all of them, `depth` tokens drafted for each."""
-    begin = time.perf_counter()
-    results = speculative.step(runner, sequences, depth)
-    seconds = time.perf_counter() - begin
-    for sequence, tokens in zip(sequences, results, strict=True):
-        kept = sequence.extend(tokens)
-        sequence.steps += 1
-        sequence.drafted += depth
-        sequence.accepted += min(kept, len(tokens) - 1)
-        sequence.decode_seconds += seconds

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dovetail.engine.completion_text import CompletionText
+from dovetail.engine.grammar import GrammarState
 from dovetail.engine.sampler import SamplingParams
-
-FinishReason = Literal["stop", "length"]
+from dovetail.engine.scheduling.scheduler import Task
+from dovetail.engine.stream import FinishReason, Output, PromptLogprobs, Token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +23,9 @@ class Statistics:
     drafted: int  # tokens proposed by MTP modules
     accepted: int  # of these, tokens that are in the completion
     steps: int  # runs of the main model after the prompt
-    prefill_seconds: float
-    decode_seconds: float  # of the steps this sequence took part in, shared with its neighbours
+    prefill_seconds: float  # of the passes that its prompt took part in, shared with its neighbours
+    decode_seconds: float  # of the steps, likewise
+    cached_tokens: int = 0  # of the prompt, found in the cache
 
     @property
     def acceptance(self) -> float:
@@ -43,23 +45,36 @@ class Completion:
     finish_reason: FinishReason
     prompt_tokens: int
     statistics: Statistics
+    tokens: tuple[Token, ...] = ()  # each with its log-probabilities, where `SamplingParams.logprobs` asked for them
+    prompt_logprobs: PromptLogprobs | None = None
 
 
-@dataclass(slots=True, kw_only=True)
-class Sequence:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """A token as it was drawn; what was not asked for is None."""
+
+    id: int
+    logprob: float | None = None
+    sampler_logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    experts: tuple[tuple[int, ...], ...] | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence(Task):
     """Mutable: grows until `finish_reason` is set."""
 
-    tokens: list[int]  # prompt, then completion
-    prompt_tokens: int
     max_tokens: int
     params: SamplingParams
     end_tokens: frozenset[int]  # any of them ends it
     text: CompletionText | None
-    generator: torch.Generator
-    slot: int = -1
+    grammar: GrammarState | None = None
+    counts: Counter[int] = field(default_factory=Counter)  # of generated tokens
     # Main hidden states [R, dim] of the last R positions that the model has seen: what MTP modules are fed next.
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
@@ -70,21 +85,33 @@ class Sequence:
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
-    def extend(self, tokens: Sequences[int]) -> int:
-        """Append up to the first token that ends the sequence; how many that were."""
-        for count, token in enumerate(tokens, start=1):
-            self.tokens.append(token)
-            if token in self.end_tokens and not self.params.ignore_eos:
-                self._finish("stop")
-            else:
-                self._extend_text(token)
-            if self.finish_reason is None and self.completion_tokens >= self.max_tokens:
-                self._finish("length")
-            if self.finish_reason is not None:
-                return count
-        return len(tokens)
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end it, now or later."""
+        return self.end_tokens if not self.params.ignore_eos else frozenset()
 
-    def completion(self) -> Completion:
+    def extend(self, drawn: Sequences[Drawn], num_drafts: int = 0) -> Output:
+        """Append up to the first token that ends the sequence. The first `num_drafts` were drafts."""
+        tokens = []
+        for number, each in enumerate(drawn):
+            self._append(each.id)
+            tokens.append(
+                Token(
+                    id=each.id,
+                    text="" if self.text is None else self.text.take(),
+                    logprob=each.logprob,
+                    sampler_logprob=each.sampler_logprob,
+                    top=each.top,
+                    is_draft=number < num_drafts,
+                    experts=each.experts,
+                )
+            )
+            if self.finish_reason is not None:
+                break
+        rest = self.text.take() if self.text is not None and self.finish_reason is not None else ""
+        return Output(tokens=tuple(tokens), text=rest, finish_reason=self.finish_reason, stop_reason=self.stop_reason)
+
+    def completion(self, tokens: tuple[Token, ...] = ()) -> Completion:
         assert self.finish_reason is not None, "the sequence is still growing"
         return Completion(
             text=self.text.text if self.text is not None else "",
@@ -97,18 +124,38 @@ class Sequence:
                 steps=self.steps,
                 prefill_seconds=self.prefill_seconds,
                 decode_seconds=self.decode_seconds,
+                cached_tokens=self.cached,
             ),
+            tokens=tokens,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
-    def _extend_text(self, token: int) -> None:
-        if self.text is not None:
-            self.text.push([token])
+    def _append(self, token: int) -> None:
+        self.tokens.append(token)
+        if self.params.changes_logits:
+            self.counts[token] += 1
+        may_stop = self.completion_tokens >= self.params.min_tokens
+        if token in self.ends:
+            self._finish("stop")
+        elif token in self.params.stop_token_ids and may_stop:
+            self.stop_reason = token
+            if self.params.include_stop and self.text is not None:
+                self.text.push([token], False)
+            self._finish("stop")
+        elif self.text is not None:
+            self.text.push([token], may_stop)
             if self.text.is_stopped:
                 self._finish("stop")
+        if self.grammar is not None and self.finish_reason is None:
+            self.grammar.advance(token)
+            if self.grammar.is_finished:
+                self._finish("stop")
+        if self.finish_reason is None and self.completion_tokens >= self.max_tokens:
+            self._finish("length")
 
     def _finish(self, reason: FinishReason) -> None:
         if self.text is not None:
             self.text.finish()
             if self.text.is_stopped:  # also by the last held-back characters
-                reason = "stop"
+                reason, self.stop_reason = "stop", self.text.stopped_by
         self.finish_reason = reason

@@ -25,30 +25,26 @@ contract [V3 eqs 21-23; published weights where the paper leaves it open]:
               hold a draft that was wrong. Skipping this leaves gaps (entries never written for accepted
               drafts) or stale entries (written for rejected ones).
 
-Greedily, a draft is kept where it is the main model's choice. Otherwise by rejection sampling: draft d from q is
-kept with probability min(1, p(d) / q(d)), else replaced by a draw from max(p - q, 0) renormalised; what comes out is
-distributed as p whatever q is. After D kept drafts the main model's own next token is free.
+A draft is kept where it is the token that the main model draws at its position. Draws depend on seed, position and
+distribution alone (`sampler`), so that the completion is the one that would come without drafts, token by token, at any
+temperature. Drafts are drawn with the same random numbers, which makes them agree as often as (1 - d) / (1 + d) at
+least, where d is the distance in total variation of the two distributions. [Rejection sampling, as in Leviathan et al.
+2023, keeps 1 - d, but what comes out then depends on whether there was a draft: on the load, where drafts are made only
+when they pay.]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dovetail.engine.runner import Runner
-from dovetail.engine.sampler import SamplingParams, probabilities, sample, uniform
-from dovetail.engine.sequence import Sequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Draft:
-    """Tokens proposed for one sequence and, unless it is greedy, what each was drawn from ([V] FP32)."""
-
-    tokens: list[int] = field(default_factory=list)
-    distributions: list[Tensor] = field(default_factory=list)
+from dovetail.engine.drawing import draw_all, pick
+from dovetail.engine.sequence import Drawn, Sequence
+from dovetail.engine.steps.prompts import Chunk
+from dovetail.engine.steps.runner import Chosen, Runner
 
 
 def check_depth(depth: int, num_modules: int) -> None:
@@ -62,21 +58,39 @@ def check_depth(depth: int, num_modules: int) -> None:
         )
 
 
-def fill_prompt(runner: Runner, sequence: Sequence, hidden: Tensor, depth: int) -> None:
-    """Write the modules' final entries for a prompt whose main hidden states are hidden [n, dim].
+def fill_prompts(
+    runner: Runner, sequences: Sequences[Sequence], chunks: Sequences[Chunk], hidden: Tensor, depth: int
+) -> None:
+    """Write the modules' final entries for chunks of prompts whose main hidden states are hidden [R, dim].
 
-    Module k: positions 0 .. n - 2 - k, for those have a true token i + 1 + k. The rest follows with the first draft.
+    Module k of a prompt of n tokens: positions up to n - 2 - k, for those have a true token i + 1 + k. The rest follows
+    with the first draft. Sequences keep the last `depth` hidden states.
     """
-    sequence.hidden = hidden[-depth:]
-    tokens = torch.tensor(sequence.tokens, device=runner.device)
+    rows = list(pairwise([0, *torch.tensor([len(chunk.tokens) for chunk in chunks]).cumsum(0).tolist()]))
+    for sequence, chunk, (begin, end) in zip(sequences, chunks, rows, strict=True):
+        before = sequence.hidden if chunk.start > sequence.cached else hidden[:0]
+        sequence.hidden = torch.cat((before, hidden[begin:end]))[-depth:]
+    parts = [hidden[begin:end] for begin, end in rows]
     for k in range(depth):
-        count = len(tokens) - 1 - k
-        if count < 1:
-            break
-        hidden = runner.prefill_draft(k, sequence.slot, hidden[:count], tokens[1 + k :])
+        next_tokens: list[int] = []
+        cut: list[Chunk] = []
+        inputs, mine = [], []
+        for number, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
+            count = min(len(chunk.tokens), sequence.prompt_tokens - 1 - k - chunk.start)
+            if count > 0:
+                first = chunk.start + 1 + k
+                next_tokens += sequence.tokens[first : first + count]
+                cut.append(Chunk(chunk.slot, chunk.start, chunk.tokens[:count], chunk.goes_on))
+                inputs.append(parts[number][:count])
+                mine.append(number)
+        if not cut:
+            return
+        output = runner.prompt_draft(k, cut, torch.cat(inputs), next_tokens)
+        for number, part in zip(mine, output.split([len(each) for each in inputs]), strict=True):
+            parts[number] = part
 
 
-def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[Draft]:
+def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[list[int]]:
     """`depth` proposals for each sequence; fills the modules' caches up to the newest hidden state."""
     counts = [len(sequence.hidden) for sequence in sequences]
     starts = [len(sequence.tokens) - 1 - count for sequence, count in zip(sequences, counts, strict=True)]
@@ -85,77 +99,49 @@ def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[Dr
     positions = _tensor(runner, [i for _, start, count in spans for i in range(start, start + count)])
     last = _tensor(runner, counts).cumsum(0) - 1
     hidden = torch.cat([sequence.hidden for sequence in sequences])
-    drafts = [Draft() for _ in sequences]
+    drafts: list[list[int]] = [[] for _ in sequences]
     for k in range(depth):
         next_tokens: list[int] = []
         for (sequence, start, count), proposal in zip(spans, drafts, strict=True):
-            known = sequence.tokens[start:] + proposal.tokens
+            known = sequence.tokens[start:] + proposal
             next_tokens += known[1 + k : 1 + k + count]
         hidden = runner.draft(k, hidden, _tensor(runner, next_tokens), slots, positions)
         logits = runner.logits(hidden[last])
-        greedy = logits.argmax(dim=-1).tolist()
-        for sequence, proposal, row, best in zip(sequences, drafts, logits, greedy, strict=True):
-            _propose(proposal, row, best, sequence)
+        best = logits.argmax(dim=-1).tolist()
+        for sequence, proposal, row, greedy in zip(sequences, drafts, logits, best, strict=True):
+            proposal.append(pick(row, greedy, sequence, proposal))
     return drafts
 
 
-def _propose(proposal: Draft, logits: Tensor, greedy: int, sequence: Sequence) -> None:
-    if sequence.params.is_greedy:
-        proposal.tokens.append(greedy)
-        return
-    distribution = probabilities(logits, sequence.params)
-    proposal.distributions.append(distribution)
-    proposal.tokens.append(sample(distribution, sequence.generator))
-
-
-def accept(logits: Tensor, proposal: Draft, params: SamplingParams, generator: torch.Generator) -> list[int]:
-    """The drafts that are kept, and one token more; logits [D + 1, V] of the main model at t_n, d_1 .. d_D."""
-    if params.is_greedy:
-        return accept_greedy(logits.argmax(dim=-1).tolist(), proposal)
-    targets = probabilities(logits, params)
-    for i, (token, drawn_from) in enumerate(zip(proposal.tokens, proposal.distributions, strict=True)):
-        target = targets[i]
-        if uniform(generator) * float(drawn_from[token]) >= float(target[token]):
-            residual = (target - drawn_from).clamp(min=0)
-            # Nothing is left only where rounding made p and q equal: then either of them will do.
-            replacement = sample(residual if bool(residual.any()) else target, generator)
-            return [*proposal.tokens[:i], replacement]
-    return [*proposal.tokens, sample(targets[-1], generator)]
-
-
-def accept_greedy(choices: Sequences[int], proposal: Draft) -> list[int]:
-    """As `accept`, from the main model's choices [D + 1]."""
-    for i, token in enumerate(proposal.tokens):
-        if token != choices[i]:
-            return [*proposal.tokens[:i], choices[i]]
-    return [*proposal.tokens, choices[-1]]
-
-
-def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[list[int]]:
-    """One step of every sequence: the new tokens of each, 1 to depth + 1 (none drafted for depth 0).
+def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[tuple[list[Drawn], int]]:
+    """One step of every sequence: the new tokens of each, 1 to depth + 1 (none drafted for depth 0), and how many of
+    them were drafts.
 
     The caller appends them. Sequences keep the hidden states that the next draft needs.
     """
-    drafts = draft(runner, sequences, depth) if depth else [Draft() for _ in sequences]
-    rows = [[sequence.tokens[-1], *proposal.tokens] for sequence, proposal in zip(sequences, drafts, strict=True)]
+    drafts = draft(runner, sequences, depth) if depth else [[] for _ in sequences]
+    rows = [[sequence.tokens[-1], *proposal] for sequence, proposal in zip(sequences, drafts, strict=True)]
     slots = [sequence.slot for sequence in sequences for _ in range(depth + 1)]
     positions = [len(sequence.tokens) - 1 + i for sequence in sequences for i in range(depth + 1)]
     tokens = [token for row in rows for token in row]
-    hidden = runner.step(_tensor(runner, tokens), _tensor(runner, slots), _tensor(runner, positions))
+    chosen: Chosen | None = [] if any(sequence.params.routed_experts for sequence in sequences) else None
+    hidden = runner.step(_tensor(runner, tokens), _tensor(runner, slots), _tensor(runner, positions), chosen)
     logits = runner.logits(hidden).view(len(sequences), depth + 1, -1)
-    hidden = hidden.view(len(sequences), depth + 1, -1)
-    choices = logits.argmax(dim=-1).tolist()
-    results = []
-    for b, (sequence, proposal) in enumerate(zip(sequences, drafts, strict=True)):
-        if sequence.params.is_greedy:
-            emitted = accept_greedy(choices[b], proposal)
-        else:
-            emitted = accept(logits[b], proposal, sequence.params, sequence.generator)
-        if depth:
-            new = hidden[b, : len(emitted)]
-            sequence.hidden = torch.cat((sequence.hidden, new))[-max(len(emitted), depth) :]
-        results.append(emitted)
+    results = draw_all(logits, sequences, drafts, chosen)
+    if runner.model.mtp:
+        hidden = hidden.view(len(sequences), depth + 1, -1)
+        for sequence, (drawn, _), new in zip(sequences, results, hidden, strict=True):
+            keep_hidden(sequence, new[: len(drawn)], depth)
     return results
+
+
+def keep_hidden(sequence: Sequence, new: Tensor, depth: int) -> None:
+    """After a step that drafted, its modules lack the newest positions, and hold wrong drafts in the last but one to
+    `depth`; after a step that did not, they lack one position more."""
+    if depth:
+        sequence.hidden = torch.cat((sequence.hidden, new))[-max(len(new), depth) :]
+    elif len(sequence.hidden):  # empty where no drafts are ever made
+        sequence.hidden = torch.cat((sequence.hidden, new))
 
 
 def _tensor(runner: Runner, values: list[int]) -> Tensor:

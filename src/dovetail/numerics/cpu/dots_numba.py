@@ -3,6 +3,7 @@
     dots   out[i] = sum_k w[row, k] x[first + i, k]                 one row of weights, several of activations
     products   dots of several rows of weights, in an order in which activations stay in the nearest cache
     mix    out[i, c] = sum_s p[first + i, s] w[row + s, c], c < C   several mixtures of the same rows of weights
+    mix_at    likewise, of rows that stand apart: pages of a cache
 
 Weights w are FP32 or BF16 (as uint16) and are loaded and widened once for up to four results. Every result has
 its own accumulators, summed in an order that depends on its length alone: what comes out for one row is bit for bit
@@ -132,18 +133,24 @@ def _make_dots(count: int) -> Any:
     return dots
 
 
-def _make_mix(count: int) -> Any:
+def _make_mix(count: int, has_places: bool) -> Any:
+    """`row` is a number, or with `has_places` an array that has the number of each row."""
+
     @intrinsic
     def mix(typing_context: Any, p: Any, first: Any, num: Any, w: Any, row: Any, column: Any, out: Any, at: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
-            factors, weights, results = _arrays(context, builder, signature, arguments)
+            factors, weights, *numbers, results = _arrays(context, builder, signature, arguments)
             stride = cgutils.unpack_tuple(builder, factors.shape)[1]
             width = cgutils.unpack_tuple(builder, weights.shape)[1]
             out_width = cgutils.unpack_tuple(builder, results.shape)[1]
             block = range(BLOCK // LANES)
             totals = [[_accumulator(builder, VECTOR) for _ in block] for _ in range(count)]
             with cgutils.for_range(builder, arguments[2]) as loop:
-                at = builder.mul(builder.add(arguments[4], loop.index), width)
+                if has_places:
+                    number = builder.load(builder.gep(numbers[0].data, [loop.index]))
+                else:
+                    number = builder.add(arguments[4], loop.index)
+                at = builder.mul(number, width)
                 here = builder.gep(weights.data, [builder.add(at, arguments[5])])
                 vectors = [_load_weights(builder, builder.gep(here, [INT64(u * LANES)]), LANES) for u in block]
                 for i in range(count):
@@ -159,13 +166,15 @@ def _make_mix(count: int) -> Any:
                     stored.align = 4
 
         integer = types.int64
-        return types.void(p, integer, integer, w, integer, integer, out, integer), generate
+        where = row if has_places else integer
+        return types.void(p, integer, integer, w, where, integer, out, integer), generate
 
     return mix
 
 
 _dots1, _dots2, _dots4 = _make_dots(1), _make_dots(2), _make_dots(4)
-_mix1, _mix2, _mix4 = _make_mix(1), _make_mix(2), _make_mix(4)
+_mix1, _mix2, _mix4 = (_make_mix(count, False) for count in (1, 2, 4))
+_mix_at1, _mix_at2, _mix_at4 = (_make_mix(count, True) for count in (1, 2, 4))
 
 
 @register_jitable(forceinline=True)
@@ -213,4 +222,26 @@ def mix(p, first, count, num, w, row, width, out, at):  # type: ignore[no-untype
             total = np.float32(0.0)
             for s in range(num):
                 total += p[first + i, s] * load(w[row + s], c)
+            out[at + i, c] = total
+
+
+@register_jitable(forceinline=True)
+def mix_at(p, first, count, num, w, rows, width, out, at):  # type: ignore[no-untyped-def]
+    """As `mix`, of the rows w[rows[0]], w[rows[1]] ...; bit for bit the same."""
+    whole = width // BLOCK * BLOCK
+    for column in range(0, whole, BLOCK):
+        i = 0
+        while i + 4 <= count:
+            _mix_at4(p, first + i, num, w, rows, column, out, at + i)
+            i += 4
+        if i + 2 <= count:
+            _mix_at2(p, first + i, num, w, rows, column, out, at + i)
+            i += 2
+        if i < count:
+            _mix_at1(p, first + i, num, w, rows, column, out, at + i)
+    for i in range(count):
+        for c in range(whole, width):
+            total = np.float32(0.0)
+            for s in range(num):
+                total += p[first + i, s] * load(w[rows[s]], c)
             out[at + i, c] = total

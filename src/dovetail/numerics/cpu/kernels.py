@@ -37,11 +37,11 @@ FAST = {"reassoc", "contract", "nsz", "arcp"}
 def kernel(function: Any, parallel: bool = True, fast: bool = True) -> Any:
     """Compile `function` on first use, parallel over its pranges; the machine code is cached on disk.
 
-    `fast` lets the compiler regroup sums and multiply by reciprocals.
+    Other Python threads go on meanwhile. `fast` lets the compiler regroup sums and multiply by reciprocals.
     """
-    return compiled(parallel=parallel, fastmath=FAST if fast else False, error_model="numpy", boundscheck=False)(
-        function
-    )
+    return compiled(
+        parallel=parallel, fastmath=FAST if fast else False, error_model="numpy", boundscheck=False, nogil=True
+    )(function)
 
 
 serial_kernel = functools.partial(kernel, parallel=False)

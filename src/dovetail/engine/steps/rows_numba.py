@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
-from dovetail.numerics.cpu.dots_numba import dots, mix, products
+from dovetail.numerics.cpu.dots_numba import dots, mix, mix_at, products
 from dovetail.numerics.cpu.kernels import kernel, serial_kernel
 from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, store
 
@@ -80,15 +80,41 @@ def soften(scores, scale):  # type: ignore[no-untyped-def]
         scores[s] /= total
 
 
+@register_jitable
+def key_places(table, num_keys, page):  # type: ignore[no-untyped-def]
+    """Where the first positions of a sequence lie among all positions of all pages."""
+    places = np.empty(num_keys, dtype=np.int64)
+    for s in range(num_keys):
+        places[s] = table[s // page] * page + s % page
+    return places
+
+
 @kernel
 def attention(  # type: ignore[no-untyped-def]
-    x, eps, norm_weight, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o, cache, slots, positions, cos, sin, scale, heads
+    x,
+    eps,
+    norm_weight,
+    q_a,
+    q_a_norm,
+    q_b,
+    kv_a,
+    kv_a_norm,
+    kv_b,
+    o,
+    cache,
+    tables,
+    slots,
+    positions,
+    cos,
+    sin,
+    scale,
+    heads,
 ):
-    """x += attention(norm(x)); cache [slots, capacity, C + rope] gets the rows' entries. q_a has no rows where
-    queries are not compressed."""
+    """x += attention(norm(x)); cache [pages, page, C + rope] gets the rows' entries, in the pages that tables
+    [slots, .] name. q_a has no rows where queries are not compressed."""
     rows, dim = x.shape
     rope = 2 * cos.shape[1]
-    entry, q_rank = cache.shape[2], q_a.shape[0]
+    page, entry, q_rank = cache.shape[1], cache.shape[2], q_a.shape[0]
     latent = entry - rope
     head_dim = q_b.shape[0] // heads
     nope, per_head = head_dim - rope, kv_b.shape[0] // heads
@@ -106,7 +132,7 @@ def attention(  # type: ignore[no-untyped-def]
     for r in range(rows):
         norm(low[r, q_rank : q_rank + latent], kv_a_norm, eps, new[:latent])
         rotate(low[r, q_rank + latent :], cos[r], sin[r], new[latent:])
-        to = cache[slots[r], positions[r]]
+        to = cache[tables[slots[r], positions[r] // page], positions[r] % page]
         for i in range(entry):
             store(to, i, new[i])
     # Queries in the space of the cache, one head at a time for all rows: [rows * heads, entry].
@@ -126,14 +152,15 @@ def attention(  # type: ignore[no-untyped-def]
     for item in prange(rows * groups):
         r, group = item // groups, item % groups
         start, stop = group * heads // groups, (group + 1) * heads // groups
-        num_keys, row = positions[r] + 1, slots[r] * cache.shape[1]
+        num_keys = positions[r] + 1
+        places = key_places(tables[slots[r]], num_keys, page)
         scores = np.empty((stop - start, num_keys), dtype=np.float32)
         for s in range(num_keys):
-            dots(keys, row + s, absorbed, r * heads + start, stop - start, scores, s, num_keys)
+            dots(keys, places[s], absorbed, r * heads + start, stop - start, scores, s, num_keys)
         for h in range(stop - start):
             soften(scores[h], scale)
         out = np.empty((stop - start, latent), dtype=np.float32)
-        mix(scores, 0, stop - start, num_keys, keys, row, latent, out, 0)
+        mix_at(scores, 0, stop - start, num_keys, keys, places, latent, out, 0)
         for h in range(stop - start):
             mixed[(start + h) * rows + r] = out[h]
     values = np.empty((rows, heads * width), dtype=np.float32)

@@ -9,11 +9,11 @@ import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
-from dovetail.engine.rows_numba import BLOCK, blocks, norm_rows, product_block
+from dovetail.engine.steps.rows_numba import BLOCK, blocks, norm_rows, product_block
 from dovetail.model.experts.gate_numba import select_row
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel
-from dovetail.numerics.cpu.scalars_numba import exp, sigmoid
+from dovetail.numerics.cpu.scalars_numba import exp, load, sigmoid
 
 OUTPUTS = 64  # most outputs per piece of work where experts are summed: long runs of each expert's weights
 
@@ -51,7 +51,7 @@ def swiglu(weights, gate, x, first, count, act, spare, block):  # type: ignore[n
 
 @register_jitable
 def route_row(scores, bias, ids, weights, gate):  # type: ignore[no-untyped-def]
-    """scores [E] become sigmoid or softmax; ids and weights [K] of the chosen. `gate`: see `engine.fused`."""
+    """scores [E] become sigmoid or softmax; ids and weights [K] of the chosen. `gate`: see `engine.steps.fused`."""
     groups, kept_groups, best, is_sigmoid, is_normed, factor = gate
     if is_sigmoid:
         for e in range(len(scores)):
@@ -95,15 +95,15 @@ def group_pairs(ids, num_experts):  # type: ignore[no-untyped-def]
 
 @kernel
 def experts(  # type: ignore[no-untyped-def]
-    x, eps, norm_weight, router, bias, gate_up, down, shared_gate_up, shared_down, choices, gate
+    x, eps, norm_weight, router, bias, gate_up, down, shared_gate_up, shared_down, ids, gate
 ):
-    """x += routed + shared experts of norm(x); router [E, dim], gate_up [E, 2I, dim], down [E, dim, I]."""
-    rows, dim = x.shape
+    """x += routed + shared experts of norm(x); router [E, dim], gate_up [E, 2I, dim], down [E, dim, I]; ids [R, K]
+    become the experts chosen."""
+    (rows, dim), choices = x.shape, ids.shape[1]
     num_experts, width, shared_width = down.shape[0], down.shape[2], shared_down.shape[1]
     normed = norm_rows(x, norm_weight, eps)
     logits = np.empty((rows, num_experts), dtype=np.float32)
     products(router, 0, num_experts, normed, 0, rows, logits, 0, num_experts)
-    ids = np.empty((rows, choices), dtype=np.int64)
     weights = np.empty((rows, choices), dtype=np.float32)
     for r in range(rows):
         route_row(logits[r], bias, ids[r], weights[r], gate)
@@ -138,3 +138,16 @@ def experts(  # type: ignore[no-untyped-def]
         if shared_width:
             products(shared_down, first, last - first, shared, 0, rows, out, 0, last - first)
             x[:, first:last] += out[:rows]
+
+
+@kernel
+def route(x, router, bias, ids, weights, gate):  # type: ignore[no-untyped-def]
+    """ids and weights [R, K] of the experts that rows x [R, dim] go to."""
+    rows, dim = x.shape
+    for r in prange(rows):
+        wide = np.empty((1, dim), dtype=np.float32)
+        for i in range(dim):
+            wide[0, i] = load(x[r], i)
+        logits = np.empty((1, router.shape[0]), dtype=np.float32)
+        products(router, 0, router.shape[0], wide, 0, 1, logits, 0, router.shape[0])
+        route_row(logits[0], bias, ids[r], weights[r], gate)

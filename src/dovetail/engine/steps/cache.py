@@ -1,6 +1,9 @@
-"""The latent cache, which is one tensor [V3 eqs 1-3].
+"""The latent cache in pages [V3 eqs 1-3].
 
 It has kv_lora_rank + qk_rope_head_dim elements per token and layer.
+
+A slot is one sequence being worked on. Its row of `tables` names the pages that hold its positions, `page_size` each;
+several slots may share a page. Who gets which page is decided by `engine.scheduling`.
 
 Positions are explicit in every write, so nothing is ever taken back: a rejected draft stays in memory, unseen
 because attention looks no further than the query's own position, until the true token overwrites it.
@@ -18,14 +21,16 @@ from dovetail.model.attention.mla import absorbed_attention
 from dovetail.spec.model import Mla, ModelSpec
 
 
-class ContiguousCache:
-    """`batch` slots of `capacity` positions; layers past the last are the MTP modules' blocks."""
+class PagedCache:
+    """Pages for `slots` sequences of up to `capacity` positions; layers past the last are the MTP modules' blocks."""
 
     def __init__(
         self,
         spec: ModelSpec,
-        batch: int,
+        slots: int,
         capacity: int,
+        num_pages: int,
+        page_size: int,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -35,15 +40,17 @@ class ContiguousCache:
             raise ValueError("a latent cache belongs to an MLA model; grouped-query models are for counting only")
         layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
         self.latent_dim = mla.kv_lora_rank
-        self.data = torch.zeros(layers, batch, capacity, mla.cache_dim, dtype=dtype, device=device)
+        self.page_size, self.capacity = page_size, capacity
+        self.data = torch.zeros(layers, num_pages, page_size, mla.cache_dim, dtype=dtype, device=device)
+        self.tables = torch.zeros(slots, -(-capacity // page_size), dtype=torch.int64, device=device)
 
     @property
-    def batch(self) -> int:
-        return self.data.shape[1]
+    def slots(self) -> int:
+        return self.tables.shape[0]
 
-    @property
-    def capacity(self) -> int:
-        return self.data.shape[2]
+    def assign(self, slot: int, pages: Sequence[int]) -> None:
+        """From now on these pages hold the first positions of `slot`."""
+        self.tables[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int64)
 
     def reserve(self, num_keys: int) -> None:
         """Raises `ValueError` where positions 0 .. num_keys - 1 go beyond the capacity."""
@@ -53,19 +60,40 @@ class ContiguousCache:
                 f"build it with capacity >= {num_keys} (prompt + new tokens + drafts), or ask for fewer tokens"
             )
 
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where positions of slots (two tensors that broadcast) lie among all positions of all pages."""
+        return self.tables[slots, positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def entries(self, layer: int) -> Tensor:
+        """All positions of all pages [pages * page_size, latent + rope]."""
+        return self.data[layer].flatten(0, 1)
+
     def select(self, slots: Sequence[int]) -> SelectedSlots:
         """The cache of some slots, in that order, sharing this one's memory. Raises `ValueError` for no such slot."""
         for slot in slots:
-            if not 0 <= slot < self.batch:
-                raise ValueError(f"slot {slot} is not in a cache of {self.batch} slots (0 to {self.batch - 1})")
+            if not 0 <= slot < self.slots:
+                raise ValueError(f"slot {slot} is not in a cache of {self.slots} slots (0 to {self.slots - 1})")
         return SelectedSlots(cache=self, slots=tuple(slots))
+
+
+def contiguous_cache(
+    spec: ModelSpec,
+    slots: int,
+    capacity: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> PagedCache:
+    """A cache in which each slot has one page that holds all its positions."""
+    cache = PagedCache(spec, slots, capacity, slots, capacity, dtype, device)
+    cache.tables[:, 0] = torch.arange(slots)
+    return cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectedSlots:
     """A `model.attention.mla.LatentCache` of some slots: row b of every argument belongs to slots[b]."""
 
-    cache: ContiguousCache
+    cache: PagedCache
     slots: tuple[int, ...]
 
     def reserve(self, num_keys: int) -> None:
@@ -73,19 +101,18 @@ class SelectedSlots:
 
     def write(self, layer: int, positions: Tensor, latent: Tensor, rope_key: Tensor) -> None:
         assert positions.shape[0] == len(self.slots), "one row of positions per slot"
-        data = self.cache.data[layer]
-        slots = torch.tensor(self.slots, device=data.device)
-        data[slots[:, None], positions] = torch.cat((latent, rope_key), dim=-1).to(data.dtype)
+        entries = self.cache.entries(layer)
+        entries[self.cache.places(self._slots(), positions)] = torch.cat((latent, rope_key), dim=-1).to(entries.dtype)
 
     def gather(self, layer: int, num_keys: int) -> tuple[Tensor, Tensor]:
-        """Views where the slots are consecutive, else copies."""
-        data = self.cache.data[layer]
-        first, count = self.slots[0], len(self.slots)
-        is_consecutive = self.slots == tuple(range(first, first + count))
-        slots = torch.tensor(self.slots, device=data.device)
-        seen = data[first : first + count, :num_keys] if is_consecutive else data[slots, :num_keys]
+        """Views of a copy."""
+        positions = torch.arange(num_keys, device=self.cache.data.device)
+        seen = self.cache.entries(layer)[self.cache.places(self._slots(), positions)]
         return seen[..., : self.cache.latent_dim], seen[..., self.cache.latent_dim :]
 
     def attend(self, layer: int, query: Tensor, positions: Tensor, num_keys: int, scale: float) -> Tensor:
         latent, rope_key = self.gather(layer, num_keys)
         return absorbed_attention(query, latent, rope_key, positions, scale)
+
+    def _slots(self) -> Tensor:
+        return torch.tensor(self.slots, device=self.cache.data.device)[:, None]

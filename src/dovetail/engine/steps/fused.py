@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.engine import row_experts_numba, rows_numba
-from dovetail.engine.cache import ContiguousCache
-from dovetail.engine.sharing import Sharing
+from dovetail.engine.steps import row_experts_numba, rows_numba
+from dovetail.engine.steps.cache import PagedCache
+from dovetail.engine.steps.sharing import Sharing
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.attention.rope import tables
 from dovetail.model.block import Block
@@ -34,7 +34,7 @@ class FusedBlock:
 
     attention: Arrays
     mlp: Arrays
-    cache: np.ndarray  # [slots, capacity, latent + rope]
+    cache: np.ndarray  # [pages, page size, latent + rope]
     choices: int  # experts per token; 0 for a dense block
     gate: tuple[int, int, int, bool, bool, np.float32]
 
@@ -50,7 +50,7 @@ def takes(model: Transformer) -> bool:
 class FusedSteps:
     """`step`, `draft` and `logits` as in `Runner`, up to rounding."""
 
-    def __init__(self, model: Transformer, cache: ContiguousCache) -> None:
+    def __init__(self, model: Transformer, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.blocks = [_fuse(block, model, cache) for block in model.layers.values()]
         self.drafters = [_fuse(mtp.block, model, cache) for mtp in model.mtp]
@@ -60,34 +60,14 @@ class FusedSteps:
         self.sharing, self.draft_sharing, self.head_sharing = Sharing(), Sharing(), Sharing()
         self.embedding, self.head_weight = array(model.embed_tokens.weight), array(model.head_weight)
 
-    def prefill(self, slot: int, tokens: Tensor, last_only: bool) -> Tensor:
-        """A prompt [T] into `slot` -> hidden [T, dim], or [1, dim] of its last token.
-
-        The last token goes through the last block as a row of `step` either way: its bits and the cache's do not
-        depend on `last_only`. For this token alone nothing else of that block is needed but its cache: the others'
-        attention and experts there are left out.
-        """
-        model = self.model
-        context = model.context(tokens[None], None, None, self.cache.select([slot]), False)
-        x = model.embed_tokens(tokens[None])
-        *before, last = model.layers.values()
-        for block in before:
-            x, _ = block(x, context, model.dispatcher)
-        row = x[0, -1:].float().numpy()
-        if last_only:
-            last.self_attn.remember(last.input_layernorm(x), context, last.layer)
-        else:
-            x, _ = last(x, context, model.dispatcher)
-        self._run(self.blocks[-1], row, self._rows(torch.tensor([slot]), torch.tensor([len(tokens) - 1])))
-        hidden = self._finish(row, model.norm)
-        return hidden if last_only else torch.cat((model.norm(x[0, :-1]), hidden))
-
-    def step(self, tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+    def step(self, tokens: Tensor, slots: Tensor, positions: Tensor, chosen: list[Tensor] | None = None) -> Tensor:
         rows = self._rows(slots, positions)
         with self.sharing.of_step(len(tokens)):
             x = rows_numba.embed(self.embedding, tokens.numpy())
             for block in self.blocks:
-                self._run(block, x, rows)
+                ids = self._run(block, x, rows)
+                if chosen is not None and block.choices:
+                    chosen.append(ids)
             return self._finish(x, self.model.norm)
 
     def draft(self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
@@ -108,18 +88,21 @@ class FusedSteps:
         return logits.view(*hidden.shape[:-1], -1)
 
     def _rows(self, slots: Tensor, positions: Tensor) -> Arrays:
-        """slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's capacity."""
+        """Tables, and slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's capacity."""
         self.cache.reserve(int(positions.max()) + 1)
         where = positions.numpy()
-        return slots.numpy(), where, self.cos[where], self.sin[where]
+        return self.cache.tables.numpy(), slots.numpy(), where, self.cos[where], self.sin[where]
 
-    def _run(self, block: FusedBlock, x: np.ndarray, rows: Arrays) -> None:
+    def _run(self, block: FusedBlock, x: np.ndarray, rows: Arrays) -> Tensor:
+        """x [R, dim] through the block, in place -> the experts chosen [R, K]."""
         scale, heads = np.float32(self.model.layers["0"].self_attn.scale), self.model.mla.num_attention_heads
         rows_numba.attention(x, self.eps, *block.attention, block.cache, *rows, scale, heads)
+        ids = torch.empty(len(x), block.choices, dtype=torch.int64)
         if block.choices:
-            row_experts_numba.experts(x, self.eps, *block.mlp, block.choices, block.gate)
+            row_experts_numba.experts(x, self.eps, *block.mlp, ids.numpy(), block.gate)
         else:
             row_experts_numba.dense(x, self.eps, *block.mlp)
+        return ids
 
     def _finish(self, x: np.ndarray, norm: RmsNorm) -> Tensor:
         hidden = torch.empty(x.shape, dtype=self.model.embed_tokens.weight.dtype)
@@ -127,7 +110,7 @@ class FusedSteps:
         return hidden
 
 
-def _fuse(block: Block, model: Transformer, cache: ContiguousCache) -> FusedBlock:
+def _fuse(block: Block, model: Transformer, cache: PagedCache) -> FusedBlock:
     mlp = block.mlp
     norm = array(block.post_attention_layernorm.weight)
     data = array(cache.data[block.layer])
@@ -148,7 +131,7 @@ def _fuse(block: Block, model: Transformer, cache: ContiguousCache) -> FusedBloc
         torch.empty(dim, 0, dtype=dtype) if shared is None else shared.down_proj.weight,
     )
     weights = (norm, *(array(tensor) for tensor in tensors))
-    return FusedBlock(attention=attention, mlp=weights, cache=data, choices=moe.num_experts_per_tok, gate=_gate(moe))
+    return FusedBlock(attention=attention, mlp=weights, cache=data, choices=moe.num_experts_per_tok, gate=gate_of(moe))
 
 
 def _attention(attention: MultiHeadLatentAttention) -> Arrays:
@@ -166,7 +149,7 @@ def _attention(attention: MultiHeadLatentAttention) -> Arrays:
     return tuple(array(tensor) for tensor in (*queries, *rest))
 
 
-def _gate(moe: Moe) -> tuple[int, int, int, bool, bool, np.float32]:
+def gate_of(moe: Moe) -> tuple[int, int, int, bool, bool, np.float32]:
     """Groups, groups kept, scores that make a group's worth, sigmoid?, renormalised?, factor."""
     best = 2 if moe.topk_method == "noaux_tc" else 1
     is_sigmoid = moe.scoring_func == "sigmoid"

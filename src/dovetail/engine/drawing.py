@@ -1,0 +1,131 @@
+"""From logits to tokens: what a request does to its logits, which token is drawn, and what is said of it.
+
+Penalties come first, then biases, then what may not be drawn: ends before `min_tokens`, and what the grammar forbids.
+Drafts in front of a position count like tokens that were generated.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from collections.abc import Sequence as Sequences
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dovetail.engine.sampler import probabilities, sample
+from dovetail.engine.sequence import Drawn, Sequence
+from dovetail.engine.steps.runner import Chosen
+from dovetail.engine.stream import TopLogprobs
+
+
+def pick(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int]) -> int:
+    """The token for the position behind `drafts`, which follow the sequence; logits [V], `greedy` their arg max."""
+    params = sequence.params
+    if params.changes_logits:
+        logits = changed(logits, sequence, drafts)
+        greedy = int(logits.argmax())
+    if params.is_greedy:
+        return greedy
+    return sample(probabilities(logits, params), params.seed, len(sequence.tokens) + len(drafts))
+
+
+def draw_all(
+    logits: Tensor, sequences: Sequences[Sequence], drafts: list[list[int]], chosen: Chosen | None
+) -> list[tuple[list[Drawn], int]]:
+    """For each sequence the tokens that logits [B, D + 1, V] of its last token and its drafts give, up to the first
+    that is no draft, and how many drafts were kept. `chosen`: experts of all B (D + 1) rows."""
+    greedy = logits.argmax(dim=-1).tolist()
+    width = logits.shape[1]
+    results = []
+    for b, (sequence, proposal) in enumerate(zip(sequences, drafts, strict=True)):
+        drawn: list[Drawn] = []
+        for i in range(width):
+            token = pick(logits[b, i], greedy[b][i], sequence, proposal[:i])
+            experts = experts_of(chosen, b * width + i) if sequence.params.routed_experts else None
+            drawn.append(described(token, logits[b, i], sequence, proposal[:i], experts))
+            if i == len(proposal) or token != proposal[i]:
+                break
+        results.append((drawn, len(drawn) - 1))
+    return results
+
+
+def changed(logits: Tensor, sequence: Sequence, drafts: Sequences[int]) -> Tensor:
+    """A copy of logits [V] with penalties, biases and masks."""
+    params = sequence.params
+    logits = logits.clone()
+    counts = sequence.counts + Counter(drafts) if drafts else sequence.counts
+    if params.repetition_penalty != 1:
+        _scale(logits, {*sequence.tokens, *drafts}, params.repetition_penalty)
+    if counts and (params.presence_penalty or params.frequency_penalty):
+        ids = _ids(counts, logits)
+        number = torch.tensor([counts[token] for token in ids.tolist()], dtype=logits.dtype, device=logits.device)
+        logits[ids] -= params.presence_penalty + params.frequency_penalty * number
+    for token, bias in params.logit_bias.items():
+        if token < len(logits):
+            logits[token] += bias
+    if sequence.completion_tokens + len(drafts) < params.min_tokens:
+        logits[_ids({*sequence.ends, *params.stop_token_ids}, logits)] = float("-inf")
+    if sequence.grammar is not None:
+        with _ahead(sequence, drafts) as is_possible:
+            if is_possible:
+                mask = torch.from_numpy(sequence.grammar.mask()[: len(logits)]).to(logits.device)
+                logits[: len(mask)].masked_fill_(~mask, float("-inf"))
+                logits[len(mask) :] = float("-inf")
+    return logits
+
+
+def described(
+    token: int, logits: Tensor, sequence: Sequence, drafts: Sequences[int], experts: tuple[tuple[int, ...], ...] | None
+) -> Drawn:
+    """The token with the log-probabilities that its request asks for."""
+    params = sequence.params
+    if params.logprobs is None:
+        return Drawn(id=token, experts=experts)
+    own = logits.float().log_softmax(dim=-1)
+    used = changed(logits, sequence, drafts) if params.changes_logits else logits
+    sampler = probabilities(used, params)[token].log()
+    return Drawn(
+        id=token, logprob=float(own[token]), sampler_logprob=float(sampler), top=likeliest(own, params.logprobs),
+        experts=experts,
+    )  # fmt: skip
+
+
+def likeliest(logprobs: Tensor, count: int) -> TopLogprobs:
+    """The tokens with the largest of logprobs [V], largest first."""
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def experts_of(chosen: Chosen | None, row: int) -> tuple[tuple[int, ...], ...]:
+    assert chosen is not None
+    return tuple(tuple(layer[row].tolist()) for layer in chosen)
+
+
+def _scale(logits: Tensor, tokens: set[int], penalty: float) -> None:
+    ids = _ids(tokens, logits)
+    values = logits[ids]
+    logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _ids(tokens: Counter[int] | set[int], logits: Tensor) -> Tensor:
+    return torch.tensor(sorted(t for t in tokens if t < len(logits)), dtype=torch.int64, device=logits.device)
+
+
+@contextmanager
+def _ahead(sequence: Sequence, drafts: Sequences[int]) -> Iterator[bool]:
+    """The grammar as it will be behind drafts; False where it does not allow them, so that nothing follows."""
+    assert sequence.grammar is not None
+    taken = 0
+    try:
+        for draft in drafts:
+            if sequence.grammar.is_finished or not sequence.grammar.mask()[draft]:
+                yield False
+                return
+            sequence.grammar.advance(draft)
+            taken += 1
+        yield not sequence.grammar.is_finished
+    finally:
+        if taken:
+            sequence.grammar.rollback(taken)
