@@ -31,6 +31,7 @@ from transformers import DynamicCache
 from dovetail import threads
 from dovetail.catalog.presets import load_model
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
@@ -82,7 +83,7 @@ def ours(spec: ModelSpec) -> list[Callable[[], Lap]]:
     model = build_ours(spec, torch.bfloat16)
     runner = Runner(model, contiguous_cache(model.spec, 1, PROMPT + NEW_TOKENS, torch.bfloat16))
     first, following = tokens_of(spec)
-    runner.prefill(0, first)
+    runner.prompt([Chunk(0, 0, first.tolist())])
 
     @torch.no_grad()
     def decode() -> float:

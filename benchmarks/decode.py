@@ -29,6 +29,7 @@ from transformers import DynamicCache, StaticCache
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import cache_bytes_per_token, layer_parameters, parameters
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
@@ -80,7 +81,7 @@ def build_dovetail(spec: ModelSpec, cases: list[Case]) -> Turn:
         context, batch = case
         prompt, tokens = drawn_tokens(case, spec.vocab_size)
         if filled != [context]:
-            runner.prefill(0, prompt)
+            runner.prompt([Chunk(0, 0, prompt.tolist())])
             cache.data[:, 1:] = cache.data[:, :1]
             filled[:] = [context]
         slots = torch.arange(batch)

@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import attention_flop_per_token, parameters
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec
@@ -37,11 +38,11 @@ def build_dovetail(spec: ModelSpec, length: int) -> Turn:
     keep_freed_memory()
     model = build_ours(spec, torch.bfloat16)
     runner = Runner(model, contiguous_cache(model.spec, 1, length, torch.bfloat16))
-    prompt = prompt_of(length, spec.vocab_size)
+    prompt_chunks = [Chunk(0, 0, prompt_of(length, spec.vocab_size).tolist())]
 
     @torch.no_grad()
     def prefill() -> float:
-        return float(runner.logits(runner.prefill_last(0, prompt)).max())
+        return float(runner.logits(runner.prompt(prompt_chunks, [length - 1])).max())
 
     return lambda case: timed(prefill)
 

@@ -14,7 +14,8 @@ from dovetail.atomic import check_folder
 from dovetail.catalog.presets import model_names, repository_remedy
 from dovetail.config import load_toml, near_matches
 from dovetail.cost.count import parameters
-from dovetail.engine.llm import LLM, fastest_dtype
+from dovetail.engine.llm import LLM
+from dovetail.engine.loaded import fastest_dtype
 from dovetail.engine.speculative import check_depth
 from dovetail.model.checkpoint.directory import check_target
 from dovetail.model.checkpoint.inventory import CONFIG, is_buffer, read_config, read_inventory, read_spec

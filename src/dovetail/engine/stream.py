@@ -47,6 +47,7 @@ class Stream:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0  # of the prompt, found in the cache; final with the first output
         self.prompt_logprobs: PromptLogprobs | None = None  # with the first output
+        self.has_begun = False
         self._cancel = cancel
         self._outputs: deque[Output] = deque()
         self._changed = threading.Condition()
