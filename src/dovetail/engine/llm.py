@@ -33,11 +33,10 @@ class LLM(LoadedModel):
 
         `params` for all: prompt i then draws with seed + i, so that equal prompts get different completions.
         `speculate` drafts per step come from the MTP modules; they change the speed, not what is generated. A
-        completion depends on its prompt and its params only: on a CPU neither drafts nor other prompts change a bit of the logits; on a GPU
-        they do, by rounding, so that near ties may fall otherwise. A completion ends early ("length") where the model's
-        max_position_embeddings end. A prompt given as text is put behind the beginning-of-sequence token, where the
-        tokenizer has one. No statistics count the compiling of kernels in the first call. Raises `ValueError`, naming
-        the prompt, for one without tokens, one that is too long, and an id that is no token.
+        completion depends on its prompt and its params only: on a CPU neither drafts nor other prompts change a bit of
+        the logits; on a GPU they do, by rounding, so that near ties may fall otherwise. A completion ends early
+        ("length") where the model's max_position_embeddings end. No statistics count the compiling of kernels in the
+        first call. Errors are those of `prompt_tokens`, which name the prompt.
         """
         sequences = self._sequences(prompts, params, speculate)
         tokens: dict[int, list[Token]] = {id(sequence): [] for sequence in sequences}
@@ -54,7 +53,8 @@ class LLM(LoadedModel):
 
     def submit(self, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Stream:
         """Hand a prompt to the engine, which works on all that were handed in; iterate over what comes back, in a
-        thread or in an event loop. The first call starts the engine with `EngineConfig`'s values; for others set `engine`."""
+        thread or in an event loop. The first call starts the engine with `EngineConfig`'s values; for others set
+        `engine`."""
         if self.engine is None:
             self.engine = Engine(self)
         return self.engine.submit(self.prompt_tokens(prompt), params, priority=priority)

@@ -28,7 +28,8 @@ from dovetail.numerics.cpu.scalars_numba import load
 from dovetail.numerics.cpu.tiles_numba import spread, sum_lanes
 
 LANES = 16
-UNROLL = 4  # accumulators per result in `dots`, to hide the latency of a multiply-add
+UNROLL = 2  # accumulators per result in `dots`
+OUTPUTS = 2  # rows of weights that `products` takes together: 4 rows of activations then have 16 accumulators
 PREFETCH_BYTES = 4096
 BLOCK = 2 * LANES  # columns of `mix` that are in registers at a time
 
@@ -88,43 +89,53 @@ def _arrays(context: Any, builder: Any, signature: Any, arguments: Any) -> list[
     return [context.make_array(kind)(context, builder, value) for kind, value in kinds if isinstance(kind, types.Array)]
 
 
-def _make_dots(count: int) -> Any:
+def _make_dots(count: int, outputs: int) -> Any:
+    """Of `count` rows of activations and `outputs` rows of weights that follow one another."""
+
     @intrinsic
     def dots(typing_context: Any, w: Any, row: Any, x: Any, first: Any, out: Any, at: Any, step: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
             weights, rows, results = _arrays(context, builder, signature, arguments)
             width = cgutils.unpack_tuple(builder, rows.shape)[1]
-            weight_row = builder.gep(weights.data, [builder.mul(arguments[1], width)])
-            starts = [
-                builder.gep(rows.data, [builder.mul(builder.add(arguments[3], INT64(i)), width)]) for i in range(count)
-            ]
-            whole = [[_accumulator(builder, VECTOR) for _ in range(UNROLL)] for _ in range(count)]
-            rest = [_accumulator(builder, FLOAT) for _ in range(count)]
+
+            def starts_of(data: Any, start: Any, number: int) -> list[Any]:
+                return [builder.gep(data, [builder.mul(builder.add(start, INT64(i)), width)]) for i in range(number)]
+
+            weight_rows, starts = (
+                starts_of(weights.data, arguments[1], outputs),
+                starts_of(rows.data, arguments[3], count),
+            )
+            pairs = [(i, j) for i in range(count) for j in range(outputs)]
+            whole = {pair: [_accumulator(builder, VECTOR) for _ in range(UNROLL)] for pair in pairs}
+            rest = {pair: _accumulator(builder, FLOAT) for pair in pairs}
 
             def add(begin: Any, end: Any, unroll: int) -> None:
                 with cgutils.for_range_slice(builder, begin, end, INT64(LANES * unroll), inc=True) as (index, _):
                     for u in range(unroll):
                         here = builder.add(index, INT64(u * LANES))
                         if u % 2 == 0:  # 32 BF16 are a cache line
-                            _prefetch(builder, builder.gep(weight_row, [here]))
-                        weight = _load_weights(builder, builder.gep(weight_row, [here]), LANES)
-                        for start, totals in zip(starts, whole, strict=True):
+                            for weight_row in weight_rows:
+                                _prefetch(builder, builder.gep(weight_row, [here]))
+                        loaded = [_load_weights(builder, builder.gep(each, [here]), LANES) for each in weight_rows]
+                        for i, start in enumerate(starts):
                             value = _load_floats(builder, builder.gep(start, [here]))
-                            _multiply_add(builder, weight, value, totals[u])
+                            for j, weight in enumerate(loaded):
+                                _multiply_add(builder, weight, value, whole[i, j][u])
 
             unrolled = builder.and_(width, INT64(-LANES * UNROLL))
             vectors = builder.and_(width, INT64(-LANES))
             add(INT64(0), unrolled, UNROLL)
             add(unrolled, vectors, 1)
             with cgutils.for_range_slice(builder, vectors, width, INT64(1), inc=True) as (index, _):
-                weight = _load_weights(builder, builder.gep(weight_row, [index]), 1)
-                for start, total in zip(starts, rest, strict=True):
-                    _multiply_add(builder, weight, builder.load(builder.gep(start, [index])), total)
-            for i, (totals, total) in enumerate(zip(whole, rest, strict=True)):
-                a, b, c, d = (builder.load(each) for each in totals)
-                vector = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
-                value = builder.fadd(sum_lanes(builder, vector), builder.load(total))
-                index = builder.add(arguments[5], builder.mul(INT64(i), arguments[6]))
+                for i, j in pairs:
+                    weight = _load_weights(builder, builder.gep(weight_rows[j], [index]), 1)
+                    _multiply_add(builder, weight, builder.load(builder.gep(starts[i], [index])), rest[i, j])
+            for i, j in pairs:
+                vector = builder.load(whole[i, j][0])
+                for more in whole[i, j][1:]:
+                    vector = builder.fadd(vector, builder.load(more))
+                value = builder.fadd(sum_lanes(builder, vector), builder.load(rest[i, j]))
+                index = builder.add(arguments[5], builder.add(builder.mul(INT64(i), arguments[6]), INT64(j)))
                 builder.store(value, builder.gep(results.data, [index]))
 
         integer = types.int64
@@ -172,7 +183,8 @@ def _make_mix(count: int, has_places: bool) -> Any:
     return mix
 
 
-_dots1, _dots2, _dots4 = _make_dots(1), _make_dots(2), _make_dots(4)
+_dots1, _dots2, _dots4 = (_make_dots(count, 1) for count in (1, 2, 4))
+_tile1, _tile2, _tile4 = _make_dots(1, OUTPUTS), _make_dots(2, OUTPUTS), _make_dots(4, OUTPUTS)
 _mix1, _mix2, _mix4 = (_make_mix(count, False) for count in (1, 2, 4))
 _mix_at1, _mix_at2, _mix_at4 = (_make_mix(count, True) for count in (1, 2, 4))
 
@@ -198,9 +210,21 @@ def products(w, row, num, x, first, count, out, at, step):  # type: ignore[no-un
     Four rows of activations at a time, for all rows of weights: 32 rows of 2,048 do not fit into a first-level cache,
     four do, and some dozen rows of weights wait in the second for the next four.
     """
-    for i in range(0, count, 4):
-        for j in range(num):
-            dots(w, row + j, x, first + i, min(4, count - i), out, at + i * step + j, step)
+    whole = num // OUTPUTS * OUTPUTS
+    i = 0
+    while i < count:
+        here = 4 if i + 4 <= count else (2 if i + 2 <= count else 1)
+        for j in range(0, whole, OUTPUTS):
+            to = at + i * step + j
+            if here == 4:
+                _tile4(w, row + j, x, first + i, out, to, step)
+            elif here == 2:
+                _tile2(w, row + j, x, first + i, out, to, step)
+            else:
+                _tile1(w, row + j, x, first + i, out, to, step)
+        for j in range(whole, num):
+            dots(w, row + j, x, first + i, here, out, at + i * step + j, step)
+        i += here
 
 
 @register_jitable(forceinline=True)
