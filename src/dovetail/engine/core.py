@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from dovetail.engine import speculative
@@ -17,9 +17,9 @@ from dovetail.engine.drawing import described, experts_of, likeliest, pick
 from dovetail.engine.pace import Pace
 from dovetail.engine.scheduling.blocks import BlockPool
 from dovetail.engine.scheduling.scheduler import Part, Scheduler
-from dovetail.engine.sequence import Sequence
+from dovetail.engine.sequence import Drawn, Sequence
 from dovetail.engine.steps.cache import PagedCache
-from dovetail.engine.steps.prompts import Chunk
+from dovetail.engine.steps.rows import Chunk, Short
 from dovetail.engine.steps.runner import Chosen, Runner
 from dovetail.engine.stream import Output
 from dovetail.model.transformer import Transformer
@@ -37,6 +37,33 @@ class Room:
     page_size: int = 64
     prompt_tokens: int = 512  # of a step, at most
     shares_prefixes: bool = True  # prompts begin behind pages that others filled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompts:
+    """The parts of prompts in a pass; their rows begin at `first`."""
+
+    parts: list[Part]
+    sequences: list[Sequence]
+    chunks: list[Chunk]
+    first: int
+    lasts: list[int]  # the last rows of prompts that end here
+    wants_all: bool  # hidden states of all rows
+
+    @staticmethod
+    def of(parts: list[Part], first: int, depth: int) -> _Prompts:
+        sequences, chunks = [_of(part) for part in parts], [_chunk(part) for part in parts]
+        ends = accumulate((part.count for part in parts), initial=first)
+        lasts = [end - 1 for end, chunk in zip(list(ends)[1:], chunks, strict=True) if not chunk.goes_on]
+        describes = any(sequence.params.prompt_logprobs is not None for sequence in sequences)
+        return _Prompts(
+            parts=parts,
+            sequences=sequences,
+            chunks=chunks,
+            first=first,
+            lasts=lasts,
+            wants_all=bool(parts) and (depth > 0 or describes),
+        )
 
 
 @dataclass(slots=True)
@@ -89,17 +116,17 @@ class Core:
         """Compute what the scheduler chooses; what it gave each sequence."""
         begin = time.perf_counter()
         decoding = sum(task.is_decoding for task in self.scheduler.running)
+        unfinished = len(self.scheduler.running) - decoding + len(self.scheduler.waiting)
         depth = self.depth
         if self.is_auto and depth and decoding:
             depth = self.pace.depth(decoding, depth)
-        budget = self.pace.part(decoding, depth, self.room.prompt_tokens)
+        budget = self.pace.part(decoding, depth, unfinished, self.room.prompt_tokens)
         work = self.scheduler.schedule(depth, budget)
         for slot in work.set_back:
             self.runner.forget(slot)
         for task in self.scheduler.running:
             self.runner.cache.assign(task.slot, task.pages)
-        outputs = self._decode(_sequences(work.decode), depth) if work.decode else []
-        outputs += self._compute(work.parts)
+        outputs = self._pass(_sequences(work.decode), depth, work.parts) if work else []
         for sequence, output in outputs:
             self.counts.generated_tokens += len(output.tokens)
             if output.finish_reason is not None:
@@ -108,21 +135,55 @@ class Core:
         self.counts.step_tokens = sum(len(output.tokens) for _, output in outputs)
         return outputs
 
-    def _decode(self, sequences: list[Sequence], depth: int) -> Outputs:
+    def _pass(self, sequences: list[Sequence], depth: int, parts: list[Part]) -> Outputs:
+        """Everything in one pass over the weights: a step of the sequences, and parts of prompts."""
         begin = time.perf_counter()
-        most = max(len(sequence.hidden) for sequence in sequences)
-        results = speculative.step(self.runner, sequences, depth)
+        most = max((len(sequence.hidden) for sequence in sequences), default=0)
+        if sequences and depth:
+            drafts = speculative.draft(self.runner, sequences, depth)
+        else:
+            drafts = [[] for _ in sequences]
+        prompts = [part for part in parts if part.start < part.task.prompt_tokens]
+        again = [part for part in parts if part.start >= part.task.prompt_tokens]
+        short = speculative.rows_of(sequences, drafts)
+        for part in again:
+            _append(short, part)
+        batch = _Prompts.of(prompts, len(short.tokens), self.depth)
+        chosen: Chosen | None = [] if any(s.params.routed_experts for s in (*sequences, *batch.sequences)) else None
+        wanted = None if batch.wants_all or chosen is not None else [*range(len(short.tokens)), *batch.lasts]
+        hidden = self.runner.run(short, batch.chunks, wanted, chosen)
+        outputs = []
+        num_rows = len(sequences) * (depth + 1)
+        if sequences:
+            results = speculative.conclude(self.runner, sequences, drafts, hidden[:num_rows], chosen)
+            outputs += self._extend(sequences, results, depth)
+        row = num_rows
+        for part in again:
+            speculative.keep_hidden(_of(part), hidden[row : row + part.count], 0)
+            self.scheduler.commit(part)
+            row += part.count
+        outputs += self._finish_parts(batch, hidden, chosen)
         seconds = time.perf_counter() - begin
-        if most <= depth + 1:  # else it made up for steps without drafts
+        for sequence in sequences:
+            sequence.decode_seconds += seconds
+        for sequence in batch.sequences:
+            sequence.prefill_seconds += seconds
+        tokens = sum(part.count for part in parts)
+        self.counts.prompt_tokens += tokens
+        if not tokens and most <= depth + 1:  # else it made up for steps without drafts
             self.pace.add_step(len(sequences), depth, seconds)
+        elif tokens:
+            self.pace.add_part(len(sequences), depth, tokens, seconds)
+        return outputs
+
+    def _extend(self, sequences: list[Sequence], results: list[tuple[list[Drawn], int]], depth: int) -> Outputs:
         outputs = []
         for sequence, (drawn, num_drafts) in zip(sequences, results, strict=True):
             sequence.computed += len(drawn)
             output = sequence.extend(drawn, num_drafts)
+            kept = min(num_drafts, len(output.tokens))
             sequence.steps += 1
             sequence.drafted += depth
-            sequence.decode_seconds += seconds
-            kept = min(num_drafts, len(output.tokens))
             sequence.accepted += kept
             self._count_drafts(depth, kept)
             outputs.append((sequence, output))
@@ -135,61 +196,35 @@ class Core:
             self.counts.drafted[k] += 1
             self.counts.accepted[k] += kept > k
 
-    def _compute(self, parts: list[Part]) -> Outputs:
-        prompts = [part for part in parts if part.start < _of(part).prompt_tokens]
-        outputs = self._prompts(prompts) if prompts else []
-        for part in parts:
-            if part.start >= _of(part).prompt_tokens:
-                self._again(part)
-        return outputs
-
-    def _again(self, part: Part) -> None:
-        """Tokens that a sequence had generated before it was set back, the way they were computed then."""
-        sequence = _of(part)
-        positions = list(range(part.start, part.start + part.count))
-        tokens = sequence.tokens[part.start : part.start + part.count]
-        rows = (
-            torch.tensor(each, device=self.runner.device) for each in (tokens, [sequence.slot] * part.count, positions)
-        )
-        speculative.keep_hidden(sequence, self.runner.step(*rows), 0)
-        self.scheduler.commit(part)
-
-    def _prompts(self, parts: list[Part]) -> Outputs:
-        begin = time.perf_counter()
-        sequences = [_of(part) for part in parts]
-        chunks = [_chunk(part) for part in parts]
-        ends = torch.tensor([part.count for part in parts]).cumsum(0).tolist()
-        lasts = [end - 1 for end, chunk in zip(ends, chunks, strict=True) if not chunk.goes_on]
-        wants_all = self.depth > 0 or any(sequence.params.prompt_logprobs is not None for sequence in sequences)
-        chosen: Chosen | None = [] if any(sequence.params.routed_experts for sequence in sequences) else None
-        hidden = self.runner.prompt(chunks, None if wants_all or chosen is not None else lasts, chosen)
-        if self.depth:
-            speculative.fill_prompts(self.runner, sequences, chunks, hidden, self.depth)
-        if len(hidden) == len(lasts):
-            rows = list(range(len(lasts)))
+    def _finish_parts(self, batch: _Prompts, hidden: Tensor, chosen: Chosen | None) -> Outputs:
+        """What parts of prompts give: entries of MTP modules, log-probabilities, and first tokens."""
+        if not batch.parts:
+            return []
+        if batch.wants_all or chosen is not None:
+            lasts = hidden[batch.lasts]
+            own = hidden[batch.first :]
+            if self.depth:
+                speculative.fill_prompts(self.runner, batch.sequences, batch.chunks, own, self.depth)
+            for sequence, chunk, rows in zip(
+                batch.sequences, batch.chunks, own.split([part.count for part in batch.parts]), strict=True
+            ):
+                if sequence.params.prompt_logprobs is not None and not sequence.completion_tokens:
+                    self._describe_prompt(sequence, chunk, rows)
         else:
-            rows = lasts
-        for sequence, chunk, end in zip(sequences, chunks, ends, strict=True):
-            if sequence.params.prompt_logprobs is not None and not sequence.completion_tokens:
-                self._describe_prompt(sequence, chunk, hidden[end - len(chunk.tokens) : end])
-        logits = self.runner.logits(hidden[rows]) if rows else hidden[:0]
+            lasts = hidden[batch.first :]
+        logits = iter(self.runner.logits(lasts)) if len(lasts) else iter(())
+        rows_of_experts = iter(batch.lasts)
         outputs = []
-        number = 0
-        seconds = time.perf_counter() - begin
-        for part, sequence, chunk, end in zip(parts, sequences, chunks, ends, strict=True):
+        for part, sequence, chunk in zip(batch.parts, batch.sequences, batch.chunks, strict=True):
             self.scheduler.commit(part)
-            sequence.prefill_seconds += seconds
             if chunk.goes_on:
                 continue
             self.runner.forget(sequence.slot)
-            row, number = logits[number], number + 1
-            if sequence.completion_tokens:  # it was set back, and has its first token
-                continue
-            token = pick(row, int(row.argmax()), sequence, [])
-            experts = experts_of(chosen, end - 1) if sequence.params.routed_experts else None
-            outputs.append((sequence, sequence.extend([described(token, row, sequence, [], experts)])))
-        self.counts.prompt_tokens += ends[-1]
-        self.pace.add_prompt(ends[-1], time.perf_counter() - begin)
+            row, at = next(logits), next(rows_of_experts)
+            if not sequence.completion_tokens:  # else it was set back, and has its first token
+                token = pick(row, int(row.argmax()), sequence, [])
+                experts = experts_of(chosen, at) if sequence.params.routed_experts else None
+                outputs.append((sequence, sequence.extend([described(token, row, sequence, [], experts)])))
         return outputs
 
     def _describe_prompt(self, sequence: Sequence, chunk: Chunk, hidden: Tensor) -> None:
@@ -226,3 +261,10 @@ def _chunk(part: Part) -> Chunk:
     task = part.task
     end = part.start + part.count
     return Chunk(task.slot, part.start, task.tokens[part.start : end], end < task.prompt_tokens)
+
+
+def _append(short: Short, part: Part) -> None:
+    """Tokens that a sequence had generated before it was set back, the way they were computed then."""
+    short.tokens.extend(part.task.tokens[part.start : part.start + part.count])
+    short.slots.extend([part.task.slot] * part.count)
+    short.positions.extend(range(part.start, part.start + part.count))

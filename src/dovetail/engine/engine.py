@@ -30,7 +30,7 @@ from dovetail.engine.core import Core, Outputs, Room
 from dovetail.engine.loaded import LoadedModel
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Sequence
-from dovetail.engine.steps.prompts import KEPT_SHARE
+from dovetail.engine.steps.tiled import KEPT_SHARE
 from dovetail.engine.stream import Output, Stream
 from dovetail.numerics.cpu.process import settle_process
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 NEWEST = 0.1  # weight of the newest measurement in an average
-STALL = 1.0  # a part of a prompt takes this many decoding steps at most
+STALL = 1.5  # a part of a prompt makes a step at most so many steps longer; more, where more prompts wait than decode
 LEAST_PART = 32  # tokens
 PROBE_EVERY = 200  # decoding steps after which the way not taken is tried again,
 PROBE_STEPS = 4  # for so many
@@ -36,23 +36,24 @@ class Pace:
     def add_step(self, sequences: int, depth: int, seconds: float) -> None:
         self.steps.setdefault((_rounded(sequences), depth), Average()).add(seconds)
 
-    def add_prompt(self, tokens: int, seconds: float) -> None:
-        if tokens >= LEAST_PART:
-            self.prompt_token.add(seconds / tokens)
+    def add_part(self, sequences: int, depth: int, tokens: int, seconds: float) -> None:
+        """A pass of so many decoding sequences and tokens of prompts."""
+        step = self.steps.get((_rounded(sequences), depth)) if sequences else None
+        if tokens >= LEAST_PART and (step is not None or not sequences):
+            self.prompt_token.add(max(seconds - (step.value if step else 0.0), 0.0) / tokens)
 
     def add_drafts(self, depth: int, kept: int) -> None:
         self.accepted += [Average() for _ in range(depth - len(self.accepted))]
         for k in range(depth):
             self.accepted[k].add(float(kept > k))
 
-    def part(self, sequences: int, depth: int, most: int) -> int:
-        """Tokens of prompts for a step beside so many decoding sequences."""
-        if not sequences or not self.prompt_token.value:
-            return most
+    def part(self, sequences: int, depth: int, waiting: int, most: int) -> int:
+        """Tokens of prompts for a pass beside so many decoding sequences, while so many prompts are unfinished."""
         step = self.steps.get((_rounded(sequences), depth))
-        if step is None:
+        if not sequences or not self.prompt_token.value or step is None:
             return most
-        return min(max(int(STALL * step.value / self.prompt_token.value), LEAST_PART), most)
+        seconds = STALL * step.value * max(1.0, waiting / sequences)
+        return min(max(int(seconds / self.prompt_token.value), LEAST_PART), most)
 
     def depth(self, sequences: int, most: int) -> int:
         """0 drafts or `most`, whichever gives more tokens a second; the other is tried now and then."""

@@ -43,8 +43,10 @@ from torch import Tensor
 
 from dovetail.engine.drawing import draw_all, pick
 from dovetail.engine.sequence import Drawn, Sequence
-from dovetail.engine.steps.prompts import Chunk
+from dovetail.engine.steps.rows import Chunk, Short
 from dovetail.engine.steps.runner import Chosen, Runner
+
+NONE = Short([], [], [])
 
 
 def check_depth(depth: int, num_modules: int) -> None:
@@ -85,7 +87,7 @@ def fill_prompts(
                 mine.append(number)
         if not cut:
             return
-        output = runner.prompt_draft(k, cut, torch.cat(inputs), next_tokens)
+        output = runner.draft(k, NONE, cut, torch.cat(inputs), next_tokens)
         for number, part in zip(mine, output.split([len(each) for each in inputs]), strict=True):
             parts[number] = part
 
@@ -95,9 +97,12 @@ def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[li
     counts = [len(sequence.hidden) for sequence in sequences]
     starts = [len(sequence.tokens) - 1 - count for sequence, count in zip(sequences, counts, strict=True)]
     spans = list(zip(sequences, starts, counts, strict=True))
-    slots = _tensor(runner, [sequence.slot for sequence, _, count in spans for _ in range(count)])
-    positions = _tensor(runner, [i for _, start, count in spans for i in range(start, start + count)])
-    last = _tensor(runner, counts).cumsum(0) - 1
+    short = Short(
+        [token for sequence, start, count in spans for token in sequence.tokens[start : start + count]],
+        [sequence.slot for sequence, _, count in spans for _ in range(count)],
+        [i for _, start, count in spans for i in range(start, start + count)],
+    )
+    last = torch.tensor(counts, device=runner.device).cumsum(0) - 1
     hidden = torch.cat([sequence.hidden for sequence in sequences])
     drafts: list[list[int]] = [[] for _ in sequences]
     for k in range(depth):
@@ -105,7 +110,7 @@ def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[li
         for (sequence, start, count), proposal in zip(spans, drafts, strict=True):
             known = sequence.tokens[start:] + proposal
             next_tokens += known[1 + k : 1 + k + count]
-        hidden = runner.draft(k, hidden, _tensor(runner, next_tokens), slots, positions)
+        hidden = runner.draft(k, short, [], hidden, next_tokens)
         logits = runner.logits(hidden[last])
         best = logits.argmax(dim=-1).tolist()
         for sequence, proposal, row, greedy in zip(sequences, drafts, logits, best, strict=True):
@@ -113,25 +118,26 @@ def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[li
     return drafts
 
 
-def step(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[tuple[list[Drawn], int]]:
-    """One step of every sequence: the new tokens of each, 1 to depth + 1 (none drafted for depth 0), and how many of
-    them were drafts.
+def rows_of(sequences: Sequences[Sequence], drafts: list[list[int]]) -> Short:
+    """The last token of each sequence and its drafts."""
+    spans = list(zip(sequences, drafts, strict=True))
+    return Short(
+        [token for sequence, proposal in spans for token in (sequence.tokens[-1], *proposal)],
+        [sequence.slot for sequence, proposal in spans for _ in range(len(proposal) + 1)],
+        [len(sequence.tokens) - 1 + i for sequence, proposal in spans for i in range(len(proposal) + 1)],
+    )
 
-    The caller appends them. Sequences keep the hidden states that the next draft needs.
-    """
-    drafts = draft(runner, sequences, depth) if depth else [[] for _ in sequences]
-    rows = [[sequence.tokens[-1], *proposal] for sequence, proposal in zip(sequences, drafts, strict=True)]
-    slots = [sequence.slot for sequence in sequences for _ in range(depth + 1)]
-    positions = [len(sequence.tokens) - 1 + i for sequence in sequences for i in range(depth + 1)]
-    tokens = [token for row in rows for token in row]
-    chosen: Chosen | None = [] if any(sequence.params.routed_experts for sequence in sequences) else None
-    hidden = runner.step(_tensor(runner, tokens), _tensor(runner, slots), _tensor(runner, positions), chosen)
+
+def conclude(
+    runner: Runner, sequences: Sequences[Sequence], drafts: list[list[int]], hidden: Tensor, chosen: Chosen | None
+) -> list[tuple[list[Drawn], int]]:
+    """The new tokens of each sequence, and how many of them were drafts, from the main model's hidden states [R, dim]
+    of `rows_of`, as many for each. The caller appends them. Sequences keep what the next draft needs."""
+    depth = len(drafts[0])
     logits = runner.logits(hidden).view(len(sequences), depth + 1, -1)
     results = draw_all(logits, sequences, drafts, chosen)
-    if runner.model.mtp:
-        hidden = hidden.view(len(sequences), depth + 1, -1)
-        for sequence, (drawn, _), new in zip(sequences, results, hidden, strict=True):
-            keep_hidden(sequence, new[: len(drawn)], depth)
+    for sequence, (drawn, _), new in zip(sequences, results, hidden.split(depth + 1), strict=True):
+        keep_hidden(sequence, new[: len(drawn)], depth)
     return results
 
 
@@ -142,7 +148,3 @@ def keep_hidden(sequence: Sequence, new: Tensor, depth: int) -> None:
         sequence.hidden = torch.cat((sequence.hidden, new))[-max(len(new), depth) :]
     elif len(sequence.hidden):  # empty where no drafts are ever made
         sequence.hidden = torch.cat((sequence.hidden, new))
-
-
-def _tensor(runner: Runner, values: list[int]) -> Tensor:
-    return torch.tensor(values, device=runner.device)

@@ -13,7 +13,7 @@ from dovetail.engine.steps.rows_numba import BLOCK, blocks, norm_rows, product_b
 from dovetail.model.experts.gate_numba import select_row
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel
-from dovetail.numerics.cpu.scalars_numba import exp, load, sigmoid
+from dovetail.numerics.cpu.scalars_numba import exp, sigmoid
 
 OUTPUTS = 64  # most outputs per piece of work where experts are summed: long runs of each expert's weights
 
@@ -138,16 +138,3 @@ def experts(  # type: ignore[no-untyped-def]
         if shared_width:
             products(shared_down, first, last - first, shared, 0, rows, out, 0, last - first)
             x[:, first:last] += out[:rows]
-
-
-@kernel
-def route(x, router, bias, ids, weights, gate):  # type: ignore[no-untyped-def]
-    """ids and weights [R, K] of the experts that rows x [R, dim] go to."""
-    rows, dim = x.shape
-    for r in prange(rows):
-        wide = np.empty((1, dim), dtype=np.float32)
-        for i in range(dim):
-            wide[0, i] = load(x[r], i)
-        logits = np.empty((1, router.shape[0]), dtype=np.float32)
-        products(router, 0, router.shape[0], wide, 0, 1, logits, 0, router.shape[0])
-        route_row(logits[0], bias, ids[r], weights[r], gate)

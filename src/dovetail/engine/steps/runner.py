@@ -1,17 +1,14 @@
-"""Runs the model on rows of a batch: prompts in one way, short steps in another.
+"""Runs the model on the rows of a pass, in whichever way fits the machine and the model.
 
-A row is one (slot, position) of the cache with the token that stands there. Rows of one slot are adjacent and
-their positions ascend by one; all rows are written to the cache before any is attended to, so each sees those of its
-slot up to itself.
-
-    prompt, prompt_draft   many rows: chunks of prompts; expanded attention
-    step, draft            few rows of each slot: a token and the drafts after it; absorbed attention
+A row is one (slot, position) of the cache with the token that stands there. All rows are written to the cache before
+any is attended to, so each sees those of its slot up to itself. Short rows (a token and the drafts after it) take the
+absorbed form of attention, chunks of prompts the expanded one.
 
 On a CPU what a row computes is bit for bit the same whatever rows are beside it, and however a prompt is cut into
 chunks. Three sets of layers keep that promise:
 
-    `prompts`   prompts in BF16, where the CPU multiplies it
-    `fused`     short steps, in BF16 and FP32, and prompts where `prompts` does not run
+    `tiled`     BF16, on a CPU that multiplies it
+    `fused`     FP32, and BF16 on other CPUs; chunks are rows like others
     reference   plain torch, for a model with a recipe or a gate that the kernels lack. The bits of torch's products
                 depend on the number of rows, so that it computes row by row, and prompts whole: `cuts_prompts` is
                 False.
@@ -22,14 +19,16 @@ rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from dovetail.engine.steps.cache import PagedCache, SelectedSlots
-from dovetail.engine.steps.fused import FusedSteps, takes
-from dovetail.engine.steps.prompts import Chunk, PromptSteps
+from dovetail.engine.steps.fused import FusedSteps
+from dovetail.engine.steps.rows import Chunk, Short
+from dovetail.engine.steps.tiled import TiledSteps
+from dovetail.engine.steps.weights import takes
 from dovetail.model.transformer import Transformer
 from dovetail.numerics import capability
 
@@ -39,104 +38,88 @@ Chosen = list[Tensor]  # of each MoE layer: the experts [R, K] of each row
 class Runner:
     """One model and the cache of the sequences it is working on."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, fused: bool = True) -> None:
-        """`fused`: use the CPU kernels where they take the model."""
+    def __init__(self, model: Transformer, cache: PagedCache, kernels: bool = True) -> None:
+        """`kernels`: use the CPU kernels where they take the model."""
         self.model = model
         self.cache = cache
         on_cpu = capability.on_cpu(model.embed_tokens.weight, cache.data)
-        self.fused = FusedSteps(model, cache) if fused and on_cpu and takes(model) else None
-        is_bf16 = capability.on_bf16_cpu(model.embed_tokens.weight, cache.data)
-        self.prompts = PromptSteps(model, cache) if self.fused and is_bf16 else None
+        self.kernels: TiledSteps | FusedSteps | None = None
+        if kernels and on_cpu and takes(model):
+            is_bf16 = capability.on_bf16_cpu(model.embed_tokens.weight, cache.data)
+            self.kernels = (TiledSteps if is_bf16 else FusedSteps)(model, cache)
         self.one_by_one = self.device.type == "cpu"
-        self.cuts_prompts = self.fused is not None or not self.one_by_one
+        self.cuts_prompts = self.kernels is not None or not self.one_by_one
 
     @property
     def device(self) -> torch.device:
         return self.cache.data.device
 
     @torch.no_grad()
-    def prompt(self, chunks: list[Chunk], wanted: list[int] | None = None, chosen: Chosen | None = None) -> Tensor:
-        """Chunks of prompts -> hidden [R, dim] after the final norm, or [W, dim] of the rows `wanted`, ascending, which
-        is less work. `chosen` gets the experts of these rows (of all rows in blocks before the last)."""
-        rows = None if wanted is None else torch.tensor(wanted, device=self.device)
-        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=self.device)
-        if self.prompts is not None:
-            return self.prompts.prompt(tokens, self.prompts.rows(chunks), rows, chosen)
-        if self.fused is not None:
-            hidden = self.fused.step(tokens, *_places(chunks), chosen)
-        else:
-            parts = []
-            for chunk in chunks:
-                cache = self.cache.select([chunk.slot])
-                mine, positions = (torch.tensor(each, device=self.device)[None] for each in (chunk.tokens, chunk.range))
-                output = self.model(mine, positions, cache=cache)
-                parts.append(output.hidden[0])
-            hidden = torch.cat(parts)
-        return hidden if rows is None else hidden[rows]
+    def run(
+        self, short: Short, chunks: list[Chunk], wanted: list[int] | None = None, chosen: Chosen | None = None
+    ) -> Tensor:
+        """Rows -> hidden [R, dim] after the final norm, or [W, dim] of the rows `wanted`, ascending, which is less
+        work. `chosen` gets the experts of all rows (in the last block of those wanted alone)."""
+        if self.kernels is not None:
+            return self.kernels.run(short, chunks, wanted, chosen)
+        parts = [self._step(short, lambda cache, rows: self._main(short, cache, rows))] if short.tokens else []
+        for chunk in chunks:
+            tokens, positions = self._tensor(chunk.tokens)[None], self._tensor(chunk.range)[None]
+            parts.append(self.model(tokens, positions, cache=self.cache.select([chunk.slot])).hidden[0])
+        hidden = torch.cat(parts)
+        return hidden if wanted is None else hidden[wanted]
 
     @torch.no_grad()
-    def prompt_draft(self, depth: int, chunks: list[Chunk], hidden: Tensor, next_tokens: list[int]) -> Tensor:
-        """The same rows through MTP module `depth`: hidden [R, dim] of each and the token [R] that it is given
-        (`speculative` says which) -> [R, dim]."""
-        tokens = torch.tensor(next_tokens, device=self.device)
-        if self.prompts is not None:
-            return self.prompts.draft(depth, hidden, tokens, self.prompts.rows(chunks))
-        if self.fused is not None:
-            return self.fused.draft(depth, hidden, tokens, *_places(chunks))
-        parts, row = [], 0
+    def draft(self, depth: int, short: Short, chunks: list[Chunk], hidden: Tensor, next_tokens: list[int]) -> Tensor:
+        """Rows through MTP module `depth`: hidden [R, dim] of each and the token [R] that it is given (`speculative`
+        says which) -> hidden [R, dim] after the module's norm."""
+        if self.kernels is not None:
+            return self.kernels.draft(depth, short, chunks, hidden, next_tokens)
+        tokens = self._tensor(next_tokens)
+        parts, row = [], len(short.tokens)
+        if short.tokens:
+            parts.append(self._step(short, lambda cache, rows: self._module(depth, short, hidden, tokens, cache, rows)))
         for chunk in chunks:
             mine = slice(row, row + len(chunk.tokens))
             row = mine.stop
-            cache, positions = self.cache.select([chunk.slot]), torch.tensor(chunk.range, device=self.device)[None]
+            cache, positions = self.cache.select([chunk.slot]), self._tensor(chunk.range)[None]
             output = self.model.mtp_forward(depth, hidden[None, mine], tokens[None, mine], positions, cache=cache)
             parts.append(output.hidden[0])
         return torch.cat(parts)
 
-    def forget(self, slot: int) -> None:
-        """The prompt of `slot` is finished, or given up."""
-        if self.prompts is not None:
-            self.prompts.forget(slot)
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Chosen | None = None) -> Tensor:
-        """Rows [R] -> hidden [R, dim] after the final norm."""
-        if self.fused is not None:
-            return self.fused.step(tokens, slots, positions, chosen)
-
-        def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
-            output = self.model(tokens[rows], positions[rows], cache=cache, absorbed=True)
-            return output.hidden
-
-        return self._by_slot(slots, run)
-
-    @torch.no_grad()
-    def draft(self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """Rows through MTP module `depth`: hidden [R, dim] of each position and the token [R] that it is given
-        (`speculative` says which) -> hidden [R, dim] after the module's norm."""
-        if self.fused is not None:
-            return self.fused.draft(depth, hidden, next_tokens, slots, positions)
-
-        def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
-            output = self.model.mtp_forward(
-                depth, hidden[rows], next_tokens[rows], positions[rows], cache=cache, absorbed=True
-            )
-            return output.hidden
-
-        return self._by_slot(slots, run)
-
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab] FP32."""
-        if self.fused is not None:
-            return self.fused.logits(hidden)
+        if self.kernels is not None:
+            return self.kernels.logits(hidden)
         if not self.one_by_one:
             return self.model.logits(hidden)
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
         return torch.cat([self.model.logits(row) for row in rows]).view(*hidden.shape[:-1], -1)
 
-    def _by_slot(self, slots: Tensor, run: Callable[[SelectedSlots, Tensor], Tensor]) -> Tensor:
+    def forget(self, slot: int) -> None:
+        """The prompt of `slot` is finished, or given up."""
+        if self.kernels is not None:
+            self.kernels.forget(slot)
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+    def _main(self, short: Short, cache: SelectedSlots, rows: Tensor) -> Tensor:
+        tokens, positions = self._tensor(short.tokens)[rows], self._tensor(short.positions)[rows]
+        return self.model(tokens, positions, cache=cache, absorbed=True).hidden
+
+    def _module(
+        self, depth: int, short: Short, hidden: Tensor, tokens: Tensor, cache: SelectedSlots, rows: Tensor
+    ) -> Tensor:
+        positions = self._tensor(short.positions)[rows]
+        output = self.model.mtp_forward(depth, hidden[rows], tokens[rows], positions, cache=cache, absorbed=True)
+        return output.hidden
+
+    def _step(self, short: Short, run: Callable[[SelectedSlots, Tensor], Tensor]) -> Tensor:
         """`run` on rows [B, T] for each number T of rows that slots have, or for each row; its results [B, T, dim] as
         [R, dim]."""
+        slots = self._tensor(short.slots)
         groups = _single_rows(slots) if self.one_by_one else _groups(slots)
         parts = [(rows, run(self.cache.select(group), rows)) for group, rows in groups]
         if len(parts) == 1:
@@ -145,12 +128,6 @@ class Runner:
         for rows, hidden in parts:
             output[rows] = hidden
         return output
-
-
-def _places(chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
-    """Slots and positions of all rows of chunks."""
-    slots = torch.tensor([chunk.slot for chunk in chunks for _ in chunk.tokens])
-    return slots, torch.tensor([position for chunk in chunks for position in chunk.range])
 
 
 def _single_rows(slots: Tensor) -> Iterator[tuple[list[int], Tensor]]:

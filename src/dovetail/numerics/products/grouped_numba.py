@@ -33,11 +33,15 @@ from dovetail.numerics.cpu.tiles_numba import (
     pack_interleaved,
     pack_transposed,
     prefetch,
+    row_tile1,
+    row_tile2,
+    row_tile4,
     take_next,
 )
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
+FEW_ROWS = 4  # so few are not worth packing b for
 LINE = 32  # BF16 values in a cache line
 
 
@@ -101,6 +105,23 @@ def float_product(a, pairs, b, b_stride, m, n, c, adds):  # type: ignore[no-unty
                 adding_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
             else:
                 float_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
+
+
+@register_jitable
+def few_rows(a, rows, b, b_at, b_stride, k, c, c_at, ldc, n):  # type: ignore[no-untyped-def]
+    """PANEL columns of c for up to FEW_ROWS rows of packed a, of b as it lies in memory."""
+    i = 0
+    while i < rows:
+        at = c_at + i * ldc
+        if i + 4 <= rows:
+            row_tile4(a, i, b, b_at, b_stride, k, c, at, ldc, n)
+            i += 4
+        elif i + 2 <= rows:
+            row_tile2(a, i, b, b_at, b_stride, k, c, at, ldc, n)
+            i += 2
+        else:
+            row_tile1(a, i, b, b_at, b_stride, k, c, at, ldc, n)
+            i += 1
 
 
 @register_jitable(forceinline=True)
@@ -180,6 +201,21 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
             )
             tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
             a_at, a_lines = (0, 0), _lines(next_a, tiles * ((end - begin + PANEL - 1) // PANEL))
+            if rows <= FEW_ROWS and b_inner and k % PANEL == 0:
+                for column in range(begin, end, PANEL):
+                    few_rows(
+                        packed_a,
+                        rows,
+                        b,
+                        starts[g, 1] + column * strides[1],
+                        strides[1],
+                        k,
+                        c,
+                        starts[g, 2] + first * strides[2] + column,
+                        strides[2],
+                        n - column,
+                    )
+                continue
             for column in range(begin, end, PANEL):
                 columns = min(PANEL, n - column)
                 window = _window(starts[g, 1], column, columns, k, strides[1], b_inner)

@@ -1,4 +1,4 @@
-"""CPU kernels of `prompts`, with AVX-512 BF16.
+"""CPU kernels of `tiled`: attention of prompts, expanded, and of short steps, absorbed, with AVX-512 BF16.
 
 What each row computes is summed in an order that depends on its own position alone: which rows are beside it, in this
 pass or in earlier ones, changes no bit.
@@ -11,47 +11,14 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from dovetail.engine.steps.rows_numba import HEADS, key_places, soften
+from dovetail.numerics.cpu.dots_numba import dots, mix, mix_at, products
 from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import load, store
 from dovetail.numerics.cpu.softmax_numba import softmax_row
 from dovetail.numerics.products.grouped_numba import LANES, PANEL, float_product, pack, packed_size, product
 
 STEP = 64  # queries at a time
-
-
-@kernel
-def remember(both, weight, eps, cos, sin, places, entries):  # type: ignore[no-untyped-def]
-    """entries[places[r]] = [norm(both[r, :C]); rotated both[r, C:]] in BF16."""
-    rows, width = both.shape
-    half = cos.shape[1]
-    latent = width - 2 * half
-    for r in prange(rows):
-        row, to = both[r], entries[places[r]]
-        total = np.float32(0.0)
-        for i in range(latent):
-            value = load(row, i)
-            total += value * value
-        factor = np.float32(1.0) / np.sqrt(total / np.float32(latent) + eps)
-        for i in range(latent):
-            store(to, i, load(row, i) * factor * weight[i])
-        for j in range(half):
-            even, odd = load(row, latent + 2 * j), load(row, latent + 2 * j + 1)
-            store(to, latent + 2 * j, even * cos[r, j] - odd * sin[r, j])
-            store(to, latent + 2 * j + 1, even * sin[r, j] + odd * cos[r, j])
-
-
-@kernel
-def rotate(q, cos, sin):  # type: ignore[no-untyped-def]
-    """The rotary part of q [T, H, D], in place."""
-    rows, heads, dim = q.shape
-    half = cos.shape[1]
-    for r in prange(rows):
-        for h in range(heads):
-            x = q[r, h, dim - 2 * half :]
-            for j in range(half):
-                even, odd = load(x, 2 * j), load(x, 2 * j + 1)
-                store(x, 2 * j, even * cos[r, j] - odd * sin[r, j])
-                store(x, 2 * j + 1, even * sin[r, j] + odd * cos[r, j])
 
 
 @kernel
@@ -100,3 +67,46 @@ def attend(q, kv, rope_key, positions, scale, out, splits):  # type: ignore[no-u
                 at,
                 heads * v_dim,
             )
+
+
+@kernel
+def attend_absorbed(q, kv_b, entries, page, tables, slots, positions, scale, out):  # type: ignore[no-untyped-def]
+    """out [R, H, V] of q [R, H, D], rotated; row r sees positions 0 .. positions[r] of slots[r], whose pages tables
+    [slots, .] name. Scores and sums are FP32."""
+    rows, heads, dim = q.shape
+    v_dim, entry = out.shape[2], entries.shape[1]
+    nope = len(kv_b) // heads - v_dim
+    latent = entry - (dim - nope)
+    absorbed = np.empty((rows * heads, entry), np.float32)
+    for h in prange(heads):
+        wide, moved = np.empty((rows, nope), np.float32), np.empty((rows, latent), np.float32)
+        for r in range(rows):
+            for i in range(nope):
+                wide[r, i] = load(q[r, h], i)
+        mix(wide, 0, rows, nope, kv_b, h * (nope + v_dim), latent, moved, 0)
+        for r in range(rows):
+            absorbed[r * heads + h, :latent] = moved[r]
+            for i in range(dim - nope):
+                absorbed[r * heads + h, latent + i] = load(q[r, h], nope + i)
+    groups = max(min(heads, 2), (heads + HEADS - 1) // HEADS)
+    mixed = np.empty((heads * rows, latent), np.float32)
+    for item in prange(rows * groups):
+        r, group = item // groups, item % groups
+        start, stop = group * heads // groups, (group + 1) * heads // groups
+        num_keys = positions[r] + 1
+        places = key_places(tables[slots[r]], num_keys, page)
+        scores = np.empty((stop - start, num_keys), np.float32)
+        for s in range(num_keys):
+            dots(entries, places[s], absorbed, r * heads + start, stop - start, scores, s, num_keys)
+        for h in range(stop - start):
+            soften(scores[h], scale)
+        result = np.empty((stop - start, latent), np.float32)
+        mix_at(scores, 0, stop - start, num_keys, entries, places, latent, result, 0)
+        for h in range(stop - start):
+            mixed[(start + h) * rows + r] = result[h]
+    for h in prange(heads):
+        values = np.empty((rows, v_dim), np.float32)
+        products(kv_b, h * (nope + v_dim) + nope, v_dim, mixed, h * rows, rows, values, 0, v_dim)
+        for r in range(rows):
+            for i in range(v_dim):
+                store(out[r, h], i, values[r, i])

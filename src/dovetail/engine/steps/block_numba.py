@@ -1,0 +1,181 @@
+"""CPU kernels of `tiled`: what stands around attention in a block, with AVX-512 BF16.
+
+Activations are BF16 between operations, as in `model`; each operation computes in FP32 and rounds once. Products are
+`grouped_gemm`'s, which sums in the order of k. What a row computes depends on no other row.
+
+Letters: R rows, H heads, D = nope + rope, C latent width, E experts, K choices, I width of an expert.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+from numba.extending import register_jitable
+
+from dovetail.engine.steps.row_experts_numba import group_pairs, route_row
+from dovetail.numerics.cpu.dots_numba import products
+from dovetail.numerics.cpu.kernels import kernel
+from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
+from dovetail.numerics.products.grouped_numba import grouped_gemm
+
+
+@register_jitable
+def linear(x, weight, threads):  # type: ignore[no-untyped-def]
+    """x [R, K] weight[N, K]^T -> [R, N]."""
+    rows, k = x.shape
+    n = weight.shape[0]
+    out = np.empty((rows, n), np.uint16)
+    if rows:
+        starts, sizes, strides = np.zeros((1, 3), np.int64), np.empty((1, 3), np.int64), np.empty(3, np.int64)
+        sizes[0, 0], sizes[0, 1], sizes[0, 2] = rows, n, k
+        strides[0], strides[1], strides[2] = k, k, n
+        flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
+        grouped_gemm(flat, flat_weight, flat_out, starts, sizes, strides, True, True, threads)
+    return out
+
+
+@register_jitable
+def grouped_linear(x, weight, used, bounds, threads):  # type: ignore[no-untyped-def]
+    """Rows bounds[i] : bounds[i + 1] of x [P, K] by weight [., N, K] of group used[i] -> [P, N]."""
+    n, k = weight.shape[1:]
+    out = np.empty((len(x), n), np.uint16)
+    starts, sizes, strides = (
+        np.empty((len(used), 3), np.int64),
+        np.empty((len(used), 3), np.int64),
+        np.empty(3, np.int64),
+    )
+    for i in range(len(used)):
+        starts[i, 0], starts[i, 1], starts[i, 2] = bounds[i] * k, used[i] * n * k, bounds[i] * n
+        sizes[i, 0], sizes[i, 1], sizes[i, 2] = bounds[i + 1] - bounds[i], n, k
+    strides[0], strides[1], strides[2] = k, k, n
+    grouped_gemm(x.reshape(-1), weight.reshape(-1), out.reshape(-1), starts, sizes, strides, True, True, threads)
+    return out
+
+
+@register_jitable
+def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for i in range(len(x)):
+        value = load(x, i)
+        total += value * value
+    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps)
+    for i in range(len(x)):
+        store(out, i, load(x, i) * factor * weight[i])
+
+
+@register_jitable
+def norm(x, weight, eps):  # type: ignore[no-untyped-def]
+    out = np.empty_like(x)
+    for r in range(len(x)):
+        norm_row(x[r], weight, eps, out[r])
+    return out
+
+
+@register_jitable
+def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
+    for j in range(len(cos)):
+        even, odd = load(x, 2 * j), load(x, 2 * j + 1)
+        store(x, 2 * j, even * cos[j] - odd * sin[j])
+        store(x, 2 * j + 1, even * sin[j] + odd * cos[j])
+
+
+@kernel
+def project(  # type: ignore[no-untyped-def]
+    x, wanted, eps, norm_weight, q_a, q_a_norm, q_b, kv_a, kv_a_norm, cos, sin, places, entries, heads, threads
+):
+    """entries[places] get the latents and rotary keys of x [R, dim] -> rotated queries [W, H, D] of the rows wanted
+    [W]. q_a has no rows where queries are not compressed."""
+    normed = np.empty_like(x)
+    for r in prange(len(x)):
+        norm_row(x[r], norm_weight, eps, normed[r])
+    both = linear(normed, kv_a, threads)
+    half = cos.shape[1]
+    latent = both.shape[1] - 2 * half
+    for r in prange(len(x)):
+        to = entries[places[r]]
+        norm_row(both[r, :latent], kv_a_norm, eps, to[:latent])
+        to[latent:] = both[r, latent:]
+        rotate(to[latent:], cos[r], sin[r])
+    few = normed if len(wanted) == len(x) else normed[wanted]
+    low = norm(linear(few, q_a, threads), q_a_norm, eps) if len(q_a) else few
+    queries = linear(low, q_b, threads)
+    dim = queries.shape[1] // heads
+    for w in prange(len(wanted)):
+        for h in range(heads):
+            rotate(queries[w, (h + 1) * dim - 2 * half : (h + 1) * dim], cos[wanted[w]], sin[wanted[w]])
+    return queries.reshape((len(wanted), heads, dim))
+
+
+@register_jitable
+def add(x, y):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        store(x, i, load(x, i) + load(y, i))
+
+
+@kernel
+def add_product(x, y, weight, threads):  # type: ignore[no-untyped-def]
+    """x += y weight^T."""
+    out = linear(y, weight, threads)
+    for r in prange(len(x)):
+        add(x[r], out[r])
+
+
+@register_jitable
+def gated(both):  # type: ignore[no-untyped-def]
+    """SwiGLU of [R, 2 I], gates first -> [R, I]."""
+    width = both.shape[1] // 2
+    act = np.empty((len(both), width), np.uint16)
+    for r in range(len(both)):
+        gate, up = both[r, :width], both[r, width:]
+        for i in range(width):
+            g = load(gate, i)
+            store(act[r], i, g * sigmoid(g) * load(up, i))
+    return act
+
+
+@kernel
+def dense(x, eps, norm_weight, gate_up, down, threads):  # type: ignore[no-untyped-def]
+    """x += down(swiglu(gate_up(norm(x))))."""
+    both = linear(norm(x, norm_weight, eps), gate_up, threads)
+    out = linear(gated(both), down, threads)
+    for r in prange(len(x)):
+        add(x[r], out[r])
+
+
+@kernel
+def experts(  # type: ignore[no-untyped-def]
+    x, eps, norm_weight, router, bias, gate_up, down, shared_gate_up, shared_down, ids, gate, threads
+):
+    """x += routed + shared experts of norm(x); router [E, dim], gate_up [E, 2I, dim], down [E, dim, I]; ids [R, K]
+    become the experts chosen."""
+    (rows, dim), choices = x.shape, ids.shape[1]
+    normed, weights = np.empty_like(x), np.empty((rows, choices), np.float32)
+    for r in prange(rows):
+        norm_row(x[r], norm_weight, eps, normed[r])
+        wide, logits = np.empty((1, dim), np.float32), np.empty((1, len(router)), np.float32)
+        for i in range(dim):
+            wide[0, i] = load(normed[r], i)
+        products(router, 0, len(router), wide, 0, 1, logits, 0, len(router))
+        route_row(logits[0], bias, ids[r], weights[r], gate)
+    used, bounds, pairs = group_pairs(ids, len(router))
+    where = np.empty(len(pairs), np.int64)
+    grouped = np.empty((len(pairs), dim), np.uint16)
+    for p in prange(len(pairs)):
+        where[pairs[p]] = p
+        grouped[p] = normed[pairs[p] // choices]
+    act = gated(grouped_linear(grouped, gate_up, used, bounds, threads))
+    routed = grouped_linear(act, down, used, bounds, threads)
+    shared = linear(gated(linear(normed, shared_gate_up, threads)), shared_down, threads)
+    has_shared = shared_down.shape[1] > 0
+    for r in prange(rows):
+        total = np.zeros(dim, np.float32)
+        for k in range(choices):
+            row, weight = routed[where[r * choices + k]], weights[r, k]
+            for i in range(dim):
+                total[i] += weight * load(row, i)
+        out = np.empty(dim, np.uint16)
+        for i in range(dim):
+            store(out, i, total[i])
+        if has_shared:
+            add(out, shared[r])
+        add(x[r], out)

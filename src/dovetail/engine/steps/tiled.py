@@ -1,0 +1,173 @@
+"""Runs rows on a CPU with AVX-512 BF16: chunks of prompts and short rows in one pass over the weights.
+
+It computes what `model.transformer` does, up to rounding: chunks in the expanded form of attention, short rows in the
+absorbed one. The difference is a promise: the bits of a row depend on its own sequence alone. Products are those of
+`grouped_numba`, which sum each element in the order of k; torch's choose an order by the number of rows. So a prompt
+may be cut anywhere, begin behind pages that another one has filled, or be computed again, and the same numbers come
+out.
+
+A chunk of a prompt needs keys and values of all positions before it. They are expanded from the latents once and kept
+while the prompt is unfinished, as far as `KEPT_SHARE` of the cache's memory goes; beyond, they are expanded anew for
+each chunk.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from dovetail.engine.steps import attention_numba, block_numba
+from dovetail.engine.steps.cache import PagedCache
+from dovetail.engine.steps.rows import Chunk, Short
+from dovetail.engine.steps.sharing import Sharing
+from dovetail.engine.steps.weights import FusedBlock, Head, fuse
+from dovetail.model.attention.rope import tables
+from dovetail.model.norm import RmsNorm
+from dovetail.model.transformer import Mtp, Transformer
+from dovetail.numerics.cpu.kernels import array
+from dovetail.numerics.products import grouped_numba
+
+KEPT_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Of one pass."""
+
+    short: int  # so many come first
+    slots: np.ndarray  # [R]
+    positions: np.ndarray  # [R]
+    places: np.ndarray  # [R]: in the cache
+    chunks: list[tuple[Chunk, int, int]]  # each with its first row and the row past its last
+
+
+class TiledSteps:
+    """`run`, `draft` and `logits`; see `Runner`."""
+
+    def __init__(self, model: Transformer, cache: PagedCache) -> None:
+        self.model, self.cache = model, cache
+        self.blocks = [fuse(block, model, cache) for block in model.layers.values()]
+        self.drafters = [fuse(mtp.block, model, cache) for mtp in model.mtp]
+        positions = torch.arange(cache.capacity)
+        self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
+        self.eps = np.float32(model.spec.rms_norm_eps)
+        self.scale = np.float32(model.layers["0"].self_attn.scale)
+        self.logits = Head(model).logits
+        self.sharing, self.draft_sharing = Sharing(), Sharing()
+        self.kept: dict[tuple[int, int], Tensor] = {}  # by slot and layer: keys and values of its first positions
+        self.kept_bytes = 0
+        self.most_bytes = int(KEPT_SHARE * cache.data.nbytes)
+
+    def run(self, short: Short, chunks: list[Chunk], wanted: list[int] | None, chosen: list[Tensor] | None) -> Tensor:
+        """Hidden [R, dim] after the final norm of all rows, or [W, dim] of the rows `wanted`, ascending: in the last
+        block the others' latents are all that is needed of them."""
+        rows = self.rows(short, chunks)
+        tokens = torch.tensor([*short.tokens, *(token for chunk in chunks for token in chunk.tokens)])
+        x = self.model.embed_tokens(tokens)
+        *before, last = self.blocks
+        with self._threads(self.sharing, rows):
+            for block in before:
+                x = self._block(block, x, rows, None, chosen)
+            return self._finish(self._block(last, x, rows, wanted, chosen), self.model.norm)
+
+    def draft(self, depth: int, short: Short, chunks: list[Chunk], hidden: Tensor, next_tokens: list[int]) -> Tensor:
+        """MTP module `depth` on rows: hidden [R, dim] and the token [R] after each -> [R, dim]."""
+        mtp = self.model.mtp[depth]
+        assert isinstance(mtp, Mtp)
+        embedded = self.model.embed_tokens(torch.tensor(next_tokens))
+        both = torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), dim=-1)
+        joined = grouped_numba.fprop(both, mtp.eh_proj.weight[None], [0, len(both)])
+        rows = self.rows(short, chunks)
+        with self._threads(self.draft_sharing, rows):
+            return self._finish(self._block(self.drafters[depth], joined, rows, None, None), mtp.norm)
+
+    def forget(self, slot: int) -> None:
+        """Its prompt is finished, or given up."""
+        for key in [key for key in self.kept if key[0] == slot]:
+            self.kept_bytes -= self.kept.pop(key).nbytes
+
+    def rows(self, short: Short, chunks: list[Chunk]) -> Rows:
+        slots, positions, bounds = [*short.slots], [*short.positions], []
+        for chunk in chunks:
+            bounds.append((chunk, len(slots), len(slots) + len(chunk.tokens)))
+            slots += [chunk.slot] * len(chunk.tokens)
+            positions += chunk.range
+        self.cache.reserve(max(positions) + 1)
+        which, where = np.array(slots), np.array(positions)
+        places = self.cache.places(torch.from_numpy(which), torch.from_numpy(where)).numpy()
+        return Rows(short=len(short.slots), slots=which, positions=where, places=places, chunks=bounds)
+
+    def _block(
+        self, block: FusedBlock, x: Tensor, rows: Rows, wanted: list[int] | None, chosen: list[Tensor] | None
+    ) -> Tensor:
+        mla, threads = self.model.mla, numba.get_num_threads()
+        norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o = block.attention
+        asked = np.arange(len(x)) if wanted is None else np.array(wanted, dtype=np.int64)
+        cos, sin = self.cos[rows.positions], self.sin[rows.positions]
+        entries = block.cache.reshape(-1, block.cache.shape[-1])
+        q = block_numba.project(
+            array(x), asked, self.eps, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, cos, sin, rows.places, entries,
+            mla.num_attention_heads, threads,
+        )  # fmt: skip
+        if wanted is not None:
+            x = x[torch.from_numpy(asked)]
+        if not len(asked):
+            return x
+        heads = np.empty((len(asked), mla.num_attention_heads, mla.v_head_dim), np.uint16)
+        short = int(np.searchsorted(asked, rows.short))
+        if short:
+            mine = asked[:short]
+            attention_numba.attend_absorbed(
+                q[:short], kv_b, entries, self.cache.page_size, self.cache.tables.numpy(), rows.slots[mine],
+                rows.positions[mine], self.scale, heads[:short],
+            )  # fmt: skip
+        for chunk, first, end in rows.chunks:
+            begin, stop = np.searchsorted(asked, (first, end))
+            if begin < stop:
+                self._attend(block, chunk, q[begin:stop], rows.positions[asked[begin:stop]], heads[begin:stop])
+        block_numba.add_product(array(x), heads.reshape(len(asked), -1), o, threads)
+        if block.choices:
+            ids = torch.empty(len(x), block.choices, dtype=torch.int64)
+            block_numba.experts(array(x), self.eps, *block.mlp, ids.numpy(), block.gate, threads)
+            if chosen is not None:
+                chosen.append(ids)
+        else:
+            block_numba.dense(array(x), self.eps, *block.mlp, threads)
+        return x
+
+    def _attend(self, block: FusedBlock, chunk: Chunk, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
+        """Queries [T, H, D] of a chunk over all positions of its slot up to their own."""
+        kv, rope_key = self._keys_values(block, chunk, int(positions[-1]) + 1)
+        splits = -(-2 * numba.get_num_threads() // q.shape[1])
+        keys = array(kv.view(len(kv), q.shape[1], -1))
+        attention_numba.attend(q, keys, array(rope_key), positions, self.scale, out, splits)
+
+    def _keys_values(self, block: FusedBlock, chunk: Chunk, num_keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [S, H (nope + v)] of a slot's first positions, and their rotary keys [S, rope]."""
+        key = chunk.slot, block.layer
+        places = self.cache.places(torch.tensor(chunk.slot), torch.arange(num_keys))
+        entries = self.cache.entries(block.layer)[places]
+        kept = self.kept.get(key)
+        start = 0 if kept is None else len(kept)
+        latent = self.cache.latent_dim
+        kv = grouped_numba.fprop(entries[start:, :latent], block.expansion[None], [0, num_keys - start])
+        if kept is not None:
+            kv = torch.cat((kept, kv))
+        more = kv.nbytes - (0 if kept is None else kept.nbytes)
+        if chunk.goes_on and self.kept_bytes + more <= self.most_bytes:
+            self.kept[key] = kv
+            self.kept_bytes += more
+        return kv, entries[:, latent:].contiguous()
+
+    def _finish(self, x: Tensor, norm: RmsNorm) -> Tensor:
+        hidden: Tensor = norm(x)
+        return hidden
+
+    def _threads(self, sharing: Sharing, rows: Rows) -> AbstractContextManager[None]:
+        """All threads for chunks; for short rows alone, what `sharing` finds."""
+        return nullcontext() if rows.chunks else sharing.of_step(rows.short)
