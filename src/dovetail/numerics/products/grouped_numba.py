@@ -36,12 +36,13 @@ from dovetail.numerics.cpu.tiles_numba import (
     row_tile1,
     row_tile2,
     row_tile4,
+    row_tile8,
     take_next,
 )
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
-FEW_ROWS = 4  # so few are not worth packing b for
+FEW_ROWS = 8  # so few are not worth packing b for
 LINE = 32  # BF16 values in a cache line
 
 
@@ -110,18 +111,15 @@ def float_product(a, pairs, b, b_stride, m, n, c, adds):  # type: ignore[no-unty
 @register_jitable
 def few_rows(a, rows, b, b_at, b_stride, k, c, c_at, ldc, n):  # type: ignore[no-untyped-def]
     """PANEL columns of c for up to FEW_ROWS rows of packed a, of b as it lies in memory."""
-    i = 0
-    while i < rows:
-        at = c_at + i * ldc
-        if i + 4 <= rows:
-            row_tile4(a, i, b, b_at, b_stride, k, c, at, ldc, n)
-            i += 4
-        elif i + 2 <= rows:
-            row_tile2(a, i, b, b_at, b_stride, k, c, at, ldc, n)
-            i += 2
-        else:
-            row_tile1(a, i, b, b_at, b_stride, k, c, at, ldc, n)
-            i += 1
+    if rows == 1:
+        row_tile1(a, 0, b, b_at, b_stride, k, c, c_at, ldc, rows, n)
+    elif rows == 2:
+        row_tile2(a, 0, b, b_at, b_stride, k, c, c_at, ldc, rows, n)
+    elif rows <= 4:
+        row_tile4(a, 0, b, b_at, b_stride, k, c, c_at, ldc, rows, n)
+    else:
+        for column in range(0, min(PANEL, n), LANES):
+            row_tile8(a, 0, b, b_at + column * b_stride, b_stride, k, c, c_at + column, ldc, rows, n - column)
 
 
 @register_jitable(forceinline=True)
