@@ -32,7 +32,7 @@ from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.tiled import KEPT_SHARE
 from dovetail.engine.stream import Output, Stream
-from dovetail.numerics.cpu.process import settle_process
+from dovetail.numerics.cpu.process import leave_threads, settle_process
 
 PAGE = 64
 DEFAULT_CACHE_BYTES = 2 * 2**30
@@ -126,6 +126,7 @@ class Engine:
         self._core: Core | None = None
         self._ready, self._idle = threading.Event(), threading.Event()
         self._idle.set()
+        leave_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

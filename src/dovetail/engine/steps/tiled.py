@@ -43,6 +43,9 @@ class Rows:
     slots: np.ndarray  # [R]
     positions: np.ndarray  # [R]
     places: np.ndarray  # [R]: in the cache
+    cos: np.ndarray  # [R, rope / 2] FP32
+    sin: np.ndarray
+    everything: np.ndarray  # 0 .. R - 1
     chunks: list[tuple[Chunk, int, int]]  # each with its first row and the row past its last
 
 
@@ -54,6 +57,7 @@ class TiledSteps:
         self.blocks = [fuse(block, model, cache) for block in model.layers.values()]
         self.drafters = [fuse(mtp.block, model, cache) for mtp in model.mtp]
         positions = torch.arange(cache.capacity)
+        self.tables = cache.tables.numpy()
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.scale = np.float32(model.layers["0"].self_attn.scale)
@@ -68,12 +72,13 @@ class TiledSteps:
         block the others' latents are all that is needed of them."""
         rows = self.rows(short, chunks)
         tokens = torch.tensor([*short.tokens, *(token for chunk in chunks for token in chunk.tokens)])
-        x = self.model.embed_tokens(tokens)
+        x = array(self.model.embed_tokens(tokens))
+        asked = None if wanted is None else np.array(wanted, dtype=np.int64)
         *before, last = self.blocks
         with self._threads(self.sharing, rows):
             for block in before:
                 x = self._block(block, x, rows, None, chosen)
-            return self._finish(self._block(last, x, rows, wanted, chosen), self.model.norm)
+            return self._finish(self._block(last, x, rows, asked, chosen), self.model.norm)
 
     def draft(self, depth: int, short: Short, chunks: list[Chunk], hidden: Tensor, next_tokens: list[int]) -> Tensor:
         """MTP module `depth` on rows: hidden [R, dim] and the token [R] after each -> [R, dim]."""
@@ -84,7 +89,7 @@ class TiledSteps:
         joined = grouped_numba.fprop(both, mtp.eh_proj.weight[None], [0, len(both)])
         rows = self.rows(short, chunks)
         with self._threads(self.draft_sharing, rows):
-            return self._finish(self._block(self.drafters[depth], joined, rows, None, None), mtp.norm)
+            return self._finish(self._block(self.drafters[depth], array(joined), rows, None, None), mtp.norm)
 
     def forget(self, slot: int) -> None:
         """Its prompt is finished, or given up."""
@@ -100,45 +105,57 @@ class TiledSteps:
         self.cache.reserve(max(positions) + 1)
         which, where = np.array(slots), np.array(positions)
         places = self.cache.places(torch.from_numpy(which), torch.from_numpy(where)).numpy()
-        return Rows(short=len(short.slots), slots=which, positions=where, places=places, chunks=bounds)
+        return Rows(
+            short=len(short.slots),
+            slots=which,
+            positions=where,
+            places=places,
+            cos=self.cos[where],
+            sin=self.sin[where],
+            everything=np.arange(len(where)),
+            chunks=bounds,
+        )
 
     def _block(
-        self, block: FusedBlock, x: Tensor, rows: Rows, wanted: list[int] | None, chosen: list[Tensor] | None
-    ) -> Tensor:
-        mla, threads = self.model.mla, numba.get_num_threads()
+        self, block: FusedBlock, x: np.ndarray, rows: Rows, wanted: np.ndarray | None, chosen: list[Tensor] | None
+    ) -> np.ndarray:
+        """x [R, dim] BF16 bits, changed in place -> the same, or a copy of the rows wanted."""
+        heads, threads = self.model.mla.num_attention_heads, numba.get_num_threads()
         norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o = block.attention
-        asked = np.arange(len(x)) if wanted is None else np.array(wanted, dtype=np.int64)
-        cos, sin = self.cos[rows.positions], self.sin[rows.positions]
-        entries = block.cache.reshape(-1, block.cache.shape[-1])
+        asked = rows.everything if wanted is None else wanted
         q = block_numba.project(
-            array(x), asked, self.eps, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, cos, sin, rows.places, entries,
-            mla.num_attention_heads, threads,
+            x, asked, self.eps, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, rows.cos, rows.sin, rows.places,
+            block.entries, heads, threads,
         )  # fmt: skip
         if wanted is not None:
-            x = x[torch.from_numpy(asked)]
-        if not len(asked):
+            x = x[wanted]
+        if not len(x):
             return x
-        heads = np.empty((len(asked), mla.num_attention_heads, mla.v_head_dim), np.uint16)
-        short = int(np.searchsorted(asked, rows.short))
-        if short:
-            mine = asked[:short]
-            attention_numba.attend_absorbed(
-                q[:short], kv_b, entries, self.cache.page_size, self.cache.tables.numpy(), rows.slots[mine],
-                rows.positions[mine], self.scale, heads[:short],
-            )  # fmt: skip
+        mixed = np.empty((len(x), heads, self.model.mla.v_head_dim), np.uint16)
+        if rows.short:
+            self._attend_short(block, q, rows, asked, mixed)
         for chunk, first, end in rows.chunks:
             begin, stop = np.searchsorted(asked, (first, end))
             if begin < stop:
-                self._attend(block, chunk, q[begin:stop], rows.positions[asked[begin:stop]], heads[begin:stop])
-        block_numba.add_product(array(x), heads.reshape(len(asked), -1), o, threads)
-        if block.choices:
-            ids = torch.empty(len(x), block.choices, dtype=torch.int64)
-            block_numba.experts(array(x), self.eps, *block.mlp, ids.numpy(), block.gate, threads)
-            if chosen is not None:
-                chosen.append(ids)
-        else:
-            block_numba.dense(array(x), self.eps, *block.mlp, threads)
+                self._attend(block, chunk, q[begin:stop], rows.positions[asked[begin:stop]], mixed[begin:stop])
+        block_numba.add_product(x, mixed.reshape(len(x), -1), o, threads)
+        if not block.choices:
+            block_numba.dense(x, self.eps, *block.mlp, threads)
+            return x
+        ids = np.empty((len(x), block.choices), np.int64)
+        block_numba.experts(x, self.eps, *block.mlp, ids, block.gate, threads)
+        if chosen is not None:
+            chosen.append(torch.from_numpy(ids))
         return x
+
+    def _attend_short(self, block: FusedBlock, q: np.ndarray, rows: Rows, asked: np.ndarray, out: np.ndarray) -> None:
+        """The short rows among `asked`, which come first."""
+        count = int(np.searchsorted(asked, rows.short))
+        mine = asked[:count]
+        attention_numba.attend_absorbed(
+            q[:count], block.attention[6], block.entries, self.cache.page_size, self.tables, rows.slots[mine],
+            rows.positions[mine], self.scale, out[:count],
+        )  # fmt: skip
 
     def _attend(self, block: FusedBlock, chunk: Chunk, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
         """Queries [T, H, D] of a chunk over all positions of its slot up to their own."""
@@ -164,8 +181,8 @@ class TiledSteps:
             self.kept_bytes += more
         return kv, entries[:, latent:].contiguous()
 
-    def _finish(self, x: Tensor, norm: RmsNorm) -> Tensor:
-        hidden: Tensor = norm(x)
+    def _finish(self, x: np.ndarray, norm: RmsNorm) -> Tensor:
+        hidden: Tensor = norm(torch.from_numpy(x).view(torch.bfloat16))
         return hidden
 
     def _threads(self, sharing: Sharing, rows: Rows) -> AbstractContextManager[None]:
