@@ -42,6 +42,23 @@ def build_spec(**changes: object) -> ModelSpec:
 
 
 @pytest.fixture(scope="session")
+def p_value() -> Callable[[Tensor, Tensor], float]:
+    """`p_value(counts, expected)`: chance of a deviation at least this large, by Pearson's chi-square."""
+
+    def pearson(counts: Tensor, expected: Tensor) -> float:
+        counts, expected = counts.double().flatten(), expected.double().flatten()
+        is_small = expected < 5  # cells that are put together
+        if bool(is_small.any()):
+            counts = torch.cat((counts[~is_small], counts[is_small].sum()[None]))
+            expected = torch.cat((expected[~is_small], expected[is_small].sum()[None]))
+        expected = expected.clamp(min=1e-9)  # nothing expected and something seen is as wrong as can be
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+    return pearson
+
+
+@pytest.fixture(scope="session")
 def engine_spec() -> Callable[..., ModelSpec]:
     """`engine_spec(field=value)`: a tiny spec of two layers, the second with experts, and two MTP modules."""
     return build_spec

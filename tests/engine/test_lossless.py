@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from dovetail.catalog.precision import load_recipe
+from dovetail.engine import drawing
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
+from dovetail.engine.steps import prompts
 from dovetail.engine.steps.cache import contiguous_cache
-from dovetail.engine.steps.fused import FusedSteps
+from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner, _groups
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
@@ -40,8 +42,9 @@ CHANGES = {
 }
 DTYPES = [torch.bfloat16, torch.float32]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+SAMPLED = GREEDY.model_copy(update={"temperature": 0.8, "top_p": 0.95, "seed": 5})
+PENALIZED = SAMPLED.model_copy(update={"repetition_penalty": 1.2, "frequency_penalty": 0.3, "logit_bias": {7: 2.0}})
 STEPS = 12
-PREFILL = FusedSteps.prefill
 Trained = tuple[dict[torch.dtype, Transformer], list[int]]
 Patch = pytest.MonkeyPatch
 
@@ -75,8 +78,13 @@ def run(model: Transformer, texts: list[list[int]], rows: int) -> tuple[list[Ten
     """Logits and cache of each text, whose last STEPS tokens are run `rows` at a time, together with the others'."""
     longest, dtype = max(map(len, texts)), model.embed_tokens.weight.dtype
     runner = Runner(model, contiguous_cache(model.spec, len(texts), longest + 5, dtype))
-    prefill = runner.prefill_last if rows == 1 else runner.prefill  # as without drafts, and with them
-    seen = [[runner.logits(prefill(slot, torch.tensor(text[:-STEPS]))[-1:])] for slot, text in enumerate(texts)]
+    whole = [Chunk(slot, 0, text[:-STEPS]) for slot, text in enumerate(texts)]
+    ends = torch.tensor([len(chunk.tokens) for chunk in whole]).cumsum(0) - 1
+    if rows == 1:
+        hidden = runner.prompt(whole, ends.tolist())  # as without drafts
+    else:
+        hidden = runner.prompt(whole)[ends]
+    seen = [[row] for row in runner.logits(hidden).split(1)]
     for done in range(0, STEPS, rows):
         places = [len(text) - STEPS + done + i for text in texts for i in range(rows)]
         slots = torch.arange(len(texts)).repeat_interleave(rows)
@@ -103,32 +111,29 @@ def completions(model: Transformer, prompts: list[list[int]], params: SamplingPa
     """Tokens of the prompts' completions: plain, with drafts, and each prompt by itself."""
     llm = LLM(model, model.spec)
     together = [llm.generate(prompts, params, speculate) for speculate in (0, 1, 2)]
-    alone = [[llm.generate([prompt], params, speculate)[0] for prompt in prompts] for speculate in (0, 2)]
+    each = [params.model_copy(update={"seed": params.seed + i}) for i in range(len(prompts))]
+    alone = [
+        [llm.generate([prompt], mine, speculate)[0] for prompt, mine in zip(prompts, each, strict=True)]
+        for speculate in (0, 2)
+    ]
     drafted = [completion.statistics for completion in together[2]]
     assert 0.2 < sum(each.accepted for each in drafted) / sum(each.drafted for each in drafted) < 0.9
     return [[completion.token_ids for completion in each] for each in (*together, *alone)]
 
 
-def prefill_of_its_own(self: FusedSteps, slot: int, tokens: Tensor, last_only: bool) -> Tensor:
-    """The last token of a prompt with drafts goes through the last block with the others."""
-    if last_only:
-        return PREFILL(self, slot, tokens, True)
-    return self.model(tokens[None], cache=self.cache.select([slot])).hidden[0]
-
-
-def assert_lossless(trained: Trained, dtype: torch.dtype, num_prompts: int, apart: int) -> list[list[int]]:
-    """Logits, cache and completions are those without drafts; returns the completions."""
+def assert_lossless(trained: Trained, dtype: torch.dtype, num_prompts: int, apart: int) -> None:
+    """Logits, cache and completions are those without drafts."""
     models, text = trained
     assert differing(models[dtype], [text[i * apart :][: STEPS + 1 + i] for i in range(num_prompts)]) == 0
-    plain, *others = completions(models[dtype], pieces(text, num_prompts), GREEDY)
-    assert all(each == plain for each in others)
-    return plain
+    for params in (SAMPLED, PENALIZED, GREEDY):
+        plain, *others = completions(models[dtype], pieces(text, num_prompts), params)
+        assert all(each == plain for each in others)
+        assert len(set(map(tuple, plain))) > 0.75 * num_prompts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_drafts_and_neighbours_change_no_bit(dtype: torch.dtype, trained: Trained) -> None:
-    plain = assert_lossless(trained, dtype, 40, apart=97)
-    assert len(set(map(tuple, plain))) > 30
+    assert_lossless(trained, dtype, 40, apart=97)
 
 
 @pytest.mark.slow
@@ -146,8 +151,9 @@ def test_the_reference_computes_row_by_row(
     apply_recipe(model, load_recipe(recipe))
     monkeypatch.setattr("dovetail.engine.steps.runner.takes", lambda model: False)
     assert differing(model, texts) == 0
-    plain, *others = completions(model, pieces(text, 6), GREEDY.model_copy(update={"max_tokens": 8}))
-    assert all(each == plain for each in others)
+    for params in (GREEDY, SAMPLED):
+        plain, *others = completions(model, pieces(text, 6), params.model_copy(update={"max_tokens": 8}))
+        assert all(each == plain for each in others)
 
 
 def test_rows_run_together_by_the_reference_change_bits(trained: Trained, monkeypatch: Patch) -> None:
@@ -157,7 +163,19 @@ def test_rows_run_together_by_the_reference_change_bits(trained: Trained, monkey
     assert differing(models[torch.float32], [text[i * 97 :][: STEPS + 1 + 7 * i] for i in range(6)]) > 0
 
 
-def test_a_prefill_of_its_own_would_change_bits(trained: Trained, monkeypatch: Patch) -> None:
+def torch_product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.T
+
+
+def test_products_that_depend_on_the_number_of_rows_change_bits(trained: Trained, monkeypatch: Patch) -> None:
     models, text = trained
-    monkeypatch.setattr(FusedSteps, "prefill", prefill_of_its_own)
+    monkeypatch.setattr(prompts, "_product", torch_product)
     assert differing(models[torch.bfloat16], [text[i * 97 :][: STEPS + 1 + i] for i in range(8)]) > 8
+
+
+def test_draws_from_a_generator_that_steps_share_differ(trained: Trained, monkeypatch: Patch) -> None:
+    models, text = trained
+    generator = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(drawing, "sample", lambda p, seed, position: int(torch.multinomial(p, 1, generator=generator)))
+    plain, *others = completions(models[torch.float32], pieces(text, 6), SAMPLED)
+    assert all(each != plain for each in others)
