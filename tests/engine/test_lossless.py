@@ -14,7 +14,6 @@ from dovetail.catalog.precision import load_recipe
 from dovetail.engine import drawing
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
-from dovetail.engine.steps import prompts
 from dovetail.engine.steps.cache import contiguous_cache
 from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner, _groups
@@ -45,6 +44,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 SAMPLED = GREEDY.model_copy(update={"temperature": 0.8, "top_p": 0.95, "seed": 5})
 PENALIZED = SAMPLED.model_copy(update={"repetition_penalty": 1.2, "frequency_penalty": 0.3, "logit_bias": {7: 2.0}})
 STEPS = 12
+PROMPT = Runner.prompt
 Trained = tuple[dict[torch.dtype, Transformer], list[int]]
 Patch = pytest.MonkeyPatch
 
@@ -117,7 +117,7 @@ def completions(model: Transformer, prompts: list[list[int]], params: SamplingPa
         for speculate in (0, 2)
     ]
     drafted = [completion.statistics for completion in together[2]]
-    assert 0.2 < sum(each.accepted for each in drafted) / sum(each.drafted for each in drafted) < 0.9
+    assert 0.1 < sum(each.accepted for each in drafted) / sum(each.drafted for each in drafted) < 0.9
     return [[completion.token_ids for completion in each] for each in (*together, *alone)]
 
 
@@ -163,19 +163,24 @@ def test_rows_run_together_by_the_reference_change_bits(trained: Trained, monkey
     assert differing(models[torch.float32], [text[i * 97 :][: STEPS + 1 + 7 * i] for i in range(6)]) > 0
 
 
-def torch_product(x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight.T
+def last_rows_as_a_step(self: Runner, chunks: list[Chunk], wanted: list[int] | None = None) -> Tensor:
+    """Without drafts the last token of a prompt goes the way of a step, and with them that of its prompt."""
+    hidden = PROMPT(self, chunks)
+    if wanted is None:
+        return hidden
+    lasts = [(chunk.tokens[-1], chunk.slot, chunk.range[-1]) for chunk in chunks]
+    return self.step(*torch.tensor(lasts).T.contiguous())
 
 
-def test_products_that_depend_on_the_number_of_rows_change_bits(trained: Trained, monkeypatch: Patch) -> None:
+def test_a_last_token_that_goes_another_way_would_change_bits(trained: Trained, monkeypatch: Patch) -> None:
     models, text = trained
-    monkeypatch.setattr(prompts, "_product", torch_product)
+    monkeypatch.setattr(Runner, "prompt", last_rows_as_a_step)
     assert differing(models[torch.bfloat16], [text[i * 97 :][: STEPS + 1 + i] for i in range(8)]) > 8
 
 
 def test_draws_from_a_generator_that_steps_share_differ(trained: Trained, monkeypatch: Patch) -> None:
     models, text = trained
     generator = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(drawing, "sample", lambda p, seed, position: int(torch.multinomial(p, 1, generator=generator)))
+    monkeypatch.setattr(drawing, "sample", lambda p, *place: int(torch.multinomial(p, 1, generator=generator)))
     plain, *others = completions(models[torch.float32], pieces(text, 6), SAMPLED)
     assert all(each != plain for each in others)
