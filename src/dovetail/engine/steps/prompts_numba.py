@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from dovetail.numerics.cpu.kernels import kernel
-from dovetail.numerics.cpu.scalars_numba import load, store
+from dovetail.numerics.cpu.scalars_numba import load, scale_row, store
 from dovetail.numerics.cpu.softmax_numba import softmax_row
 from dovetail.numerics.products.grouped_numba import LANES, PANEL, float_product, pack, packed_size, product
 
@@ -32,8 +32,7 @@ def remember(both, weight, eps, cos, sin, places, entries):  # type: ignore[no-u
             value = load(row, i)
             total += value * value
         factor = np.float32(1.0) / np.sqrt(total / np.float32(latent) + eps)
-        for i in range(latent):
-            store(to, i, load(row, i) * factor * weight[i])
+        scale_row(row[:latent], factor, weight, to)
         for j in range(half):
             even, odd = load(row, latent + 2 * j), load(row, latent + 2 * j + 1)
             store(to, latent + 2 * j, even * cos[r, j] - odd * sin[r, j])
