@@ -58,7 +58,7 @@ class Runner:
     def prompt(self, chunks: list[Chunk], wanted: list[int] | None = None, chosen: Chosen | None = None) -> Tensor:
         """Chunks of prompts -> hidden [R, dim] after the final norm, or [W, dim] of the rows `wanted`, ascending, which
         is less work. `chosen` gets the experts of these rows (of all rows in blocks before the last)."""
-        rows = None if wanted is None else torch.tensor(wanted, device=self.device)
+        rows = None if wanted is None else torch.tensor(wanted, dtype=torch.int64, device=self.device)
         tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=self.device)
         if self.prompts is not None:
             return self.prompts.prompt(tokens, self.prompts.rows(chunks), rows, chosen)
