@@ -55,9 +55,10 @@ def test_equal_prompts_draw_with_one_seed_after_another(llm):
     assert together == alone == [c.token_ids for c in llm.generate([PROMPTS[0]] * 4, seeded(SAMPLED, 4))]
     assert len({tuple(c.token_ids) for c in llm.generate([PROMPTS[0]] * 2, [SAMPLED] * 2)}) == 1
     largest = SAMPLED.model_copy(update={"seed": 2**63 - 1})
-    assert llm.generate([PROMPTS[0]] * 2, largest)[1].token_ids == llm.generate(
-        [PROMPTS[0]], SAMPLED.model_copy(update={"seed": 0})
-    )[0].token_ids
+    assert (
+        llm.generate([PROMPTS[0]] * 2, largest)[1].token_ids
+        == llm.generate([PROMPTS[0]], SAMPLED.model_copy(update={"seed": 0}))[0].token_ids
+    )
 
 
 def test_params_of_each_prompt(llm):
