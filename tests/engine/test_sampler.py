@@ -148,6 +148,13 @@ def test_what_has_probability_0_is_never_drawn():
         assert sample(alone, 3, 4) == token
 
 
+def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary():
+    """A model may overflow, and -1 is the row before the first of its embedding."""
+    logits = torch.full((4,), float("nan"))
+    for params in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.5, min_p=0.1)):
+        assert 0 <= sample(probabilities(logits, params), 1, 2) < 4
+
+
 def test_a_large_vocabulary(p_value):
     """Eighths of 100,000 tokens."""
     counts = torch.zeros(8)
