@@ -30,6 +30,7 @@ from torch import Tensor
 from dovetail.engine.steps.cache import PagedCache, SelectedSlots
 from dovetail.engine.steps.fused import FusedSteps, takes
 from dovetail.engine.steps.prompts import Chunk, PromptSteps
+from dovetail.model.experts.gate import Routing
 from dovetail.model.transformer import Transformer
 from dovetail.numerics import capability
 
@@ -65,13 +66,16 @@ class Runner:
         if self.fused is not None:
             hidden = self.fused.step(tokens, *_places(chunks), chosen)
         else:
-            parts = []
+            parts, routed = [], []
             for chunk in chunks:
                 cache = self.cache.select([chunk.slot])
                 mine, positions = (torch.tensor(each, device=self.device)[None] for each in (chunk.tokens, chunk.range))
                 output = self.model(mine, positions, cache=cache)
                 parts.append(output.hidden[0])
+                routed.append(output.routings)
             hidden = torch.cat(parts)
+            if chosen is not None:
+                chosen += _experts(routed)
         return hidden if rows is None else hidden[rows]
 
     @torch.no_grad()
@@ -103,11 +107,19 @@ class Runner:
         if self.fused is not None:
             return self.fused.step(tokens, slots, positions, chosen)
 
+        places, routed = [], []
+
         def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
             output = self.model(tokens[rows], positions[rows], cache=cache, absorbed=True)
+            places.append(rows.flatten())
+            routed.append(output.routings)
             return output.hidden
 
-        return self._by_slot(slots, run)
+        hidden = self._by_slot(slots, run)
+        if chosen is not None:
+            order = torch.cat(places).argsort()
+            chosen += [ids[order] for ids in _experts(routed)]
+        return hidden
 
     @torch.no_grad()
     def draft(self, depth: int, hidden: Tensor, next_tokens: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
@@ -145,6 +157,11 @@ class Runner:
         for rows, hidden in parts:
             output[rows] = hidden
         return output
+
+
+def _experts(routed: list[list[Routing]]) -> Chosen:
+    """Of what several passes chose, each with a routing per MoE layer."""
+    return [torch.cat([routing.expert_ids for routing in layer]) for layer in zip(*routed, strict=True)]
 
 
 def _places(chunks: list[Chunk]) -> tuple[Tensor, Tensor]:
