@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,26 +17,7 @@ from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner, _groups
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
-from dovetail.text.documents import DataConfig
-from dovetail.train.run.loop import train
-from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
-CHANGES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "moe_intermediate_size": 32,
-    "num_experts_per_tok": 2,
-    "num_nextn_predict_layers": 2,
-}
 DTYPES = [torch.bfloat16, torch.float32]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 SAMPLED = GREEDY.model_copy(update={"temperature": 0.8, "top_p": 0.95, "seed": 5})
@@ -47,25 +26,6 @@ STEPS = 12
 PROMPT = Runner.prompt
 Trained = tuple[dict[torch.dtype, Transformer], list[int]]
 Patch = pytest.MonkeyPatch
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A model with two MTP modules, trained on Python's json package, in either dtype; and the tokens of that text."""
-    config = RunConfig(
-        out=tmp_path_factory.mktemp("lossless"),
-        model=ModelConfig(preset="quickstart", change=CHANGES),
-        data=DataConfig(kind="files", path=Path(json.__file__).parent, patterns=("*.py",), held_out_share=0.0),
-        train=TrainConfig(steps=300, sequence_length=64, microbatch_size=4, checkpoint_every=1000),
-        schedule="quickstart",
-    )
-    state = train(config)
-    models = {}
-    for dtype in DTYPES:
-        models[dtype] = Transformer(state.spec, dtype)
-        models[dtype].load_state_dict(state.model.state_dict())
-    files = Path(json.__file__).parent.glob("*.py")
-    return models, state.tokenizer.encode("".join(file.read_text("utf-8") for file in sorted(files)))
 
 
 def pieces(text: list[int], count: int) -> list[list[int]]:
