@@ -213,6 +213,30 @@ def test_a_prompt_behind_pages_of_another_has_its_own_bits(
             assert torch.equal(state, alone[slot].hidden[0][position])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_beside_others_change_no_bit(
+    name: str, dtype: torch.dtype, engine_spec: SpecFactory, random_model: ModelFactory
+) -> None:
+    model = model_of(name, dtype, engine_spec, random_model)
+    texts = some_texts(model.spec, 40, 40, 40)
+    seen = []
+    for together in (1, 2, 5, 40):
+        run = Prompts(model, texts, 16, random.Random(together))
+        parts: list[list[Tensor]] = [[] for _ in texts]
+        for start in range(0, 40, together):
+            slots = [[slot] for slot in range(3)] if together == 1 else [[0, 1, 2]]
+            for group in slots:
+                rows = [(texts[s][i], s, i) for s in group for i in range(start, start + together)]
+                hidden = run.runner.step(*torch.tensor(rows).T.contiguous())
+                for s, part in zip(group, hidden.split(together), strict=True):
+                    parts[s].append(part)
+        logits = run.runner.logits(torch.stack([torch.cat(part) for part in parts]))
+        seen.append((logits, torch.stack([run.entries(slot) for slot in range(3)])))
+    for logits, entries in seen[1:]:
+        assert torch.equal(logits, seen[0][0]) and torch.equal(entries, seen[0][1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_torch_would_change_bits(dtype: torch.dtype, engine_spec: SpecFactory, random_model: ModelFactory) -> None:
     model = model_of("sigmoid", dtype, engine_spec, random_model)
