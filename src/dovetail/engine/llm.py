@@ -94,13 +94,14 @@ class LLM:
     ) -> list[Completion]:
         """One completion per prompt, in order; `params` for all, or one per prompt.
 
-        `params` for all: prompt i then draws with seed + i, so that equal prompts get different completions. `speculate`
-        drafts per step come from the MTP modules; they change the speed, not what is generated. A completion depends on
-        its prompt and its params only: on a CPU neither drafts nor other prompts change a bit of the logits; on a GPU
-        they do, by rounding, so that near ties may fall otherwise. A completion ends early ("length") where the model's
-        max_position_embeddings end. A prompt given as text is put behind the beginning-of-sequence token, where the
-        tokenizer has one. No statistics count the compiling of kernels in the first call. Raises `ValueError`, naming
-        the prompt, for one without tokens, one that is too long, and an id that is no token.
+        `params` for all: prompt i then draws with seed + i, so that equal prompts get different completions.
+        `speculate` drafts per step come from the MTP modules; they change the speed, not what is generated. A
+        completion depends on its prompt and its params only: on a CPU neither drafts nor other prompts change a bit of
+        the logits; on a GPU they do, by rounding, so that near ties may fall otherwise. A completion ends early
+        ("length") where the model's max_position_embeddings end. A prompt given as text is put behind the
+        beginning-of-sequence token, where the tokenizer has one. No statistics count the compiling of kernels in the
+        first call. Raises `ValueError`, naming the prompt, for one without tokens, one that is too long, and an id that
+        is no token.
         """
         sequences = self._sequences(prompts, params, speculate)
         tokens: dict[int, list[Token]] = {id(sequence): [] for sequence in sequences}
