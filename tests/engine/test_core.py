@@ -25,6 +25,7 @@ from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.engine.stream import Token
 from dovetail.model.transformer import Transformer
+from dovetail.numerics import capability
 from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 from dovetail.text.tokenizer import Tokenizer
@@ -195,15 +196,19 @@ def published_too_soon(self: Scheduler, part: Part) -> None:
 
 
 COMMIT = Scheduler.commit
+# Without AVX-512 BF16 prompts go the way of steps, and no keys are kept.
+BF16_MISTAKES = [
+    (Core, "_again", again_as_a_prompt),
+    (Runner, "forget", nothing_is_forgotten),
+] * capability.has_bf16_instructions()
 
 
 @pytest.mark.parametrize(
     ("target", "name", "wrong"),
     [
         (Core, "has_work", Core.has_work),  # nothing is wrong
-        (Core, "_again", again_as_a_prompt),
-        (Runner, "forget", nothing_is_forgotten),
         (Scheduler, "commit", published_too_soon),
+        *BF16_MISTAKES,
     ],
 )
 def test_mistakes_are_noticed(

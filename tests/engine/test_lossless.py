@@ -17,6 +17,7 @@ from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner, _groups
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer
+from dovetail.numerics import capability
 
 DTYPES = [torch.bfloat16, torch.float32]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -77,7 +78,8 @@ def completions(model: Transformer, prompts: list[list[int]], params: SamplingPa
         for speculate in (0, 2)
     ]
     drafted = [completion.statistics for completion in together[2]]
-    assert 0.1 < sum(each.accepted for each in drafted) / sum(each.drafted for each in drafted) < 0.9
+    least = 0.2 if params.is_greedy else 0.1  # two races agree less often than two arg maxima
+    assert least < sum(each.accepted for each in drafted) / sum(each.drafted for each in drafted) < 0.9
     return [[completion.token_ids for completion in each] for each in (*together, *alone)]
 
 
@@ -132,6 +134,7 @@ def last_rows_as_a_step(self: Runner, chunks: list[Chunk], wanted: list[int] | N
     return self.step(*torch.tensor(lasts).T.contiguous())
 
 
+@pytest.mark.skipif(not capability.has_bf16_instructions(), reason="prompts go the way of a step")
 def test_a_last_token_that_goes_another_way_would_change_bits(trained: Trained, monkeypatch: Patch) -> None:
     models, text = trained
     monkeypatch.setattr(Runner, "prompt", last_rows_as_a_step)
