@@ -1,8 +1,10 @@
 """Models for the engine: random ones, and one whose MTP drafts are right exactly where all of the contract is kept."""
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,31 @@ from torch import Tensor
 
 from dovetail.model.transformer import Mtp, Transformer, initialize
 from dovetail.spec.model import Mla, ModelSpec, Moe
+from dovetail.text.documents import DataConfig
+from dovetail.train.run.loop import train
+from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
 VOCAB = 32  # of the periodic model: a token is a dimension, and its two kinds of features fill hidden_size
 PERIOD = 12
 EMBEDDED = slice(VOCAB, 2 * VOCAB)  # where an MTP module keeps the token it is given
+
+
+TRAINED = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "num_nextn_predict_layers": 2,
+}
 
 
 def build_spec(**changes: object) -> ModelSpec:
@@ -39,6 +62,42 @@ def build_spec(**changes: object) -> ModelSpec:
         ),
     }
     return ModelSpec(**{**defaults, **changes})
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[torch.dtype, Transformer], list[int]]:
+    """A model with two MTP modules, trained on Python's json package, in either dtype; and the tokens of that text."""
+    config = RunConfig(
+        out=tmp_path_factory.mktemp("lossless"),
+        model=ModelConfig(preset="quickstart", change=TRAINED),
+        data=DataConfig(kind="files", path=Path(json.__file__).parent, patterns=("*.py",), held_out_share=0.0),
+        train=TrainConfig(steps=300, sequence_length=64, microbatch_size=4, checkpoint_every=1000),
+        schedule="quickstart",
+    )
+    state = train(config)
+    models = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        models[dtype] = Transformer(state.spec, dtype)
+        models[dtype].load_state_dict(state.model.state_dict())
+    files = Path(json.__file__).parent.glob("*.py")
+    return models, state.tokenizer.encode("".join(file.read_text("utf-8") for file in sorted(files)))
+
+
+@pytest.fixture(scope="session")
+def p_value() -> Callable[[Tensor, Tensor], float]:
+    """`p_value(counts, expected)`: chance of a deviation at least this large, by Pearson's chi-square."""
+
+    def pearson(counts: Tensor, expected: Tensor) -> float:
+        counts, expected = counts.double().flatten(), expected.double().flatten()
+        is_small = expected < 5  # cells that are put together
+        if bool(is_small.any()):
+            counts = torch.cat((counts[~is_small], counts[is_small].sum()[None]))
+            expected = torch.cat((expected[~is_small], expected[is_small].sum()[None]))
+        expected = expected.clamp(min=1e-9)  # nothing expected and something seen is as wrong as can be
+        statistic = ((counts - expected) ** 2 / expected).sum()
+        return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
+
+    return pearson
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.cache import PagedCache, contiguous_cache
 from dovetail.spec.model import Gqa
 
 
@@ -11,8 +11,8 @@ def test_size_is_latent_and_rotary_key_per_token_and_layer(engine_spec):
     layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
     width = spec.attention.kv_lora_rank + spec.attention.qk_rope_head_dim
     assert cache.data.numel() == layers * 3 * 7 * width
-    tensors = [value for value in vars(cache).values() if isinstance(value, torch.Tensor)]
-    assert tensors == [cache.data], "the cache holds one tensor and nothing else"
+    sizes = {name: value.numel() for name, value in vars(cache).items() if isinstance(value, torch.Tensor)}
+    assert sizes == {"data": cache.data.numel(), "tables": 3}, "and the table of pages, one for each slot here"
 
 
 def update(cache, slots, layer, positions, value):
@@ -30,18 +30,18 @@ def written(cache, layer, positions, value):
     return latent, rope_key
 
 
-def test_write_keeps_its_positions_only_and_gather_gives_views_up_to_the_largest(engine_spec):
+def test_write_keeps_its_positions_only_and_gather_gives_all_up_to_the_largest(engine_spec):
     cache = contiguous_cache(engine_spec(), slots=2, capacity=8, dtype=torch.float32)
     positions = torch.tensor([[2, 3], [5, 0]])
     latent, rope_key = update(cache, [0, 1], 1, positions, 3)
     assert latent.shape == (2, 6, cache.latent_dim)
     assert rope_key.shape == (2, 6, 8)
-    assert latent.data_ptr() == cache.data[1].data_ptr()
     expected = torch.zeros_like(cache.data)
     for sequence, position in ((0, 2), (0, 3), (1, 5), (1, 0)):
         expected[1, sequence, position, : cache.latent_dim] = 3
         expected[1, sequence, position, cache.latent_dim :] = -3
     assert torch.equal(cache.data, expected)
+    assert torch.equal(torch.cat((latent, rope_key), dim=-1), expected[1, :, :6])
 
 
 def test_a_second_write_replaces_the_first(engine_spec):
@@ -62,6 +62,23 @@ def test_selected_slots_share_the_memory(engine_spec, slots):
         assert latent[row, row + 1].eq(5).all()
         assert rope_key[row, row + 1].eq(-5).all()
     assert int(cache.data.ne(0).any(dim=-1).sum()) == len(slots)
+
+
+def test_positions_lie_in_the_pages_of_their_slot(engine_spec):
+    """Page 3 is shared, and a slot's pages are in any order."""
+    cache = PagedCache(engine_spec(), slots=2, capacity=7, num_pages=5, page_size=3, dtype=torch.float32)
+    assert cache.tables.shape == (2, 3)
+    cache.assign(0, [3, 0])
+    cache.assign(1, [3, 4, 1])
+    slots, positions = torch.tensor([[0], [1]]), torch.tensor([[0, 2, 4], [2, 3, 6]])
+    assert cache.places(slots, positions).tolist() == [[9, 11, 1], [11, 12, 3]]
+    update(cache, [0], 1, torch.tensor([[2, 4]]), 3)
+    update(cache, [1], 1, torch.tensor([[3, 6]]), 5)
+    assert cache.select([0]).gather(1, 5)[0][0, :, 0].tolist() == [0, 0, 3, 0, 3]
+    assert cache.select([1]).gather(1, 7)[1][0, :, 0].tolist() == [0, 0, -3, -5, 0, 0, -5]
+    assert int(cache.data.ne(0).any(dim=-1).sum()) == 4
+    cache.assign(1, [2])
+    assert cache.select([1]).gather(1, 3)[0].eq(0).all()
 
 
 def test_beyond_capacity_is_an_error_with_numbers_and_remedy(engine_spec):

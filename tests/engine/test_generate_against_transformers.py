@@ -47,21 +47,23 @@ def their_steps(monkeypatch, loaded, prompt, max_tokens):
 
 def our_steps(monkeypatch, model, prompt, max_tokens, depth):
     draft, step, drafts, accepted = speculative.draft, speculative.step, [], []
+    llm = LLM(model, model.spec)
+    llm.warm_up(depth)
 
     def record(runner, sequences, depth):
-        drafts.append(draft(runner, sequences, depth)[0].tokens)
+        drafts.append(draft(runner, sequences, depth)[0])
         return draft(runner, sequences, depth)  # a second time: it only writes what it wrote
 
     def count(runner, sequences, depth):
         results = step(runner, sequences, depth)
-        accepted.append(len(results[0]) - 1)
+        accepted.append(results[0][1])
         return results
 
     monkeypatch.setattr(speculative, "draft", record)
     monkeypatch.setattr(speculative, "step", count)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-    completion = LLM(model, model.spec).generate([prompt], params, speculate=depth)[0]
-    return completion.token_ids, drafts[1:], accepted[1:]  # the first step warms up
+    completion = llm.generate([prompt], params, speculate=depth)[0]
+    return completion.token_ids, drafts, accepted
 
 
 def compared(monkeypatch, tmp_path, model, prompt, depth):

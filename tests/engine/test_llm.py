@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from dovetail.engine import core
 from dovetail.engine import llm as engine
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
@@ -31,21 +32,33 @@ def texts(engine_spec, engine_model):
     return LLM(engine_model(spec, seed=1), spec, tokenizer)
 
 
+def seeded(params, count):
+    """What prompts of one call draw with."""
+    return [params.model_copy(update={"seed": params.seed + i}) for i in range(count)]
+
+
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
 @pytest.mark.parametrize("speculate", [0, 2])
 def test_a_completion_does_not_depend_on_its_batch(llm, params, speculate):
+    each = seeded(params, len(PROMPTS))
     together = llm.generate(PROMPTS, params, speculate)
-    alone = [llm.generate([prompt], params, speculate)[0] for prompt in PROMPTS]
-    few_slots = LLM(llm.model, llm.spec, max_batch=2).generate(PROMPTS[::-1], params, speculate)[::-1]
+    alone = [llm.generate([prompt], mine, speculate)[0] for prompt, mine in zip(PROMPTS, each, strict=True)]
+    few_slots = LLM(llm.model, llm.spec, max_batch=2).generate(PROMPTS[::-1], each[::-1], speculate)[::-1]
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert [c.token_ids for c in together] == [c.token_ids for c in few_slots]
 
 
-def test_seeds(llm):
-    same = llm.generate([PROMPTS[0]] * 2, SAMPLED)
-    assert same[0].token_ids == same[1].token_ids == llm.generate([PROMPTS[0]], SAMPLED)[0].token_ids
-    seeds = [SAMPLED.model_copy(update={"seed": seed}) for seed in range(4)]
-    assert len({tuple(c.token_ids) for c in llm.generate([PROMPTS[0]] * 4, seeds)}) == 4
+def test_equal_prompts_draw_with_one_seed_after_another(llm):
+    together = [c.token_ids for c in llm.generate([PROMPTS[0]] * 4, SAMPLED)]
+    assert len(set(map(tuple, together))) == 4
+    alone = [llm.generate([PROMPTS[0]], params)[0].token_ids for params in seeded(SAMPLED, 4)]
+    assert together == alone == [c.token_ids for c in llm.generate([PROMPTS[0]] * 4, seeded(SAMPLED, 4))]
+    assert len({tuple(c.token_ids) for c in llm.generate([PROMPTS[0]] * 2, [SAMPLED] * 2)}) == 1
+    largest = SAMPLED.model_copy(update={"seed": 2**63 - 1})
+    assert (
+        llm.generate([PROMPTS[0]] * 2, largest)[1].token_ids
+        == llm.generate([PROMPTS[0]], SAMPLED.model_copy(update={"seed": 0}))[0].token_ids
+    )
 
 
 def test_params_of_each_prompt(llm):
@@ -162,10 +175,10 @@ def test_an_abandoned_stream_and_an_error_leave_nothing_behind(texts, monkeypatc
     first = next(left_open)
     extend = Sequence.extend
 
-    def fail_on_one(sequence, tokens):
+    def fail_on_one(sequence, *drawn):
         if sequence.prompt_tokens == 2 and sequence.completion_tokens > 3:
             raise RuntimeError("one sequence fails")
-        return extend(sequence, tokens)
+        return extend(sequence, *drawn)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="one sequence fails"):
         patch.setattr(Sequence, "extend", fail_on_one)
@@ -178,7 +191,7 @@ def test_an_abandoned_stream_and_an_error_leave_nothing_behind(texts, monkeypatc
 def test_compiling_is_in_no_completions_seconds(engine_spec, engine_model, monkeypatch, speculate):
     """Each part of the engine takes an hour when it is first run."""
     clock = itertools.count()
-    hours = {name: iter([3600]) for name in ("prefill", "prefill_last", "prefill_draft", "step", "draft", "logits")}
+    hours = {name: iter([3600]) for name in ("prompt", "prompt_draft", "step", "draft", "logits")}
     passed = [0]
 
     def slow_at_first(name, method):
@@ -190,7 +203,7 @@ def test_compiling_is_in_no_completions_seconds(engine_spec, engine_model, monke
 
     for name in hours:
         monkeypatch.setattr(Runner, name, slow_at_first(name, getattr(Runner, name)))
-    monkeypatch.setattr(engine.time, "perf_counter", lambda: passed[0] + next(clock))
+    monkeypatch.setattr(core.time, "perf_counter", lambda: passed[0] + next(clock))
     spec = engine_spec()
     statistics = LLM(engine_model(spec), spec).generate([[1], [2, 3, 4]], GREEDY, speculate)[0].statistics
     assert passed[0] >= 3 * 3600

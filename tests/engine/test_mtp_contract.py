@@ -61,13 +61,13 @@ def tokens_shifted_twice(patch, periodic):
 
 def without_the_modules_own_norm(patch, periodic):
     weight = periodic.model.mtp[0].norm.weight.detach()
-    draft, prefill = Runner.draft, Runner.prefill_draft
+    draft, prompt = Runner.draft, Runner.prompt_draft
     patch.setattr(Runner, "draft", lambda *arguments: draft(*arguments) / weight)
-    patch.setattr(Runner, "prefill_draft", lambda *arguments: prefill(*arguments) / weight)
+    patch.setattr(Runner, "prompt_draft", lambda *arguments: prompt(*arguments) / weight)
 
 
 def prompt_not_filled(patch, periodic):
-    patch.setattr(Runner, "prefill_draft", lambda self, depth, slot, hidden, next_tokens: hidden)
+    patch.setattr(Runner, "prompt_draft", lambda self, depth, chunks, hidden, next_tokens: hidden)
 
 
 def accepted_drafts_not_refilled(patch, periodic):
@@ -84,17 +84,18 @@ def accepted_drafts_not_refilled(patch, periodic):
 
 def on_drafts(patch, change):
     """Let `change(depth, hidden, tokens)` spoil what the modules are given."""
-    draft, prefill = Runner.draft, Runner.prefill_draft
+    draft, prompt = Runner.draft, Runner.prompt_draft
+
+    def changed_prompt(self, depth, chunks, hidden, tokens):
+        hidden, tokens = change(depth, hidden, torch.tensor(tokens))
+        return prompt(self, depth, chunks, hidden, tokens.tolist())
+
     patch.setattr(
         Runner,
         "draft",
         lambda self, depth, hidden, tokens, *rows: draft(self, depth, *change(depth, hidden, tokens), *rows),
     )
-    patch.setattr(
-        Runner,
-        "prefill_draft",
-        lambda self, depth, slot, hidden, tokens: prefill(self, depth, slot, *change(depth, hidden, tokens)),
-    )
+    patch.setattr(Runner, "prompt_draft", changed_prompt)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_rejected_drafts_not_rewritten(periodic, monkeypatch):
 
     def without_old_positions(runner, sequences, depth):
         results = step(runner, sequences, depth)
-        for sequence, tokens in zip(sequences, results, strict=True):
-            sequence.hidden = sequence.hidden[-len(tokens) :]
+        for sequence, (drawn, _) in zip(sequences, results, strict=True):
+            sequence.hidden = sequence.hidden[-len(drawn) :]
         return results
 
     monkeypatch.setattr(speculative, "step", without_old_positions)
@@ -144,7 +145,8 @@ def test_rejected_drafts_not_rewritten(periodic, monkeypatch):
 
 
 def test_position_0_has_an_embedding(periodic, monkeypatch):
-    """The first draft after a prompt of one period rests on the entry of position 0."""
+    """The first draft after a prompt of one period rests on the entry of position 0. The reference fills it."""
+    monkeypatch.setattr("dovetail.engine.steps.runner.takes", lambda model: False)
     assert accepted(periodic, 1, prompt_tokens=12)[1] == 24
     forward = Mtp.forward
 
@@ -166,8 +168,8 @@ def drafts_checked(monkeypatch, model, depth):
         for sequence, proposal in zip(sequences, drafts, strict=True):
             count = len(sequence.tokens) - 1
             hidden = model(torch.tensor([sequence.tokens[:-1]])).hidden
-            for k, token in enumerate(proposal.tokens):
-                given = (sequence.tokens + proposal.tokens)[1 + k : 1 + k + count]
+            for k, token in enumerate(proposal):
+                given = (sequence.tokens + proposal)[1 + k : 1 + k + count]
                 hidden = model.mtp_forward(k, hidden, torch.tensor([given])).hidden
                 assert int(model.logits(hidden[0, -1]).argmax()) == token
         return drafts

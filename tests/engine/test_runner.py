@@ -3,6 +3,7 @@ import torch
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.model.attention.causal import attention_reference
 from dovetail.model.precision import apply_recipe
@@ -30,6 +31,10 @@ def runner_of(model, kind):
     return runner
 
 
+def prompt(runner, slot, tokens, start=0, **wanted):
+    return runner.prompt([Chunk(slot, start, tokens.tolist())], **wanted)
+
+
 @pytest.fixture(params=["reference", "together", "fused"])
 def setup(engine_spec, engine_model, request):
     model = engine_model(engine_spec())
@@ -41,7 +46,7 @@ def test_prefill_and_decode_equal_the_full_forward(setup):
     spec, model, runner = setup
     tokens = tokens_of(spec, 20)
     full = model(tokens[None]).hidden[0]
-    parts = [runner.prefill(2, tokens[:13])]
+    parts = [prompt(runner, 2, tokens[:13])]
     for i in range(13, 20):
         parts.append(runner.step(tokens[i : i + 1], torch.tensor([2]), torch.tensor([i])))
     assert_close(spec, torch.cat(parts), full)
@@ -101,7 +106,7 @@ def test_a_recipe_holds_for_prompts_and_steps(
     if wrong is not None:
         wrong(monkeypatch, model)
     runner = runner_of(model, "fused")
-    runner.prefill(0, tokens[:13])
+    prompt(runner, 0, tokens[:13])
     steps = [runner.step(tokens[i : i + 1], torch.tensor([0]), torch.tensor([i])) for i in range(13, 30)]
     difference = (torch.cat(steps).double() - full).norm() / full.norm()
     assert (difference < E4M3_ROUNDOFF) == (wrong is None)
@@ -111,7 +116,7 @@ def test_a_recipe_holds_for_prompts_and_steps(
 def test_absorbed_equals_expanded(setup):
     spec, _, runner = setup
     tokens = tokens_of(spec, 9)
-    expanded = runner.prefill(0, tokens)
+    expanded = prompt(runner, 0, tokens)
     absorbed = runner.step(tokens, torch.full((9,), 1), torch.arange(9))
     assert_close(spec, absorbed, expanded)
     assert_close(spec, runner.cache.data[:, 1], runner.cache.data[:, 0])
@@ -125,7 +130,7 @@ def test_rows_of_several_slots_with_different_counts(setup):
     lengths = {3: 4, 0: 7, 1: 9}  # before the step
     slots, positions, row_tokens, expected = [], [], [], []
     for row, (slot, length) in enumerate(lengths.items()):
-        runner.prefill(slot, tokens[row, :length])
+        prompt(runner, slot, tokens[row, :length])
         count = 3 if slot == 0 else 1
         full = model(tokens[row : row + 1, : length + count]).hidden[0]
         for i in range(length, length + count):
@@ -141,11 +146,12 @@ def test_rows_of_several_slots_with_different_counts(setup):
 def test_mtp_modules_over_a_cache_equal_them_without(setup):
     spec, model, runner = setup
     tokens = tokens_of(spec, 12)
-    hidden = runner.prefill(1, tokens)
+    hidden = prompt(runner, 1, tokens)
     for k in range(2):
         count, split = 11 - k, 6
+        chunk = Chunk(1, 0, tokens[:split].tolist())
         full = model.mtp_forward(k, hidden[None, :count], tokens[None, 1 + k :]).hidden[0]
-        first = runner.prefill_draft(k, 1, hidden[:split], tokens[1 + k : 1 + k + split])
+        first = runner.prompt_draft(k, [chunk], hidden[:split], tokens[1 + k : 1 + k + split].tolist())
         rows = torch.arange(split, count)
         rest = runner.draft(k, hidden[split:count], tokens[1 + k + split :], torch.full_like(rows, 1), rows)
         hidden = torch.cat((first, rest))
@@ -156,8 +162,8 @@ def test_mtp_modules_over_a_cache_equal_them_without(setup):
 def test_stale_entries_after_the_last_position_are_not_seen(setup):
     spec, _, runner = setup
     tokens = tokens_of(spec, 10)
-    runner.prefill(0, tokens)  # as if the last four had been rejected drafts
-    runner.prefill(1, tokens[:6])
+    prompt(runner, 0, tokens)  # as if the last four had been rejected drafts
+    prompt(runner, 1, tokens[:6])
     new = tokens_of(spec, 3)
     hidden = [runner.step(new, torch.full((3,), slot), torch.arange(6, 9)) for slot in (0, 1)]
     assert_close(spec, hidden[0], hidden[1])
@@ -181,13 +187,13 @@ def test_the_largest_position_is_looked_for_once_a_pass(engine_spec, engine_mode
     """On a GPU each look waits for it."""
     runner, looks, largest = runner_of(engine_model(engine_spec()), "together"), [], torch.Tensor.max
     monkeypatch.setattr(torch.Tensor, "max", lambda self: looks.append(self) or largest(self))
-    runner.prefill(0, tokens_of(runner.model.spec, 5))
+    prompt(runner, 0, tokens_of(runner.model.spec, 5))
     runner.step(tokens_of(runner.model.spec, 2), torch.tensor([0, 0]), torch.tensor([5, 6]))
     assert len(looks) == 2
 
 
 def test_no_gradients_are_kept(setup):
     spec, _, runner = setup
-    hidden = runner.prefill(0, tokens_of(spec, 4))
+    hidden = prompt(runner, 0, tokens_of(spec, 4))
     assert not hidden.requires_grad
     assert not runner.logits(hidden).requires_grad

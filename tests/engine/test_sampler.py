@@ -1,3 +1,6 @@
+import math
+import random
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -11,6 +14,8 @@ from transformers.generation.logits_process import (
 
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.numerics.formats import errors
+
+ERROR_RATE = 1e-6  # chance that a right sampler fails one of the chi-square tests
 
 
 def warped(logits, params):
@@ -63,20 +68,99 @@ def test_extreme_logits():
         assert distribution.tolist() == [1, 0, 0, 0]
 
 
-def test_sample_inverts_the_cumulative_distribution():
-    distribution = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
-    generator, twin = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    for _ in range(200):
-        expected = 1 if float(torch.rand((), generator=twin, dtype=torch.float64)) < 0.25 else 3
-        assert sample(distribution, generator) == expected
+SKEWED = torch.tensor([0.0, 3.0, -1.0, 1.5, float("-inf"), 0.3, 2.0, -4.0])
+FILTERED = SamplingParams(temperature=1.3, top_k=6, top_p=0.95)
 
 
-def test_sample_at_the_ends(monkeypatch):
-    distribution = torch.tensor([0.0, 0.1, 0.2, 0.0])
-    monkeypatch.setattr("dovetail.engine.sampler.uniform", lambda generator: 0.0)
-    assert sample(distribution, torch.Generator()) == 1
-    monkeypatch.setattr("dovetail.engine.sampler.uniform", lambda generator: 1.0)  # as rounding might make it
-    assert sample(distribution, torch.Generator()) == 2
+def places(count):
+    """Seeds and positions: many positions of one seed, many seeds at one position, both, and large ones."""
+    root = math.isqrt(count)
+    yield [(5, position) for position in range(count)]
+    yield [(seed, 3) for seed in range(count)]
+    yield [(seed, position) for seed in range(root) for position in range(root)]
+    yield [(2**63 - 1 - seed, 2**30 + seed) for seed in range(count)]
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), FILTERED])
+@pytest.mark.parametrize("which", range(4))
+def test_draws_have_the_distribution(params, which, p_value):
+    distribution = probabilities(SKEWED, params)
+    seen = list(places(4096))[which]
+    counts = torch.zeros(len(SKEWED))
+    for seed, position in seen:
+        counts[sample(distribution, seed, position)] += 1
+    assert p_value(counts, distribution * len(seen)) > ERROR_RATE
+
+
+@pytest.mark.parametrize("step", [(1, 0), (0, 1), (1, 1), (1, -1)])
+def test_draws_of_neighbouring_seeds_and_positions_are_independent(step, p_value):
+    distribution = probabilities(SKEWED, FILTERED)
+    counts = torch.zeros(len(SKEWED), len(SKEWED))
+    for number in range(4096):
+        seed, position = 10**6 + 2 * number, 10**4
+        counts[sample(distribution, seed, position), sample(distribution, seed + step[0], position + step[1])] += 1
+    assert p_value(counts, distribution[:, None] * distribution * 4096) > ERROR_RATE
+
+
+def first_with(times):
+    """A race in which token i arrives at times(u_i, p_i)."""
+
+    def draw(distribution, seed, position):
+        numbers = random.Random(seed * 10**6 + position)
+        u = torch.tensor([numbers.random() for _ in distribution], dtype=torch.float64)
+        return int(times(u, distribution.double()).masked_fill(distribution == 0, math.inf).argmin())
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("times", "is_right"),
+    [
+        (lambda u, p: -u.log() / p, True),
+        (lambda u, p: u / p, False),
+        (lambda u, p: -u.log() * (1 - p), False),
+        (lambda u, p: -u.log() - p.log(), False),
+    ],
+)
+def test_other_races_have_another_distribution(times, is_right, p_value):
+    distribution, draw = probabilities(SKEWED, SamplingParams()), first_with(times)
+    counts = torch.zeros(len(SKEWED))
+    for seed in range(4096):
+        counts[draw(distribution, seed, 0)] += 1
+    assert (p_value(counts, distribution * 4096) > ERROR_RATE) == is_right
+
+
+def test_a_draw_is_a_function_of_seed_position_and_distribution():
+    distribution = probabilities(SKEWED, SamplingParams())
+    before = [sample(distribution, 7, position) for position in range(50)]
+    torch.manual_seed(1)
+    assert [sample(distribution, 7, position) for position in reversed(range(50))] == before[::-1]
+    assert [sample(4 * distribution, 7, position) for position in range(50)] == before  # need not be normalised
+    assert [sample(distribution, 8, position) for position in range(50)] != before
+
+
+def test_what_has_probability_0_is_never_drawn():
+    distribution = torch.tensor([0.0, 1e-30, 0.0, 1e-38, 0.0])
+    assert {sample(distribution, seed, 0) for seed in range(200)} == {1}
+    for token in range(5):
+        alone = torch.zeros(5)
+        alone[token] = 1
+        assert sample(alone, 3, 4) == token
+
+
+def test_logits_that_are_no_numbers_give_a_token_of_the_vocabulary():
+    """A model may overflow, and -1 is the row before the first of its embedding."""
+    logits = torch.full((4,), float("nan"))
+    for params in (SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_p=0.5, min_p=0.1)):
+        assert 0 <= sample(probabilities(logits, params), 1, 2) < 4
+
+
+def test_a_large_vocabulary(p_value):
+    """Eighths of 100,000 tokens."""
+    counts = torch.zeros(8)
+    for seed in range(400):
+        counts[sample(torch.full((100_000,), 1e-5), seed, 1) // 12_500] += 1
+    assert p_value(counts, torch.full((8,), 50.0)) > ERROR_RATE
 
 
 @pytest.mark.parametrize(
@@ -93,6 +177,17 @@ def test_sample_at_the_ends(monkeypatch):
         {"stop": [""]},
         {"stop": "abc"},
         {"seed": -1},
+        {"seed": 2**63},
+        {"min_tokens": -1},
+        {"min_tokens": 5, "max_tokens": 4},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": float("inf")},
+        {"logit_bias": {3: 101}},
+        {"logit_bias": {3: float("nan")}},
+        {"logprobs": -1},
+        {"prompt_logprobs": -1},
         {"topk": 1},
     ],
 )

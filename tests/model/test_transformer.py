@@ -192,7 +192,7 @@ def test_prefill_and_decode_are_the_full_pass(
 ) -> None:
     spec = tiny_spec()
     model, tokens = random_model(spec), some_tokens(spec, 2, 17)
-    cache = contiguous_cache(spec, batch=2, capacity=20, dtype=torch.float32).select(range(2))
+    cache = contiguous_cache(spec, 2, capacity=20, dtype=torch.float32).select(range(2))
     with torch.no_grad():
         full = model(tokens).hidden
         parts = []
@@ -227,7 +227,7 @@ def test_packed_documents_are_those_alone(tiny_spec: SpecFactory, random_model: 
 def test_documents_and_a_cache_do_not_go_together(tiny_spec: SpecFactory, random_model: ModelFactory) -> None:
     spec = tiny_spec()
     model, tokens = random_model(spec), some_tokens(spec, 1, 4)
-    cache = contiguous_cache(spec, batch=1, capacity=8, dtype=torch.float32).select([0])
+    cache = contiguous_cache(spec, 1, capacity=8, dtype=torch.float32).select([0])
     for changes in ({"cache": cache}, {"absorbed": True}):
         with pytest.raises(ValueError, match="one document per row"):
             model(tokens, document_ids=torch.zeros_like(tokens), **changes)

@@ -74,7 +74,11 @@ class Pace:
         plain, drafting = (self.steps.get((_rounded(sequences), each)) for each in (0, depth))
         if plain is None or drafting is None or not drafting.value:
             return 1.0
-        return (1 + sum(each.value for each in self.accepted[:depth])) * plain.value / drafting.value
+        return self.tokens(depth) * plain.value / drafting.value
+
+    def tokens(self, depth: int) -> float:
+        """What a step with so many drafts gives a sequence."""
+        return 1 + sum(each.value for each in self.accepted[:depth])
 
     def explain(self, depth: int) -> str:
         """A line for a person: where drafts pay, and where not."""
@@ -87,8 +91,7 @@ class Pace:
                 word = "pay" if self.gain(sequences, depth) > 1 else "do not pay"
                 parts.append(
                     f"up to {sequences} sequences drafts {word}: a step takes {drafting.value * 1e3:.1f} ms with and "
-                    f"{plain.value * 1e3:.1f} ms without, and gives {1 + sum(a.value for a in self.accepted):.2f} "
-                    "tokens"
+                    f"{plain.value * 1e3:.1f} ms without, and gives {self.tokens(depth):.2f} tokens"
                 )
         return "; ".join(parts) or "not measured yet"
 

@@ -21,9 +21,10 @@ def mixed(x):  # type: ignore[no-untyped-def]
 
 @serial_kernel
 def first(distribution, seed, position):  # type: ignore[no-untyped-def]
-    """The token i for which E_i / distribution[i] is smallest, E_i = -log(u_i), u_i in (0, 1) with 53 random bits."""
+    """The token i for which E_i / distribution[i] is smallest, E_i = -log(u_i), u_i in (0, 1) with 53 random bits.
+    Token 0 where no probability is above 0: those of logits that are no numbers."""
     key = mixed(mixed(np.uint64(seed)) ^ np.uint64(position))
-    winner, best = -1, np.inf
+    winner, best = 0, np.inf
     for i in range(len(distribution)):
         if distribution[i] > 0:
             bits = mixed(key ^ mixed(np.uint64(i))) >> np.uint64(11)

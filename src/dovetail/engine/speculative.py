@@ -43,10 +43,8 @@ from torch import Tensor
 
 from dovetail.engine.drawing import draw_all, pick
 from dovetail.engine.sequence import Drawn, Sequence
-from dovetail.engine.steps.rows import Chunk, Short
+from dovetail.engine.steps.rows import NONE, Chunk, Short
 from dovetail.engine.steps.runner import Chosen, Runner
-
-NONE = Short([], [], [])
 
 
 def check_depth(depth: int, num_modules: int) -> None:

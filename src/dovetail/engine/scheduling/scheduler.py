@@ -141,10 +141,10 @@ class Scheduler:
             if budget > 0:
                 budget -= self._add_part(task, budget, parts)
         while budget > 0 and self.waiting and self._slots:
-            task = next((task for task in self.waiting if not _waits_for_leader(task)), None)
-            if task is None or not self._admit(task):
+            first = next((task for task in self.waiting if not _waits_for_leader(task)), None)
+            if first is None or not self._admit(first):
                 break
-            budget -= self._add_part(task, budget, parts)
+            budget -= self._add_part(first, budget, parts)
         return parts
 
     def _add_part(self, task: Task, budget: int, parts: list[Part]) -> int:

@@ -15,7 +15,7 @@ from numba.extending import register_jitable
 from dovetail.engine.steps.row_experts_numba import group_pairs, route_row
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel
-from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
+from dovetail.numerics.cpu.scalars_numba import load, scale_row, sigmoid, store
 from dovetail.numerics.products.grouped_numba import grouped_gemm
 
 
@@ -58,9 +58,7 @@ def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         value = load(x, i)
         total += value * value
-    factor = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps)
-    for i in range(len(x)):
-        store(out, i, load(x, i) * factor * weight[i])
+    scale_row(x, np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps), weight, out)
 
 
 @register_jitable
@@ -71,7 +69,10 @@ def norm(x, weight, eps):  # type: ignore[no-untyped-def]
     return out
 
 
-@register_jitable
+# Loops that store are compiled without fast arithmetic, for the reason that `scale_row` gives.
+
+
+@register_jitable(fastmath=False)
 def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
     for j in range(len(cos)):
         even, odd = load(x, 2 * j), load(x, 2 * j + 1)
@@ -106,7 +107,7 @@ def project(  # type: ignore[no-untyped-def]
     return queries.reshape((len(wanted), heads, dim))
 
 
-@register_jitable
+@register_jitable(fastmath=False)
 def add(x, y):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         store(x, i, load(x, i) + load(y, i))
@@ -120,17 +121,36 @@ def add_product(x, y, weight, threads):  # type: ignore[no-untyped-def]
         add(x[r], out[r])
 
 
+@register_jitable(fastmath=False)
+def gated_row(gate, up, out):  # type: ignore[no-untyped-def]
+    for i in range(len(out)):
+        g = load(gate, i)
+        store(out, i, g * sigmoid(g) * load(up, i))
+
+
 @register_jitable
 def gated(both):  # type: ignore[no-untyped-def]
     """SwiGLU of [R, 2 I], gates first -> [R, I]."""
     width = both.shape[1] // 2
     act = np.empty((len(both), width), np.uint16)
     for r in range(len(both)):
-        gate, up = both[r, :width], both[r, width:]
-        for i in range(width):
-            g = load(gate, i)
-            store(act[r], i, g * sigmoid(g) * load(up, i))
+        gated_row(both[r, :width], both[r, width:], act[r])
     return act
+
+
+@register_jitable(fastmath=False)
+def weigh_row(total, weight, x):  # type: ignore[no-untyped-def]
+    """total += weight * x, in FP32."""
+    for i in range(len(total)):
+        total[i] += weight * load(x, i)
+
+
+@register_jitable(fastmath=False)
+def round_row(x):  # type: ignore[no-untyped-def]
+    out = np.empty(len(x), np.uint16)
+    for i in range(len(x)):
+        store(out, i, x[i])
+    return out
 
 
 @kernel
@@ -170,12 +190,8 @@ def experts(  # type: ignore[no-untyped-def]
     for r in prange(rows):
         total = np.zeros(dim, np.float32)
         for k in range(choices):
-            row, weight = routed[where[r * choices + k]], weights[r, k]
-            for i in range(dim):
-                total[i] += weight * load(row, i)
-        out = np.empty(dim, np.uint16)
-        for i in range(dim):
-            store(out, i, total[i])
+            weigh_row(total, weights[r, k], routed[where[r * choices + k]])
+        out = round_row(total)
         if has_shared:
             add(out, shared[r])
         add(x[r], out)

@@ -30,3 +30,6 @@ class Short:
     tokens: list[int]
     slots: list[int]
     positions: list[int]
+
+
+NONE = Short([], [], [])

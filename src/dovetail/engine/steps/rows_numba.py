@@ -20,7 +20,7 @@ from numba.extending import register_jitable
 
 from dovetail.numerics.cpu.dots_numba import dots, mix, mix_at, products
 from dovetail.numerics.cpu.kernels import kernel, serial_kernel
-from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, store
+from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, scale_row, store
 
 HEADS = 4  # heads of a row that attend together
 BLOCK = 16  # outputs per piece of work
@@ -31,9 +31,7 @@ def norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(len(x)):
         total += x[i] * x[i]
-    r = np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps)
-    for i in range(len(x)):
-        out[i] = x[i] * r * weight[i]
+    scale_row(x, np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps), weight, out)
 
 
 @register_jitable

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dovetail.engine.steps.cache import PagedCache, SelectedSlots
 from dovetail.engine.steps.fused import FusedSteps
-from dovetail.engine.steps.rows import Chunk, Short
+from dovetail.engine.steps.rows import NONE, Chunk, Short
 from dovetail.engine.steps.tiled import TiledSteps
 from dovetail.engine.steps.weights import takes
 from dovetail.model.transformer import Transformer
@@ -62,12 +62,27 @@ class Runner:
         work. `chosen` gets the experts of all rows (in the last block of those wanted alone)."""
         if self.kernels is not None:
             return self.kernels.run(short, chunks, wanted, chosen)
-        parts = [self._step(short, lambda cache, rows: self._main(short, cache, rows))] if short.tokens else []
+        hidden, routed = [], []
+        if short.tokens:
+            rows, output = self._main(short)
+            hidden.append(rows)
+            routed.append(output)
         for chunk in chunks:
             tokens, positions = self._tensor(chunk.tokens)[None], self._tensor(chunk.range)[None]
-            parts.append(self.model(tokens, positions, cache=self.cache.select([chunk.slot])).hidden[0])
-        hidden = torch.cat(parts)
-        return hidden if wanted is None else hidden[wanted]
+            output = self.model(tokens, positions, cache=self.cache.select([chunk.slot]))
+            hidden.append(output.hidden[0])
+            routed.append([routing.expert_ids for routing in output.routings])
+        if chosen is not None:
+            chosen += [torch.cat(layer) for layer in zip(*routed, strict=True)]
+        return torch.cat(hidden) if wanted is None else torch.cat(hidden)[wanted]
+
+    def prompt(self, chunks: list[Chunk], wanted: list[int] | None = None, chosen: Chosen | None = None) -> Tensor:
+        """`run` of chunks alone."""
+        return self.run(NONE, chunks, wanted, chosen)
+
+    def step(self, tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Chosen | None = None) -> Tensor:
+        """`run` of short rows alone."""
+        return self.run(Short(tokens.tolist(), slots.tolist(), positions.tolist()), [], None, chosen)
 
     @torch.no_grad()
     def draft(self, depth: int, short: Short, chunks: list[Chunk], hidden: Tensor, next_tokens: list[int]) -> Tensor:
@@ -105,9 +120,21 @@ class Runner:
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.device)
 
-    def _main(self, short: Short, cache: SelectedSlots, rows: Tensor) -> Tensor:
-        tokens, positions = self._tensor(short.tokens)[rows], self._tensor(short.positions)[rows]
-        return self.model(tokens, positions, cache=cache, absorbed=True).hidden
+    def _main(self, short: Short) -> tuple[Tensor, Chosen]:
+        """Hidden states of short rows, and the experts chosen."""
+        tokens, all_positions = self._tensor(short.tokens), self._tensor(short.positions)
+        places: list[Tensor] = []
+        routed: list[list[Tensor]] = []
+
+        def run(cache: SelectedSlots, rows: Tensor) -> Tensor:
+            output = self.model(tokens[rows], all_positions[rows], cache=cache, absorbed=True)
+            places.append(rows.flatten())
+            routed.append([routing.expert_ids for routing in output.routings])
+            return output.hidden
+
+        hidden = self._step(short, run)
+        order = torch.cat(places).argsort()
+        return hidden, [torch.cat(layer)[order] for layer in zip(*routed, strict=True)]
 
     def _module(
         self, depth: int, short: Short, hidden: Tensor, tokens: Tensor, cache: SelectedSlots, rows: Tensor

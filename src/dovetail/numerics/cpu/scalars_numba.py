@@ -1,4 +1,4 @@
-"""Scalar building blocks of the CPU kernels: BF16 load and store, and an exponential.
+"""Scalar building blocks of the CPU kernels: BF16 load and store, an exponential, and a row's scaling.
 
 `load` widens FP32 and BF16 (held as uint16) to FP32 exactly; `store` rounds to nearest even, as torch's own cast does.
 
@@ -111,3 +111,14 @@ def from_ordered(key: int) -> float:
 @register_jitable(forceinline=True)
 def sigmoid(x: float) -> float:
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+
+
+@register_jitable(fastmath=False)
+def scale_row(x, factor, weight, out):  # type: ignore[no-untyped-def]
+    """out[i] = x[i] * factor * weight[i], in this order.
+
+    LLVM compiles a loop that stores twice, for arrays that may overlap and for others. With fast arithmetic the two
+    may group these factors in different ways, and which of them runs depends on where the arrays are.
+    """
+    for i in range(len(weight)):
+        store(out, i, load(x, i) * factor * weight[i])
