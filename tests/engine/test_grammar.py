@@ -308,3 +308,9 @@ def test_states_of_one_grammar_are_apart(compiler: GrammarCompiler, tokenizer: T
     one, two = compiler.start(grammar), compiler.start(grammar)
     one.advance(tokenizer.encode("b")[0])
     assert one.is_finished and not two.is_finished and two.mask()[tokenizer.encode("a")[0]]
+
+
+def test_a_model_without_end_tokens_is_finished_where_nothing_can_follow(tokenizer: Tokenizer) -> None:
+    state = GrammarCompiler(tokenizer, frozenset()).start(Grammar(kind="regex", text="[xy]"))
+    state.advance(tokenizer.encode("x")[0])
+    assert state.is_finished and not state.mask().any()

@@ -46,7 +46,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, end_tokens: Iterable[int]) -> None:
         self.end_tokens = sorted(end_tokens)
-        self.num_ids = max(tokenizer.vocab_size, *(token + 1 for token in self.end_tokens))
+        self.num_ids = max([tokenizer.vocab_size, *(token + 1 for token in self.end_tokens)])
         self.free = np.arange(self.num_ids) < tokenizer.vocab_size
         self.free[self.end_tokens] = False
         self.tokens = LLTokenizer(tokenizer.backend.to_str(), n_vocab=self.num_ids)

@@ -153,7 +153,7 @@ OTHERS = {
     "{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}",
     "trimmed blocks": "{{ bos_token }}\n  {% for m in messages %}\n  {{ m['role'] }}: "
     "{{ (m.content or '') | trim }}\n  {% endfor %}\n{% if add_generation_prompt %}\nassistant:{% endif %}\n",
-    "tools as JSON": "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ undefined_name }}{{ messages | length }}",
+    "tools as JSON": "{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}{{ undefined }}{{ messages | length }}",
     "arguments quoted": "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
     "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}",
     "arguments walked": "{% for m in messages %}{% for c in m.tool_calls or [] %}{% for k, v in c.function.arguments | "
