@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dovetail.text.stream import TextStream
+from dovetail.text.stream import TextStream, pending
 from dovetail.text.tokenizer import Tokenizer
 
 
@@ -67,8 +67,3 @@ def find_new(text: str, stop: str, old: int) -> tuple[int, int] | None:
     """
     start = text.find(stop, max(old - len(stop) + 1, 0))
     return None if start < 0 else (start + len(stop), start)
-
-
-def pending(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, not all of it."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable
+from typing import AnyStr
 
 from tokenizers.decoders import DecodeStream
 
@@ -40,3 +41,8 @@ class TextStream:
         if self.tokenizer.piece_bytes is not None:
             return self.utf8.decode(b"", final=True)
         return self.tokenizer.decode(self.ids)[self.emitted :]
+
+
+def pending(text: AnyStr, marker: AnyStr) -> int:
+    """Length of the longest end of `text` that is a beginning of `marker`, not all of it."""
+    return next((n for n in range(min(len(marker) - 1, len(text)), 0, -1) if text.endswith(marker[:n])), 0)
