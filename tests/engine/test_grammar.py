@@ -103,7 +103,9 @@ def test_a_random_walk_under_the_mask_ends_in_text_that_matches(
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), which=st.sampled_from(range(len(KINDS))), after=st.sampled_from(["", "</think>"]))
-def test_rolled_back_is_as_if_never_advanced(compiler: GrammarCompiler, data: st.DataObject, which: int, after: str) -> None:
+def test_rolled_back_is_as_if_never_advanced(
+    compiler: GrammarCompiler, data: st.DataObject, which: int, after: str
+) -> None:
     grammar = KINDS[which][0].model_copy(update={"after": after})
     state, kept = compiler.start(grammar), list[int]()
     seed = data.draw(st.integers(0, 2**32 - 1))
@@ -188,7 +190,7 @@ def test_before_the_marker_text_is_free(compiler: GrammarCompiler, tokenizer: To
         state.advance(token)
     assert state.mask()[last] and state.mask()[tokenizer.encode("b")[0]]
     state.advance(last)
-    assert set(tokenizer.decode([i]) for i in np.flatnonzero(state.mask())) <= {"a", "ab"}
+    assert {tokenizer.decode([i]) for i in np.flatnonzero(state.mask())} <= {"a", "ab"}
     state.rollback(1)
     assert state.mask()[tokenizer.encode("b")[0]]
 

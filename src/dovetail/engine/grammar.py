@@ -1,8 +1,9 @@
 """Which tokens may come next, so that a completion matches a JSON schema, a regex or a grammar.
 
-llguidance does the work: its parser runs over the bytes of the tokens, so a token may span several symbols. What is here
-keeps one parser per sequence beside the engine's tokens: forward over tokens, drafts included, and back over
-rejected ones. Where only one text can follow, the mask has the tokens that encoding it gives, no others. A grammar may begin only after a marker such as "</think>": what comes before is free text.
+llguidance does the work: its parser runs over the bytes of the tokens, so a token may span several symbols. What is
+here keeps one parser per sequence beside the engine's tokens: forward over tokens, drafts included, and back over
+rejected ones. Where only one text can follow, the mask has the tokens that encoding it gives, no others. A grammar may
+begin only after a marker such as "</think>": what comes before is free text.
 
 End tokens are kept out of the parser, whose `rollback` counts them at times and at times not.
 """
@@ -53,7 +54,7 @@ class GrammarCompiler:
         self._marker = cache(lambda text: Marker(text.encode(), self.pieces))
 
     def start(self, grammar: Grammar) -> GrammarState:
-        """Raises ValueError (one line) for a grammar that is malformed, too large, or asks for what is not supported."""
+        """Raises ValueError (one line) for a grammar that is malformed, too large, or not supported."""
         matcher = self._compiled(grammar.kind, grammar.text).deep_copy()
         return GrammarState(self, matcher, self._marker(grammar.after) if grammar.after else None)
 

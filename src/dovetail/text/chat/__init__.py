@@ -1,0 +1,1 @@
+"""Conversations: their templates, and the parts of what a model answers."""
