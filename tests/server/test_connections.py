@@ -158,3 +158,13 @@ def test_a_second_signal_ends_at_once(start: Callable[..., Any]) -> None:
     running.server.handle_exit(2, None)
     assert running.server.should_exit and running.server.force_exit
     link.close()
+
+
+def test_headers_without_end(start: Callable[..., Any]) -> None:
+    running = start()
+    link = connect(running)
+    with pytest.raises(OSError):
+        for i in range(100_000):
+            link.sendall(b"GET / HTTP/1.1\r\n" if i == 0 else b"X-More: " + b"x" * 8000 + b"\r\n")
+    link.close()
+    assert httpx.get(running.url + "/health").status_code == 200

@@ -7,16 +7,18 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dovetail.cli import app as cli
+from dovetail.cli.serve import Address, Room
 from dovetail.server.settings import ServeConfig, body_limit
 from dovetail.server.start import exposure, greeting, listen
 
-DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def values(site: Any) -> dict[str, float]:
@@ -65,7 +67,11 @@ def test_times_are_those_of_requests(build: Callable[..., Any]) -> None:
 def test_the_dashboard_asks_for_what_there_is(build: Callable[..., Any]) -> None:
     site = build()
     known = {name.partition("{")[0] for name in values(site)}
-    asked = [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
+    asked = [
+        target["expr"]
+        for panel in json.loads((DOCS / "grafana.json").read_text())["panels"]
+        for target in panel["targets"]
+    ]
     named = {name for query in asked for name in re.findall(r"(?:vllm:|dovetail_)\w+", query)}
     assert named and named <= known
 
@@ -142,3 +148,23 @@ def test_mistakes_are_one_line(
     assert done.value.code == 1
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("dovetail: ") and message in error
+
+
+def test_every_setting_is_in_the_guide_and_every_option_is_a_setting() -> None:
+    guide = (DOCS / "guides" / "serving.md").read_text()
+    options = {name.replace("-", "_") for name in re.findall(r"^\| `--([a-z-]+)`", guide, re.MULTILINE)}
+    offered = {each.name for record in (Address, Room) for each in fields(record)}
+    assert options == offered <= ServeConfig.model_fields.keys()
+    assert all(f"`{name}`" in guide for name in ServeConfig.model_fields.keys() - options)
+
+
+def test_a_file_and_options_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "serve.toml").write_text('port = 1\nhost = "h"\nspeculate = "auto"\nmax_requests = 2\n')
+    seen: list[ServeConfig] = []
+    monkeypatch.setattr("dovetail.server.start.serve", lambda checkpoint, config, say: seen.append(config))
+    given = ["serve", "x", "--config", str(tmp_path / "serve.toml"), "--port", "5", "--speculate", "2"]
+    monkeypatch.setenv("DOVETAIL_API_KEY", "k")
+    monkeypatch.setattr(sys, "argv", ["dovetail", *given, "--set", "drain_seconds=3"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert seen == [ServeConfig(port=5, host="h", speculate=2, max_requests=2, drain_seconds=3, api_key="k")]
