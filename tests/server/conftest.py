@@ -16,7 +16,7 @@ from dovetail.engine.engine import Draining, Full, Statistics
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.stream import Output, Stream, Token
 from dovetail.server.exchange import Desk
-from dovetail.server.served import Delta, Served
+from dovetail.server.served import Delta, Prompt, Served
 from dovetail.server.settings import ServeConfig
 from dovetail.server.start import DrainingServer, listen
 from dovetail.text.stream import TextStream
@@ -184,14 +184,17 @@ class ScriptedTemplate:
         self.tokenizer = tokenizer
         self.asked: list[tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = []
 
-    def prompt(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> tuple[list[int], Callable[[], ScriptedParser]]:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Prompt:
         self.asked.append((messages, options))
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
         if "refuse this" in text:
             raise ValueError("the template refuses it")
-        return self.tokenizer.encode(text), lambda: ScriptedParser(bool(options.get("thinking")))
+        thinks = bool(options.get("thinking"))
+
+        def new_parser(*, reads_calls: bool) -> ScriptedParser:
+            return ScriptedParser(thinks)
+
+        return Prompt(tokens=self.tokenizer.encode(text), new_parser=new_parser, after="</think>" if thinks else "")
 
 
 @dataclass

@@ -29,7 +29,8 @@ class Address:
         str | None, typer.Option(show_default="the directory's name", help="The model's name for clients.")
     ] = None
     chat_template: Annotated[
-        Path | None, typer.Option(show_default="the checkpoint's", help="A file with a Jinja template of chats.")
+        str | None,
+        typer.Option(show_default="the checkpoint's", help="A file with a Jinja template of chats, or a built-in one."),
     ] = None
     max_body_bytes: Annotated[
         int | None, typer.Option(show_default="by --max-model-len", help="Size of a request's body.")

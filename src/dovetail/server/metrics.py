@@ -1,4 +1,4 @@
-"""What /metrics says: names and meanings that dashboards for vLLM read, and our own beside them (`dovetail_`).
+"""What /metrics says: what dashboards for vLLM read, and our own beside it (`dovetail_`).
 
 Counts come from the engine when they are asked for; times are taken where answers leave.
 """

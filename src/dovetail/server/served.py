@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,13 +36,28 @@ class Parser(Protocol):
         ...
 
 
+class NewParser(Protocol):
+    """Makes what reads one answer."""
+
+    def __call__(self, *, reads_calls: bool) -> Parser:
+        """Return a fresh parser; one that reads no calls takes them for text."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A conversation as the model reads it."""
+
+    tokens: list[int]
+    new_parser: NewParser
+    after: str = ""  # the thought that the model begins with ends with this; a grammar begins behind it
+
+
 class Template(Protocol):
     """Writes a conversation as the model reads it."""
 
-    def prompt(
-        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
-    ) -> tuple[list[int], Callable[[], Parser]]:
-        """Return the prompt's tokens, and what makes a reader of one answer to it.
+    def prompt(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> Prompt:
+        """Return the prompt for an answer to `messages`.
 
         `options`: tools, add_generation_prompt, continue_final_message, and what the template knows beside. Raises
         ValueError for a conversation that the template refuses.

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from dovetail.config import Record, UserPath
+from dovetail.config import Record
 
 _BYTES_PER_TOKEN = (
     64  # of JSON: a token of text is some 4 characters, each up to 6 bytes where it is escaped; rest: room
@@ -21,7 +21,7 @@ class ServeConfig(Record):
     port: int = Field(default=8000, ge=0, le=65535)  # 0: any free one
     api_key: str | None = Field(default=None, min_length=1)
     served_model_name: str | None = Field(default=None, min_length=1)  # None: the name of the checkpoint's directory
-    chat_template: UserPath | None = None  # a file, in place of the checkpoint's own template
+    chat_template: str | None = Field(default=None, min_length=1)  # a file or a built-in one; None: the checkpoint's
     max_model_len: int | None = Field(default=None, ge=2)  # tokens; None: the model's max_position_embeddings
     cache_bytes: int | None = Field(default=None, ge=1)  # None: the engine's choice
     cache_format: Literal["bf16", "fp8"] = "bf16"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from dovetail.server.served import Delta, Parser
 
-_HEAD = re.compile(r'(?:\[|, )\{"name": "([^"]*)", "arguments": ')
+_HEAD = re.compile(r'(?:\[|\}, )\{"name": "([^"]*)", "arguments": ')
 _MARKS = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)  # what matters to where a JSON object ends
 
 
@@ -76,7 +76,6 @@ class ForcedCalls:
                 yield Delta(call=self.count - 1, arguments=written)
             if self.depth is not None:
                 return
-            self.text = self.text.removeprefix("}")
 
     def _end_of_arguments(self) -> int:
         """Return where the arguments end in the text, or all of it that can be told; the depth is None at the end."""

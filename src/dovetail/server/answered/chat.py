@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from dovetail.engine.grammar import Grammar
@@ -17,7 +17,7 @@ from dovetail.server.asked.chat import ChatRequest
 from dovetail.server.asked.sampling import to_params
 from dovetail.server.asked.tools import call_grammar
 from dovetail.server.errors import ApiError
-from dovetail.server.served import Delta, Parser, Served
+from dovetail.server.served import Delta, Parser, Prompt, Served
 from dovetail.server.work import Job, Work
 
 
@@ -28,13 +28,14 @@ def chat_job(served: Served, asked: ChatRequest, seed: int) -> Job:
     """
     served.check_model(asked.model)
     choice = asked.tool_choice if asked.tool_choice is not None and asked.tool_choice.is_forced else None
+    prompt = _render(served, asked)
     grammar = asked.grammar()
     if choice is not None:
         named = [tool for tool in asked.offered if choice.name in (None, tool.function.name)]
         grammar = Grammar(kind="lark", text=call_grammar(named, choice.name, is_parallel=asked.parallel_tool_calls))
-    prompt, new_parser = _render(served, asked)
-    parsers = [new_parser() if choice is None else ForcedCalls(new_parser(), choice.name) for _ in range(asked.n)]
-    room = served.engine.max_model_len - len(prompt)
+    if grammar is not None and prompt.after:
+        grammar = grammar.model_copy(update={"after": prompt.after})
+    room = served.engine.max_model_len - len(prompt.tokens)
     most = asked.most_tokens()
     shows_tokens = asked.token_details or asked.routed_experts
     top = asked.top_logprobs or 0
@@ -47,24 +48,34 @@ def chat_job(served: Served, asked: ChatRequest, seed: int) -> Job:
         grammar=grammar,
     )
     return Job(
-        prompt=prompt,
+        prompt=prompt.tokens,
         params=params,
-        parsers=parsers,
+        parsers=[_parser(prompt, asked) for _ in params],
         priority=asked.priority,
         names_calls=choice is None or choice.name is None,
         keeps_tokens=asked.logprobs or shows_tokens or asked.return_token_ids,
     )
 
 
-def _render(served: Served, asked: ChatRequest) -> tuple[list[int], Callable[[], Parser]]:
+def _parser(prompt: Prompt, asked: ChatRequest) -> Parser:
+    choice = asked.tool_choice
+    if choice is not None and choice.is_forced:
+        return ForcedCalls(prompt.new_parser(reads_calls=False), choice.name)
+    return prompt.new_parser(reads_calls=bool(asked.offered))
+
+
+def _render(served: Served, asked: ChatRequest) -> Prompt:
     options = {
-        **asked.chat_template_kwargs,
         "tools": [tool.to_template() for tool in asked.offered] or None,
         "add_generation_prompt": asked.add_generation_prompt and not asked.continue_final_message,
         "continue_final_message": asked.continue_final_message,
     }
+    if taken := sorted(options.keys() & asked.chat_template_kwargs.keys()):
+        message = f"chat_template_kwargs: {taken[0]} is a field of its own; give it there"
+        raise ApiError(400, message, param="chat_template_kwargs")
     try:
-        return served.template.prompt([message.to_template() for message in asked.messages], options)
+        messages = [message.to_template() for message in asked.messages]
+        return served.template.prompt(messages, {**asked.chat_template_kwargs, **options})
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from None
 

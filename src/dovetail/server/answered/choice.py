@@ -1,4 +1,4 @@
-"""One choice on its way out: what the engine gave, read token by token, for streams and whole answers alike."""
+"""One choice on its way out: what the engine gave, read for streams and whole answers alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base of every request: null means absent, an unknown field is an error, and some are refused with a remedy.
+"""The base of every request: null means absent, and an unknown field is an error.
 
 A field that would change the answer is never ignored. What clients add for their own books (`user`, `metadata`) is
 taken and left alone.
