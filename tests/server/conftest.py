@@ -42,7 +42,8 @@ class ScriptedEngine:
     is_draining: bool = False
     asked: list[tuple[list[int], SamplingParams, int]] = field(default_factory=list)
     num_running: int = 0
-    num_cancelled: int = 0
+    num_cancelled: int = 0  # before their end
+    num_left: int = 0  # calls of cancel
     before_submit: Callable[[], object] = lambda: None
 
     def submit_group(
@@ -62,6 +63,7 @@ class ScriptedEngine:
         stopped = threading.Event()
 
         def cancel() -> None:
+            self.num_left += 1
             stopped.set()
 
         stream = Stream(len(prompt), cancel)

@@ -29,6 +29,15 @@ def test_every_form_of_a_prompt(build: Callable[..., Any]) -> None:
     assert site.engine.asked[0][1].max_tokens == 16
 
 
+def test_equal_prompts_are_drawn_differently(build: Callable[..., Any]) -> None:
+    site = build()
+    for seed in (5, None):
+        site.engine.asked.clear()
+        site.post("/v1/completions", prompt=["a", "a"], n=2, seed=seed)
+        first, *others = [params.seed for _, params, _ in site.engine.asked]
+        assert others == [first + 1, first + 2, first + 3] and seed in (first, None)
+
+
 @pytest.mark.parametrize("block", [1, 3])
 def test_a_stream_adds_up_to_the_whole_answer(build: Callable[..., Any], block: int) -> None:
     site = build(engine={"block": block})

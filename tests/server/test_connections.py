@@ -168,3 +168,19 @@ def test_headers_without_end(start: Callable[..., Any]) -> None:
             link.sendall(b"GET / HTTP/1.1\r\n" if i == 0 else b"X-More: " + b"x" * 8000 + b"\r\n")
     link.close()
     assert httpx.get(running.url + "/health").status_code == 200
+
+
+def test_what_has_ended_is_not_cancelled(start: Callable[..., Any]) -> None:
+    running = start()
+    for stream in (True, False):
+        assert httpx.post(running.url + "/v1/chat/completions", json={**CHAT, "stream": stream}).status_code == 200
+    until(lambda: not running.site.desk.running)
+    assert running.site.engine.num_left == 0
+
+
+def test_what_is_prepared_when_time_is_over_is_ended(start: Callable[..., Any]) -> None:
+    running = start(engine={"text": "a" * 4000, "pace": 0.01})
+    running.site.engine.before_submit = running.site.desk.cancel_all
+    answer = httpx.post(running.url + "/v1/completions", json={"prompt": ["a", "b"], "n": 2, "max_tokens": 4000})
+    assert answer.status_code == 503
+    until(lambda: running.site.engine.num_cancelled == 4)

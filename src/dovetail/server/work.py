@@ -46,6 +46,7 @@ class Work:
         self.groups: list[int] = []  # choices of each prompt
         self.lock = threading.Lock()
         self.is_cancelled = False
+        self.has_ended = False
 
     def __enter__(self) -> Self:
         return self
@@ -53,7 +54,8 @@ class Work:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cancel()
+        if not self.has_ended:
+            self.cancel()
 
     def cancel(self) -> None:
         """End every choice, and at once what is submitted later. May be called from any thread, and twice."""
@@ -77,14 +79,13 @@ class Work:
             with self.lock:
                 self.streams += streams
                 is_late = self.is_cancelled
-            if is_late:
-                self.cancel()
-                return
             self.groups.append(len(streams))
             self.choices += [
                 Choice(parser=parser, names_calls=job.names_calls, keeps_tokens=job.keeps_tokens)
                 for parser in job.parsers
             ]
+            if is_late:
+                self.cancel()
 
     async def drive(self, emit: Emit) -> None:
         """Read every choice to its end and give each piece to `emit`. Raises ApiError where the engine fails."""
@@ -102,6 +103,7 @@ class Work:
                 readers.start_soon(read, index)
         if failures:
             raise failures[0]
+        self.has_ended = True
         self.metrics.request_ended(time.monotonic() - self.arrived)
 
     async def _read(self, index: int, emit: Emit) -> None:

@@ -41,7 +41,8 @@ class CompletionAnswer:
         self.head: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self.shows_tokens = asked.token_details or asked.routed_experts
         self.is_scored = asked.logprobs is not None or asked.draws > asked.n
-        self.jobs = [self._job(served, prompt, seed) for prompt in asked.prompt]
+        seed = seed if asked.seed is None else asked.seed
+        self.jobs = [self._job(served, prompt, seed + i * asked.draws) for i, prompt in enumerate(asked.prompt)]
         self.offsets = dict[int, int]()  # characters sent of each choice
         options = asked.stream_options
         self.has_usage = options is not None and options.include_usage
@@ -52,7 +53,7 @@ class CompletionAnswer:
         of_prompt = asked.prompt_logprobs
         if asked.echo and asked.logprobs is not None:
             of_prompt = max(asked.logprobs, of_prompt or 0)
-        drawn = asked.model_copy(update={"n": asked.draws, "prompt_logprobs": of_prompt})
+        drawn = asked.model_copy(update={"n": asked.draws, "prompt_logprobs": of_prompt, "seed": seed})
         params = to_params(
             drawn,
             served.defaults,
