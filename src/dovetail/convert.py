@@ -63,7 +63,12 @@ def load_llm(
     state, spec, step = _run_weights(source, ema, allow_non_finite)
     model = Transformer(spec, dtype=chosen)
     model.load_state_dict(state)
-    return LLM(model.to(device), spec, Tokenizer.load(source / "tokenizer")), weights_line(source, step, ema)
+    return LLM(model.to(device), spec, Tokenizer.load(tokenizer_directory(source))), weights_line(source, step, ema)
+
+
+def tokenizer_directory(source: Path) -> Path:
+    """Return where the tokenizer of a run or of a checkpoint is, and its chat template."""
+    return source / "tokenizer" if is_run(source) else source
 
 
 def notes(checkpoint: Path) -> Iterator[str]:

@@ -15,7 +15,7 @@ import typer
 
 import dovetail
 from dovetail import threads
-from dovetail.cli import catalog, generate, health, models, network, plan, reproduce, train, weights
+from dovetail.cli import catalog, generate, health, models, network, plan, reproduce, serve, train, weights
 from dovetail.cli.options import with_user_paths
 from dovetail.printing import open_streams
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="The DeepSeek-V3 system in one package: plan, train, generate, convert and count.",
 )
-for verbs in (train, health, generate, weights, models, catalog, plan, reproduce):
+for verbs in (train, health, generate, serve, weights, models, catalog, plan, reproduce):
     app.add_typer(verbs.app)
 app.add_typer(network.app, name="network")
 for group in app.registered_groups:

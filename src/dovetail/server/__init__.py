@@ -1,0 +1,1 @@
+"""Serves a model over HTTP in the form that OpenAI's clients speak."""

@@ -1,0 +1,1 @@
+"""What a client may ask for: one class per endpoint, and what is refused by name."""
