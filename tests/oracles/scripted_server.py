@@ -22,6 +22,12 @@ from starlette.routing import Route
 
 Answer = Literal["whole", "cut off", "error", "empty", "refused", "not json"]
 
+ENDS: dict[Answer, str] = {  # after the first chunk
+    "cut off": ": gone\n\n",
+    "error": 'data: {"error": {"message": "out of memory"}}\n\n',
+    "not json": "data: {\n\n",
+}
+
 
 @dataclass(kw_only=True)
 class Scripted:
@@ -71,11 +77,8 @@ class Scripted:
             tokens = 0 if answer == "empty" else body["max_tokens"]
             for begin in range(0, tokens, self.per_chunk):
                 await asyncio.sleep(self.pause)
-                if begin and answer in ("cut off", "error", "not json"):
-                    if answer != "cut off":
-                        yield (
-                            'data: {"error": {"message": "out of memory"}}\n\n' if answer == "error" else "data: {\n\n"
-                        )
+                if begin and answer in ENDS:
+                    yield ENDS[answer]
                     return
                 sofar = min(tokens, begin + self.per_chunk)
                 yield self.event(body, "a" * (sofar - begin), sofar)

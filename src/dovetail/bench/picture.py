@@ -1,4 +1,4 @@
-"""Draws a measurement: how times to first token and between tokens are spread, and when each request ran."""
+"""Draws a measurement: the spread of its latencies, and when each request ran."""
 
 from __future__ import annotations
 
