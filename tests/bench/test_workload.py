@@ -79,7 +79,7 @@ def test_a_trace_is_read_and_its_mistakes_named(tmp_path: Path) -> None:
         ("{", "line 1: not valid JSON"),
         ("[1]", "line 1: not a JSON object"),
         (line % -1, "line 1: arrival = -1"),
-        (line % 0 + '{"arrival": 0, "input": 9}', "line 2: unknown key 'input'; did you mean input_tokens"),
+        (line % 0 + '{"arrival": 0, "input": 9}', "line 2: unknown key 'input'; known: arrival, input_tokens"),
         (
             '{"arrival": 0, "input_tokens": 4, "output_tokens": 1, "shared_tokens": 4}',
             "shared_tokens 4 has to be",

@@ -1,4 +1,7 @@
-"""Finds out how a server takes requests, before any is measured: the model's name, the form of prompts, the fields."""
+"""Finds out how a server takes requests, before any is measured.
+
+That is the model's name, the form that prompts may have, and the fields that it knows.
+"""
 
 from __future__ import annotations
 

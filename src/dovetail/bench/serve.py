@@ -1,4 +1,4 @@
-"""Measures one server: asks what it takes, warms it up, sends the requests, and writes down each as it ends."""
+"""Measures one server: probes it, warms it up, sends the requests, and writes down each as it ends."""
 
 from __future__ import annotations
 

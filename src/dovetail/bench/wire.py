@@ -1,4 +1,4 @@
-"""Sends one request to a server that speaks OpenAI's API, and notes when the pieces of its answer come."""
+"""Sends one request to a server of OpenAI's API, and notes when the pieces of its answer come."""
 
 from __future__ import annotations
 

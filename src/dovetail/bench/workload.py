@@ -1,4 +1,4 @@
-"""The requests of a measurement: when each arrives, how long its prompt and its answer are, and what it asks.
+"""The requests of a measurement: when each arrives, how long prompt and answer are, and what it asks.
 
 All of it is drawn from one seed, so that two servers are asked the same. A request is drawn without its prompt. The
 prompt is made of the request's number and the seed, as token ids or as words.
