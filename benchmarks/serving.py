@@ -5,9 +5,10 @@
     python benchmarks/serving.py --llama-server llama-server --gguf model.gguf --checkpoint model
 
 The servers run all the time, and while one is asked the others wait. A round asks each for the same prompts, which no
-round before had; a third of them share a prefix. VENV has vLLM, as for generate_vllm.py. llama.cpp's model is the
-exported checkpoint (`--checkpoint`, a directory with a tokenizer), converted by its convert_hf_to_gguf.py. Without
-`--checkpoint`, weights are random and the tokenizer is trained on Python's standard library.
+round before had; a third of them share a prefix. VENV has vLLM, as for generate_vllm.py. `transformers serve` wants
+`pip install 'transformers[serving]' accelerate`. llama.cpp's model is the exported checkpoint (`--checkpoint`, a
+directory with a tokenizer), converted by its convert_hf_to_gguf.py. Without `--checkpoint`, weights are random and the
+tokenizer is trained on Python's standard library.
 
 "generate" is `LLM.generate` in a process of its own: the same prompts in batches, without HTTP and without arrivals.
 `--long-tokens` adds a case: eight requests generate while such long prompts arrive one after the other, and the
@@ -116,7 +117,10 @@ def build_client(work: Work, side: str, url: str, model: str) -> Turn:
             warmup=0,
             vocab_size=work.vocab_size,
         )
-        target, outcomes = bench_serve(question, lambda outcome: None, lambda text: progress(f"{side}: {text}"))
+        remarks: list[str] = []
+        target, outcomes = bench_serve(question, lambda outcome: None, remarks.append)
+        for remark in remarks if rounds[case] == 1 else ():
+            progress(f"{side}: {remark}")
         fine = [outcome for outcome in outcomes if outcome.input_tokens == work.prompt_tokens]
         note = {"side": side, "case": case, "round": rounds[case], "ids": target.ruler is None, **figures(fine)}
         with (work.directory / "measures.jsonl").open("a") as file:
@@ -130,9 +134,8 @@ def figures(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What is kept of a turn, in seconds. Raises RuntimeError where a request failed: its row would say too much."""
     measures = measure(outcomes)
     if measures.errors:
-        raise RuntimeError(
-            f"requests failed: {measures.errors}: {next(each.message for each in outcomes if each.error)}"
-        )
+        first = next(outcome.message for outcome in outcomes if outcome.error)
+        raise RuntimeError(f"requests failed: {measures.errors}: {first}")
     return {
         "output_tokens_per_s": measures.output_tokens_per_s,
         "input_tokens_per_s": measures.input_tokens_per_s,

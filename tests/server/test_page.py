@@ -153,6 +153,7 @@ def test_an_answer_is_stopped(browser: Chrome, server: Scripted, way: str) -> No
         browser.find_element(By.ID, "prompt").send_keys(Keys.ESCAPE)
     until(browser, lambda: all_of(browser, ".figures"))
     assert "stopped" in text(browser, ".figures") and not text(browser, "#error")
+    until(browser, lambda: text(browser, "#status") == "Stopped.")
     until(browser, lambda: server.stopped == 1)  # the server hears of it
     answer(browser, "go on")
     assert server.bodies[1]["messages"][1]["content"].startswith("on on ")
@@ -183,6 +184,16 @@ def test_the_conversation_is_kept_until_a_new_one(browser: Chrome, server: Scrip
     browser.find_element(By.ID, "new-chat").click()
     browser.refresh()
     assert not all_of(browser, "article")
+
+
+@needs_browser
+def test_a_new_chat_leaves_nothing_of_an_answer_that_was_coming(browser: Chrome, server: Scripted) -> None:
+    ask(browser, "slow")
+    until(browser, lambda: len(all_of(browser, "article .token")) > 2)
+    browser.find_element(By.ID, "new-chat").click()
+    until(browser, lambda: text(browser, "#status") == "Stopped.")
+    answer(browser, "Go")
+    assert [message["content"] for message in server.bodies[1]["messages"]] == ["Go"]
 
 
 @needs_browser

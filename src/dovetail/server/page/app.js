@@ -128,6 +128,7 @@ class Answer {
   constructor() {
     const { article, text } = addMessage("assistant", "");
     this.article = article;
+    this.messages = messages; // a new chat may have begun before this ends
     this.into = { content: text };
     this.written = { content: "", reasoning: "" };
     this.tokens = []; // details of all, in order
@@ -150,9 +151,9 @@ class Answer {
     this.finish = choice.finish_reason ?? this.finish;
     const delta = choice.delta ?? {};
     const details = choice.tokens ?? [];
-    if (details.length || delta.content) this.first ??= performance.now();
-    this.waiting.push(...details);
     const reasoning = delta.reasoning_content ?? delta.reasoning;
+    if (details.length || delta.content || reasoning) this.first ??= performance.now();
+    this.waiting.push(...details);
     if (reasoning) this.write("reasoning", reasoning, delta.content ? [] : details);
     if (delta.content) this.write("content", delta.content, details);
     this.tokens.push(...details);
@@ -203,8 +204,8 @@ class Answer {
   close(note) {
     const text = note ? `${this.figures()} · ${note}` : this.figures();
     this.article.append(element("p", { className: "figures" }, text));
-    messages.push({ role: "assistant", content: this.written.content, reasoning: this.written.reasoning });
-    showMap(this.tokens);
+    this.messages.push({ role: "assistant", content: this.written.content, reasoning: this.written.reasoning });
+    if (this.messages === messages) showMap(this.tokens);
   }
 
   choose(place) {
@@ -248,12 +249,13 @@ async function ask() {
   showError("");
   running = new AbortController();
   let answer = null;
+  let outcome = "The answer is complete.";
   try {
     if (!model) await findModel();
     messages.push({ role: "user", content: prompt });
     addMessage("user", prompt);
     $("prompt").value = "";
-    busy(true);
+    busy("Waiting for the first token.");
     const body = JSON.stringify(request());
     const options = { method: "POST", headers: headers(), body, signal: running.signal };
     const response = await fetch("v1/chat/completions", options);
@@ -268,12 +270,14 @@ async function ask() {
     if (!answer.finish) showError("The stream ended before the answer did.");
   } catch (error) {
     const isStopped = error.name === "AbortError";
+    outcome = isStopped ? "Stopped." : ""; // an error is read out itself
     if (answer) answer.close(isStopped ? "stopped" : "broken off");
     else if (messages.at(-1)?.role === "user") takeBack(prompt);
     if (!isStopped) showError(error instanceof TypeError ? "The server cannot be reached; is it running?" : error.message);
   }
   running = null;
-  busy(false);
+  busy(null);
+  $("status").textContent = outcome;
   keep();
   showMetrics();
 }
@@ -285,12 +289,12 @@ function takeBack(prompt) {
   $("prompt").value ||= prompt;
 }
 
-function busy(isBusy) {
-  $("send").disabled = isBusy;
-  $("stop").disabled = !isBusy;
-  $("log").setAttribute("aria-busy", isBusy);
+function busy(status) {
+  $("send").disabled = status !== null;
+  $("stop").disabled = status === null;
+  $("log").setAttribute("aria-busy", status !== null);
   $("rate").textContent = "";
-  $("status").textContent = isBusy ? "Waiting for the first token" : "The answer is complete";
+  $("status").textContent = status ?? "";
 }
 
 // ---- experts
