@@ -13,9 +13,10 @@ from rich.console import Console
 from scripted_server import Scripted, serving
 
 from dovetail.bench.outcome import Outcome
+from dovetail.bench.probe import GUESS, ruler_of
 from dovetail.bench.progress import Watch
 from dovetail.bench.serve import Question, bench_serve
-from dovetail.bench.workload import Request, Workload, draw_requests, prompt_ids
+from dovetail.bench.workload import Request, Ruler, Workload, draw_requests, prompt_ids
 from dovetail.cli import app as cli
 
 WORKLOAD = Workload(requests=6, input_tokens=(40, 40), output_tokens=(7, 7))
@@ -78,6 +79,11 @@ def test_a_chat_is_measured_with_its_template_counted() -> None:
     assert {outcome.prompt_tokens for outcome in outcomes} == {41}  # 18 words and the template's five
     assert {len(outcome.chunks) for outcome in outcomes} == {7}
     assert "no stream_options" in remark
+
+
+def test_the_tokens_of_words_are_a_line() -> None:
+    assert ruler_of([125, 485]) == Ruler(tokens_per_word=2.0, tokens_around=5.0)
+    assert ruler_of([0, 0]) == GUESS
 
 
 def test_failures_are_counted_by_kind() -> None:
@@ -154,6 +160,7 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         (Scripted(), ("--goodput", "speed=1s"), "--goodput speed=1s"),
         (Scripted(), ("--api", "responses"), "api = 'responses'"),
         (Scripted(refused=("max_tokens",)), (), "HTTP 400: not taken"),
+        (Scripted(answers={-1: "refused"}), (), "HTTP 429: the waiting room is full; measure it when"),
         (Scripted(answers={0: "empty"}), ("--requests", "1"), "every request failed"),
     ],
 )

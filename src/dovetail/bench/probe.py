@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 
 from dovetail.bench.answer import said
-from dovetail.bench.wire import Api, Target, kind_of, prompt_field
+from dovetail.bench.wire import PATHS, Api, Target, kind_of, prompt_field
 from dovetail.bench.workload import FIRST_ID, WORDS, Ruler, words_text
 
 RULER_WORDS = (60, 240)  # two prompts, whose difference is of words alone
+GUESS = Ruler(tokens_per_word=1.3, tokens_around=0.0)
+BUSY = (429, 503)
 OPTIONAL: dict[str, dict[str, Any]] = {
     "ignore_eos": {"ignore_eos": True},
     "stream_options": {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
@@ -51,13 +53,15 @@ async def probe(
     Raises ValueError if the server does not answer even the plainest request.
     """
     name = await find_model(client, model)
-    path = Target(model=name, api=api, ruler=None, vocab_size=vocab_size, has_ignore_eos=False, has_usage=False).path
+    path = PATHS[api]
     plain = {"model": name, "max_tokens": 1, "temperature": 0.0}
     remarks: list[str] = []
     ids = list(range(FIRST_ID, FIRST_ID + 8)) + [vocab_size - 1]
     ruler: Ruler | None = None
     if api == "chat" or (await ask(client, "POST", path, {**plain, "prompt": ids})).status_code >= 400:
         ruler = await measure_ruler(client, path, api, plain)
+        if ruler == GUESS:
+            remarks.append(f"the server counts no tokens of prompts: {GUESS.tokens_per_word} a word are assumed")
         if api == "completions":
             remarks.append(f"the server takes no token ids up to {vocab_size - 1} as a prompt: prompts are words")
     sample = prompt_field(api, ids if ruler is None else WORDS[0])
@@ -84,7 +88,7 @@ async def probe(
 async def measure_ruler(client: httpx.AsyncClient, path: str, api: Api, plain: dict[str, Any]) -> Ruler:
     """Return how many tokens the server makes of words, by the usage of two prompts.
 
-    Raises ValueError if it refuses them, or counts nothing.
+    Raises ValueError if it refuses them.
     """
     counts: list[int] = []
     for words in RULER_WORDS:
@@ -97,9 +101,9 @@ async def measure_ruler(client: httpx.AsyncClient, path: str, api: Api, plain: d
 
 
 def ruler_of(counts: Sequence[int]) -> Ruler:
-    """Return the line through the token counts of `RULER_WORDS` words; a server that counts nothing has 1.3 a word."""
+    """Return the line through the token counts of `RULER_WORDS` words; `GUESS` where the server counts nothing."""
     if counts[1] <= counts[0]:
-        return Ruler(tokens_per_word=1.3, tokens_around=0.0)
+        return GUESS
     per_word = (counts[1] - counts[0]) / (RULER_WORDS[1] - RULER_WORDS[0])
     return Ruler(tokens_per_word=per_word, tokens_around=counts[0] - per_word * RULER_WORDS[0])
 
@@ -112,7 +116,7 @@ def prompt_tokens(response: httpx.Response) -> int:
 
 
 async def ask(client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
-    """Send a plain request. Raises ValueError if the server is not reached or wants another key."""
+    """Send a plain request. Raises ValueError if the server is not reached, wants another key, or has no time."""
     try:
         response = await client.request(method, path, json=body)
     except httpx.HTTPError as error:
@@ -120,4 +124,7 @@ async def ask(client: httpx.AsyncClient, method: str, path: str, body: dict[str,
         raise ValueError(f"{client.base_url}: {kind_of(error)} ({error or type(error).__name__}); {remedy}") from None
     if response.status_code in (401, 403):
         raise ValueError(f"{client.base_url}: HTTP {response.status_code}: the server wants a key; give --api-key")
+    if response.status_code in BUSY:  # this says nothing of what it takes
+        problem = f"HTTP {response.status_code}: {said(response.content)}"
+        raise ValueError(f"{client.base_url}: {problem}; measure it when it has nothing else to do")
     return response

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -67,8 +67,7 @@ def bench_serve(question: Question, heard: Heard, say: Say, rows: Path | None = 
     """
     requests = question.requests()
     outcomes: list[Outcome] = []
-    with ExitStack() as files:
-        file = None if rows is None else files.enter_context(rows.open("w", encoding="utf-8"))
+    with nullcontext() if rows is None else rows.open("w", encoding="utf-8") as file:
 
         def take(outcome: Outcome) -> None:
             outcomes.append(outcome)

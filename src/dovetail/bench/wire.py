@@ -14,6 +14,7 @@ from dovetail.bench.outcome import Outcome
 from dovetail.bench.workload import Request, Ruler, prompt_ids, prompt_text
 
 Api = Literal["completions", "chat"]
+PATHS: dict[Api, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 CONNECT_SECONDS = 10.0
 
 
@@ -27,10 +28,6 @@ class Target:
     vocab_size: int  # below it are the ids
     has_ignore_eos: bool  # the server takes this field
     has_usage: bool  # the server takes `stream_options`
-
-    @property
-    def path(self) -> str:
-        return "/v1/chat/completions" if self.api == "chat" else "/v1/completions"
 
 
 def open_client(url: str, api_key: str | None, timeout: float) -> httpx.AsyncClient:
@@ -110,7 +107,7 @@ async def send(client: httpx.AsyncClient, target: Target, request: Request, body
 
 async def _listen(client: httpx.AsyncClient, target: Target, body: bytes, answer: Answer, start: float) -> None:
     headers = {"content-type": "application/json"}
-    async with client.stream("POST", target.path, content=body, headers=headers) as response:
+    async with client.stream("POST", PATHS[target.api], content=body, headers=headers) as response:
         if response.status_code >= 400:
             raise BrokenAnswer(f"HTTP {response.status_code}", said(await response.aread()))
         is_whole = False
