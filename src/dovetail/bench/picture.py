@@ -15,7 +15,7 @@ from dovetail.atomic import write_bytes
 from dovetail.bench.outcome import Outcome
 from dovetail.train.report.picture import GRID, LOSS, MTP, MUTED, SKIPPED, STYLE
 
-MARKED = (0.5, 0.95, 0.99)  # shares of the curves that get a line
+MARKED = (0.5, 0.9)  # shares of the curves that get a line
 
 
 def draw_serving(outcomes: Sequence[Outcome], picture: Path, title: str) -> None:
@@ -49,7 +49,7 @@ def _draw_shares(axes: Axes, values: Sequence[tuple[float, float]], label: str) 
     axes.step([points[0], *points], [0, *shares], where="post", color=LOSS)
     for share in MARKED:
         axes.axhline(share, color=GRID, linewidth=1, linestyle="--", zorder=0)
-    axes.set_yticks([0, *MARKED[:2], 1])
+    axes.set_yticks([0, *MARKED, 1])
     axes.set_xlim(left=0)
 
 
