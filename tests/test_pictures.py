@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 STORED = sorted(PICTURES.glob("*.svg"))
 SVG = "{http://www.w3.org/2000/svg}"
+TAKEN = {"page.png", "page-dark.png"}  # of a server that runs, by page.py
 WIDE = {weight: FontProperties(family="DejaVu Sans", weight=weight) for weight in ("normal", "bold")}
 Place = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -52,10 +53,11 @@ def test_what_is_stored_is_what_the_code_draws(picture: Path, drawn: Path) -> No
 
 def test_every_picture_is_stored_and_shown_on_a_page(drawn: Path) -> None:
     names = {path.name for path in drawn.iterdir()}
-    assert names == {path.name for path in PICTURES.iterdir() if path.suffix in (".svg", ".png")}
+    stored = {path.name for path in PICTURES.iterdir() if path.suffix in (".svg", ".png")}
+    assert names == stored - TAKEN
     pages = "".join(page.read_text("utf-8") for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     shown = {Path(path).name: words for words, path in re.findall(r"!\[([^\]]+)\]\(([^)]*pictures/[^)]+)\)", pages)}
-    assert names <= shown.keys() | {"quickstart.png"}
+    assert stored <= shown.keys() | {"quickstart.png"}
     assert all(len(words.split()) > 5 for words in shown.values())
 
 
@@ -63,6 +65,12 @@ def test_the_picture_of_a_run_is_drawn(drawn: Path) -> None:
     assert (PICTURES / "quickstart.jsonl").stat().st_size < 100_000
     for directory in (PICTURES, drawn):  # pixels depend on matplotlib, so they are not compared
         assert imread(directory / "quickstart.png").shape == (990, 1350, 4)
+
+
+def test_pictures_of_the_page_are_small() -> None:
+    for name in TAKEN:
+        assert (PICTURES / name).stat().st_size < 200_000
+        assert imread(PICTURES / name).shape[:2] == (900, 1280)
 
 
 @pytest.mark.parametrize("picture", STORED, ids=lambda path: path.stem)
