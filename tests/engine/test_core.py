@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from dovetail.engine.steps.prompts import Chunk
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -21,7 +22,6 @@ from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.scheduling.scheduler import Part, Scheduler
 from dovetail.engine.sequence import Completion, Sequence
-from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.engine.stream import Token
 from dovetail.model.transformer import Transformer

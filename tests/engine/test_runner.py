@@ -1,9 +1,9 @@
 import pytest
 import torch
+from dovetail.engine.steps.prompts import Chunk
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.engine.steps.cache import contiguous_cache
-from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.model.attention.causal import attention_reference
 from dovetail.model.precision import apply_recipe

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from dovetail.engine.steps.prompts import Chunk
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from dovetail.engine import drawing, speculative
@@ -10,7 +11,6 @@ from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.cache import contiguous_cache
-from dovetail.engine.steps.prompts import Chunk
 from dovetail.engine.steps.runner import Runner
 
 ERROR_RATE = 1e-6  # chance that a right sampler fails one of the chi-square tests

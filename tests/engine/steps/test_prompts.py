@@ -13,11 +13,11 @@ import numba
 import numpy as np
 import pytest
 import torch
+from dovetail.engine.steps.prompts import Chunk, PromptSteps
 from torch import Tensor
 
 from dovetail.engine.steps import prompts_numba
 from dovetail.engine.steps.cache import PagedCache
-from dovetail.engine.steps.prompts import Chunk, PromptSteps
 from dovetail.engine.steps.runner import Runner
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.transformer import Transformer
