@@ -37,6 +37,7 @@ class Room:
     page_size: int = 64
     prompt_tokens: int = 512  # of a step, at most
     shares_prefixes: bool = True  # prompts begin behind pages that others filled
+    is_fp8: bool = False  # the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +87,9 @@ class Core:
         parameter = model.embed_tokens.weight
         capacity = room.positions + depth + 1
         cache = PagedCache(
-            model.spec, room.sequences, capacity, room.num_pages, room.page_size, parameter.dtype, parameter.device
-        )
+            model.spec, room.sequences, capacity, room.num_pages, room.page_size, parameter.dtype, parameter.device,
+            room.is_fp8,
+        )  # fmt: skip
         self.room, self.depth, self.is_auto = room, depth, is_auto
         self.runner = Runner(model, cache)
         self.pool = BlockPool(room.num_pages, room.page_size)

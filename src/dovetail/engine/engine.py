@@ -48,6 +48,7 @@ class EngineConfig(Record):
     max_sequences: int = Field(default=32, ge=1)  # worked on together
     max_waiting: int = Field(default=1024, ge=0)  # requests
     speculate: int | Literal["auto"] = "auto"  # drafts per step; auto: as many as there are MTP modules, where they pay
+    cache_format: Literal["bf16", "fp8"] = "bf16"  # bf16: the weights' own format
     page_size: int = Field(default=PAGE, ge=1)  # positions
     shares_prefixes: bool = True
 
@@ -310,4 +311,5 @@ def room_for(llm: LoadedModel, config: EngineConfig, max_model_len: int, depth: 
         page_size=config.page_size,
         prompt_tokens=config.max_batch_tokens,
         shares_prefixes=config.shares_prefixes,
+        is_fp8=config.cache_format == "fp8",
     )

@@ -20,6 +20,7 @@ from dovetail.model.checkpoint.inventory import read_spec
 from dovetail.model.checkpoint.weights import import_hf
 from dovetail.model.transformer import Transformer
 from dovetail.numerics import capability
+from dovetail.numerics.cpu.allocator import use_huge_pages
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.hf.generation import read_generation
 from dovetail.spec.model import ModelSpec
@@ -137,6 +138,8 @@ class LoadedModel:
         """A prompt of two tokens and a step with so many drafts: afterwards all kernels are compiled."""
         if depth in self.warm_depths:
             return
+        for parameter in self.model.parameters():
+            use_huge_pages(parameter)
         core = Core(
             self.drawn_from, Room(sequences=1, positions=depth + 4, num_pages=1, page_size=2 * depth + 8), depth
         )

@@ -33,15 +33,21 @@ class PagedCache:
         page_size: int,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        is_fp8: bool = False,
     ) -> None:
-        """Zeroed, not just allocated: a masked key has weight 0, and 0 * NaN would still be NaN."""
+        """`is_fp8`: entries as `stores.Fp8Store` has them.
+
+        Zeroed, not just allocated: a masked key has weight 0, and 0 * NaN would still be NaN."""
         mla = spec.attention
         if not isinstance(mla, Mla):
             raise ValueError("a latent cache belongs to an MLA model; grouped-query models are for counting only")
         layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
-        self.latent_dim = mla.kv_lora_rank
+        self.latent_dim, self.rope_dim = mla.kv_lora_rank, mla.qk_rope_head_dim
+        self.is_fp8 = is_fp8
+        width = fp8_entry_bytes(mla) if is_fp8 else mla.cache_dim
+        dtype = torch.uint8 if is_fp8 else dtype
         self.page_size, self.capacity = page_size, capacity
-        self.data = torch.zeros(layers, num_pages, page_size, mla.cache_dim, dtype=dtype, device=device)
+        self.data = torch.zeros(layers, num_pages, page_size, width, dtype=dtype, device=device)
         self.tables = torch.zeros(slots, -(-capacity // page_size), dtype=torch.int64, device=device)
 
     @property
@@ -74,6 +80,11 @@ class PagedCache:
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slot {slot} is not in a cache of {self.slots} slots (0 to {self.slots - 1})")
         return SelectedSlots(cache=self, slots=tuple(slots))
+
+
+def fp8_entry_bytes(mla: Mla) -> int:
+    """Of one token in one layer: the latent in E4M3, an FP32 scale per 128 of it, the rotary key in BF16."""
+    return 4 * (-(-mla.kv_lora_rank // 4) + -(-mla.kv_lora_rank // 128)) + 2 * mla.qk_rope_head_dim
 
 
 def contiguous_cache(

@@ -42,11 +42,16 @@ class Runner:
         """`kernels`: use the CPU kernels where they take the model."""
         self.model = model
         self.cache = cache
-        on_cpu = capability.on_cpu(model.embed_tokens.weight, cache.data)
+        on_cpu = capability.on_cpu(model.embed_tokens.weight)
         self.kernels: TiledSteps | FusedSteps | None = None
         if kernels and on_cpu and takes(model):
-            is_bf16 = capability.on_bf16_cpu(model.embed_tokens.weight, cache.data)
+            is_bf16 = capability.on_bf16_cpu(model.embed_tokens.weight)
             self.kernels = (TiledSteps if is_bf16 else FusedSteps)(model, cache)
+        if cache.is_fp8 and not isinstance(self.kernels, TiledSteps):
+            raise ValueError(
+                "cache_format = fp8 needs BF16 weights on a CPU with AVX-512 BF16, and a model without a precision "
+                "recipe: set cache_format = bf16"
+            )
         self.one_by_one = self.device.type == "cpu"
         self.cuts_prompts = self.kernels is not None or not self.one_by_one
 

@@ -25,6 +25,7 @@ from dovetail.engine.steps import attention_numba, block_numba
 from dovetail.engine.steps.cache import PagedCache
 from dovetail.engine.steps.rows import Chunk, Short
 from dovetail.engine.steps.sharing import Sharing
+from dovetail.engine.steps.stores import Bf16Store, Fp8Store
 from dovetail.engine.steps.weights import FusedBlock, Head, fuse
 from dovetail.model.attention.rope import tables
 from dovetail.model.norm import RmsNorm
@@ -57,7 +58,7 @@ class TiledSteps:
         self.blocks = [fuse(block, model, cache) for block in model.layers.values()]
         self.drafters = [fuse(mtp.block, model, cache) for mtp in model.mtp]
         positions = torch.arange(cache.capacity)
-        self.tables = cache.tables.numpy()
+        self.store = Fp8Store(cache) if cache.is_fp8 else Bf16Store(cache)
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.scale = np.float32(model.layers["0"].self_attn.scale)
@@ -123,10 +124,12 @@ class TiledSteps:
         heads, threads = self.model.mla.num_attention_heads, numba.get_num_threads()
         norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, kv_b, o = block.attention
         asked = rows.everything if wanted is None else wanted
+        entries, places = self.store.target(block.layer, rows.places)
         q = block_numba.project(
-            x, asked, self.eps, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, rows.cos, rows.sin, rows.places,
-            block.entries, heads, threads,
+            x, asked, self.eps, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, rows.cos, rows.sin, places, entries, heads,
+            threads,
         )  # fmt: skip
+        self.store.written(block.layer, entries, rows.places)
         if wanted is not None:
             x = x[wanted]
         if not len(x):
@@ -152,9 +155,11 @@ class TiledSteps:
         """The short rows among `asked`, which come first."""
         count = int(np.searchsorted(asked, rows.short))
         mine = asked[:count]
+        positions = rows.positions[mine]
+        keys = self.store.keys(block.layer, rows.slots[mine], positions)
         attention_numba.attend_absorbed(
-            q[:count], block.attention[6], block.entries, self.cache.page_size, self.tables, rows.slots[mine],
-            rows.positions[mine], self.scale, out[:count],
+            q[:count], block.attention[6], keys.entries, keys.page_size, keys.tables, keys.slots, positions, self.scale,
+            out[:count],
         )  # fmt: skip
 
     def _attend(self, block: FusedBlock, chunk: Chunk, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
@@ -168,7 +173,7 @@ class TiledSteps:
         """Keys and values [S, H (nope + v)] of a slot's first positions, and their rotary keys [S, rope]."""
         key = chunk.slot, block.layer
         places = self.cache.places(torch.tensor(chunk.slot), torch.arange(num_keys))
-        entries = self.cache.entries(block.layer)[places]
+        entries = self.store.gather(block.layer, places)
         kept = self.kept.get(key)
         start = 0 if kept is None else len(kept)
         latent = self.cache.latent_dim

@@ -31,7 +31,6 @@ class FusedBlock:
     expansion: Tensor  # kv_b_proj
     mlp: Arrays
     cache: np.ndarray  # [pages, page size, latent + rope]
-    entries: np.ndarray  # the same, [pages * page size, latent + rope]
     choices: int  # experts per token; 0 for a dense block
     gate: tuple[int, int, int, bool, bool, np.float32]
 
@@ -62,7 +61,7 @@ def takes(model: Transformer) -> bool:
 def fuse(block: Block, model: Transformer, cache: PagedCache) -> FusedBlock:
     mlp = block.mlp
     norm = array(block.post_attention_layernorm.weight)
-    data, entries = array(cache.data[block.layer]), array(cache.entries(block.layer))
+    data = array(cache.data[block.layer])
     attention = (array(block.input_layernorm.weight), *_attention(block.self_attn))
     expansion = block.self_attn.kv_b_proj.weight.detach()
     if not isinstance(mlp, MoeMlp):
@@ -74,7 +73,6 @@ def fuse(block: Block, model: Transformer, cache: PagedCache) -> FusedBlock:
             expansion=expansion,
             mlp=weights,
             cache=data,
-            entries=entries,
             choices=0,
             gate=no_gate,
         )
@@ -96,7 +94,6 @@ def fuse(block: Block, model: Transformer, cache: PagedCache) -> FusedBlock:
         expansion=expansion,
         mlp=weights,
         cache=data,
-        entries=entries,
         choices=moe.num_experts_per_tok,
         gate=gate_of(moe),
     )

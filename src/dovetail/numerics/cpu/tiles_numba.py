@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 LANES = 16  # 32-bit lanes of a vector: FP32 sums, or pairs of BF16
 TILE_ROWS = 8
 PANEL = 2 * LANES  # columns of b that are packed together
-AHEAD = 64  # BF16 values of a row that are asked for before they are needed
+AHEAD = 128  # BF16 values of a row that are asked for before they are needed
 
 
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
