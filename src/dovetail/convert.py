@@ -54,12 +54,10 @@ def load_llm(
         raise ValueError(f"dtype = {dtype}: {near_matches(dtype, ['auto', *DTYPES])}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = DTYPES.get(dtype) or fastest_dtype(device)
+    check_depth(speculate, source_spec(source).num_nextn_predict_layers)
     if not is_run(source):
-        check_depth(speculate, read_spec(source).num_nextn_predict_layers)
         llm = LLM.load(source, dtype=chosen, device=device, allow_non_finite=allow_non_finite)
         return llm, "\n".join(notes(source))
-    config = load_toml(source / "run.toml", RunConfig)
-    check_depth(speculate, run_model(source, config).num_nextn_predict_layers)
     state, spec, step = _run_weights(source, ema, allow_non_finite)
     model = Transformer(spec, dtype=chosen)
     model.load_state_dict(state)
@@ -69,6 +67,14 @@ def load_llm(
 def tokenizer_directory(source: Path) -> Path:
     """Return where the tokenizer of a run or of a checkpoint is, and its chat template."""
     return source / "tokenizer" if is_run(source) else source
+
+
+def source_spec(source: Path) -> ModelSpec:
+    """Return the model of a run or of a checkpoint, before its weights are read. Raises ValueError."""
+    check_source(source)
+    if not is_run(source):
+        return read_spec(source)
+    return run_model(source, load_toml(source / "run.toml", RunConfig))
 
 
 def notes(checkpoint: Path) -> Iterator[str]:

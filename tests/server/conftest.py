@@ -214,7 +214,7 @@ class Site:
 
         async def run() -> httpx.Response:
             transport = httpx.ASGITransport(app=self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:
                 return await client.request(method, path, **given)
 
         return asyncio.run(run())

@@ -26,7 +26,7 @@ def connect(running: Any, buffer: int | None = None) -> socket.socket:
 
 def send(link: socket.socket, body: dict[str, Any], part: float = 1.0) -> None:
     data = json.dumps(body).encode()
-    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
     head = "\r\n".join([*lines, f"Content-Length: {len(data)}", "", ""])
     link.sendall(head.encode() + data[: int(len(data) * part)])
 

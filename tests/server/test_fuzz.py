@@ -78,7 +78,7 @@ def requests(draw: st.DrawFn) -> tuple[str, bytes]:
 def check(site: Any, loop: asyncio.AbstractEventLoop, path: str, data: bytes) -> int:
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app=site.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.post(path, content=data, headers={"content-type": "application/json"})
 
     answer = loop.run_until_complete(asyncio.wait_for(ask(), 5))

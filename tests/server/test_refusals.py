@@ -60,6 +60,17 @@ def problem(response: Any, status: int) -> dict[str, Any]:
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "'image_url'"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages", "'input_audio'"),
         (CHAT, {"messages": [{"role": "user", "content": "refuse this"}]}, "messages", "the template refuses it"),
+        (CHAT, {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "tools is a field of its own"),
+        (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages is a field of its own"),
+        (
+            CHAT,
+            {"chat_template_kwargs": {"add_generation_prompt": False}},
+            "chat_template_kwargs",
+            "add_generation_prompt is a field of its own",
+        ),
+        (CHAT, {"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "self cannot be set"),
+        (CHAT, {"chat_template_kwargs": {"bos_token": ""}}, "chat_template_kwargs", "bos_token cannot be set"),
+        (RESPONSES, {"input": "a", "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "of its own"),
         (CHAT, {"continue_final_message": True}, None, "needs a last message of role assistant"),
         (CHAT, {"response_format": {"type": "json_schema"}}, "response_format", "json_schema is given with type"),
         (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "input should be 'text'"),
@@ -141,6 +152,22 @@ def test_a_form_that_other_sites_may_send_without_asking(build: Callable[..., An
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         headers = {"content-type": kind}
         problem(site.ask("POST", CHAT, content=json.dumps({"messages": ASK}), headers=headers), 415)
+
+
+def test_a_page_that_calls_this_machine_by_its_own_name(build: Callable[..., Any]) -> None:
+    site = build()
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "10.0.0.1:8000", "[2001:db8::1]:8000"):
+        error = problem(site.ask("GET", "/v1/models", headers={"host": host}), 403)
+        assert host in error["message"] and "--api-key" in error["message"]
+        problem(site.ask("POST", CHAT, json={"messages": ASK}, headers={"host": host}), 403)
+    for host in ("localhost:8000", "LOCALHOST", "a.localhost", "127.0.0.1:8000", "127.0.0.2", "[::1]:8000", "[::1]", ""):
+        assert site.ask("GET", "/v1/models", headers={"host": host}).status_code == 200, host
+
+
+@pytest.mark.parametrize("settings", [{"api_key": "k"}, {"host": "0.0.0.0"}, {"host": "box.lan"}])
+def test_a_server_with_a_key_or_for_others_has_any_name(build: Callable[..., Any], settings: dict[str, str]) -> None:
+    headers = {"host": "model.example", "authorization": "Bearer k"}
+    assert build(**settings).ask("GET", "/v1/models", headers=headers).status_code == 200
 
 
 def test_a_full_waiting_room(build: Callable[..., Any]) -> None:

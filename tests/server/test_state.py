@@ -17,6 +17,9 @@ from dovetail.cli import app as cli
 from dovetail.cli.serve import Address, Room
 from dovetail.server.settings import ServeConfig, body_limit
 from dovetail.server.start import exposure, greeting, listen
+from dovetail.spec.hf_config import write_hf
+from dovetail.spec.model import ModelSpec
+from dovetail.text.tokenizer import Tokenizer
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -34,7 +37,7 @@ def test_counts_are_the_engines(build: Callable[..., Any]) -> None:
     for name, value in {
         "vllm:num_requests_waiting": 4,
         "vllm:kv_cache_usage_perc": 0.25,
-        "vllm:prompt_tokens_total": 11,
+        "dovetail_computed_prompt_tokens_total": 11,
         "vllm:generation_tokens_total": 12,
         "vllm:prefix_cache_queries_total": 13,
         "vllm:prefix_cache_hits_total": 14,
@@ -48,6 +51,15 @@ def test_counts_are_the_engines(build: Callable[..., Any]) -> None:
     assert found['vllm:spec_decode_num_accepted_tokens_per_pos_total{model_name="tiny",position="1"}'] == 3
     assert found['vllm:request_success_total{finished_reason="length",model_name="tiny"}'] == 18
     assert found['dovetail_speculation_info{model_name="tiny",why="2 drafts: they pay"}'] == 1
+
+
+def test_prompts_are_counted_whole_once_their_answers_begin(build: Callable[..., Any]) -> None:
+    site = build()
+    name = 'vllm:prompt_tokens_total{model_name="tiny"}'
+    assert values(site)[name] == 0
+    answer = site.post("/v1/completions", prompt=["abc", "defgh"], n=2)
+    tokens = answer.json()["usage"]["prompt_tokens"]
+    assert tokens > 4 and values(site)[name] == 2 * tokens  # of each choice
 
 
 def test_times_are_those_of_requests(build: Callable[..., Any]) -> None:
@@ -127,6 +139,16 @@ def test_the_size_of_a_body_follows_the_context() -> None:
     assert body_limit(ServeConfig(max_body_bytes=5), 1000) == 5
 
 
+@pytest.fixture
+def shape(tmp_path: Path, tiny_spec: Callable[..., ModelSpec]) -> Path:
+    """A checkpoint without weights: its config and a tokenizer that fits."""
+    directory = tmp_path / "shape"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(write_hf(tiny_spec(vocab_size=300))))
+    Tokenizer.train(["shape"], 290).save(directory / "tokenizer.json")
+    return directory
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -136,12 +158,16 @@ def test_the_size_of_a_body_follows_the_context() -> None:
         (["{here}", "--set", "prot=1"], "unknown key 'prot'; did you mean port?"),
         (["{here}", "--config", "{here}/no.toml"], "no.toml: no such file"),
         (["{here}"], "tokenizer.json: no such file"),
+        (["{shape}", "--max-model-len", "65"], "max_model_len = 65 is more than the model's max_position_embeddings = 64"),
+        (["{shape}", "--cache-bytes", "1000"], "cache_bytes = 1,000 has room for 0 positions, and one sequence of"),
+        (["{shape}", "--speculate", "2"], "speculate"),
+        (["{shape}", "--chat-template", "{here}/no.jinja"], "no.jinja: no such file"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_mistakes_are_one_line_before_weights_are_read(
+    arguments: list[str], message: str, shape: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    given = [each.format(here=tmp_path) for each in arguments]
+    given = [each.format(here=tmp_path, shape=shape) for each in arguments]
     monkeypatch.setattr(sys, "argv", ["dovetail", "serve", *given])
     with pytest.raises(SystemExit) as done:
         cli.main()

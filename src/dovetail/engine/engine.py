@@ -33,6 +33,7 @@ from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.tiled import KEPT_SHARE
 from dovetail.engine.stream import Output, Stream
 from dovetail.numerics.cpu.process import leave_threads, settle_process
+from dovetail.spec.model import ModelSpec
 
 PAGE = 64
 DEFAULT_CACHE_BYTES = 2 * 2**30
@@ -51,6 +52,10 @@ class EngineConfig(Record):
     cache_format: Literal["bf16", "fp8"] = "bf16"  # bf16: the weights' own format
     page_size: int = Field(default=PAGE, ge=1)  # positions
     shares_prefixes: bool = True
+
+    def drafts(self, spec: ModelSpec) -> int:
+        """Per step, at most."""
+        return spec.num_nextn_predict_layers if self.speculate == "auto" else self.speculate
 
 
 class Full(RuntimeError):
@@ -108,17 +113,15 @@ class _Shared:
 
 
 class Engine:
-    """Raises `ValueError` where the cache has no room for one sequence of `max_model_len`."""
+    """Raises `ValueError` for what `plan_room` refuses."""
 
     def __init__(self, llm: LoadedModel, config: EngineConfig | None = None) -> None:
         config = config or EngineConfig()
         self.llm, self.config = llm, config
         self.tokenizer = llm.tokenizer
-        self.max_model_len = min(config.max_model_len or 2**62, llm.spec.max_position_embeddings)
-        modules = llm.spec.num_nextn_predict_layers
-        self.num_drafts = modules if config.speculate == "auto" else config.speculate
-        speculative.check_depth(self.num_drafts, modules)
-        self.room = room_for(llm, config, self.max_model_len, self.num_drafts)
+        self.room = plan_room(llm.spec, config, llm.model.embed_tokens.weight.element_size())
+        self.max_model_len = self.room.positions
+        self.num_drafts = config.drafts(llm.spec)
         self.weights_version = "0"
         self._inbox: queue.SimpleQueue[_Arrival | _Leave | None] = queue.SimpleQueue()
         self._shared, self._numbers = _Shared(), itertools.count()
@@ -290,10 +293,22 @@ class Engine:
         self._idle.set()
 
 
-def room_for(llm: LoadedModel, config: EngineConfig, max_model_len: int, depth: int) -> Room:
-    """The pages that `cache_bytes` have room for. Raises `ValueError` where that is not one sequence."""
-    weight = llm.model.embed_tokens.weight
-    per_position = cache_bytes_per_token(llm.spec, weight.element_size() * 8, mtp=True)
+def plan_room(spec: ModelSpec, config: EngineConfig, element_size: int) -> Room:
+    """The pages that `cache_bytes` have room for, with entries of `element_size` bytes; no weights are needed.
+
+    Raises `ValueError` where that is not one sequence, for a `max_model_len` beyond the model's limit, and for more
+    drafts than the model has MTP modules.
+    """
+    depth = config.drafts(spec)
+    speculative.check_depth(depth, spec.num_nextn_predict_layers)
+    limit = spec.max_position_embeddings
+    max_model_len = config.max_model_len or limit
+    if max_model_len > limit:
+        raise ValueError(
+            f"max_model_len = {max_model_len:,} is more than the model's max_position_embeddings = {limit:,}: set it "
+            "lower"
+        )
+    per_position = cache_bytes_per_token(spec, element_size * 8, mtp=True)
     per_page = per_position * config.page_size
     num_pages = int(config.cache_bytes / (1 + KEPT_SHARE) / per_page)
     longest = -(-(max_model_len + depth + 1) // config.page_size)

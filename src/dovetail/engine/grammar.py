@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache, cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -31,6 +31,10 @@ COMPILED = 16  # grammars that are kept; the choices of a request, and often man
 LONGEST = {"json_schema": 65_536, "json_object": 0, "regex": 10_000, "lark": 65_536}  # characters
 MOST_REFERENCES, MOST_LINES = 250, 500
 MOST_STATES = 20_000  # of a lexer, of some 2 kB each
+
+# White space as Python's json writes it. Where any is allowed, small models write it for ever. A schema may have its
+# own options, under the key "x-guidance".
+JSON_FORM: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar(Record):
@@ -197,12 +201,16 @@ def _source(kind: str, text: str) -> str:
     if kind == "lark":
         return LLMatcher.grammar_from_lark(text)
     if kind == "json_object":
-        return LLMatcher.grammar_from_json_schema('{"type": "object"}')
+        return _json_grammar({"type": "object"})
     try:
-        json.loads(text)
-        return LLMatcher.grammar_from_json_schema(text)
+        return _json_grammar(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"json_schema cannot be followed: {_line(str(error))}") from None
+
+
+def _json_grammar(schema: Any) -> str:
+    schema = {} if schema is True else schema  # the same, and with room for options
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), JSON_FORM if isinstance(schema, dict) else None)
 
 
 def _line(message: str) -> str:

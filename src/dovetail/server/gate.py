@@ -6,7 +6,9 @@ It is also the last to see an error: whatever went wrong inside is logged here.
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import logging
+import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,7 +18,26 @@ from dovetail.server.exchange import Desk, Gone, Reply, too_large
 from dovetail.server.settings import body_limit
 
 log = logging.getLogger("dovetail.server")
+_PORT = re.compile(r":\d*$")
 _GUARDED = ("/v1/", "/tokenize", "/detokenize", "/metrics")  # want the key, where there is one
+
+
+def is_own_name(host: str, listens_at: str) -> bool:
+    """Return whether a request to `host` may be meant for a server of this machine's users alone.
+
+    A page of another site can have its own name resolved to 127.0.0.1, and then read what a server without a key
+    answers. Its name is still in the Host header. A server at a public address goes by names that are not known here.
+    """
+    name = _PORT.sub("", host).strip("[]").lower()
+    return not is_local(listens_at) or not name or name == listens_at.lower() or is_local(name)
+
+
+def is_local(host: str) -> bool:
+    """Return whether only this machine reaches `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 class Gate:
@@ -51,6 +72,12 @@ class Gate:
 
     def _check(self, scope: Scope) -> None:
         headers, config = Headers(scope=scope), self.desk.served.config
+        host = headers.get("host", "")
+        if config.api_key is None and not is_own_name(host, config.host):
+            message = (
+                f"the host {host[:80]!r} is not this server's: ask {config.host}, or start the server with --api-key"
+            )
+            raise ApiError(403, message, code="host_not_allowed")
         if config.api_key is not None and scope["path"].startswith(_GUARDED):
             given = headers.get("authorization", "")
             if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {config.api_key}".encode()):

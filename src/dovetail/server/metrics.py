@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -38,11 +38,16 @@ class Metrics:
             "vllm:time_per_output_token_seconds", "The same as inter_token_latency, under its older name.", _NEXT
         )
         self._whole = histogram("vllm:e2e_request_latency_seconds", "From arrival to the last token.", _WHOLE)
+        prompts = Counter(
+            "vllm:prompt_tokens", "Tokens of prompts whose answers began.", ["model_name"], registry=self.registry
+        )
+        self._prompts = prompts.labels(model_name=model)
         self.registry.register(_Counts(engine, model))
 
-    def first_token(self, seconds: float) -> None:
-        """Note the first token of a choice."""
+    def first_token(self, seconds: float, prompt_tokens: int) -> None:
+        """Note the first token of a choice. Its whole prompt is counted, with what was found in the cache."""
         self._first.observe(seconds)
+        self._prompts.inc(prompt_tokens)
 
     def next_tokens(self, seconds: float) -> None:
         """Note the tokens of a later step."""
@@ -74,7 +79,10 @@ class _Counts(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Sequences in the waiting room.", now.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of the cache in use; 1 is all.", now.cache_usage)
         counters = {
-            "vllm:prompt_tokens": ("Tokens of prompts.", now.prompt_tokens),
+            "dovetail_computed_prompt_tokens": (
+                "Tokens of prompts that were computed: not found in the cache, or again after preemption.",
+                now.prompt_tokens,
+            ),
             "vllm:generation_tokens": ("Tokens generated.", now.generated_tokens),
             "vllm:prefix_cache_queries": (
                 "Tokens of prompts looked up in the prefix cache.",

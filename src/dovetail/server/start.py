@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import ipaddress
 import signal
 import socket
 import sys
@@ -14,14 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import torch
 import uvicorn
 
 from dovetail.config import validate
-from dovetail.convert import check_source, load_llm, sampling_defaults, tokenizer_directory
-from dovetail.engine.engine import Engine, EngineConfig
+from dovetail.convert import check_source, load_llm, sampling_defaults, source_spec, tokenizer_directory
+from dovetail.engine.engine import Engine, EngineConfig, plan_room
+from dovetail.engine.loaded import check_tokenizer, fastest_dtype
 from dovetail.server.app import build_app
 from dovetail.server.conversation import Conversation
 from dovetail.server.exchange import Desk
+from dovetail.server.gate import is_local
 from dovetail.server.served import Served
 from dovetail.server.settings import ServeConfig
 from dovetail.text.tokenizer import Tokenizer
@@ -33,23 +35,26 @@ _OF_ENGINE = ("max_model_len", "cache_bytes", "max_batch_tokens", "max_sequences
 def serve(checkpoint: Path, config: ServeConfig, say: Callable[[str], None]) -> None:
     """Serve `checkpoint`, a run or a Hugging Face directory, until a signal comes. `say` is told what goes on.
 
-    Raises ValueError, before weights are read, for a port that is taken and for a tokenizer or template that is
-    missing or wrong.
+    Raises ValueError, before weights are read, for a tokenizer or template that is missing or wrong, a cache without
+    room, more tokens or drafts than the model takes, and a port that is taken.
     """
     check_source(checkpoint)
     directory = tokenizer_directory(checkpoint)
     tokenizer = Tokenizer.load(directory)
+    spec = source_spec(checkpoint)
+    check_tokenizer(tokenizer, spec)
     template = Conversation.load(directory, config.chat_template, tokenizer)
     defaults = sampling_defaults(checkpoint)
     table = {name: value for name, value in config.model_dump().items() if name in _OF_ENGINE and value is not None}
     if config.cache_format != "bf16":
         table["cache_format"] = config.cache_format
     engine_config = validate(EngineConfig, table, where="options")
+    dtype = fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    plan_room(spec, engine_config, dtype.itemsize)
     with listen(config.host, config.port, config.slow_client_seconds) as listener:
         if warning := exposure(config):
             say(warning)
-        drafts = config.speculate if isinstance(config.speculate, int) else 0
-        llm, remarks = load_llm(checkpoint, speculate=drafts)
+        llm, remarks = load_llm(checkpoint)
         if remarks:
             say(remarks)
         engine = Engine(llm, engine_config)
@@ -100,10 +105,7 @@ def listen(host: str, port: int, slow_seconds: float) -> socket.socket:
 
 def exposure(config: ServeConfig) -> str:
     """Return a warning where anyone who reaches this machine may use the server, else nothing."""
-    with contextlib.suppress(ValueError):  # a name
-        if ipaddress.ip_address(config.host).is_loopback:
-            return ""
-    if config.api_key is not None or config.host == "localhost":
+    if config.api_key is not None or is_local(config.host):
         return ""
     return (
         f"WARNING: --host {config.host} without --api-key: anyone who reaches this machine can use the model; "

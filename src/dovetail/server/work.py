@@ -116,7 +116,7 @@ class Work:
                 raise ApiError(503, "generation was ended before the answer was whole; the server may be stopping")
             if output.tokens and not last:
                 first = now
-                self.metrics.first_token(now - self.arrived)
+                self.metrics.first_token(now - self.arrived, self.streams[index].prompt_tokens)
             elif output.tokens:
                 self.metrics.next_tokens(now - last)
             last = now if output.tokens else last

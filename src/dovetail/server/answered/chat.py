@@ -19,6 +19,7 @@ from dovetail.server.asked.tools import call_grammar
 from dovetail.server.errors import ApiError
 from dovetail.server.served import Delta, Parser, Prompt, Served
 from dovetail.server.work import Job, Work
+from dovetail.text.chat.template import RESERVED
 
 
 def chat_job(served: Served, asked: ChatRequest, seed: int) -> Job:
@@ -70,8 +71,11 @@ def _render(served: Served, asked: ChatRequest) -> Prompt:
         "add_generation_prompt": asked.add_generation_prompt and not asked.continue_final_message,
         "continue_final_message": asked.continue_final_message,
     }
-    if taken := sorted(options.keys() & asked.chat_template_kwargs.keys()):
+    if taken := sorted({"messages", *options} & asked.chat_template_kwargs.keys()):
         message = f"chat_template_kwargs: {taken[0]} is a field of its own; give it there"
+        raise ApiError(400, message, param="chat_template_kwargs")
+    if taken := sorted({"self", *RESERVED} & asked.chat_template_kwargs.keys()):
+        message = f"chat_template_kwargs: {taken[0]} cannot be set; leave it out"
         raise ApiError(400, message, param="chat_template_kwargs")
     try:
         messages = [message.to_template() for message in asked.messages]

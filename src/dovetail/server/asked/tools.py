@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dovetail.engine.grammar import JSON_FORM
 from dovetail.server.asked.body import Body
 
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
@@ -78,15 +79,19 @@ def call_grammar(tools: list[Tool], name: str | None, *, is_parallel: bool) -> s
     With `name`, the one tool's, only its arguments are written.
     """
     if name is not None:
-        return f"start: %json {json.dumps(tools[0].function.parameters)}"
+        return f"start: %json {_schema(tools[0])}"
     calls = [
         f"call_{i}: {json.dumps(_prefix(tool.function.name))} arguments_{i} {json.dumps('}')}\n"
-        f"arguments_{i}: %json {json.dumps(tool.function.parameters)}"
+        f"arguments_{i}: %json {_schema(tool)}"
         for i, tool in enumerate(tools)
     ]
     more = ' (", " call)*' if is_parallel else ""
     either = " | ".join(f"call_{i}" for i in range(len(tools)))
     return "\n".join([f'start: "[" call{more} "]"', f"call: {either}", *calls])
+
+
+def _schema(tool: Tool) -> str:
+    return json.dumps({"x-guidance": JSON_FORM, **tool.function.parameters})
 
 
 def _prefix(name: str) -> str:
