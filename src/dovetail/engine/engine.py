@@ -30,10 +30,11 @@ from dovetail.engine.core import Core, Outputs, Room
 from dovetail.engine.loaded import LoadedModel
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Sequence
+from dovetail.engine.steps.cache import fp8_entry_bytes
 from dovetail.engine.steps.tiled import KEPT_SHARE
 from dovetail.engine.stream import Output, Stream
 from dovetail.numerics.cpu.process import leave_threads, settle_process
-from dovetail.spec.model import ModelSpec
+from dovetail.spec.model import Mla, ModelSpec
 
 PAGE = 64
 DEFAULT_CACHE_BYTES = 2 * 2**30
@@ -308,7 +309,11 @@ def plan_room(spec: ModelSpec, config: EngineConfig, element_size: int) -> Room:
             f"max_model_len = {max_model_len:,} is more than the model's max_position_embeddings = {limit:,}: set it "
             "lower"
         )
-    per_position = cache_bytes_per_token(spec, element_size * 8, mtp=True)
+    if config.cache_format == "fp8":
+        assert isinstance(spec.attention, Mla)
+        per_position = fp8_entry_bytes(spec.attention) * (spec.num_hidden_layers + spec.num_nextn_predict_layers)
+    else:
+        per_position = cache_bytes_per_token(spec, element_size, mtp=True)
     per_page = per_position * config.page_size
     num_pages = int(config.cache_bytes / (1 + KEPT_SHARE) / per_page)
     longest = -(-(max_model_len + depth + 1) // config.page_size)
