@@ -172,7 +172,7 @@ class Core:
             sequence.prefill_seconds += seconds
         tokens = sum(part.count for part in parts)
         self.counts.prompt_tokens += tokens
-        if not tokens and most <= depth + 1:  # else it made up for steps without drafts
+        if not tokens and (not depth or most <= depth + 1):  # else it made up for steps without drafts
             self.pace.add_step(len(sequences), depth, seconds)
         elif tokens:
             self.pace.add_part(len(sequences), depth, tokens, seconds)
