@@ -90,9 +90,10 @@ def export_hf(
     the `tokenizer_files`, among which a generation_config.json of its own is kept whole.
 
     Tensors keep the dtype they have in the model (norms and router FP32), so that a round trip is bitwise;
-    with `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two and
-    `"transformers"` leaving out what transformers cannot read. `out_dir` appears whole or not at all. Raises `ValueError` for a target that exists, a model that does not fit
-    `spec`, or non-finite weights under `fp8`; `OSError` when the disk is full.
+    with `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two and `"transformers"`
+    leaving out what transformers cannot read. `out_dir` appears whole or not at all. Raises `ValueError` for a
+    target that exists, a model that does not fit `spec`, or non-finite weights under `fp8`; `OSError` when the disk
+    is full.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     shards = _plan(state, spec, fp8, max_shard_bytes)
