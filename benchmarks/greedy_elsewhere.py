@@ -149,7 +149,7 @@ def main(
         for each in found:
             cells = (each.file, each.position, each.ours, each.theirs, f"{each.gap:.4f}")
             lines.append([engine, *map(str, cells)])
-        rows.append({"engine": engine, "versions": versions, "prompts": len(prompts), "prompt_tokens": prompt_tokens})
+        rows.append({"engine": engine, "rival": versions, "prompts": len(prompts), "prompt_tokens": prompt_tokens})
         rows[-1] |= {"dtype": str(dtype), "new_tokens": new_tokens, "partings": [asdict(each) for each in found]}
     print_table(["engine", "file", "token", "ours", "theirs", "gap"], lines)
     if record:
