@@ -71,6 +71,8 @@ def test_mistakes_are_found_before_weights_are_read(run: Path, tmp_path: Path, m
         monkeypatch.setattr(convert, name, lambda *arguments, **named: pytest.fail("weights were read"))
     monkeypatch.setattr("dovetail.engine.llm.import_hf", lambda *arguments, **named: pytest.fail("weights were read"))
     for source in (run, tmp_path / "model"):
+        with pytest.raises(ValueError, match="sides that are multiples of 128, so none can be FP8 for transformers"):
+            list(export(source, tmp_path / "new", ExportOptions(fp8="transformers")))
         with pytest.raises(ValueError, match="speculate = 2 drafts per step, but the model has 1"):
             load_llm(source, speculate=2)
         with pytest.raises(ValueError, match="model exists and is not empty"):

@@ -20,20 +20,21 @@ from dovetail.engine.speculative import check_depth
 from dovetail.model.checkpoint.directory import check_target
 from dovetail.model.checkpoint.inventory import CONFIG, is_buffer, read_config, read_inventory, read_spec
 from dovetail.model.checkpoint.shards import is_finite
-from dovetail.model.checkpoint.weights import export_hf, import_hf
+from dovetail.model.checkpoint.weights import Fp8Choice, export_hf, import_hf
 from dovetail.model.transformer import Transformer
 from dovetail.spec.hf import generation
 from dovetail.spec.hf_config import unread_keys
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.published import OWN, why_own
+from dovetail.spec.tensors import unquantized_modules
 from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.run.run_file import DTYPES, RunConfig, is_run, load_weights, run_model
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    fp8: bool = False
+    fp8: Fp8Choice = False
     ema: bool = False
     max_shard_bytes: float = 5e9
     overwrite: bool = False
@@ -105,6 +106,10 @@ def _run_weights(run: Path, ema: bool, allow_non_finite: bool) -> tuple[dict[str
     return state, spec, step
 
 
+def _spec(source: Path) -> ModelSpec:
+    return run_model(source, load_toml(source / "run.toml", RunConfig)) if is_run(source) else read_spec(source)
+
+
 def check_source(source: Path, ema: bool = False) -> None:
     """Raise ValueError where there is nothing at `source`, and where it cannot have a moving average."""
     if not source.exists():
@@ -123,10 +128,13 @@ def weights_line(run: Path, step: int, ema: bool) -> str:
 def export(source: Path, out: Path, options: ExportOptions) -> Iterator[str]:
     """Write the newest weights of a run, or a Hugging Face checkpoint, to `out`; yield lines to print.
 
-    Raises ValueError where `source` is not a run and the moving average is asked for.
+    Raises ValueError where `source` is not a run and the moving average is asked for, and where FP8 for transformers
+    would leave every weight as it is.
     """
     check_source(source, options.ema)
     _check_out(out, options.overwrite)
+    if options.fp8 == "transformers":
+        unquantized_modules(source_spec(source))
     allow = options.allow_non_finite
     model: Transformer | dict[str, Tensor]
     if is_run(source):

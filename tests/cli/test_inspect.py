@@ -74,6 +74,16 @@ def test_inspect_prints_a_table_and_json() -> None:
     assert record["cache_bytes"] == 70_272
 
 
+def test_inspect_prints_caches_as_a_table_and_json() -> None:
+    table = run("inspect", "deepseek-v3", "--cache", "--sequences", "4")
+    assert table.returncode == 0 and table.stderr == ""
+    assert "4 sequences of 163,840 tokens" in table.stdout and "656" in table.stdout and "70,272" in table.stdout
+    record = json.loads(run("inspect", "qwen2.5-72b", "--cache", "--context", "1000", "--json").stdout)
+    assert (record["context"], record["sequences"], record["window"]) == (1000, 1, 4096)
+    own = record["caches"][0]
+    assert (own["kind"], own["token_bytes"], own["total_bytes"]) == ("its own: GQA, BF16", 327_680, 327_680_000)
+
+
 def test_version_is_printed_without_loading_torch() -> None:
     done = run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"dovetail {dovetail.__version__}\n", "")
@@ -157,6 +167,9 @@ def test_reproduce_prints_both_columns_and_the_contradictions() -> None:
         (("inspect", "deepseek-ai/DeepSeek-V3"), 1, "nothing is downloaded"),
         (("list", "model"), 1, "dovetail: the catalog has no 'model'; did you mean models?"),
         (("inspect", "quickstart", "--context", "0"), 1, "dovetail: context = 0"),
+        (("inspect", "quickstart", "--cache", "--sequences", "0"), 1, "dovetail: sequences = 0"),
+        (("inspect", "quickstart", "--window", "9"), 1, "dovetail: --window 9: counts caches; add --cache"),
+        (("inspect", "quickstart", "--cache", "--write-config", "x"), 1, "leave --cache out"),
         (("reproduce", "table9"), 1, "dovetail: no table 'table9'"),
         (("inspect",), 2, "Missing argument"),
         (("inspect", "quickstart", "--context", "many"), 2, "--context"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,10 @@ class Export:
     """What is written, and in which form."""
 
     fp8: Annotated[bool, typer.Option(help="Quantise to E4M3 with 128x128 blocks, as published.")] = False
+    reader: Annotated[
+        Literal["transformers"] | None,
+        typer.Option("--for", help="With --fp8, leave in BF16 what this reader cannot take: weights of ragged blocks."),
+    ] = None
     ema: Annotated[bool, typer.Option(help="Export the moving average of a run's weights.")] = False
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest shard, in GB.")] = 5.0
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it is there.")] = False
@@ -37,7 +41,9 @@ def export(
     from dovetail import convert
 
     shard_bytes = how.shard_gb * 1e9
-    options = convert.ExportOptions(how.fp8, how.ema, shard_bytes, how.overwrite, how.allow_non_finite)
+    if how.reader and not how.fp8:
+        raise ValueError(f"--for {how.reader}: says how FP8 is written; add --fp8, or leave it out")
+    options = convert.ExportOptions(how.reader or how.fp8, how.ema, shard_bytes, how.overwrite, how.allow_non_finite)
     for line in convert.export(checkpoint, out, options):
         print(line)
 

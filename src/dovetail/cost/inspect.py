@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.catalog.presets import find_model
-from dovetail.cost import count
+from dovetail.cost import cache, count
 from dovetail.spec.hf_config import write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.model import Mla, ModelSpec
@@ -60,6 +60,42 @@ def inspect(target: str, context: int = 4096) -> Inspection:
         kernels=accepted_by(spec),
         unread=found.unread,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheInspection:
+    """The caches that one model could have, its own first, for `sequences` of `context` tokens each."""
+
+    target: str
+    source: str
+    context: int
+    sequences: int
+    window: int  # of the sliding window, in tokens
+    caches: tuple[cache.Cached, ...]
+    unread: tuple[str, ...]
+
+
+def inspect_cache(target: str, context: int | None, sequences: int, window: int) -> CacheInspection:
+    """Count caches of the model that `target` names, at the longest context that it has if none is given."""
+    found = find_model(target)
+    length = found.spec.max_position_embeddings if context is None else context
+    return CacheInspection(
+        target=target,
+        source=found.source,
+        context=length,
+        sequences=sequences,
+        window=window,
+        caches=cache.caches(found.spec, length, sequences, window),
+        unread=found.unread,
+    )
+
+
+def cache_rows(inspection: CacheInspection) -> Iterable[tuple[str, ...]]:
+    """Yield the rows of the printed table: kind, what a layer keeps, bytes per layer and token, of all, times own."""
+    own = inspection.caches[0]
+    for each in inspection.caches:
+        sizes = (f"{each.layer_bytes:,}", f"{each.token_bytes:,}", f"{each.total_bytes / 1e9:,.3f}")
+        yield each.kind, each.kept, *sizes, f"{each.total_bytes / own.total_bytes:.2f}"
 
 
 def _stored_bytes(directory: Path) -> int | None:

@@ -8,6 +8,7 @@ embedding and the head that it shares with the main model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -36,6 +37,11 @@ class Stored:
     def is_quantized(self) -> bool:
         """Whether an FP8 checkpoint has it in FP8: every linear weight but embedding, head, router and eh_proj."""
         return self.kind == "linear"
+
+    @property
+    def has_whole_tiles(self) -> bool:
+        """Whether no block of scales would be ragged. transformers refuses such weights, or takes wrong scales."""
+        return not any(size % tile for size, tile in zip(self.shape, WEIGHT_TILE, strict=True))
 
     @property
     def dtype(self) -> str:
@@ -79,6 +85,23 @@ def published_tensors(spec: ModelSpec, fp8: bool = False) -> Iterator[tuple[str,
             yield tensor.name + SCALE_SUFFIX, scale_shape(tensor.shape), "F32"
         else:
             yield tensor.name, tensor.shape, tensor.dtype
+
+
+def unquantized_modules(spec: ModelSpec) -> list[str]:
+    """Return `modules_to_not_convert` of a checkpoint of `spec` in which only weights of whole tiles are FP8.
+
+    A reader that finds the list takes every other linear module for FP8; the experts of a layer are one module. Raises
+    ValueError where no weight has whole tiles.
+    """
+    matrices = [each for each in stored_tensors(spec) if len(each.shape) == 2]
+    plain = [each.name for each in matrices if not (each.is_quantized and each.has_whole_tiles)]
+    if len(plain) == len(matrices):
+        raise ValueError(
+            f"no weight of this model has sides that are multiples of {WEIGHT_TILE[0]}, so none can be FP8 for "
+            "transformers; export it without --fp8"
+        )
+    names = (re.sub(r"(\.experts)\..*|\.weight$", r"\1", name) for name in plain)
+    return list(dict.fromkeys([*names, "lm_head"]))
 
 
 def scale_shape(shape: tuple[int, ...], tile: tuple[int, int] = WEIGHT_TILE) -> tuple[int, int]:

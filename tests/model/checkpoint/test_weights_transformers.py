@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3ForCausalLM
-from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Experts, FP8Linear
 from transformers.modeling_layers import MtpModel
+from transformers.quantizers import AutoHfQuantizer
 
 from dovetail.model.checkpoint.weights import export_hf, import_hf, to_published
 from dovetail.model.transformer import Transformer
@@ -143,6 +144,57 @@ def test_fp8_export_dequantises_alike_there_and_here(
         assert torch.equal(loaded[name], theirs), name
         divisor = Fp8Dequantize(None).convert({"weight": data, "weight_scale_inv": 1 / scale})["weight"]
         assert (loaded[name] - divisor).norm() > loaded[name].norm(), name  # the wrong reading is far off
+
+
+# All sides are multiples of 128 but the rows of kv_a_proj_with_mqa, as in V3.
+WHOLE = {"hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256, "q_lora_rank": 128}
+WHOLE |= {"kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 200}
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True}, {"moe_intermediate_size": 96}])
+def test_fp8_for_transformers_loads_there(
+    shape: dict[str, object], tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory
+) -> None:
+    """On a CPU it dequantises while it loads; the modules that a GPU would compute with are built and compared."""
+    spec = tiny_spec(**WHOLE | shape)
+    model = random_model(spec)
+    export_hf(model, spec, tmp_path / "out", fp8="transformers")
+    tokens = some_tokens(spec.vocab_size)
+    ours = our_logits(import_hf(tmp_path / "out", dtype=torch.float32)[0], tokens)
+    theirs = their_logits(tmp_path / "out", tokens)
+    assert (ours - theirs).abs().max() < TOLERANCE * ours.abs().max()
+    assert (our_logits(model, tokens) - theirs).abs().max() > 100 * TOLERANCE * ours.abs().max()  # FP8 it is
+    assert fp8_modules(tmp_path / "out") == {
+        name.removesuffix(".weight").split(".experts.")[0] + ".experts" * (".experts." in name)
+        for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+        if tensor.dtype == torch.float8_e4m3fn and ".layers.3." not in name
+    }
+
+
+def fp8_modules(directory: Path) -> set[str]:
+    """Names of the modules that transformers has in FP8 on a GPU."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = DeepseekV3ForCausalLM(config)
+    quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    quantizer._process_model_before_weight_loading(model)
+    return {name for name, module in model.named_modules() if isinstance(module, FP8Linear | FP8Experts)}
+
+
+def test_fp8_as_published_is_refused_there_or_read_with_wrong_scales(
+    tmp_path: Path, tiny_spec: SpecFactory, random_model: ModelFactory
+) -> None:
+    """Their blocks are rows over scales: 5 scales do not divide 576 rows, and 2 of them make blocks of 96 in 192."""
+    for latent, is_refused in ((512, True), (128, False)):
+        spec = tiny_spec(**WHOLE | {"kv_lora_rank": latent})
+        out, tokens = tmp_path / str(latent), some_tokens(spec.vocab_size)
+        export_hf(random_model(spec), spec, out, fp8=True)
+        if is_refused:
+            with pytest.raises(RuntimeError):
+                their_logits(out, tokens)
+            continue
+        ours = our_logits(import_hf(out, dtype=torch.float32)[0], tokens)
+        assert (ours - their_logits(out, tokens)).abs().max() > 10 * TOLERANCE * ours.abs().max()
 
 
 # ---- MTP: transformers loads it only inside generate(), and by the literal pattern of layer 61 ----

@@ -47,9 +47,10 @@ from dovetail.spec.tensors import (
     readable_tensors,
     scale_shape,
     stored_tensors,
+    unquantized_modules,
 )
 
-Fp8Choice = bool | Literal["ue8m0"]
+Fp8Choice = bool | Literal["ue8m0", "transformers"]
 
 
 def stored_view(state: Mapping[str, Tensor], stored: Stored) -> Tensor:
@@ -89,17 +90,18 @@ def export_hf(
     the `tokenizer_files`, among which a generation_config.json of its own is kept whole.
 
     Tensors keep the dtype they have in the model (norms and router FP32), so that a round trip is bitwise;
-    with `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two. `out_dir`
-    appears whole or not at all. Raises `ValueError` for a target that exists, a model that does not fit
-    `spec`, or non-finite weights under `fp8`; `OSError` when the disk is full.
+    with `fp8` the published set is quantised, `"ue8m0"` rounding the scales up to powers of two and `"transformers"`
+    leaving out what transformers cannot read. `out_dir` appears whole or not at all. Raises `ValueError` for a
+    target that exists, a model that does not fit `spec`, or non-finite weights under `fp8`; `OSError` when the disk
+    is full.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    shards = _plan(state, spec, bool(fp8), max_shard_bytes)
+    shards = _plan(state, spec, fp8, max_shard_bytes)
     tokenizer_paths = [Path(path) for path in tokenizer_files]
     _check_tokenizer_files(tokenizer_paths)
     config = {**write_hf(spec), "torch_dtype": str(state["embed_tokens.weight"].dtype).removeprefix("torch.")}
     if fp8:
-        config["quantization_config"] = _quantization_config(fp8)
+        config["quantization_config"] = _quantization_config(spec, fp8)
     total = sum(size for _, size in shards)
     with new_directory(Path(out_dir), total, overwrite) as directory:
         _write_json(directory / CONFIG, config)
@@ -173,8 +175,12 @@ def _checked_source(directory: Path, spec: ModelSpec, mtp: MtpChoice) -> Source:
     return Source(entries=entries, tile=tile)
 
 
+def _is_fp8(stored: Stored, fp8: Fp8Choice) -> bool:
+    return bool(fp8) and stored.is_quantized and (stored.has_whole_tiles or fp8 != "transformers")
+
+
 def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[str, Tensor]]:
-    if not (fp8 and stored.is_quantized):
+    if not _is_fp8(stored, fp8):
         yield stored.name, view
         return
     quantized = quantize_weight(view, power_of_two=fp8 == "ue8m0")
@@ -185,7 +191,7 @@ def _published(stored: Stored, view: Tensor, fp8: Fp8Choice) -> Iterator[tuple[s
 
 
 def _plan(
-    state: Mapping[str, Tensor], spec: ModelSpec, is_fp8: bool, max_shard_bytes: float
+    state: Mapping[str, Tensor], spec: ModelSpec, fp8: Fp8Choice, max_shard_bytes: float
 ) -> list[tuple[list[Stored], int]]:
     """Tensors of each shard and their bytes: file order, a new shard where the next tensor would not fit."""
     shards: list[tuple[list[Stored], int]] = []
@@ -194,7 +200,7 @@ def _plan(
         view = stored_view(state, stored)
         keys.add(stored.key)
         size = view.numel() * view.element_size()
-        if is_fp8 and stored.is_quantized:
+        if _is_fp8(stored, fp8):
             size = view.numel() + 4 * math.prod(scale_shape(stored.shape))
         if not shards or shards[-1][1] + size > max_shard_bytes:
             shards.append(([], 0))
@@ -228,7 +234,7 @@ def _write_json(path: Path, table: dict[str, Any]) -> None:
 def _shard_tensors(state: Mapping[str, Tensor], group: Sequence[Stored], fp8: Fp8Choice) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for stored in group:
-        if fp8 and stored.is_quantized:
+        if _is_fp8(stored, fp8):
             tensors[stored.name] = torch.empty(stored.shape, dtype=torch.float8_e4m3fn)
             tensors[stored.name + SCALE_SUFFIX] = torch.empty(scale_shape(stored.shape))
         else:
@@ -238,15 +244,17 @@ def _shard_tensors(state: Mapping[str, Tensor], group: Sequence[Stored], fp8: Fp
     # A second pass, for nothing may be allocated to stay between the FP32 temporaries of quantising: the heap
     # would be left in holes several times the size of the shard.
     for stored in group:
-        if fp8 and stored.is_quantized:
+        if _is_fp8(stored, fp8):
             for name, tensor in _published(stored, stored_view(state, stored), fp8):
                 tensors[name].copy_(tensor)
     return tensors
 
 
-def _quantization_config(fp8: Fp8Choice) -> dict[str, Any]:
+def _quantization_config(spec: ModelSpec, fp8: Fp8Choice) -> dict[str, Any]:
     config: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
     config["weight_block_size"] = list(WEIGHT_TILE)
+    if fp8 == "transformers":
+        config["modules_to_not_convert"] = unquantized_modules(spec)
     return {**config, "scale_fmt": "ue8m0"} if fp8 == "ue8m0" else config
 
 
