@@ -307,7 +307,7 @@ def plan_room(spec: ModelSpec, config: EngineConfig, element_size: int) -> Room:
             f"max_model_len = {max_model_len:,} is more than the model's max_position_embeddings = {limit:,}: set it "
             "lower"
         )
-    per_position = cache_bytes_per_token(spec, element_size * 8, mtp=True)
+    per_position = cache_bytes_per_token(spec, element_size, mtp=True)
     per_page = per_position * config.page_size
     num_pages = int(config.cache_bytes / (1 + KEPT_SHARE) / per_page)
     longest = -(-(max_model_len + depth + 1) // config.page_size)
