@@ -1,24 +1,32 @@
-"""A scripted engine, and the application around it: in this process, or behind a port."""
+"""A scripted engine, and the application around it: in this process, or behind a port. And the real one, small."""
 
 from __future__ import annotations
 
+import inspect
+import json
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+from real_server import Real, serving
 
 from dovetail.engine.engine import Draining, Full, Statistics
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.stream import Output, Stream, Token
+from dovetail.model.checkpoint.weights import export_hf
+from dovetail.model.transformer import Transformer
 from dovetail.server.exchange import Desk
 from dovetail.server.served import Delta, Prompt, Served
 from dovetail.server.settings import ServeConfig
 from dovetail.server.start import DrainingServer, listen
+from dovetail.spec.model import ModelSpec
 from dovetail.text.stream import TextStream
 from dovetail.text.tokenizer import Tokenizer
 
@@ -276,3 +284,26 @@ def start(build: Callable[..., Site]) -> Iterator[Callable[..., Running]]:
         server.should_exit = server.force_exit = True
         thread.join(5)
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_spec: Callable[..., ModelSpec],
+    random_model: Callable[..., Transformer],
+) -> Path:
+    """A directory in the Hugging Face layout: random weights in FP32, one MTP module, a tokenizer that fits."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    text = inspect.getsource(textwrap)
+    tokenizer = Tokenizer.train([text, json.dumps({"name": "Grüße", "size": 3})] * 3, 400)
+    tokenizer.save(directory / "own")
+    spec = tiny_spec(vocab_size=tokenizer.vocab_size, max_position_embeddings=1024)
+    export_hf(random_model(spec), spec, directory / "real", tokenizer_files=sorted((directory / "own").glob("*.json")))
+    return directory / "real"
+
+
+@pytest.fixture(scope="session")
+def real(checkpoint: Path) -> Iterator[Real]:
+    """The real engine on it behind a port, for bodies of up to 30 MB."""
+    with serving(checkpoint, ServeConfig(max_body_bytes=30_000_000, slow_client_seconds=2)) as running:
+        yield running

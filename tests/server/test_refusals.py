@@ -160,7 +160,7 @@ def test_a_page_that_calls_this_machine_by_its_own_name(build: Callable[..., Any
         error = problem(site.ask("GET", "/v1/models", headers={"host": host}), 403)
         assert host in error["message"] and "--api-key" in error["message"]
         problem(site.ask("POST", CHAT, json={"messages": ASK}, headers={"host": host}), 403)
-    for host in ("localhost:8000", "LOCALHOST", "a.localhost", "127.0.0.1:8000", "127.0.0.2", "[::1]:8000", "[::1]", ""):
+    for host in ("localhost:80", "LOCALHOST", "a.localhost", "127.0.0.1:8000", "127.0.0.2", "[::1]:80", "[::1]", ""):
         assert site.ask("GET", "/v1/models", headers={"host": host}).status_code == 200, host
 
 

@@ -158,7 +158,7 @@ def shape(tmp_path: Path, tiny_spec: Callable[..., ModelSpec]) -> Path:
         (["{here}", "--set", "prot=1"], "unknown key 'prot'; did you mean port?"),
         (["{here}", "--config", "{here}/no.toml"], "no.toml: no such file"),
         (["{here}"], "tokenizer.json: no such file"),
-        (["{shape}", "--max-model-len", "65"], "max_model_len = 65 is more than the model's max_position_embeddings = 64"),
+        (["{shape}", "--max-model-len", "65"], "max_model_len = 65 is more than the model's max_position"),
         (["{shape}", "--cache-bytes", "1000"], "cache_bytes = 1,000 has room for 0 positions, and one sequence of"),
         (["{shape}", "--speculate", "2"], "speculate"),
         (["{shape}", "--chat-template", "{here}/no.jinja"], "no.jinja: no such file"),

@@ -27,6 +27,8 @@ from dovetail.server.work import Job, Work
 
 log = logging.getLogger("dovetail.server")
 _PREPARING = 4  # prompts tokenised at once; others wait their turn
+# To make a Python object of each takes a microsecond in which nothing else runs. A text's own brackets count too.
+_BRACKETS, _BRACKETS_PER_TOKEN = 65_536, 4
 ValueT = TypeVar("ValueT")
 
 
@@ -167,9 +169,15 @@ async def read_body(served: Served, receive: Receive) -> bytes:
                 if len(data) > limit:
                     raise too_large(limit)
                 if not message.get("more_body", False):
-                    return bytes(data)
+                    break
     except TimeoutError:
         raise ApiError(408, "the body did not come in time") from None
+    nested, most = data.count(b"[") + data.count(b"{"), _BRACKETS + _BRACKETS_PER_TOKEN * served.engine.max_model_len
+    if nested > most:
+        raise ApiError(
+            400, f"the body has {nested:,} lists and objects or brackets in texts; at most {most:,} are read"
+        )
+    return bytes(data)
 
 
 def too_large(limit: int) -> ApiError:

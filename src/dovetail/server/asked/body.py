@@ -30,6 +30,9 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {  # values that ask for what is done 
 }
 
 
+_MOST_FIELDS = 256  # of an object; none of ours has a third of that
+
+
 class Body(BaseModel):
     """One JSON object that a client sent."""
 
@@ -43,6 +46,8 @@ class Body(BaseModel):
             return table
         if not isinstance(table, dict):
             raise ValueError(f"expected a JSON object, not {type(table).__name__}")
+        if len(table) > _MOST_FIELDS:  # each unknown one is an error to be made
+            raise ValueError(f"{len(table):,} fields; at most {_MOST_FIELDS} are read")
         kept = {}
         for name, value in table.items():
             if value is None or name in METADATA or value in HARMLESS.get(name, ()):

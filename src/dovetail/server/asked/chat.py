@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from dovetail.server.asked.body import Body
 from dovetail.server.asked.sampling import MOST_LOGPROBS, Generating
-from dovetail.server.asked.tools import Tool, ToolCall, ToolChoice
+from dovetail.server.asked.tools import MOST_TOOLS, Tool, ToolCall, ToolChoice
 from dovetail.server.errors import ApiError, Refusal, unsupported
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -38,7 +38,7 @@ class Message(Body):
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  # vLLM's name of the same
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MOST_TOOLS)
     tool_call_id: str | None = None
     REFUSED: ClassVar = {
         "audio": "only text is generated",
@@ -71,12 +71,12 @@ class Message(Body):
 class ChatRequest(Generating):
     """A conversation to go on with."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], FailFast()] = Field(min_length=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)  # OpenAI's newer name, which wins
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MOST_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from dovetail.server.asked.body import Body
 from dovetail.server.asked.sampling import MOST_CHOICES, MOST_LOGPROBS, Generating
@@ -87,4 +87,4 @@ class DetokenizeRequest(Body):
     """Tokens to join into a text."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], FailFast()]

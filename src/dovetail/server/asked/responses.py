@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from dovetail.server.asked.body import Body
 from dovetail.server.asked.chat import ChatRequest, Message, join_parts
@@ -58,7 +58,7 @@ class ResponsesRequest(Body):
     """A conversation in the form of OpenAI's newer interface."""
 
     model: str | None = None
-    input: Annotated[list[Message], BeforeValidator(_items), Field(min_length=1)]
+    input: Annotated[list[Message], FailFast(), BeforeValidator(_items), Field(min_length=1)]
     instructions: Annotated[str | None, BeforeValidator(join_parts)] = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None

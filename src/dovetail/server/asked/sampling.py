@@ -16,6 +16,7 @@ from dovetail.server.errors import ApiError, Refusal, from_validation
 MOST_CHOICES = 128  # of one request
 MOST_LOGPROBS = 20
 _MOST_STOPS = 64
+_MOST_WORDS = 1024  # to choose from
 _SEEDS = 2**63
 
 
@@ -67,7 +68,7 @@ class StructuredOutputs(Body):
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=_MOST_WORDS)
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -118,7 +119,7 @@ class Generating(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(default=None, min_length=1)
+    guided_choice: list[str] | None = Field(default=None, min_length=1, max_length=_MOST_WORDS)
     guided_grammar: str | None = None
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
     return_token_ids: bool = False

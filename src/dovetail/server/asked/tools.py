@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from dovetail.engine.grammar import JSON_FORM
 from dovetail.server.asked.body import Body
 
+MOST_TOOLS = 256  # offered, and calls of one message
 _NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 
