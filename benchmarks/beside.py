@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from dovetail import threads
 from dovetail.catalog.presets import load_model
 from dovetail.engine.steps.cache import contiguous_cache
-from dovetail.engine.steps.prompts import Chunk
+from dovetail.engine.steps.rows import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from dovetail.catalog.presets import load_model
 from dovetail.cost.count import attention_flop_per_token, parameters
 from dovetail.engine.steps.cache import contiguous_cache
-from dovetail.engine.steps.prompts import Chunk
+from dovetail.engine.steps.rows import Chunk
 from dovetail.engine.steps.runner import Runner
 from dovetail.numerics.cpu.allocator import keep_freed_memory
 from dovetail.spec.model import ModelSpec

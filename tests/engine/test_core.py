@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from dovetail.engine.steps.prompts import Chunk
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -22,7 +22,9 @@ from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.scheduling.scheduler import Part, Scheduler
 from dovetail.engine.sequence import Completion, Sequence
-from dovetail.engine.steps.runner import Runner
+from dovetail.engine.steps.rows import NONE, Chunk, Short
+from dovetail.engine.steps.runner import Chosen, Runner
+from dovetail.engine.steps.tiled import TiledSteps
 from dovetail.engine.stream import Token
 from dovetail.model.transformer import Transformer
 from dovetail.numerics import capability
@@ -78,7 +80,8 @@ def run(core: Core, llm: LLM, requests: list[Request], checks_end: bool = True) 
         step += 1
         assert step < 5000, "it does not end"
     assert core.pool.num_free == core.room.num_pages
-    assert not checks_end or core.runner.prompts is None or not core.runner.prompts.kept
+    kernels = core.runner.kernels
+    assert not checks_end or not isinstance(kernels, TiledSteps) or not kernels.kept
     return requests
 
 
@@ -178,11 +181,16 @@ def test_the_reference_keeps_the_promise_too(trained: Trained, monkeypatch: pyte
     assert differing(run(core, llm, requests), alone(llm, requests)) == 0
 
 
-def again_as_a_prompt(self: Core, part: Part) -> None:
-    """What a sequence had generated, the way of its prompt."""
-    task = part.task
-    self.runner.prompt([Chunk(task.slot, part.start, task.tokens[part.start : part.start + part.count])])
-    self.scheduler.commit(part)
+def again_as_a_prompt(
+    self: Runner, short: Short, chunks: list[Chunk], wanted: list[int] | None = None, chosen: Chosen | None = None
+) -> Tensor:
+    """What a sequence had generated before it was set back, the way of its prompt: several rows of one slot."""
+    hidden = RUN(self, short, chunks, wanted, chosen)
+    for slot, count in Counter(short.slots).items():
+        if count > 1:
+            first = short.slots.index(slot)
+            RUN(self, NONE, [Chunk(slot, short.positions[first], short.tokens[first : first + count])])
+    return hidden
 
 
 def nothing_is_forgotten(self: Runner, slot: int) -> None:
@@ -195,10 +203,10 @@ def published_too_soon(self: Scheduler, part: Part) -> None:
     COMMIT(self, part)
 
 
-COMMIT = Scheduler.commit
+COMMIT, RUN = Scheduler.commit, Runner.run
 # Without AVX-512 BF16 prompts go the way of steps, and no keys are kept.
 BF16_MISTAKES = [
-    (Core, "_again", again_as_a_prompt),
+    (Runner, "run", again_as_a_prompt),
     (Runner, "forget", nothing_is_forgotten),
 ] * capability.has_bf16_instructions()
 

@@ -46,7 +46,7 @@ def their_steps(monkeypatch, loaded, prompt, max_tokens):
 
 
 def our_steps(monkeypatch, model, prompt, max_tokens, depth):
-    draft, step, drafts, accepted = speculative.draft, speculative.step, [], []
+    draft, conclude, drafts, accepted = speculative.draft, speculative.conclude, [], []
     llm = LLM(model, model.spec)
     llm.warm_up(depth)
 
@@ -54,13 +54,13 @@ def our_steps(monkeypatch, model, prompt, max_tokens, depth):
         drafts.append(draft(runner, sequences, depth)[0])
         return draft(runner, sequences, depth)  # a second time: it only writes what it wrote
 
-    def count(runner, sequences, depth):
-        results = step(runner, sequences, depth)
+    def count(*arguments):
+        results = conclude(*arguments)
         accepted.append(results[0][1])
         return results
 
     monkeypatch.setattr(speculative, "draft", record)
-    monkeypatch.setattr(speculative, "step", count)
+    monkeypatch.setattr(speculative, "conclude", count)
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     completion = llm.generate([prompt], params, speculate=depth)[0]
     return completion.token_ids, drafts, accepted

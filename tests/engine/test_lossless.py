@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from dovetail.engine.steps.prompts import Chunk
 from torch import Tensor
 
 from dovetail.catalog.precision import load_recipe
@@ -14,6 +13,7 @@ from dovetail.engine import drawing
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.rows import Chunk
 from dovetail.engine.steps.runner import Runner, _groups
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer

@@ -8,6 +8,7 @@ import torch
 from dovetail.engine import speculative
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
+from dovetail.engine.steps.rows import Short
 from dovetail.engine.steps.runner import Runner
 from dovetail.model.transformer import Mtp
 
@@ -61,22 +62,29 @@ def tokens_shifted_twice(patch, periodic):
 
 def without_the_modules_own_norm(patch, periodic):
     weight = periodic.model.mtp[0].norm.weight.detach()
-    draft, prompt = Runner.draft, Runner.prompt_draft
+    draft = Runner.draft
     patch.setattr(Runner, "draft", lambda *arguments: draft(*arguments) / weight)
-    patch.setattr(Runner, "prompt_draft", lambda *arguments: prompt(*arguments) / weight)
 
 
 def prompt_not_filled(patch, periodic):
-    patch.setattr(Runner, "prompt_draft", lambda self, depth, chunks, hidden, next_tokens: hidden)
+    draft = Runner.draft
+
+    def short_rows_only(self, depth, short, chunks, hidden, next_tokens):
+        return hidden if chunks else draft(self, depth, short, chunks, hidden, next_tokens)
+
+    patch.setattr(Runner, "draft", short_rows_only)
 
 
 def accepted_drafts_not_refilled(patch, periodic):
     draft = Runner.draft
 
-    def newest_only(self, depth, hidden, next_tokens, slots, positions):
+    def newest_only(self, depth, short, chunks, hidden, next_tokens):
+        if chunks:
+            return draft(self, depth, short, chunks, hidden, next_tokens)
         output = torch.zeros_like(hidden)
-        last = torch.cat((slots[1:] != slots[:-1], torch.tensor([True])))
-        output[last] = draft(self, depth, hidden[last], next_tokens[last], slots[last], positions[last])
+        lasts = [row for row, slot in enumerate(short.slots) if slot not in short.slots[row + 1 :]]
+        of_lasts = ([each[row] for row in lasts] for each in (short.tokens, short.slots, short.positions))
+        output[lasts] = draft(self, depth, Short(*of_lasts), [], hidden[lasts], [next_tokens[row] for row in lasts])
         return output
 
     patch.setattr(Runner, "draft", newest_only)
@@ -84,18 +92,13 @@ def accepted_drafts_not_refilled(patch, periodic):
 
 def on_drafts(patch, change):
     """Let `change(depth, hidden, tokens)` spoil what the modules are given."""
-    draft, prompt = Runner.draft, Runner.prompt_draft
+    draft = Runner.draft
 
-    def changed_prompt(self, depth, chunks, hidden, tokens):
+    def changed(self, depth, short, chunks, hidden, tokens):
         hidden, tokens = change(depth, hidden, torch.tensor(tokens))
-        return prompt(self, depth, chunks, hidden, tokens.tolist())
+        return draft(self, depth, short, chunks, hidden, tokens.tolist())
 
-    patch.setattr(
-        Runner,
-        "draft",
-        lambda self, depth, hidden, tokens, *rows: draft(self, depth, *change(depth, hidden, tokens), *rows),
-    )
-    patch.setattr(Runner, "prompt_draft", changed_prompt)
+    patch.setattr(Runner, "draft", changed)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +135,15 @@ def test_halves_of_eh_proj_swapped(periodic, depth):
 def test_rejected_drafts_not_rewritten(periodic, monkeypatch):
     """Drafts are wrong for the first period; module 1 then has wrong tokens in its cache, if not fed again."""
     kept, _ = accepted(periodic, 2, prompt_tokens=4)
-    step = speculative.step
+    conclude = speculative.conclude
 
-    def without_old_positions(runner, sequences, depth):
-        results = step(runner, sequences, depth)
+    def without_old_positions(runner, sequences, *rest):
+        results = conclude(runner, sequences, *rest)
         for sequence, (drawn, _) in zip(sequences, results, strict=True):
             sequence.hidden = sequence.hidden[-len(drawn) :]
         return results
 
-    monkeypatch.setattr(speculative, "step", without_old_positions)
+    monkeypatch.setattr(speculative, "conclude", without_old_positions)
     assert accepted(periodic, 2, prompt_tokens=4)[0] < kept
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dovetail.engine.pace import LEAST_PART, PROBE_EVERY, PROBE_STEPS, Average, Pace
+from dovetail.engine.pace import LEAST_PART, PROBE_EVERY, PROBE_STEPS, STALL, Average, Pace
 
 
 def measured(plain: float, drafting: float, sequences: int = 1, kept: tuple[float, ...] = (0.8, 0.5)) -> Pace:
@@ -88,21 +88,37 @@ def test_shares_of_accepted_drafts_are_by_position() -> None:
 
 def test_a_part_of_a_prompt_takes_as_long_as_a_step() -> None:
     pace = measured(0.1, 0.2, sequences=4)
-    assert pace.part(4, 0, 512) == 512, "the time of a prompt is not known"
-    pace.add_prompt(100, 0.1)  # 1 ms a token
-    assert [pace.part(4, depth, 512) for depth in (0, 2)] == [100, 200]
-    assert pace.part(4, 2, 150) == 150
-    assert pace.part(0, 0, 512) == 512, "nobody waits"
-    assert pace.part(9, 0, 512) == 512, "a step of so many is not known"
+    assert pace.part(4, 0, 1, 512) == 512, "the time of a prompt is not known"
+    pace.add_part(0, 0, 100, 0.1)  # 1 ms a token
+    assert [pace.part(4, depth, 1, 512) for depth in (0, 2)] == [int(STALL * 100), int(STALL * 200)]
+    assert pace.part(4, 2, 1, 150) == 150
+    assert pace.part(0, 0, 1, 512) == 512, "nobody waits"
+    assert pace.part(9, 0, 1, 512) == 512, "a step of so many is not known"
     for _ in range(99):
-        pace.add_prompt(100, 1.0)
-    assert pace.part(4, 0, 512) == LEAST_PART
-    assert pace.part(4, 0, 7) == 7
+        pace.add_part(0, 0, 100, 1.0)
+    assert pace.part(4, 0, 1, 512) == LEAST_PART
+    assert pace.part(4, 0, 1, 7) == 7
+
+
+def test_where_more_prompts_wait_than_sequences_decode_parts_are_longer() -> None:
+    pace = measured(0.1, 0.2, sequences=4)
+    pace.add_part(0, 0, 100, 0.1)
+    assert [pace.part(4, 0, waiting, 512) for waiting in (0, 4, 8)] == [int(STALL * each) for each in (100, 100, 200)]
+
+
+def test_a_part_beside_decoding_took_what_it_added_to_the_step() -> None:
+    pace = measured(0.1, 0.2, sequences=4)
+    pace.add_part(4, 0, 100, 0.3)
+    assert pace.prompt_token.value == pytest.approx(0.002)
+    pace.add_part(9, 0, 100, 0.3)
+    assert pace.prompt_token.count == 1, "a step of so many is not known"
+    pace.add_part(4, 2, 100, 0.1)
+    assert pace.prompt_token.value == pytest.approx(0.001), "never below nothing"
 
 
 def test_a_few_tokens_say_nothing_of_the_time_of_a_prompt() -> None:
     pace = Pace()
-    pace.add_prompt(LEAST_PART - 1, 9.0)
+    pace.add_part(0, 0, LEAST_PART - 1, 9.0)
     assert pace.prompt_token.count == 0
 
 

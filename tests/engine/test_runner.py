@@ -1,9 +1,9 @@
 import pytest
 import torch
-from dovetail.engine.steps.prompts import Chunk
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.rows import NONE, Chunk, Short
 from dovetail.engine.steps.runner import Runner
 from dovetail.model.attention.causal import attention_reference
 from dovetail.model.precision import apply_recipe
@@ -71,10 +71,10 @@ def test_fused_gates_equal_the_reference(scoring_func, topk_method, engine_spec,
 def test_a_gate_that_the_kernels_lack_goes_to_the_reference(engine_spec, engine_model):
     """They would take it for softmax."""
     model = engine_model(engine_spec())
-    assert runner_of(model, "fused").fused is not None
+    assert runner_of(model, "fused").kernels is not None
     moe = model.spec.moe.model_copy(update={"scoring_func": "a new one"})
     model.spec = model.spec.model_copy(update={"moe": moe})
-    assert runner_of(model, "fused").fused is None
+    assert runner_of(model, "fused").kernels is None
 
 
 @pytest.fixture
@@ -151,9 +151,9 @@ def test_mtp_modules_over_a_cache_equal_them_without(setup):
         count, split = 11 - k, 6
         chunk = Chunk(1, 0, tokens[:split].tolist())
         full = model.mtp_forward(k, hidden[None, :count], tokens[None, 1 + k :]).hidden[0]
-        first = runner.prompt_draft(k, [chunk], hidden[:split], tokens[1 + k : 1 + k + split].tolist())
-        rows = torch.arange(split, count)
-        rest = runner.draft(k, hidden[split:count], tokens[1 + k + split :], torch.full_like(rows, 1), rows)
+        first = runner.draft(k, NONE, [chunk], hidden[:split], tokens[1 + k : 1 + k + split].tolist())
+        short = Short(tokens[split:count].tolist(), [1] * (count - split), list(range(split, count)))
+        rest = runner.draft(k, short, [], hidden[split:count], tokens[1 + k + split :].tolist())
         hidden = torch.cat((first, rest))
         assert_close(spec, hidden, full)
 

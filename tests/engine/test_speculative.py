@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from dovetail.engine.steps.prompts import Chunk
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from dovetail.engine import drawing, speculative
@@ -11,6 +10,7 @@ from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.cache import contiguous_cache
+from dovetail.engine.steps.rows import Chunk
 from dovetail.engine.steps.runner import Runner
 
 ERROR_RATE = 1e-6  # chance that a right sampler fails one of the chi-square tests
@@ -136,6 +136,12 @@ def grown(model, prompt, count, params, depth):
     return runner, sequences
 
 
+def step(runner, sequences, depth):
+    drafts = speculative.draft(runner, sequences, depth)
+    hidden = runner.run(speculative.rows_of(sequences, drafts), [])
+    return speculative.conclude(runner, sequences, drafts, hidden, None)
+
+
 def their_distribution(logits, params, prompt, generated):
     """Of the token after `generated`: transformers' penalty, and those of OpenAI's manual."""
     penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
@@ -183,7 +189,7 @@ def test_whole_steps_have_the_models_distribution(
     runner, sequences = grown(model, prompt, count, params, depth)
     counts = torch.zeros(6, 6, 6)
     while growing := [sequence for sequence in sequences if sequence.completion_tokens < 3]:
-        for sequence, (drawn, kept) in zip(growing, speculative.step(runner, growing, depth), strict=True):
+        for sequence, (drawn, kept) in zip(growing, step(runner, growing, depth), strict=True):
             sequence.extend(drawn, kept)
     for sequence in sequences:
         counts[tuple(sequence.tokens[len(prompt) :][:3])] += 1

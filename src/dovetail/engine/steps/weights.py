@@ -47,7 +47,7 @@ class Head:
         logits = torch.empty(flat.shape[0], self.weight.shape[0], dtype=torch.float32)
         with self.sharing.of_step(len(flat)):
             rows_numba.head(array(flat), self.weight, logits.numpy())
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits.view(*hidden.shape[:-1], self.weight.shape[0])
 
 
 def takes(model: Transformer) -> bool:

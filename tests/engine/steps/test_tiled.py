@@ -1,6 +1,6 @@
 """Prompts in chunks, in pages, beside others, behind pages that others filled: each row has the bits that it has alone.
 
-The kernels of `prompts` need AVX-512 BF16; elsewhere, and in FP32, prompts go through `fused`.
+The kernels of `tiled` need AVX-512 BF16; elsewhere, and in FP32, rows go through `fused`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numba
-import numpy as np
 import pytest
 import torch
-from dovetail.engine.steps.prompts import Chunk, PromptSteps
 from torch import Tensor
 
-from dovetail.engine.steps import prompts_numba
+from dovetail.engine.steps import block_numba
 from dovetail.engine.steps.cache import PagedCache
+from dovetail.engine.steps.rows import NONE, Chunk
 from dovetail.engine.steps.runner import Runner
+from dovetail.engine.steps.tiled import TiledSteps
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.transformer import Transformer
 from dovetail.numerics import capability
+from dovetail.numerics.cpu.kernels import array
 from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
 from dovetail.spec.model import Mla, ModelSpec
 
@@ -66,7 +67,7 @@ class Prompts:
     page_size: int
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     most_bytes: int | None = None
-    fused: bool = True
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         per_slot = -(-CAPACITY // self.page_size)
@@ -77,10 +78,10 @@ class Prompts:
         pages = self.rng.sample(range(count), per_slot * len(self.texts))
         for slot in range(len(self.texts)):
             cache.assign(slot, pages[slot * per_slot : (slot + 1) * per_slot])
-        self.runner = Runner(self.model, cache, self.fused)
-        self.runner.one_by_one = self.fused
-        if self.runner.prompts is not None and self.most_bytes is not None:
-            self.runner.prompts.most_bytes = self.most_bytes
+        self.runner = Runner(self.model, cache, self.kernels)
+        self.runner.one_by_one = self.kernels
+        if isinstance(self.runner.kernels, TiledSteps) and self.most_bytes is not None:
+            self.runner.kernels.most_bytes = self.most_bytes
         self.done = [0] * len(self.texts)
         self.hidden: list[dict[int, Tensor]] = [{} for _ in self.texts]
         self.drafted: list[list[Tensor]] = [[] for _ in self.texts]
@@ -126,7 +127,7 @@ class Prompts:
             given = [
                 [*self.texts[chunk.slot], 1, 2, 3][position + 1 + k] for chunk in chunks for position in chunk.range
             ]
-            hidden = self.runner.prompt_draft(k, chunks, hidden, given)
+            hidden = self.runner.draft(k, NONE, chunks, hidden, given)
             for chunk, part in zip(chunks, hidden.split([len(chunk.tokens) for chunk in chunks]), strict=True):
                 self.drafted[chunk.slot].append(part)
 
@@ -171,7 +172,8 @@ def test_chunks_pages_and_neighbours_change_no_bit(
         for most_bytes in (None, 0, 20_000):
             run = Prompts(model, texts, page_size, random.Random(number), most_bytes)
             assert differing(run.run((3, 20, 70, 90, 140)[number]), alone) == 0
-            assert run.runner.prompts is None or not run.runner.prompts.kept and not run.runner.prompts.kept_bytes
+            kernels = run.runner.kernels
+            assert not isinstance(kernels, TiledSteps) or not (kernels.kept or kernels.kept_bytes)
             for slot, one in enumerate(alone):
                 for k in range(len(model.mtp)):
                     parts = run.drafted[slot][k :: len(model.mtp)]
@@ -241,8 +243,8 @@ def test_steps_beside_others_change_no_bit(
 def test_torch_would_change_bits(dtype: torch.dtype, engine_spec: SpecFactory, random_model: ModelFactory) -> None:
     model = model_of("sigmoid", dtype, engine_spec, random_model)
     texts = some_texts(model.spec, 33, 64, 65, 100)
-    alone = [Prompts(model, [text], CAPACITY, fused=False).run_whole() for text in texts]
-    assert differing(Prompts(model, texts, 16, fused=False).run(30), alone) > 0
+    alone = [Prompts(model, [text], CAPACITY, kernels=False).run_whole() for text in texts]
+    assert differing(Prompts(model, texts, 16, kernels=False).run(30), alone) > 0
 
 
 @pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="the CPU has no AVX-512 BF16")
@@ -254,7 +256,7 @@ def test_a_slot_is_forgotten_before_its_next_prompt(engine_spec: SpecFactory, ra
     for forgets in (True, False):
         run = Prompts(model, [one], 16, most_bytes=10**6)
         run.pass_of([run.chunk(0, 40)], wants_all=True)
-        assert run.runner.prompts is not None and run.runner.prompts.kept
+        assert isinstance(run.runner.kernels, TiledSteps) and run.runner.kernels.kept
         if forgets:
             run.runner.forget(0)
         hidden = run.runner.prompt([Chunk(0, 0, other[:45], goes_on=True)])
@@ -272,21 +274,6 @@ def test_the_number_of_threads_changes_no_bit(engine_spec: SpecFactory, random_m
             assert differing(Prompts(model, texts, 16).run(100), alone) == 0
     finally:
         numba.set_num_threads(threads)
-
-
-def test_places_in_memory_change_no_bit() -> None:
-    """Loops that store have two versions, for arrays that lie apart and for others: both have to round alike."""
-    generator, shapes = torch.Generator().manual_seed(3), [(2, 24), (16,), (2, 4), (2, 4), (2, 24)]
-    both, weight, cos, sin, entries = (torch.randn(shape, generator=generator) for shape in shapes)
-    seen, rng = set(), random.Random(1)
-    for gap in (0, 0, 0, 1, 16, 300) * 8:
-        buffer, at, placed = torch.zeros(2000), 16, {}
-        for name, tensor in rng.sample(list(enumerate((both, weight, cos, sin, entries))), 5):
-            placed[name] = buffer[at : at + tensor.numel()].view_as(tensor).copy_(tensor).numpy()
-            at += tensor.numel() + gap
-        prompts_numba.remember(placed[0], placed[1], np.float32(1e-6), placed[2], placed[3], np.arange(2), placed[4])
-        seen.add(placed[4].tobytes())
-    assert len(seen) == 1
 
 
 def bound_of(model: Transformer, length: int) -> float:
@@ -324,6 +311,7 @@ def test_prompts_are_the_models_forward_up_to_rounding(
 
 
 @torch.no_grad()
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="the CPU has no AVX-512 BF16")
 @pytest.mark.parametrize("renormalises", [False, True])
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("topk_method", ["noaux_tc", "group_limited_greedy"])
@@ -333,17 +321,18 @@ def test_experts_are_the_gates(
     gate = {"scoring_func": scoring_func, "topk_method": topk_method, "norm_topk_prob": renormalises}
     moe = {**MOE, **gate, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
     model = random_model(engine_spec(moe=moe), torch.bfloat16)
-    steps = PromptSteps(model, PagedCache(model.spec, 1, 8, 1, 8))
-    mlp = model.layers["1"].mlp
+    steps = TiledSteps(model, PagedCache(model.spec, 1, 8, 1, 8))
+    block, mlp = steps.blocks[1], model.layers["1"].mlp
     assert isinstance(mlp, MoeMlp)
-    x = torch.randn(50, model.spec.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16()
-    if not capability.has_bf16_instructions():
-        pytest.skip("the CPU has no AVX-512 BF16")
-    chosen: list[Tensor] = []
-    ours = steps._experts(mlp, x, chosen)
-    assert torch.equal(chosen[0].sort(dim=-1).values, mlp.gate(x).expert_ids.sort(dim=-1).values)
-    theirs, _ = mlp(x[None], model.dispatcher)
-    assert normwise_error(ours, theirs[0]) < tolerance(torch.bfloat16, roundings=8, terms=200)
+    x = torch.randn(50, model.spec.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16() * 2**-6
+    normed = model.layers["1"].post_attention_layernorm(x)
+    theirs, _ = mlp(normed[None], model.dispatcher)
+    ids = torch.empty(50, 3, dtype=torch.int64)
+    ours = x.clone()
+    block_numba.experts(array(ours), steps.eps, *block.mlp, ids.numpy(), block.gate, numba.get_num_threads())
+    assert torch.equal(ids.sort(dim=-1).values, mlp.gate(normed).expert_ids.sort(dim=-1).values)
+    assert normwise_error(ours, x + theirs[0]) < tolerance(torch.bfloat16, roundings=8, terms=200)
+    assert normwise_error(x, x + theirs[0]) > 0.5, "what the experts add is most of it"
 
 
 def test_beyond_the_capacity_is_an_error(engine_spec: SpecFactory, random_model: ModelFactory) -> None:
