@@ -106,10 +106,6 @@ def _run_weights(run: Path, ema: bool, allow_non_finite: bool) -> tuple[dict[str
     return state, spec, step
 
 
-def _spec(source: Path) -> ModelSpec:
-    return run_model(source, load_toml(source / "run.toml", RunConfig)) if is_run(source) else read_spec(source)
-
-
 def check_source(source: Path, ema: bool = False) -> None:
     """Raise ValueError where there is nothing at `source`, and where it cannot have a moving average."""
     if not source.exists():
