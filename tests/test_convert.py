@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from dovetail import convert
 from dovetail.convert import ExportOptions, export, import_, load_llm
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
+from dovetail.spec.hf_config import write_hf
+from dovetail.spec.model import ModelSpec
 from dovetail.text.documents import DataConfig
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
@@ -64,6 +68,14 @@ def test_a_checkpoint_is_loaded_as_before(run: Path, tmp_path: Path) -> None:
         load_llm(tmp_path / "model", ema=True)
 
 
+def test_fp8_for_transformers_that_would_change_nothing_is_refused_from_the_config_alone(
+    tmp_path: Path, tiny_spec: Callable[[], ModelSpec]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(write_hf(tiny_spec())), encoding="utf-8")
+    with pytest.raises(ValueError, match="sides that are multiples of 128, so none can be FP8 for transformers"):
+        list(export(tmp_path, tmp_path / "out", ExportOptions(fp8="transformers")))
+
+
 def test_mistakes_are_found_before_weights_are_read(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     list(export(run, tmp_path / "model", ExportOptions()))
     (tmp_path / "file").write_text("")
@@ -71,8 +83,6 @@ def test_mistakes_are_found_before_weights_are_read(run: Path, tmp_path: Path, m
         monkeypatch.setattr(convert, name, lambda *arguments, **named: pytest.fail("weights were read"))
     monkeypatch.setattr("dovetail.engine.llm.import_hf", lambda *arguments, **named: pytest.fail("weights were read"))
     for source in (run, tmp_path / "model"):
-        with pytest.raises(ValueError, match="sides that are multiples of 128, so none can be FP8 for transformers"):
-            list(export(source, tmp_path / "new", ExportOptions(fp8="transformers")))
         with pytest.raises(ValueError, match="speculate = 2 drafts per step, but the model has 1"):
             load_llm(source, speculate=2)
         with pytest.raises(ValueError, match="model exists and is not empty"):

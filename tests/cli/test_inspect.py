@@ -170,6 +170,11 @@ def test_reproduce_prints_both_columns_and_the_contradictions() -> None:
         (("inspect", "quickstart", "--cache", "--sequences", "0"), 1, "dovetail: sequences = 0"),
         (("inspect", "quickstart", "--window", "9"), 1, "dovetail: --window 9: counts caches; add --cache"),
         (("inspect", "quickstart", "--cache", "--write-config", "x"), 1, "leave --cache out"),
+        (
+            ("export", "model", "out", "--for", "transformers"),
+            1,
+            "--for transformers: says how FP8 is written; add --fp8",
+        ),
         (("reproduce", "table9"), 1, "dovetail: no table 'table9'"),
         (("inspect",), 2, "Missing argument"),
         (("inspect", "quickstart", "--context", "many"), 2, "--context"),

@@ -38,11 +38,11 @@ def export(
     how: Export,
 ) -> None:
     """Write weights in the Hugging Face layout, and say which engines' kernels take the shape."""
+    if how.reader and not how.fp8:
+        raise ValueError(f"--for {how.reader}: says how FP8 is written; add --fp8, or leave it out")
     from dovetail import convert
 
     shard_bytes = how.shard_gb * 1e9
-    if how.reader and not how.fp8:
-        raise ValueError(f"--for {how.reader}: says how FP8 is written; add --fp8, or leave it out")
     options = convert.ExportOptions(how.reader or how.fp8, how.ema, shard_bytes, how.overwrite, how.allow_non_finite)
     for line in convert.export(checkpoint, out, options):
         print(line)
