@@ -1,5 +1,6 @@
 """Grouped products against a loop over experts in FP64: ragged shapes, views, neighbours that must not be touched."""
 
+import itertools
 from collections.abc import Callable
 
 import numba
@@ -103,6 +104,46 @@ def test_a_row_is_the_same_in_any_company(draw: Draw) -> None:
     together = fprop(rows, weights, [0, 100, 200, 300])
     for row in (0, 7, 99):
         assert torch.equal(fprop(rows[row : row + 1], weights, [0, 1, 1, 1])[0], together[row])
+
+
+def cancelling(rows: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same operands with terms that come twice, with either sign: what is left of a sum says in which order it was
+    taken, where a sum rounded to BF16 seldom does."""
+    half = rows.shape[1] // 2
+    rows[:, half : 2 * half] = rows[:, :half]
+    weights[..., half : 2 * half] = -weights[..., :half]
+    return rows, weights
+
+
+# Up to 8 rows take tiles of 1, 2, 4 or 8 rows; b is packed for them only where k is no multiple of 32.
+@needs_kernel
+@pytest.mark.parametrize("k", [32, 70, 96, 100, 320, 1])
+@pytest.mark.parametrize("n", [1, 16, 33, 257])
+def test_few_rows_have_the_bits_of_many(n: int, k: int, draw: Draw) -> None:
+    """Groups of 1 to 9 rows, and of none."""
+    counts = [1, 2, 0, 3, 4, 5, 6, 7, 8, 9]
+    offsets = [0, *itertools.accumulate(counts)]
+    rows, weights = draw(offsets[-1], k, dtype=torch.bfloat16), draw(len(counts), n, k, dtype=torch.bfloat16)
+    truth = fprop_reference(rows.double(), weights.double(), offsets)
+    assert normwise_error(fprop(rows, weights, offsets), truth) < tolerance(torch.bfloat16, terms=k)
+    rows, weights = cancelling(rows, weights)
+    few, many = fprop(rows, weights, offsets), draw(40, k, dtype=torch.bfloat16)
+    for group, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        among = torch.cat((many[:23], rows[begin:end], many[23:]))
+        crowd = fprop(among, weights[group : group + 1], [0, len(among)])
+        assert torch.equal(crowd[23 : 23 + end - begin], few[begin:end])
+
+
+@needs_kernel
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_order_of_sums_is_in_the_bits(backwards: bool, draw: Draw) -> None:
+    """The test above tells another order of the same terms."""
+    rows, weights = cancelling(draw(8, 320, dtype=torch.bfloat16), draw(1, 257, 320, dtype=torch.bfloat16))
+    right = fprop(torch.cat((rows, draw(40, 320, dtype=torch.bfloat16))), weights, [0, 48])[:8]
+    if backwards:
+        rows, weights = rows.flip(1), weights.flip(2)
+    differing = (fprop(rows, weights, [0, 8]) != right).float().mean()
+    assert differing > 0.5 if backwards else differing == 0
 
 
 def test_sums_are_kept_in_fp32(dtype: torch.dtype, draw: Draw) -> None:

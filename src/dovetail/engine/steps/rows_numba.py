@@ -34,7 +34,7 @@ def norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     scale_row(x, np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps), weight, out)
 
 
-@register_jitable
+@register_jitable(fastmath=False)  # for the reason that `scale_row` gives
 def rotate(x, cos, sin, out):  # type: ignore[no-untyped-def]
     for i in range(len(cos)):
         even, odd = x[2 * i], x[2 * i + 1]
