@@ -86,6 +86,8 @@ def problem(response: Any, status: int) -> dict[str, Any]:
         (COMPLETION, {"prompt": "a", "best_of": 1, "n": 2}, "best_of", "less than n = 2"),
         (COMPLETION, {"prompt": "a", "best_of": 2, "stream": True}, "best_of", "needs stream = false"),
         (COMPLETION, {"prompt": "a" * 5000}, None, "the prompt has 5001 tokens; max_model_len = 4096: shorten it"),
+        (COMPLETION, {"prompt": "a" * 900_000}, "prompt", "900,000 characters are"),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 900_000}]}, "messages", "900,000 characters are"),
         (RESPONSES, {"input": "a", "tools": [{"type": "web_search"}]}, "tools", "use /v1/chat/completions"),
         (RESPONSES, {"input": "a", "previous_response_id": "r"}, "previous_response_id", "send the whole conversation"),
         (RESPONSES, {"input": [{"type": "input_image"}]}, "input", "an item of type 'input_image'"),

@@ -82,3 +82,10 @@ class Served:
         if model not in (None, self.name):
             message = f"the model {model[:80]!r} does not exist; this server has {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_length(self, text: str, param: str) -> None:
+        """Raise ApiError (400) for a text so long that encoding it, which takes seconds for megabytes, is no use."""
+        limit = self.engine.max_model_len
+        if len(text) > limit and (least := self.tokenizer.least_tokens(text)) >= limit:
+            message = f"{param}: {len(text):,} characters are {least:,} tokens at least; max_model_len = {limit:,}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")

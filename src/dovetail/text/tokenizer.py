@@ -127,6 +127,11 @@ class Tokenizer:
             ) from error
         return [encoding.ids for encoding in encodings]
 
+    def least_tokens(self, text: str) -> int:
+        """Return a number of tokens that `text` has at least, without encoding it: no token is longer than the longest."""
+        pieces = self.piece_bytes or [piece.encode() for piece in self.backend.get_vocab(with_added_tokens=True)]
+        return len(text) // max(1, *map(len, pieces))
+
     def encode_bytes(self, data: bytes) -> list[int]:
         """Return the ids of any bytes; what is not UTF-8 becomes one token per byte.
 

@@ -23,6 +23,7 @@ def to_tokens(served: Served, prompt: Prompt, *, adds_special: bool) -> list[int
     """Return the tokens of a prompt; text goes behind the beginning-of-sequence token. Raises ApiError (400)."""
     if not isinstance(prompt, str):
         return prompt
+    served.check_length(prompt, "prompt")
     tokenizer = served.tokenizer
     start = [tokenizer.bos_id] if adds_special and tokenizer.bos_id is not None else []
     try:
