@@ -128,7 +128,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def least_tokens(self, text: str) -> int:
-        """Return a number of tokens that `text` has at least, without encoding it: no token is longer than the longest."""
+        """Return how many tokens `text` has at least, without encoding it: as many as of the longest there is."""
         pieces = self.piece_bytes or [piece.encode() for piece in self.backend.get_vocab(with_added_tokens=True)]
         return len(text) // max(1, *map(len, pieces))
 

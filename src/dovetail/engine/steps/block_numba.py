@@ -18,6 +18,8 @@ from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import load, scale_row, sigmoid, store
 from dovetail.numerics.products.grouped_numba import grouped_gemm
 
+FEW = 4  # rows that one thread is done with before others have woken up
+
 
 @register_jitable
 def linear(x, weight, threads):  # type: ignore[no-untyped-def]
@@ -61,11 +63,15 @@ def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
     scale_row(x, np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps), weight, out)
 
 
-@register_jitable
+@kernel
 def norm(x, weight, eps):  # type: ignore[no-untyped-def]
     out = np.empty_like(x)
-    for r in range(len(x)):
-        norm_row(x[r], weight, eps, out[r])
+    if len(x) <= FEW:
+        for r in range(len(x)):
+            norm_row(x[r], weight, eps, out[r])
+    else:
+        for r in prange(len(x)):
+            norm_row(x[r], weight, eps, out[r])
     return out
 
 
@@ -80,31 +86,44 @@ def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
         store(x, 2 * j + 1, even * sin[j] + odd * cos[j])
 
 
+@register_jitable
+def keep_row(both, weight, eps, cos, sin, entry):  # type: ignore[no-untyped-def]
+    """entry = [norm(latent); rotated key] of both, which has them side by side."""
+    latent = len(both) - 2 * len(cos)
+    norm_row(both[:latent], weight, eps, entry[:latent])
+    entry[latent:] = both[latent:]
+    rotate(entry[latent:], cos, sin)
+
+
+@register_jitable
+def rotate_heads(queries, heads, cos, sin):  # type: ignore[no-untyped-def]
+    dim = len(queries) // heads
+    for h in range(heads):
+        rotate(queries[(h + 1) * dim - 2 * len(cos) : (h + 1) * dim], cos, sin)
+
+
 @kernel
 def project(  # type: ignore[no-untyped-def]
     x, wanted, eps, norm_weight, q_a, q_a_norm, q_b, kv_a, kv_a_norm, cos, sin, places, entries, heads, threads
 ):
     """entries[places] get the latents and rotary keys of x [R, dim] -> rotated queries [W, H, D] of the rows wanted
     [W]. q_a has no rows where queries are not compressed."""
-    normed = np.empty_like(x)
-    for r in prange(len(x)):
-        norm_row(x[r], norm_weight, eps, normed[r])
+    normed = norm(x, norm_weight, eps)
     both = linear(normed, kv_a, threads)
-    half = cos.shape[1]
-    latent = both.shape[1] - 2 * half
-    for r in prange(len(x)):
-        to = entries[places[r]]
-        norm_row(both[r, :latent], kv_a_norm, eps, to[:latent])
-        to[latent:] = both[r, latent:]
-        rotate(to[latent:], cos[r], sin[r])
     few = normed if len(wanted) == len(x) else normed[wanted]
     low = norm(linear(few, q_a, threads), q_a_norm, eps) if len(q_a) else few
     queries = linear(low, q_b, threads)
-    dim = queries.shape[1] // heads
-    for w in prange(len(wanted)):
-        for h in range(heads):
-            rotate(queries[w, (h + 1) * dim - 2 * half : (h + 1) * dim], cos[wanted[w]], sin[wanted[w]])
-    return queries.reshape((len(wanted), heads, dim))
+    if len(x) <= FEW:
+        for r in range(len(x)):
+            keep_row(both[r], kv_a_norm, eps, cos[r], sin[r], entries[places[r]])
+        for w in range(len(wanted)):
+            rotate_heads(queries[w], heads, cos[wanted[w]], sin[wanted[w]])
+    else:
+        for r in prange(len(x)):
+            keep_row(both[r], kv_a_norm, eps, cos[r], sin[r], entries[places[r]])
+        for w in prange(len(wanted)):
+            rotate_heads(queries[w], heads, cos[wanted[w]], sin[wanted[w]])
+    return queries.reshape((len(wanted), heads, -1))
 
 
 @register_jitable(fastmath=False)
@@ -114,11 +133,19 @@ def add(x, y):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def add_rows(x, y):  # type: ignore[no-untyped-def]
+    if len(x) <= FEW:
+        for r in range(len(x)):
+            add(x[r], y[r])
+    else:
+        for r in prange(len(x)):
+            add(x[r], y[r])
+
+
+@kernel
 def add_product(x, y, weight, threads):  # type: ignore[no-untyped-def]
     """x += y weight^T."""
-    out = linear(y, weight, threads)
-    for r in prange(len(x)):
-        add(x[r], out[r])
+    add_rows(x, linear(y, weight, threads))
 
 
 @register_jitable(fastmath=False)
@@ -128,13 +155,17 @@ def gated_row(gate, up, out):  # type: ignore[no-untyped-def]
         store(out, i, g * sigmoid(g) * load(up, i))
 
 
-@register_jitable
+@kernel
 def gated(both):  # type: ignore[no-untyped-def]
     """SwiGLU of [R, 2 I], gates first -> [R, I]."""
     width = both.shape[1] // 2
     act = np.empty((len(both), width), np.uint16)
-    for r in range(len(both)):
-        gated_row(both[r, :width], both[r, width:], act[r])
+    if len(both) <= FEW:
+        for r in range(len(both)):
+            gated_row(both[r, :width], both[r, width:], act[r])
+    else:
+        for r in prange(len(both)):
+            gated_row(both[r, :width], both[r, width:], act[r])
     return act
 
 
@@ -156,10 +187,41 @@ def round_row(x):  # type: ignore[no-untyped-def]
 @kernel
 def dense(x, eps, norm_weight, gate_up, down, threads):  # type: ignore[no-untyped-def]
     """x += down(swiglu(gate_up(norm(x))))."""
-    both = linear(norm(x, norm_weight, eps), gate_up, threads)
-    out = linear(gated(both), down, threads)
-    for r in prange(len(x)):
-        add(x[r], out[r])
+    add_rows(x, linear(gated(linear(norm(x, norm_weight, eps), gate_up, threads)), down, threads))
+
+
+@kernel
+def gathered(x, rows):  # type: ignore[no-untyped-def]
+    """x[rows]."""
+    out = np.empty((len(rows), x.shape[1]), np.uint16)
+    if len(rows) <= FEW * FEW:
+        for r in range(len(rows)):
+            out[r] = x[rows[r]]
+    else:
+        for r in prange(len(rows)):
+            out[r] = x[rows[r]]
+    return out
+
+
+@register_jitable
+def route_one(normed, router, bias, ids, weights, gate):  # type: ignore[no-untyped-def]
+    wide, logits = np.empty((1, len(normed)), np.float32), np.empty((1, len(router)), np.float32)
+    for i in range(len(normed)):
+        wide[0, i] = load(normed, i)
+    products(router, 0, len(router), wide, 0, 1, logits, 0, len(router))
+    route_row(logits[0], bias, ids, weights, gate)
+
+
+@register_jitable
+def combine_one(x, routed, where, weights, shared):  # type: ignore[no-untyped-def]
+    """x += the weighted sum of rows where[k] of routed, rounded, + shared."""
+    total = np.zeros(len(x), np.float32)
+    for k in range(len(weights)):
+        weigh_row(total, weights[k], routed[where[k]])
+    out = round_row(total)
+    if len(shared):
+        add(out, shared)
+    add(x, out)
 
 
 @kernel
@@ -168,30 +230,31 @@ def experts(  # type: ignore[no-untyped-def]
 ):
     """x += routed + shared experts of norm(x); router [E, dim], gate_up [E, 2I, dim], down [E, dim, I]; ids [R, K]
     become the experts chosen."""
-    (rows, dim), choices = x.shape, ids.shape[1]
-    normed, weights = np.empty_like(x), np.empty((rows, choices), np.float32)
-    for r in prange(rows):
-        norm_row(x[r], norm_weight, eps, normed[r])
-        wide, logits = np.empty((1, dim), np.float32), np.empty((1, len(router)), np.float32)
-        for i in range(dim):
-            wide[0, i] = load(normed[r], i)
-        products(router, 0, len(router), wide, 0, 1, logits, 0, len(router))
-        route_row(logits[0], bias, ids[r], weights[r], gate)
+    rows, choices = ids.shape
+    normed, weights = norm(x, norm_weight, eps), np.empty((rows, choices), np.float32)
+    if rows <= FEW:
+        for r in range(rows):
+            route_one(normed[r], router, bias, ids[r], weights[r], gate)
+    else:
+        for r in prange(rows):
+            route_one(normed[r], router, bias, ids[r], weights[r], gate)
     used, bounds, pairs = group_pairs(ids, len(router))
     where = np.empty(len(pairs), np.int64)
-    grouped = np.empty((len(pairs), dim), np.uint16)
-    for p in prange(len(pairs)):
+    for p in range(len(pairs)):
         where[pairs[p]] = p
-        grouped[p] = normed[pairs[p] // choices]
-    act = gated(grouped_linear(grouped, gate_up, used, bounds, threads))
-    routed = grouped_linear(act, down, used, bounds, threads)
-    shared = linear(gated(linear(normed, shared_gate_up, threads)), shared_down, threads)
-    has_shared = shared_down.shape[1] > 0
-    for r in prange(rows):
-        total = np.zeros(dim, np.float32)
-        for k in range(choices):
-            weigh_row(total, weights[r, k], routed[where[r * choices + k]])
-        out = round_row(total)
-        if has_shared:
-            add(out, shared[r])
-        add(x[r], out)
+    routed = grouped_linear(
+        gated(grouped_linear(gathered(normed, pairs // choices), gate_up, used, bounds, threads)),
+        down,
+        used,
+        bounds,
+        threads,
+    )
+    shared = np.empty((rows, 0), np.uint16)
+    if shared_down.shape[1]:
+        shared = linear(gated(linear(normed, shared_gate_up, threads)), shared_down, threads)
+    if rows <= FEW:
+        for r in range(rows):
+            combine_one(x[r], routed, where[r * choices : (r + 1) * choices], weights[r], shared[r])
+    else:
+        for r in prange(rows):
+            combine_one(x[r], routed, where[r * choices : (r + 1) * choices], weights[r], shared[r])
