@@ -96,7 +96,7 @@ def test_the_tour_names_something_of_every_walk() -> None:
     found = set(names(prose(ROOT / "docs" / "tour.md")))
     assert found >= {
         "train.step.step.train_step",
-        "engine.speculative.step",
+        "engine.core.Core.step",
         "model.checkpoint.weights.export_hf",
         "cost.inspect.inspect",
     }

@@ -66,7 +66,7 @@ def test_selected_slots_share_the_memory(engine_spec, slots):
 
 def test_positions_lie_in_the_pages_of_their_slot(engine_spec):
     """Page 3 is shared, and a slot's pages are in any order."""
-    cache = PagedCache(engine_spec(), slots=2, capacity=7, num_pages=5, page_size=3, dtype=torch.float32)
+    cache = PagedCache(engine_spec(), slots=2, capacity=7, pages=(5, 3), dtype=torch.float32)
     assert cache.tables.shape == (2, 3)
     cache.assign(0, [3, 0])
     cache.assign(1, [3, 4, 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dovetail.engine.pace import LEAST_PART, PROBE_EVERY, PROBE_STEPS, STALL, Average, Pace
+from dovetail.engine.scheduling.pace import LEAST_PART, PROBE_EVERY, PROBE_STEPS, STALL, Average, Pace
 
 
 def measured(plain: float, drafting: float, sequences: int = 1, kept: tuple[float, ...] = (0.8, 0.5)) -> Pace:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dovetail.engine.steps import sharing
-from dovetail.engine.steps.sharing import PROBE, Sharing
+from dovetail.numerics.cpu import sharing
+from dovetail.numerics.cpu.sharing import PROBE, Sharing
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from openai import OpenAI
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from dovetail.engine.engine import Engine, EngineConfig
+from dovetail.engine.engine import Engine
 from dovetail.engine.llm import LLM
+from dovetail.engine.room import EngineConfig
 from dovetail.server.conversation import Conversation
 from dovetail.server.exchange import Desk
 from dovetail.server.served import Served

@@ -15,7 +15,7 @@ import typer
 
 import dovetail
 from dovetail import threads
-from dovetail.cli import bench, catalog, generate, health, models, network, plan, reproduce, serve, train, weights
+from dovetail.cli import catalog, generate, health, models, network, plan, reproduce, serve, train, weights
 from dovetail.cli.options import with_user_paths
 from dovetail.printing import open_streams
 
@@ -29,7 +29,7 @@ app = typer.Typer(
 for verbs in (train, health, generate, serve, weights, models, catalog, plan, reproduce):
     app.add_typer(verbs.app)
 app.add_typer(network.app, name="network")
-app.add_typer(bench.app, name="bench")
+app.add_typer(serve.bench, name="bench")
 for group in app.registered_groups:
     for command in group.typer_instance.registered_commands if group.typer_instance else ():
         command.callback = command.callback and with_user_paths(command.callback)

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from dovetail.engine import speculative
 from dovetail.engine.drawing import described, experts_of, likeliest, pick
-from dovetail.engine.pace import Pace
 from dovetail.engine.scheduling.blocks import BlockPool
+from dovetail.engine.scheduling.pace import Pace
 from dovetail.engine.scheduling.scheduler import Part, Scheduler
 from dovetail.engine.sequence import Drawn, Sequence
 from dovetail.engine.steps.cache import PagedCache
@@ -86,10 +87,9 @@ class Core:
     def __init__(self, model: Transformer, room: Room, depth: int = 0, is_auto: bool = False) -> None:
         parameter = model.embed_tokens.weight
         capacity = room.positions + depth + 1
-        cache = PagedCache(
-            model.spec, room.sequences, capacity, room.num_pages, room.page_size, parameter.dtype, parameter.device,
-            room.is_fp8,
-        )  # fmt: skip
+        dtype = torch.float8_e4m3fn if room.is_fp8 else parameter.dtype
+        pages = room.num_pages, room.page_size
+        cache = PagedCache(model.spec, room.sequences, capacity, pages, dtype, parameter.device)
         self.room, self.depth, self.is_auto = room, depth, is_auto
         self.runner = Runner(model, cache)
         self.pool = BlockPool(room.num_pages, room.page_size)

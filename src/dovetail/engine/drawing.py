@@ -1,4 +1,4 @@
-"""From logits to tokens: what a request does to its logits, which token is drawn, and what is said of it.
+"""Goes from logits to tokens: what a request does to logits, which token is drawn, what is said of it.
 
 Penalties come first, then biases, then what may not be drawn: ends before `min_tokens`, and what the grammar forbids.
 Drafts in front of a position count like tokens that were generated.

@@ -19,8 +19,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from dovetail.config import Record
-from dovetail.engine import race_numba
 from dovetail.engine.grammar import Grammar
+from dovetail.numerics.cpu import race_numba
 
 MINIMUM_TEMPERATURE = 1e-4  # below it the division of FP32 logits says no more than their order
 

@@ -18,8 +18,9 @@ import uvicorn
 
 from dovetail.config import validate
 from dovetail.convert import check_source, load_llm, sampling_defaults, source_spec, tokenizer_directory
-from dovetail.engine.engine import Engine, EngineConfig, plan_room
+from dovetail.engine.engine import Engine
 from dovetail.engine.loaded import check_tokenizer, fastest_dtype
+from dovetail.engine.room import EngineConfig, plan_room
 from dovetail.server.app import build_app
 from dovetail.server.conversation import Conversation
 from dovetail.server.exchange import Desk

@@ -128,14 +128,12 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def least_tokens(self, text: str) -> int:
-        """Return how many tokens `text` has at least, without encoding it: as many as of the longest there is."""
-        pieces = self.piece_bytes or [piece.encode() for piece in self.backend.get_vocab(with_added_tokens=True)]
-        return len(text) // max(1, *map(len, pieces))
+        """Return how many tokens `text` has at least, without encoding it."""
+        return len(text) // max(map(len, self.piece_bytes or self.backend.get_vocab(with_added_tokens=True)))
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Return the ids of any bytes; what is not UTF-8 becomes one token per byte.
-
-        Raises ValueError for a tokenizer that is not byte-level.
+        """Return the ids of any bytes; what is not UTF-8 becomes one token per byte. Raises ValueError for a
+        tokenizer that is not byte-level.
         """
         if self.piece_bytes is None:
             raise ValueError("this tokenizer.json is not byte-level: only text can be encoded")

@@ -65,7 +65,7 @@ class Run:
     def __post_init__(self) -> None:
         pages = CAPACITY // PAGE
         dtype, slots = self.model.embed_tokens.weight.dtype, len(PROMPTS)
-        cache = PagedCache(self.model.spec, slots, CAPACITY, slots * pages, PAGE, dtype)
+        cache = PagedCache(self.model.spec, slots, CAPACITY, (slots * pages, PAGE), dtype)
         mixed = self.rng.sample(range(slots * pages), slots * pages)
         for slot in range(slots):
             cache.assign(slot, mixed[slot * pages : (slot + 1) * pages])

@@ -73,7 +73,7 @@ class Prompts:
         per_slot = -(-CAPACITY // self.page_size)
         count = per_slot * len(self.texts) + 3
         dtype = self.model.embed_tokens.weight.dtype
-        cache = PagedCache(self.model.spec, len(self.texts), CAPACITY, count, self.page_size, dtype)
+        cache = PagedCache(self.model.spec, len(self.texts), CAPACITY, (count, self.page_size), dtype)
         cache.data.uniform_(-9, 9, generator=torch.Generator().manual_seed(1))  # what others have left there
         pages = self.rng.sample(range(count), per_slot * len(self.texts))
         for slot in range(len(self.texts)):
@@ -321,7 +321,7 @@ def test_experts_are_the_gates(
     gate = {"scoring_func": scoring_func, "topk_method": topk_method, "norm_topk_prob": renormalises}
     moe = {**MOE, **gate, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
     model = random_model(engine_spec(moe=moe), torch.bfloat16)
-    steps = TiledSteps(model, PagedCache(model.spec, 1, 8, 1, 8))
+    steps = TiledSteps(model, PagedCache(model.spec, 1, 8, (1, 8)))
     block, mlp = steps.blocks[1], model.layers["1"].mlp
     assert isinstance(mlp, MoeMlp)
     x = torch.randn(50, model.spec.hidden_size, generator=torch.Generator().manual_seed(2)).bfloat16() * 2**-6

@@ -1,4 +1,4 @@
-"""CPU kernels of `tiled`: attention of prompts, expanded, and of short steps, absorbed, with AVX-512 BF16.
+"""CPU kernels of `tiled`: attention, expanded for prompts and absorbed for short rows.
 
 What each row computes is summed in an order that depends on its own position alone: which rows are beside it, in this
 pass or in earlier ones, changes no bit.

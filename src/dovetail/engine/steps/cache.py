@@ -29,13 +29,11 @@ class PagedCache:
         spec: ModelSpec,
         slots: int,
         capacity: int,
-        num_pages: int,
-        page_size: int,
+        pages: tuple[int, int],
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
-        is_fp8: bool = False,
     ) -> None:
-        """`is_fp8`: entries as `stores.Fp8Store` has them.
+        """`pages`: their number, and the positions of each. torch.float8_e4m3fn: entries as `stores.Fp8Store` has them.
 
         Zeroed, not just allocated: a masked key has weight 0, and 0 * NaN would still be NaN."""
         mla = spec.attention
@@ -43,9 +41,10 @@ class PagedCache:
             raise ValueError("a latent cache belongs to an MLA model; grouped-query models are for counting only")
         layers = spec.num_hidden_layers + spec.num_nextn_predict_layers
         self.latent_dim, self.rope_dim = mla.kv_lora_rank, mla.qk_rope_head_dim
-        self.is_fp8 = is_fp8
-        width = fp8_entry_bytes(mla) if is_fp8 else mla.cache_dim
-        dtype = torch.uint8 if is_fp8 else dtype
+        self.is_fp8 = dtype == torch.float8_e4m3fn
+        width = fp8_entry_bytes(mla) if self.is_fp8 else mla.cache_dim
+        dtype = torch.uint8 if self.is_fp8 else dtype
+        num_pages, page_size = pages
         self.page_size, self.capacity = page_size, capacity
         self.data = torch.zeros(layers, num_pages, page_size, width, dtype=dtype, device=device)
         self.tables = torch.zeros(slots, -(-capacity // page_size), dtype=torch.int64, device=device)
@@ -95,7 +94,7 @@ def contiguous_cache(
     device: torch.device | str = "cpu",
 ) -> PagedCache:
     """A cache in which each slot has one page that holds all its positions."""
-    cache = PagedCache(spec, slots, capacity, slots, capacity, dtype, device)
+    cache = PagedCache(spec, slots, capacity, (slots, capacity), dtype, device)
     cache.tables[:, 0] = torch.arange(slots)
     return cache
 

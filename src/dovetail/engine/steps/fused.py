@@ -1,4 +1,4 @@
-"""Runs rows on any CPU, by the kernels of `rows_numba` and `row_experts_numba`: FP32 between operations.
+"""Runs rows on any CPU by `rows_numba` and `row_experts_numba`, with FP32 between operations.
 
 All rows of a call are written to the cache before any is attended to, and each attends up to its own position, in the
 absorbed form. Chunks of prompts are rows like others.
@@ -13,12 +13,12 @@ from torch import Tensor
 from dovetail.engine.steps import row_experts_numba, rows_numba
 from dovetail.engine.steps.cache import PagedCache
 from dovetail.engine.steps.rows import Chunk, Short
-from dovetail.engine.steps.sharing import Sharing
 from dovetail.engine.steps.weights import Arrays, FusedBlock, Head, fuse
 from dovetail.model.attention.rope import tables
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.cpu.kernels import array
+from dovetail.numerics.cpu.sharing import Sharing
 
 
 class FusedSteps:

@@ -24,13 +24,13 @@ from torch import Tensor
 from dovetail.engine.steps import attention_numba, block_numba
 from dovetail.engine.steps.cache import PagedCache
 from dovetail.engine.steps.rows import Chunk, Short
-from dovetail.engine.steps.sharing import Sharing
 from dovetail.engine.steps.stores import Bf16Store, Fp8Store
 from dovetail.engine.steps.weights import FusedBlock, Head, fuse
 from dovetail.model.attention.rope import tables
 from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.cpu.kernels import array
+from dovetail.numerics.cpu.sharing import Sharing
 from dovetail.numerics.products import grouped_numba
 
 KEPT_SHARE = 0.25

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dovetail.engine.steps import rows_numba
 from dovetail.engine.steps.cache import PagedCache
-from dovetail.engine.steps.sharing import Sharing
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.block import Block
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.precision import has_recipe
 from dovetail.model.transformer import Transformer
 from dovetail.numerics.cpu.kernels import array
+from dovetail.numerics.cpu.sharing import Sharing
 from dovetail.spec.model import Moe
 
 Arrays = tuple[np.ndarray, ...]

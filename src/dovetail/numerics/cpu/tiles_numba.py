@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 LANES = 16  # 32-bit lanes of a vector: FP32 sums, or pairs of BF16
 TILE_ROWS = 8
 PANEL = 2 * LANES  # columns of b that are packed together
-AHEAD = 128  # BF16 values of a row that are asked for before they are needed
 
 
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -162,58 +161,10 @@ bf16_tile1, bf16_tile2 = _make_bf16_tile(1), _make_bf16_tile(2)
 float_tile, adding_tile = _makefloat_tile(adds=False), _makefloat_tile(adds=True)
 
 
-def _make_row_tile(count: int, vectors: int) -> Any:
-    """Up to `count` rows of c in BF16, 16 `vectors` columns, of a packed in panels and b as it lies in memory, [n, k].
-
-    Each block of 16 rows and 16 pairs of b is transposed in registers, and its sums are in the order of k: bit for bit
-    those of packed tiles. For few rows, which do not pay for packing. k is a whole number of PANELs; nothing past row m
-    or column n is written.
-    """
-
-    @intrinsic
-    def tile(typing_context, a, a_at, b, b_at, stride, k, c, c_at, ldc, m, n):  # type: ignore[no-untyped-def]
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            left, right, out = (data_of(context, builder, signature, arguments, i) for i in (0, 2, 6))
-            left = builder.gep(left, [arguments[1]])
-            dot_signature = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
-            dot = cgutils.get_or_insert_function(builder.module, dot_signature, "llvm.x86.avx512bf16.dpbf16ps.512")
-            sums = [[cgutils.alloca_once(builder, FLOATS) for _ in range(vectors)] for _ in range(count)]
-            for slot in (slot for row in sums for slot in row):
-                builder.store(ir.Constant(FLOATS, [0.0] * LANES), slot)
-            starts = []
-            for i in range(LANES * vectors):  # rows past the last are the first again
-                row = builder.select(builder.icmp_signed("<", INT64(i), arguments[10]), INT64(i), INT64(0))
-                starts.append(builder.gep(right, [builder.add(arguments[3], builder.mul(row, arguments[4]))]))
-            with cgutils.for_range_slice(builder, INT64(0), arguments[5], INT64(PANEL), inc=True) as (at, _):
-                a_here = builder.gep(left, [builder.mul(builder.lshr(at, INT64(1)), INT64(LANES))])
-                for v in range(vectors):
-                    rows = []
-                    for start in starts[v * LANES : (v + 1) * LANES]:
-                        here = builder.gep(start, [at])
-                        _ask(builder, builder.gep(here, [INT64(AHEAD)]), NEAREST)
-                        rows.append(load_vector(builder, here, PAIRS))
-                    for p, weight in enumerate(_transpose(builder, rows)):
-                        for i in range(count):
-                            pair = builder.load(builder.gep(a_here, [INT64(p * LANES + i)]))
-                            slot = sums[i][v]
-                            builder.store(builder.call(dot, [builder.load(slot), spread(builder, pair), weight]), slot)
-            mask = first_lanes(builder, LANES * vectors, arguments[10])
-            for i, row in enumerate(sums):
-                with builder.if_then(builder.icmp_signed("<", INT64(i), arguments[9]), likely=True):
-                    first = builder.gep(out, [builder.add(arguments[7], builder.mul(INT64(i), arguments[8]))])
-                    store_halves(builder, to_bf16(builder, [builder.load(slot) for slot in row]), first, mask)
-            return context.get_dummy_value()
-
-        index = types.int64
-        return types.none(a, index, b, index, index, index, c, index, index, index, index), generate
-
-    return tile
-
-
 NEAREST, SECOND = 3, 2  # caches
 
 
-def _ask(builder: Any, pointer: Any, level: int) -> None:
+def ask_for(builder: Any, pointer: Any, level: int) -> None:
     """Ask for the cache line of `pointer`, into this level of caches and those behind it."""
     address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     signature = ir.FunctionType(ir.VoidType(), [address.type, INT32, INT32, INT32])
@@ -221,7 +172,7 @@ def _ask(builder: Any, pointer: Any, level: int) -> None:
     builder.call(function, [address, INT32(0), INT32(level), INT32(1)])
 
 
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
+def transpose(builder: Any, rows: list[Any]) -> list[Any]:
     """16 vectors of 16 pairs, transposed: 32- and 64-bit interleaving, then 128-bit lanes."""
 
     def interleave(size: int, high: bool) -> list[int]:
@@ -268,7 +219,7 @@ def pack_transposed(typing_context, x, at, stride, rows, left, out, out_at, out_
             start = builder.add(arguments[1], builder.mul(row, arguments[2]))
             halves = load_halves(builder, builder.gep(source, [start]), mask)
             rows.append(builder.bitcast(halves, PAIRS))
-        for i, row in enumerate(_transpose(builder, rows)):
+        for i, row in enumerate(transpose(builder, rows)):
             start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
             store_vector(builder, row, builder.gep(target, [start]))
         return context.get_dummy_value()
@@ -301,7 +252,7 @@ def prefetch(typing_context, x, at):  # type: ignore[no-untyped-def]
     """Ask for x.flat[at]'s cache line, into the second level on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _ask(builder, builder.gep(data_of(context, builder, signature, arguments, 0), [arguments[1]]), SECOND)
+        ask_for(builder, builder.gep(data_of(context, builder, signature, arguments, 0), [arguments[1]]), SECOND)
         return context.get_dummy_value()
 
     return types.none(x, types.int64), generate
@@ -316,6 +267,3 @@ def take_next(typing_context, counter):  # type: ignore[no-untyped-def]
         return builder.atomic_rmw("add", pointer, INT64(1), "monotonic")
 
     return types.int64(counter), generate
-
-
-row_tile1, row_tile2, row_tile4, row_tile8 = (_make_row_tile(*size) for size in ((1, 2), (2, 2), (4, 2), (8, 1)))

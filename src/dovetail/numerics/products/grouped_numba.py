@@ -22,6 +22,7 @@ from numba.extending import register_jitable
 from torch import Tensor
 
 from dovetail.numerics.cpu.kernels import array, kernel
+from dovetail.numerics.cpu.row_tiles_numba import row_tile1, row_tile2, row_tile4, row_tile8
 from dovetail.numerics.cpu.tiles_numba import (
     LANES,
     PANEL,
@@ -33,10 +34,6 @@ from dovetail.numerics.cpu.tiles_numba import (
     pack_interleaved,
     pack_transposed,
     prefetch,
-    row_tile1,
-    row_tile2,
-    row_tile4,
-    row_tile8,
     take_next,
 )
 

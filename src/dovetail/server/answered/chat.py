@@ -79,8 +79,8 @@ def _render(served: Served, asked: ChatRequest) -> Prompt:
         raise ApiError(400, message, param="chat_template_kwargs")
     try:
         messages = [message.to_template() for message in asked.messages]
-        for message in messages:
-            served.check_length(str(message.get("content") or ""), "messages")
+        for each in messages:
+            served.check_length(str(each.get("content") or ""), "messages")
         return served.template.prompt(messages, {**asked.chat_template_kwargs, **options})
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from None

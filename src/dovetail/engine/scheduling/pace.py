@@ -1,4 +1,4 @@
-"""What steps take on this machine at present: how much of a prompt fits beside decoding, and whether drafts pay.
+"""Times steps, to say how much of a prompt fits beside decoding, and whether drafts pay.
 
 Both answers change when something is computed and never what comes out of it, so that timing may decide.
 """
