@@ -81,7 +81,9 @@ def test_mistakes_are_found_before_weights_are_read(run: Path, tmp_path: Path, m
     (tmp_path / "file").write_text("")
     for name in ("load_weights", "import_hf"):
         monkeypatch.setattr(convert, name, lambda *arguments, **named: pytest.fail("weights were read"))
-    monkeypatch.setattr("dovetail.engine.llm.import_hf", lambda *arguments, **named: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "dovetail.engine.loaded.import_hf", lambda *arguments, **named: pytest.fail("weights were read")
+    )
     for source in (run, tmp_path / "model"):
         with pytest.raises(ValueError, match="speculate = 2 drafts per step, but the model has 1"):
             load_llm(source, speculate=2)

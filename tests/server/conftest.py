@@ -305,5 +305,5 @@ def checkpoint(
 @pytest.fixture(scope="session")
 def real(checkpoint: Path) -> Iterator[Real]:
     """The real engine on it behind a port, for bodies of up to 30 MB."""
-    with serving(checkpoint, ServeConfig(max_body_bytes=30_000_000, slow_client_seconds=2)) as running:
+    with serving(checkpoint, ServeConfig(max_body_bytes=30_000_000, slow_client_seconds=2, drain_seconds=3)) as running:
         yield running

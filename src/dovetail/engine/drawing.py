@@ -68,11 +68,14 @@ def changed(logits: Tensor, sequence: Sequence, drafts: Sequences[int]) -> Tenso
     if sequence.completion_tokens + len(drafts) < params.min_tokens:
         logits[_ids({*sequence.ends, *params.stop_token_ids}, logits)] = float("-inf")
     if sequence.grammar is not None:
-        with _ahead(sequence, drafts) as is_possible:
-            if is_possible:
-                mask = torch.from_numpy(sequence.grammar.mask()[: len(logits)]).to(logits.device)
-                logits[: len(mask)].masked_fill_(~mask, float("-inf"))
-                logits[len(mask) :] = float("-inf")
+        try:
+            with _ahead(sequence, drafts) as is_possible:
+                if is_possible:
+                    mask = torch.from_numpy(sequence.grammar.mask()[: len(logits)]).to(logits.device)
+                    logits[: len(mask)].masked_fill_(~mask, float("-inf"))
+                    logits[len(mask) :] = float("-inf")
+        except ValueError as error:  # it has become too complex: this request ends, and no other one
+            sequence.error = str(error)
     return logits
 
 

@@ -109,7 +109,7 @@ class Engine:
 
     @property
     def is_ready(self) -> bool:
-        return self._ready.is_set()
+        return self._ready.is_set() and self._shared.failure is None
 
     def wait_until_ready(self, timeout: float | None = None) -> bool:
         """Until all kernels are compiled and the cache is there."""
@@ -204,9 +204,12 @@ class Engine:
             while self._take_messages():
                 if self._core.has_work:
                     self._deliver(self._core.step())
+            for sequence in list(self._streams):
+                self._cancel(sequence)
             self._end_all(Output(finish_reason="abort"))
         except BaseException as error:
             self._shared.failure = f"the engine failed: {type(error).__name__}: {error}"
+            self._core = None  # it may be in the middle of anything
             self._end_all(Output(finish_reason="error", error=self._shared.failure))
             raise
 
@@ -263,4 +266,6 @@ class Engine:
             if isinstance(message, _Arrival):
                 for stream in message.streams:
                     stream.put(output)
+        with self._shared.lock:
+            self._shared.waiting = 0
         self._idle.set()

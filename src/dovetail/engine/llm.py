@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 
@@ -16,6 +17,7 @@ from dovetail.engine.stream import Stream, Token
 MAX_BATCH = 32  # sequences decoded together; further prompts wait for a slot
 PAGE = 64  # positions
 PROMPT_TOKENS = 2048  # of a step at most
+_STARTING = threading.Lock()  # one engine, however many threads ask first
 
 
 class LLM(LoadedModel):
@@ -55,8 +57,9 @@ class LLM(LoadedModel):
         """Hand a prompt to the engine, which works on all that were handed in; iterate over what comes back, in a
         thread or in an event loop. The first call starts the engine with `EngineConfig`'s values; for others set
         `engine`."""
-        if self.engine is None:
-            self.engine = Engine(self)
+        with _STARTING:
+            if self.engine is None:
+                self.engine = Engine(self)
         return self.engine.submit(self.prompt_tokens(prompt), params, priority=priority)
 
     def _deltas(self, sequences: list[Sequence], speculate: int) -> Iterator[str]:

@@ -96,8 +96,8 @@ class LoadedModel:
             raise ValueError(f"{name} is empty; give at least one token")
         limit = self.spec.max_position_embeddings
         key = "max_position_embeddings"
-        if max_length is not None and max_length < limit:
-            limit, key = max_length, "max_model_len"
+        if max_length is not None:
+            limit, key = min(max_length, limit), "max_model_len"
         if len(tokens) >= limit:
             raise ValueError(
                 f"{name} has {len(tokens)} tokens; {key} = {limit} leaves room for {limit - 1} and one new token: "

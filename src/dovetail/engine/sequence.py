@@ -75,6 +75,7 @@ class Sequence(Task):
     prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: str | None = None  # what its grammar could not do; it ends with the next step
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
@@ -92,6 +93,10 @@ class Sequence(Task):
 
     def extend(self, drawn: Sequences[Drawn], num_drafts: int = 0) -> Output:
         """Append up to the first token that ends the sequence. The first `num_drafts` were drafts."""
+        if self.error is not None:
+            self._finish("error")
+            rest = "" if self.text is None else self.text.take()
+            return Output(text=rest, finish_reason=self.finish_reason, error=self.error)
         tokens = []
         for number, each in enumerate(drawn):
             self._append(each.id)

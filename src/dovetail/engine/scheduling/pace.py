@@ -85,7 +85,7 @@ class Pace:
         if not depth:
             return "no drafts: none were asked for, or the model has no MTP modules"
         parts = []
-        for sequences in sorted({key[0] for key in self.steps}):
+        for sequences in sorted({key[0] for key in list(self.steps)}):  # another thread may add one
             plain, drafting = (self.steps.get((sequences, each)) for each in (0, depth))
             if plain is not None and drafting is not None:
                 word = "pay" if self.gain(sequences, depth) > 1 else "do not pay"
