@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+from contextlib import suppress
 from typing import Any
 
 import jsonschema
@@ -60,7 +61,7 @@ def test_greedy_under_random_load_is_that_of_transformers(real: Real) -> None:
     async def noise(client: AsyncOpenAI, prompt: list[int]) -> None:
         await asyncio.sleep(draws.random())
         asked = client.completions.create(model="real", prompt=prompt, max_tokens=400, n=2)
-        with pytest.raises(TimeoutError):
+        with suppress(TimeoutError):  # few have ended by then
             await asyncio.wait_for(asked, draws.random() / 20)
 
     async def load() -> list[list[int]]:
