@@ -17,8 +17,9 @@ from transformers.generation.logits_process import (
     SequenceBiasLogitsProcessor,
 )
 
-from dovetail.engine.core import Core, Room
+from dovetail.engine.core import Core
 from dovetail.engine.llm import LLM
+from dovetail.engine.room import Room
 from dovetail.engine.sampler import SamplingParams, probabilities, sample
 from dovetail.engine.scheduling.scheduler import Part, Scheduler
 from dovetail.engine.sequence import Completion, Sequence

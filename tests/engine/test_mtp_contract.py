@@ -139,7 +139,7 @@ def test_rejected_drafts_not_rewritten(periodic, monkeypatch):
 
     def without_old_positions(runner, sequences, *rest):
         results = conclude(runner, sequences, *rest)
-        for sequence, (drawn, _) in zip(sequences, results, strict=True):
+        for sequence, drawn in zip(sequences, results, strict=True):
             sequence.hidden = sequence.hidden[-len(drawn) :]
         return results
 

@@ -12,6 +12,7 @@ from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.cache import contiguous_cache
 from dovetail.engine.steps.rows import Chunk
 from dovetail.engine.steps.runner import Runner
+from dovetail.engine.stream import Token
 
 ERROR_RATE = 1e-6  # chance that a right sampler fails one of the chi-square tests
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -32,8 +33,8 @@ def sequence_of(tokens, params, slot=0):
 
 def drawn_ids(logits, sequence, drafts):
     """Tokens of logits [D + 1, V] for one sequence, and how many were drafts."""
-    [(drawn, kept)] = draw_all(logits[None], [sequence], [list(drafts)], None)
-    return [each.id for each in drawn], kept
+    [drawn] = draw_all(logits[None], [sequence], [list(drafts)], None)
+    return [each.id for each in drawn], len(drawn) - 1
 
 
 def pairs(decide, params, count=2000):
@@ -132,7 +133,7 @@ def grown(model, prompt, count, params, depth):
     for sequence in sequences:
         sequence.hidden = sequences[0].hidden
         token = pick(logits, int(logits.argmax()), sequence, [])
-        sequence.extend([drawing.Drawn(id=token)])
+        sequence.extend([Token(id=token)])
     return runner, sequences
 
 
@@ -189,8 +190,8 @@ def test_whole_steps_have_the_models_distribution(
     runner, sequences = grown(model, prompt, count, params, depth)
     counts = torch.zeros(6, 6, 6)
     while growing := [sequence for sequence in sequences if sequence.completion_tokens < 3]:
-        for sequence, (drawn, kept) in zip(growing, step(runner, growing, depth), strict=True):
-            sequence.extend(drawn, kept)
+        for sequence, drawn in zip(growing, step(runner, growing, depth), strict=True):
+            sequence.extend(drawn)
     for sequence in sequences:
         counts[tuple(sequence.tokens[len(prompt) :][:3])] += 1
     with torch.no_grad():

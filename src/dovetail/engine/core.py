@@ -6,7 +6,6 @@ It belongs to one thread. `llm` runs it for whole calls, `engine` in a thread of
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -14,31 +13,20 @@ import torch
 from torch import Tensor
 
 from dovetail.engine import speculative
-from dovetail.engine.drawing import described, experts_of, likeliest, pick
+from dovetail.engine.drawing import draw, experts_of, likeliest
+from dovetail.engine.room import Room, positions_of
 from dovetail.engine.scheduling.blocks import BlockPool
 from dovetail.engine.scheduling.pace import Pace
-from dovetail.engine.scheduling.scheduler import Part, Scheduler
-from dovetail.engine.sequence import Drawn, Sequence
+from dovetail.engine.scheduling.scheduler import Part, Scheduler, Task
+from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.cache import PagedCache
 from dovetail.engine.steps.rows import Chunk, Short
 from dovetail.engine.steps.runner import Chosen, Runner
-from dovetail.engine.stream import Output
+from dovetail.engine.stream import Output, Token
 from dovetail.model.transformer import Transformer
 
 Outputs = list[tuple[Sequence, Output]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
-    """How much may be worked on at a time."""
-
-    sequences: int  # together
-    positions: int  # of one sequence, prompt and completion
-    num_pages: int
-    page_size: int = 64
-    prompt_tokens: int = 512  # of a step, at most
-    shares_prefixes: bool = True  # prompts begin behind pages that others filled
-    is_fp8: bool = False  # the cache
+DESCRIBED = 64  # positions of a prompt whose logits are there at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +40,13 @@ class _Prompts:
     lasts: list[int]  # the last rows of prompts that end here
     wants_all: bool  # hidden states of all rows
 
+    @property
+    def pairs(self) -> list[tuple[Sequence, Chunk]]:
+        return list(zip(self.sequences, self.chunks, strict=True))
+
     @staticmethod
     def of(parts: list[Part], first: int, depth: int) -> _Prompts:
-        sequences, chunks = [_of(part) for part in parts], [_chunk(part) for part in parts]
+        sequences, chunks = [_sequence(part.task) for part in parts], [_chunk(part) for part in parts]
         ends = accumulate((part.count for part in parts), initial=first)
         lasts = [end - 1 for end, chunk in zip(list(ends)[1:], chunks, strict=True) if not chunk.goes_on]
         describes = any(sequence.params.prompt_logprobs is not None for sequence in sequences)
@@ -86,10 +78,11 @@ class Core:
 
     def __init__(self, model: Transformer, room: Room, depth: int = 0, is_auto: bool = False) -> None:
         parameter = model.embed_tokens.weight
-        capacity = room.positions + depth + 1
         dtype = torch.float8_e4m3fn if room.is_fp8 else parameter.dtype
         pages = room.num_pages, room.page_size
-        cache = PagedCache(model.spec, room.sequences, capacity, pages, dtype, parameter.device)
+        cache = PagedCache(
+            model.spec, room.sequences, positions_of(room.positions, depth), pages, dtype, parameter.device
+        )
         self.room, self.depth, self.is_auto = room, depth, is_auto
         self.runner = Runner(model, cache)
         self.pool = BlockPool(room.num_pages, room.page_size)
@@ -108,11 +101,9 @@ class Core:
         """Its last output; None if it had ended."""
         if sequence.finish_reason is not None:
             return None
-        if sequence.text is not None:
-            sequence.text.finish()
-        sequence.finish_reason = "abort"
+        output = sequence.abort()
         self._end(sequence)
-        return Output(text="" if sequence.text is None else sequence.text.take(), finish_reason="abort")
+        return output
 
     def step(self) -> Outputs:
         """Compute what the scheduler chooses; what it gave each sequence."""
@@ -126,9 +117,9 @@ class Core:
         work = self.scheduler.schedule(depth, budget)
         for slot in work.set_back:
             self.runner.forget(slot)
-        for task in self.scheduler.running:
+        for task in work.placed:
             self.runner.cache.assign(task.slot, task.pages)
-        outputs = self._pass(_sequences(work.decode), depth, work.parts) if work else []
+        outputs = self._pass([_sequence(task) for task in work.decode], depth, work.parts) if work else []
         for sequence, output in outputs:
             self.counts.generated_tokens += len(output.tokens)
             if output.finish_reason is not None:
@@ -155,13 +146,12 @@ class Core:
         wanted = None if batch.wants_all or chosen is not None else [*range(len(short.tokens)), *batch.lasts]
         hidden = self.runner.run(short, batch.chunks, wanted, chosen)
         outputs = []
-        num_rows = len(sequences) * (depth + 1)
+        row = len(sequences) * (depth + 1)
         if sequences:
-            results = speculative.conclude(self.runner, sequences, drafts, hidden[:num_rows], chosen)
+            results = speculative.conclude(self.runner, sequences, drafts, hidden[:row], chosen)
             outputs += self._extend(sequences, results, depth)
-        row = num_rows
         for part in again:
-            speculative.keep_hidden(_of(part), hidden[row : row + part.count], 0)
+            speculative.keep_hidden(_sequence(part.task), hidden[row : row + part.count], 0)
             self.scheduler.commit(part)
             row += part.count
         outputs += self._finish_parts(batch, hidden, chosen)
@@ -178,12 +168,12 @@ class Core:
             self.pace.add_part(len(sequences), depth, tokens, seconds)
         return outputs
 
-    def _extend(self, sequences: list[Sequence], results: list[tuple[list[Drawn], int]], depth: int) -> Outputs:
+    def _extend(self, sequences: list[Sequence], results: list[list[Token]], depth: int) -> Outputs:
         outputs = []
-        for sequence, (drawn, num_drafts) in zip(sequences, results, strict=True):
+        for sequence, drawn in zip(sequences, results, strict=True):
             sequence.computed += len(drawn)
-            output = sequence.extend(drawn, num_drafts)
-            kept = min(num_drafts, len(output.tokens))
+            output = sequence.extend(drawn)
+            kept = sum(token.is_draft for token in output.tokens)
             sequence.steps += 1
             sequence.drafted += depth
             sequence.accepted += kept
@@ -202,32 +192,33 @@ class Core:
         """What parts of prompts give: entries of MTP modules, log-probabilities, and first tokens."""
         if not batch.parts:
             return []
+        own = hidden[batch.first :]
         if batch.wants_all or chosen is not None:
             lasts = hidden[batch.lasts]
-            own = hidden[batch.first :]
-            if self.depth:
-                speculative.fill_prompts(self.runner, batch.sequences, batch.chunks, own, self.depth)
-            for sequence, chunk, rows in zip(
-                batch.sequences, batch.chunks, own.split([part.count for part in batch.parts]), strict=True
-            ):
-                if sequence.params.prompt_logprobs is not None and not sequence.completion_tokens:
-                    self._describe_prompt(sequence, chunk, rows)
+            self._use_all(batch, own)
         else:
-            lasts = hidden[batch.first :]
-        logits = iter(self.runner.logits(lasts)) if len(lasts) else iter(())
-        rows_of_experts = iter(batch.lasts)
-        outputs = []
-        for part, sequence, chunk in zip(batch.parts, batch.sequences, batch.chunks, strict=True):
+            lasts = own
+        for part in batch.parts:
             self.scheduler.commit(part)
-            if chunk.goes_on:
-                continue
-            self.runner.forget(sequence.slot)
-            row, at = next(logits), next(rows_of_experts)
-            if not sequence.completion_tokens:  # else it was set back, and has its first token
-                token = pick(row, int(row.argmax()), sequence, [])
-                experts = experts_of(chosen, at) if sequence.params.routed_experts else None
-                outputs.append((sequence, sequence.extend([described(token, row, sequence, [], experts)])))
+        ended = [sequence for sequence, chunk in batch.pairs if not chunk.goes_on]
+        outputs = []
+        if ended:
+            logits = self.runner.logits(lasts)
+            for sequence, at, row in zip(ended, batch.lasts, logits, strict=True):
+                self.runner.forget(sequence.slot)
+                if not sequence.completion_tokens:  # else it was set back, and has its first token
+                    experts = experts_of(chosen, at, sequence)
+                    outputs.append((sequence, sequence.extend([draw(row, int(row.argmax()), sequence, [], experts)])))
         return outputs
+
+    def _use_all(self, batch: _Prompts, hidden: Tensor) -> None:
+        """What is made of the hidden states of all rows."""
+        if self.depth:
+            speculative.fill_prompts(self.runner, batch.sequences, batch.chunks, hidden, self.depth)
+        sizes = [part.count for part in batch.parts]
+        for (sequence, chunk), rows in zip(batch.pairs, hidden.split(sizes), strict=True):
+            if sequence.params.prompt_logprobs is not None and not sequence.completion_tokens:
+                self._describe_prompt(sequence, chunk, rows)
 
     def _describe_prompt(self, sequence: Sequence, chunk: Chunk, hidden: Tensor) -> None:
         """Log-probabilities of the prompt's tokens that hidden [T, dim] predict."""
@@ -235,12 +226,12 @@ class Core:
         assert count is not None
         if sequence.prompt_logprobs is None or chunk.start == 0:
             sequence.prompt_logprobs = [None]
-        for at, row in enumerate(hidden):
-            position = chunk.start + at + 1
-            if position < sequence.prompt_tokens:
-                own = self.runner.logits(row[None])[0].log_softmax(dim=-1)
-                own_logprob = float(own[sequence.tokens[position]])
-                sequence.prompt_logprobs.append((own_logprob, likeliest(own, count)))
+        followers = sequence.tokens[chunk.start + 1 : min(chunk.range.stop + 1, sequence.prompt_tokens)]
+        for begin in range(0, len(followers), DESCRIBED):
+            tokens = followers[begin : begin + DESCRIBED]
+            logits = self.runner.logits(hidden[begin : begin + len(tokens)])
+            for token, own in zip(tokens, logits.log_softmax(dim=-1), strict=True):
+                sequence.prompt_logprobs.append((float(own[token]), likeliest(own, count)))
 
     def _end(self, sequence: Sequence) -> None:
         assert sequence.finish_reason is not None
@@ -250,13 +241,9 @@ class Core:
         self.counts.finished[sequence.finish_reason] = self.counts.finished.get(sequence.finish_reason, 0) + 1
 
 
-def _of(part: Part) -> Sequence:
-    assert isinstance(part.task, Sequence)
-    return part.task
-
-
-def _sequences(tasks: Iterable[object]) -> list[Sequence]:
-    return [task for task in tasks if isinstance(task, Sequence)]
+def _sequence(task: Task) -> Sequence:
+    assert isinstance(task, Sequence)
+    return task
 
 
 def _chunk(part: Part) -> Chunk:

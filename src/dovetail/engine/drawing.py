@@ -15,40 +15,64 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.sampler import probabilities, sample
-from dovetail.engine.sequence import Drawn, Sequence
+from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.runner import Chosen
-from dovetail.engine.stream import TopLogprobs
+from dovetail.engine.stream import Experts, Token, TopLogprobs
 
 
 def pick(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int]) -> int:
     """The token for the position behind `drafts`, which follow the sequence; logits [V], `greedy` their arg max."""
+    return _choose(logits, greedy, sequence, drafts)[0]
+
+
+def draw(
+    logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int], experts: Experts | None = None
+) -> Token:
+    """As `pick`, with the log-probabilities that the request asks for."""
+    token, used = _choose(logits, greedy, sequence, drafts)
+    params = sequence.params
+    if params.logprobs is None:
+        return Token(id=token, experts=experts)
+    own = logits.float().log_softmax(dim=-1)
+    sampler = 0.0 if used is None else float(used[token].log())
+    return Token(
+        id=token,
+        logprob=float(own[token]),
+        sampler_logprob=sampler,
+        top=likeliest(own, params.logprobs),
+        experts=experts,
+    )
+
+
+def draw_all(
+    logits: Tensor, sequences: Sequences[Sequence], drafts: list[list[int]], chosen: Chosen | None
+) -> list[list[Token]]:
+    """For each sequence the tokens that logits [B, D + 1, V] of its last token and its drafts give, up to the first
+    that is no draft. `chosen`: experts of all B (D + 1) rows."""
+    greedy = logits.argmax(dim=-1).tolist()
+    width = logits.shape[1]
+    results = []
+    for b, (sequence, proposal) in enumerate(zip(sequences, drafts, strict=True)):
+        drawn: list[Token] = []
+        for i in range(width):
+            experts = experts_of(chosen, b * width + i, sequence)
+            drawn.append(draw(logits[b, i], greedy[b][i], sequence, proposal[:i], experts))
+            if i == len(proposal) or drawn[-1].id != proposal[i]:
+                break
+        results.append(drawn)
+    return results
+
+
+def _choose(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int]) -> tuple[int, Tensor | None]:
+    """The token, and the distribution [V] that it was drawn from; None where it is certain."""
     params = sequence.params
     if params.changes_logits:
         logits = changed(logits, sequence, drafts)
         greedy = int(logits.argmax())
     if params.is_greedy:
-        return greedy
-    return sample(probabilities(logits, params), params.seed, len(sequence.tokens) + len(drafts))
-
-
-def draw_all(
-    logits: Tensor, sequences: Sequences[Sequence], drafts: list[list[int]], chosen: Chosen | None
-) -> list[tuple[list[Drawn], int]]:
-    """For each sequence the tokens that logits [B, D + 1, V] of its last token and its drafts give, up to the first
-    that is no draft, and how many drafts were kept. `chosen`: experts of all B (D + 1) rows."""
-    greedy = logits.argmax(dim=-1).tolist()
-    width = logits.shape[1]
-    results = []
-    for b, (sequence, proposal) in enumerate(zip(sequences, drafts, strict=True)):
-        drawn: list[Drawn] = []
-        for i in range(width):
-            token = pick(logits[b, i], greedy[b][i], sequence, proposal[:i])
-            experts = experts_of(chosen, b * width + i) if sequence.params.routed_experts else None
-            drawn.append(described(token, logits[b, i], sequence, proposal[:i], experts))
-            if i == len(proposal) or token != proposal[i]:
-                break
-        results.append((drawn, len(drawn) - 1))
-    return results
+        return greedy, None
+    distribution = probabilities(logits, params)
+    return sample(distribution, params.seed, len(sequence.tokens) + len(drafts)), distribution
 
 
 def changed(logits: Tensor, sequence: Sequence, drafts: Sequences[int]) -> Tensor:
@@ -79,29 +103,16 @@ def changed(logits: Tensor, sequence: Sequence, drafts: Sequences[int]) -> Tenso
     return logits
 
 
-def described(
-    token: int, logits: Tensor, sequence: Sequence, drafts: Sequences[int], experts: tuple[tuple[int, ...], ...] | None
-) -> Drawn:
-    """The token with the log-probabilities that its request asks for."""
-    params = sequence.params
-    if params.logprobs is None:
-        return Drawn(id=token, experts=experts)
-    own = logits.float().log_softmax(dim=-1)
-    used = changed(logits, sequence, drafts) if params.changes_logits else logits
-    sampler = probabilities(used, params)[token].log()
-    return Drawn(
-        id=token, logprob=float(own[token]), sampler_logprob=float(sampler), top=likeliest(own, params.logprobs),
-        experts=experts,
-    )  # fmt: skip
-
-
 def likeliest(logprobs: Tensor, count: int) -> TopLogprobs:
     """The tokens with the largest of logprobs [V], largest first."""
     values, ids = logprobs.topk(min(count, len(logprobs)))
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def experts_of(chosen: Chosen | None, row: int) -> tuple[tuple[int, ...], ...]:
+def experts_of(chosen: Chosen | None, row: int, sequence: Sequence) -> Experts | None:
+    """Those of one row, where the sequence asks for them."""
+    if not sequence.params.routed_experts:
+        return None
     assert chosen is not None
     return tuple(tuple(layer[row].tolist()) for layer in chosen)
 

@@ -11,7 +11,6 @@ Everything but the thread's own loop may be called from any thread. What a reque
 
 from __future__ import annotations
 
-import itertools
 import math
 import queue
 import threading
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 
-from dovetail.engine.core import Core, Outputs
+from dovetail.engine.core import Core
 from dovetail.engine.loaded import LoadedModel
 from dovetail.engine.room import EngineConfig, plan_room
 from dovetail.engine.sampler import SamplingParams
@@ -97,7 +96,7 @@ class Engine:
         self.num_drafts = config.drafts(llm.spec)
         self.weights_version = "0"
         self._inbox: queue.SimpleQueue[_Arrival | _Leave | None] = queue.SimpleQueue()
-        self._shared, self._numbers = _Shared(), itertools.count()
+        self._shared = _Shared()
         self._streams: dict[Sequence, Stream] = {}
         self._begins: dict[Sequence, float] = {}
         self._core: Core | None = None
@@ -135,9 +134,8 @@ class Engine:
             sequence.leader = sequences[0]
         for sequence in sequences:
             sequence.priority = priority
-        self._enter(len(sequences))
         streams = [Stream(len(tokens), self._canceller(sequence)) for sequence in sequences]
-        self._inbox.put(_Arrival(sequences, streams))
+        self._enter(_Arrival(sequences, streams))
         return streams
 
     def statistics(self) -> Statistics:
@@ -179,8 +177,9 @@ class Engine:
         self._inbox.put(None)
         self._thread.join()
 
-    def _enter(self, count: int) -> None:
-        with self._shared.lock:
+    def _enter(self, arrival: _Arrival) -> None:
+        count = len(arrival.sequences)
+        with self._shared.lock:  # what is taken in before the end is in the inbox before it too
             if self._shared.failure:
                 raise RuntimeError(self._shared.failure)
             if self._shared.is_draining:
@@ -191,6 +190,7 @@ class Engine:
                 raise Full(waiting, max(1.0, rounds * self._shared.seconds))
             self._shared.waiting += count
             self._idle.clear()
+            self._inbox.put(arrival)
 
     def _canceller(self, sequence: Sequence) -> Callable[[], None]:
         return lambda: self._inbox.put(_Leave(sequence))
@@ -202,8 +202,8 @@ class Engine:
             self._core = Core(self.llm.drawn_from, self.room, self.num_drafts, self.config.speculate == "auto")
             self._ready.set()
             while self._take_messages():
-                if self._core.has_work:
-                    self._deliver(self._core.step())
+                for sequence, output in self._core.step() if self._core.has_work else ():
+                    self._put(sequence, output)
             for sequence in list(self._streams):
                 self._cancel(sequence)
             self._end_all(Output(finish_reason="abort"))
@@ -240,10 +240,6 @@ class Engine:
         if output is not None and sequence in self._streams:
             self._put(sequence, output)
 
-    def _deliver(self, outputs: Outputs) -> None:
-        for sequence, output in outputs:
-            self._put(sequence, output)
-
     def _put(self, sequence: Sequence, output: Output) -> None:
         stream = self._streams[sequence]
         if not stream.has_begun:
@@ -261,11 +257,11 @@ class Engine:
         for stream in self._streams.values():
             stream.put(output)
         self._streams.clear()
-        while not self._inbox.empty():
-            message = self._inbox.get()
-            if isinstance(message, _Arrival):
-                for stream in message.streams:
-                    stream.put(output)
         with self._shared.lock:
+            while not self._inbox.empty():
+                message = self._inbox.get()
+                if isinstance(message, _Arrival):
+                    for stream in message.streams:
+                        stream.put(output)
             self._shared.waiting = 0
         self._idle.set()

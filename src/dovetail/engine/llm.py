@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Sequences
 
 from dovetail.engine import speculative
-from dovetail.engine.core import Core, Outputs, Room
+from dovetail.engine.core import Core, Outputs
 from dovetail.engine.engine import Engine
 from dovetail.engine.loaded import LoadedModel, Prompt
+from dovetail.engine.room import PAGE, Room, positions_of
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion, Sequence
 from dovetail.engine.stream import Stream, Token
 
 MAX_BATCH = 32  # sequences decoded together; further prompts wait for a slot
-PAGE = 64  # positions
 PROMPT_TOKENS = 2048  # of a step at most
 _STARTING = threading.Lock()  # one engine, however many threads ask first
 
@@ -90,12 +90,9 @@ class LLM(LoadedModel):
         self.warm_up(depth)
         together = min(len(sequences), MAX_BATCH)
         most = max(len(sequence.tokens) + sequence.max_tokens for sequence in sequences)
-        pages = together * -(-(most + depth + 1) // PAGE)
-        core = Core(
-            self.drawn_from,
-            Room(sequences=together, positions=most, num_pages=pages, page_size=PAGE, prompt_tokens=PROMPT_TOKENS),
-            depth,
-        )
+        pages = together * -(-positions_of(most, depth) // PAGE)
+        room = Room(sequences=together, positions=most, num_pages=pages, prompt_tokens=PROMPT_TOKENS)
+        core = Core(self.drawn_from, room, depth)
         for sequence in sequences:
             core.add(sequence)
         while core.has_work:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from dovetail.engine.completion_text import CompletionText
-from dovetail.engine.core import Core, Room
+from dovetail.engine.core import Core
 from dovetail.engine.grammar import Grammar, GrammarCompiler, GrammarState
+from dovetail.engine.room import Room
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Sequence
 from dovetail.model.checkpoint.inventory import read_spec

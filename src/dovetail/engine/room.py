@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -10,13 +11,25 @@ from pydantic import Field
 from dovetail.config import Record
 from dovetail.cost.count import cache_bytes_per_token
 from dovetail.engine import speculative
-from dovetail.engine.core import Room
 from dovetail.engine.steps.cache import fp8_entry_bytes
 from dovetail.engine.steps.tiled import KEPT_SHARE
 from dovetail.spec.model import Mla, ModelSpec
 
-PAGE = 64
+PAGE = 64  # positions
 DEFAULT_CACHE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How much may be worked on at a time."""
+
+    sequences: int  # together
+    positions: int  # of one sequence, prompt and completion
+    num_pages: int
+    page_size: int = PAGE
+    prompt_tokens: int = 512  # of a step, at most
+    shares_prefixes: bool = True  # prompts begin behind pages that others filled
+    is_fp8: bool = False  # the cache
 
 
 class EngineConfig(Record):
@@ -59,7 +72,7 @@ def plan_room(spec: ModelSpec, config: EngineConfig, element_size: int) -> Room:
         per_position = cache_bytes_per_token(spec, element_size, mtp=True)
     per_page = per_position * config.page_size
     num_pages = int(config.cache_bytes / (1 + KEPT_SHARE) / per_page)
-    longest = -(-(max_model_len + depth + 1) // config.page_size)
+    longest = -(-positions_of(max_model_len, depth) // config.page_size)
     if num_pages < longest:
         least = math.ceil(longest * per_page * (1 + KEPT_SHARE))
         raise ValueError(
@@ -76,3 +89,9 @@ def plan_room(spec: ModelSpec, config: EngineConfig, element_size: int) -> Room:
         shares_prefixes=config.shares_prefixes,
         is_fp8=config.cache_format == "fp8",
     )
+
+
+def positions_of(length: int, depth: int) -> int:
+    """Positions that a sequence of `length` tokens takes: the last one is never run, but drafts after it may be, to be
+    thrown away."""
+    return length + depth + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,17 +49,6 @@ class Completion:
     prompt_logprobs: PromptLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
-    """A token as it was drawn; what was not asked for is None."""
-
-    id: int
-    logprob: float | None = None
-    sampler_logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-    experts: tuple[tuple[int, ...], ...] | None = None
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence(Task):
     """Mutable: grows until `finish_reason` is set."""
@@ -91,30 +80,35 @@ class Sequence(Task):
         """Tokens that end it, now or later."""
         return self.end_tokens if not self.params.ignore_eos else frozenset()
 
-    def extend(self, drawn: Sequences[Drawn], num_drafts: int = 0) -> Output:
-        """Append up to the first token that ends the sequence. The first `num_drafts` were drafts."""
-        if self.error is not None:
-            self._finish("error")
-            rest = "" if self.text is None else self.text.take()
-            return Output(text=rest, finish_reason=self.finish_reason, error=self.error)
+    def extend(self, drawn: Sequences[Token]) -> Output:
+        """Append up to the first that ends the sequence, each with its text. All but the last were drafts."""
         tokens = []
-        for number, each in enumerate(drawn):
-            self._append(each.id)
-            tokens.append(
-                Token(
-                    id=each.id,
-                    text="" if self.text is None else self.text.take(),
-                    logprob=each.logprob,
-                    sampler_logprob=each.sampler_logprob,
-                    top=each.top,
-                    is_draft=number < num_drafts,
-                    experts=each.experts,
-                )
-            )
+        for number, token in enumerate(drawn if self.error is None else ()):
+            self._append(token.id)
+            tokens.append(replace(token, text=self._taken(), is_draft=number < len(drawn) - 1))
             if self.finish_reason is not None:
                 break
-        rest = self.text.take() if self.text is not None and self.finish_reason is not None else ""
-        return Output(tokens=tuple(tokens), text=rest, finish_reason=self.finish_reason, stop_reason=self.stop_reason)
+        if self.error is not None:
+            self._finish("error")
+        rest = "" if self.finish_reason is None else self._taken()
+        return Output(
+            tokens=tuple(tokens),
+            text=rest,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            error=self.error,
+        )
+
+    def abort(self) -> Output:
+        """End it where it is."""
+        if self.text is not None:
+            self.text.finish()
+        self.finish_reason = "abort"
+        return Output(text=self._taken(), finish_reason="abort")
+
+    def _taken(self) -> str:
+        """What of the text has become sure since the last call."""
+        return "" if self.text is None else self.text.take()
 
     def completion(self, tokens: tuple[Token, ...] = ()) -> Completion:
         assert self.finish_reason is not None, "the sequence is still growing"

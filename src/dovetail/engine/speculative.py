@@ -42,9 +42,10 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.drawing import draw_all, pick
-from dovetail.engine.sequence import Drawn, Sequence
+from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.rows import NONE, Chunk, Short
 from dovetail.engine.steps.runner import Chosen, Runner
+from dovetail.engine.stream import Token
 
 
 def check_depth(depth: int, num_modules: int) -> None:
@@ -128,13 +129,13 @@ def rows_of(sequences: Sequences[Sequence], drafts: list[list[int]]) -> Short:
 
 def conclude(
     runner: Runner, sequences: Sequences[Sequence], drafts: list[list[int]], hidden: Tensor, chosen: Chosen | None
-) -> list[tuple[list[Drawn], int]]:
-    """The new tokens of each sequence, and how many of them were drafts, from the main model's hidden states [R, dim]
-    of `rows_of`, as many for each. The caller appends them. Sequences keep what the next draft needs."""
+) -> list[list[Token]]:
+    """The new tokens of each sequence, all but the last of them drafts, from the main model's hidden states [R, dim] of
+    `rows_of`, as many for each. The caller appends them. Sequences keep what the next draft needs."""
     depth = len(drafts[0])
     logits = runner.logits(hidden).view(len(sequences), depth + 1, -1)
     results = draw_all(logits, sequences, drafts, chosen)
-    for sequence, (drawn, _), new in zip(sequences, results, hidden.split(depth + 1), strict=True):
+    for sequence, drawn, new in zip(sequences, results, hidden.split(depth + 1), strict=True):
         keep_hidden(sequence, new[: len(drawn)], depth)
     return results
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 TopLogprobs = tuple[tuple[int, float], ...]  # token, log-probability; likeliest first
+Experts = tuple[tuple[int, ...], ...]  # per MoE layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Token:
     sampler_logprob: float | None = None  # in the distribution that it was drawn from
     top: TopLogprobs = ()
     is_draft: bool = False  # proposed by an MTP module, and accepted
-    experts: tuple[tuple[int, ...], ...] | None = None  # per MoE layer, of the position that it was drawn at
+    experts: Experts | None = None  # of the position that it was drawn at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

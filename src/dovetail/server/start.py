@@ -30,7 +30,6 @@ from dovetail.server.settings import ServeConfig
 from dovetail.text.tokenizer import Tokenizer
 
 _CLOSING = 5  # seconds for the last bytes to be read, after generation has ended
-_OF_ENGINE = ("max_model_len", "cache_bytes", "max_batch_tokens", "max_sequences", "max_waiting", "speculate")
 
 
 def serve(checkpoint: Path, config: ServeConfig, say: Callable[[str], None]) -> None:
@@ -46,9 +45,7 @@ def serve(checkpoint: Path, config: ServeConfig, say: Callable[[str], None]) -> 
     check_tokenizer(tokenizer, spec)
     template = Conversation.load(directory, config.chat_template, tokenizer)
     defaults = sampling_defaults(checkpoint)
-    table = {name: value for name, value in config.model_dump().items() if name in _OF_ENGINE and value is not None}
-    if config.cache_format != "bf16":
-        table["cache_format"] = config.cache_format
+    table = config.model_dump(include=set(EngineConfig.model_fields), exclude_none=True)
     engine_config = validate(EngineConfig, table, where="options")
     dtype = fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     plan_room(spec, engine_config, dtype.itemsize)

@@ -366,7 +366,8 @@ def test_everything_ends_in_order_and_in_its_own_pages(
     pool = BlockPool(-(-(48 + depth) // size) + spare, size)
     scheduler = Scheduler(pool, slots, depth, cuts)
     assert pool.num_pages >= max(
-        scheduler.most_pages(request.task.prompt_tokens + request.max_tokens) for request in requests
+        scheduler.pool.pages_for(request.task.prompt_tokens + request.max_tokens + scheduler.depth)
+        for request in requests
     )
     Simulation(scheduler, requests, rng, depth).run()
     assert pool.num_free == pool.num_pages and not scheduler.running and not scheduler.waiting

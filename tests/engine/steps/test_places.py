@@ -34,7 +34,7 @@ def gated_row(gate, up, out):  # type: ignore[no-untyped-def]
 
 @serial_kernel
 def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
-    block_numba.rotate(x, cos, sin)
+    rows_numba.rotate(x, cos, sin, x)
 
 
 @serial_kernel

@@ -6,6 +6,7 @@ is everything again.
 
     schedule(depth, budget) -> Work      decode: those with one token left, `depth` drafts for each
                                          chunks: parts of prompts, `budget` tokens in all
+                                         placed: those that got pages
                                          set_back: slots whose pages were taken for others
 
 Who came first goes first, within a priority. A prompt leaves half of a step's budget to those behind it. Where pages
@@ -68,6 +69,7 @@ class Part:
 class Work:
     decode: list[Task]
     parts: list[Part]
+    placed: list[Task]
     set_back: list[int]
 
     def __bool__(self) -> bool:
@@ -84,11 +86,8 @@ class Scheduler:
         self.waiting: list[Task] = []
         self._slots = list(range(slots - 1, -1, -1))
         self._arrivals = 0
+        self._placed: list[Task] = []  # in the step being scheduled
         self.queried = self.hit = self.set_backs = 0  # tokens looked for in known pages, tokens found; times
-
-    def most_pages(self, positions: int) -> int:
-        """Pages of a task that grows to so many positions."""
-        return self.pool.pages_for(positions + self.depth)
 
     def add(self, task: Task) -> None:
         task.arrival = self._arrivals
@@ -106,12 +105,14 @@ class Scheduler:
     def schedule(self, depth: int, budget: int) -> Work:
         """`depth` drafts per decoding task; at most `budget` tokens of prompts."""
         set_back: list[int] = []
+        self._placed = []
         for task in sorted(self.running, key=lambda task: task.order):
             if task.is_running and task.is_decoding:
                 self._grow(task, len(task.tokens) + depth, set_back)
         parts = self._parts(budget)
         decode = [task for task in self.running if task.is_decoding]
-        return Work(decode=decode, parts=parts, set_back=set_back)
+        placed = [task for task in self._placed if task.is_running]
+        return Work(decode=decode, parts=parts, placed=placed, set_back=set_back)
 
     def commit(self, part: Part) -> None:
         """The part was computed: whole pages of the prompt may be shared from now on."""
@@ -133,6 +134,7 @@ class Scheduler:
                 return
         if missing > 0:
             task.pages += self.pool.allocate(missing)
+            self._placed.append(task)
 
     def _parts(self, budget: int) -> list[Part]:
         parts: list[Part] = []
@@ -175,6 +177,7 @@ class Scheduler:
         task.computed = task.cached = len(known) * self.pool.page_size
         task.slot = self._slots.pop()
         self.running.append(task)
+        self._placed.append(task)
         self.queried += task.prompt_tokens
         self.hit += task.cached
         return True

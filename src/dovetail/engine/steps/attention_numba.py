@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
-from dovetail.engine.steps.rows_numba import HEADS, key_places, soften
-from dovetail.numerics.cpu.dots_numba import dots, mix, mix_at, products
+from dovetail.engine.steps.rows_numba import attend_latents
+from dovetail.numerics.cpu.dots_numba import mix, products
 from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import load, store
 from dovetail.numerics.cpu.softmax_numba import softmax_row
@@ -88,22 +88,7 @@ def attend_absorbed(q, kv_b, entries, page, tables, slots, positions, scale, out
             absorbed[r * heads + h, :latent] = moved[r]
             for i in range(dim - nope):
                 absorbed[r * heads + h, latent + i] = load(q[r, h], nope + i)
-    groups = max(min(heads, 2), (heads + HEADS - 1) // HEADS)
-    mixed = np.empty((heads * rows, latent), np.float32)
-    for item in prange(rows * groups):
-        r, group = item // groups, item % groups
-        start, stop = group * heads // groups, (group + 1) * heads // groups
-        num_keys = positions[r] + 1
-        places = key_places(tables[slots[r]], num_keys, page)
-        scores = np.empty((stop - start, num_keys), np.float32)
-        for s in range(num_keys):
-            dots(entries, places[s], absorbed, r * heads + start, stop - start, scores, s, num_keys)
-        for h in range(stop - start):
-            soften(scores[h], scale)
-        result = np.empty((stop - start, latent), np.float32)
-        mix_at(scores, 0, stop - start, num_keys, entries, places, latent, result, 0)
-        for h in range(stop - start):
-            mixed[(start + h) * rows + r] = result[h]
+    mixed = attend_latents(absorbed, entries, page, tables, slots, positions, latent, scale)
     for h in prange(heads):
         values = np.empty((rows, v_dim), np.float32)
         products(kv_b, h * (nope + v_dim) + nope, v_dim, mixed, h * rows, rows, values, 0, v_dim)

@@ -13,9 +13,11 @@ from numba import prange
 from numba.extending import register_jitable
 
 from dovetail.engine.steps.row_experts_numba import group_pairs, route_row
+from dovetail.engine.steps.rows_numba import norm as norm_row
+from dovetail.engine.steps.rows_numba import rotate
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel
-from dovetail.numerics.cpu.scalars_numba import load, scale_row, sigmoid, store
+from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
 from dovetail.numerics.products.grouped_numba import grouped_gemm
 
 FEW = 4  # rows that one thread is done with before others have woken up
@@ -54,15 +56,6 @@ def grouped_linear(x, weight, used, bounds, threads):  # type: ignore[no-untyped
     return out
 
 
-@register_jitable
-def norm_row(x, weight, eps, out):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(len(x)):
-        value = load(x, i)
-        total += value * value
-    scale_row(x, np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps), weight, out)
-
-
 @kernel
 def norm(x, weight, eps):  # type: ignore[no-untyped-def]
     out = np.empty_like(x)
@@ -75,31 +68,21 @@ def norm(x, weight, eps):  # type: ignore[no-untyped-def]
     return out
 
 
-# Loops that store are compiled without fast arithmetic, for the reason that `scale_row` gives.
-
-
-@register_jitable(fastmath=False)
-def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
-    for j in range(len(cos)):
-        even, odd = load(x, 2 * j), load(x, 2 * j + 1)
-        store(x, 2 * j, even * cos[j] - odd * sin[j])
-        store(x, 2 * j + 1, even * sin[j] + odd * cos[j])
-
-
 @register_jitable
 def keep_row(both, weight, eps, cos, sin, entry):  # type: ignore[no-untyped-def]
     """entry = [norm(latent); rotated key] of both, which has them side by side."""
     latent = len(both) - 2 * len(cos)
     norm_row(both[:latent], weight, eps, entry[:latent])
     entry[latent:] = both[latent:]
-    rotate(entry[latent:], cos, sin)
+    rotate(entry[latent:], cos, sin, entry[latent:])
 
 
 @register_jitable
 def rotate_heads(queries, heads, cos, sin):  # type: ignore[no-untyped-def]
     dim = len(queries) // heads
     for h in range(heads):
-        rotate(queries[(h + 1) * dim - 2 * len(cos) : (h + 1) * dim], cos, sin)
+        turned = queries[(h + 1) * dim - 2 * len(cos) : (h + 1) * dim]
+        rotate(turned, cos, sin, turned)
 
 
 @kernel
@@ -124,6 +107,9 @@ def project(  # type: ignore[no-untyped-def]
         for w in prange(len(wanted)):
             rotate_heads(queries[w], heads, cos[wanted[w]], sin[wanted[w]])
     return queries.reshape((len(wanted), heads, -1))
+
+
+# Loops that store are compiled without fast arithmetic, for the reason that `scale_row` gives.
 
 
 @register_jitable(fastmath=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dovetail.engine.steps import row_experts_numba, rows_numba
 from dovetail.engine.steps.cache import PagedCache
-from dovetail.engine.steps.rows import Chunk, Short
+from dovetail.engine.steps.rows import Chunk, Short, joined
 from dovetail.engine.steps.weights import Arrays, FusedBlock, Head, fuse
 from dovetail.model.attention.rope import tables
 from dovetail.model.norm import RmsNorm
@@ -26,19 +26,21 @@ class FusedSteps:
 
     def __init__(self, model: Transformer, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
-        self.blocks = [fuse(block, model, cache) for block in model.layers.values()]
-        self.drafters = [fuse(mtp.block, model, cache) for mtp in model.mtp]
+        self.blocks = [fuse(block, model) for block in model.layers.values()]
+        self.drafters = [fuse(mtp.block, model) for mtp in model.mtp]
         positions = torch.arange(cache.capacity)
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.sharing, self.draft_sharing = Sharing(), Sharing()
         self.embedding = array(model.embed_tokens.weight)
+        self.caches = [array(data) for data in cache.data]
         self.logits = Head(model).logits
 
     def run(self, short: Short, chunks: list[Chunk], wanted: list[int] | None, chosen: list[Tensor] | None) -> Tensor:
-        tokens, rows = self._rows(short, chunks)
-        with self.sharing.of_step(len(tokens)):
-            x = rows_numba.embed(self.embedding, tokens)
+        everything = joined(short, chunks)
+        rows = self._rows(everything)
+        with self.sharing.of_step(len(everything.tokens)):
+            x = rows_numba.embed(self.embedding, np.array(everything.tokens))
             for block in self.blocks:
                 ids = self._run(block, x, rows)
                 if chosen is not None and block.choices:
@@ -50,7 +52,7 @@ class FusedSteps:
         mtp = self.model.mtp[depth]
         assert isinstance(mtp, Mtp)
         weights = (array(each) for each in (mtp.enorm.weight, mtp.hnorm.weight, mtp.eh_proj.weight))
-        _, rows = self._rows(short, chunks)
+        rows = self._rows(joined(short, chunks))
         with self.draft_sharing.of_step(len(next_tokens)):
             tokens = np.array(next_tokens)
             x = rows_numba.join(self.embedding, array(hidden.contiguous()), tokens, self.eps, *weights)
@@ -60,22 +62,16 @@ class FusedSteps:
     def forget(self, slot: int) -> None:
         """Nothing is kept."""
 
-    def _rows(self, short: Short, chunks: list[Chunk]) -> tuple[np.ndarray, Arrays]:
-        """Tokens; then tables, and slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's
-        capacity."""
-        tokens, slots, positions = [*short.tokens], [*short.slots], [*short.positions]
-        for chunk in chunks:
-            tokens += chunk.tokens
-            slots += [chunk.slot] * len(chunk.tokens)
-            positions += chunk.range
-        self.cache.reserve(max(positions) + 1)
-        where = np.array(positions)
-        return np.array(tokens), (self.cache.tables.numpy(), np.array(slots), where, self.cos[where], self.sin[where])
+    def _rows(self, rows: Short) -> Arrays:
+        """Tables, and slots, positions, cos, sin of the rows. Raises ValueError beyond the cache's capacity."""
+        self.cache.reserve(max(rows.positions) + 1)
+        where = np.array(rows.positions)
+        return self.cache.tables.numpy(), np.array(rows.slots), where, self.cos[where], self.sin[where]
 
     def _run(self, block: FusedBlock, x: np.ndarray, rows: Arrays) -> Tensor:
         """x [R, dim] through the block, in place -> the experts chosen [R, K]."""
         scale, heads = np.float32(self.model.layers["0"].self_attn.scale), self.model.mla.num_attention_heads
-        rows_numba.attention(x, self.eps, *block.attention, block.cache, *rows, scale, heads)
+        rows_numba.attention(x, self.eps, *block.attention, self.caches[block.layer], *rows, scale, heads)
         ids = torch.empty(len(x), block.choices, dtype=torch.int64)
         if block.choices:
             row_experts_numba.experts(x, self.eps, *block.mlp, ids.numpy(), block.gate)

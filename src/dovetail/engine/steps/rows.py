@@ -33,3 +33,12 @@ class Short:
 
 
 NONE = Short([], [], [])
+
+
+def joined(short: Short, chunks: list[Chunk]) -> Short:
+    """Tokens, slots and positions of all rows of a pass."""
+    return Short(
+        [*short.tokens, *(token for chunk in chunks for token in chunk.tokens)],
+        [*short.slots, *(chunk.slot for chunk in chunks for _ in chunk.tokens)],
+        [*short.positions, *(position for chunk in chunks for position in chunk.range)],
+    )

@@ -18,7 +18,7 @@ import numpy as np
 from numba import prange
 from numba.extending import register_jitable
 
-from dovetail.numerics.cpu.dots_numba import dots, mix, mix_at, products
+from dovetail.numerics.cpu.dots_numba import dots, mix, products
 from dovetail.numerics.cpu.kernels import kernel, serial_kernel
 from dovetail.numerics.cpu.scalars_numba import exp, from_ordered, load, ordered, scale_row, store
 
@@ -30,16 +30,18 @@ BLOCK = 16  # outputs per piece of work
 def norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(len(x)):
-        total += x[i] * x[i]
+        value = load(x, i)
+        total += value * value
     scale_row(x, np.float32(1.0) / np.sqrt(total / np.float32(len(x)) + eps), weight, out)
 
 
 @register_jitable(fastmath=False)  # for the reason that `scale_row` gives
 def rotate(x, cos, sin, out):  # type: ignore[no-untyped-def]
+    """`out` may be x."""
     for i in range(len(cos)):
-        even, odd = x[2 * i], x[2 * i + 1]
-        out[2 * i] = even * cos[i] - odd * sin[i]
-        out[2 * i + 1] = even * sin[i] + odd * cos[i]
+        even, odd = load(x, 2 * i), load(x, 2 * i + 1)
+        store(out, 2 * i, even * cos[i] - odd * sin[i])
+        store(out, 2 * i + 1, even * sin[i] + odd * cos[i])
 
 
 @register_jitable
@@ -85,6 +87,31 @@ def key_places(table, num_keys, page):  # type: ignore[no-untyped-def]
     for s in range(num_keys):
         places[s] = table[s // page] * page + s % page
     return places
+
+
+@kernel
+def attend_latents(queries, keys, page, tables, slots, positions, latent, scale):  # type: ignore[no-untyped-def]
+    """Queries [R H, entry] over the keys [., entry] that their rows see -> mixtures of latents [H R, latent]."""
+    rows = len(slots)
+    heads = len(queries) // rows
+    # A few heads at a time, so that each key is loaded once for all of them.
+    groups = max(min(heads, 2), (heads + HEADS - 1) // HEADS)
+    mixed = np.empty((heads * rows, latent), dtype=np.float32)
+    for item in prange(rows * groups):
+        r, group = item // groups, item % groups
+        start, stop = group * heads // groups, (group + 1) * heads // groups
+        num_keys = positions[r] + 1
+        places = key_places(tables[slots[r]], num_keys, page)
+        scores = np.empty((stop - start, num_keys), dtype=np.float32)
+        for s in range(num_keys):
+            dots(keys, places[s], queries, r * heads + start, stop - start, scores, s, num_keys)
+        for h in range(stop - start):
+            soften(scores[h], scale)
+        out = np.empty((stop - start, latent), dtype=np.float32)
+        mix(scores, 0, stop - start, num_keys, keys, places, latent, out, 0)
+        for h in range(stop - start):
+            mixed[(start + h) * rows + r] = out[h]
+    return mixed
 
 
 @kernel
@@ -143,24 +170,8 @@ def attention(  # type: ignore[no-untyped-def]
         for r in range(rows):
             absorbed[r * heads + h, :latent] = moved[r]
             rotate(q[r, nope:], cos[r], sin[r], absorbed[r * heads + h, latent:])
-    # A few heads at a time, so that each key is loaded once for all of them.
     keys = cache.reshape((-1, entry))
-    groups = max(min(heads, 2), (heads + HEADS - 1) // HEADS)
-    mixed = np.empty((heads * rows, latent), dtype=np.float32)
-    for item in prange(rows * groups):
-        r, group = item // groups, item % groups
-        start, stop = group * heads // groups, (group + 1) * heads // groups
-        num_keys = positions[r] + 1
-        places = key_places(tables[slots[r]], num_keys, page)
-        scores = np.empty((stop - start, num_keys), dtype=np.float32)
-        for s in range(num_keys):
-            dots(keys, places[s], absorbed, r * heads + start, stop - start, scores, s, num_keys)
-        for h in range(stop - start):
-            soften(scores[h], scale)
-        out = np.empty((stop - start, latent), dtype=np.float32)
-        mix_at(scores, 0, stop - start, num_keys, keys, places, latent, out, 0)
-        for h in range(stop - start):
-            mixed[(start + h) * rows + r] = out[h]
+    mixed = attend_latents(absorbed, keys, page, tables, slots, positions, latent, scale)
     values = np.empty((rows, heads * width), dtype=np.float32)
     for item in prange(heads * blocks(width)):
         h, begin = item // blocks(width), item % blocks(width) * BLOCK
@@ -179,14 +190,9 @@ def join(embedding, hidden, tokens, eps, enorm, hnorm, eh_proj):  # type: ignore
     """The input of an MTP module's block: eh_proj([enorm(embedding[tokens]); hnorm(hidden)])."""
     rows, dim = hidden.shape
     both = np.empty((rows, 2 * dim), dtype=np.float32)
-    wide = np.empty(dim, dtype=np.float32)
     for r in range(rows):
-        for i in range(dim):
-            wide[i] = load(embedding[tokens[r]], i)
-        norm(wide, enorm, eps, both[r, :dim])
-        for i in range(dim):
-            wide[i] = load(hidden[r], i)
-        norm(wide, hnorm, eps, both[r, dim:])
+        norm(embedding[tokens[r]], enorm, eps, both[r, :dim])
+        norm(hidden[r], hnorm, eps, both[r, dim:])
     out = np.empty((rows, dim), dtype=np.float32)
     for block in prange(blocks(dim)):
         product_block(eh_proj, block, both, out, 0)

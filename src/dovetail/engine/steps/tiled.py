@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numba
 import numpy as np
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from dovetail.engine.steps import attention_numba, block_numba
 from dovetail.engine.steps.cache import PagedCache
-from dovetail.engine.steps.rows import Chunk, Short
+from dovetail.engine.steps.rows import Chunk, Short, joined
 from dovetail.engine.steps.stores import Bf16Store, Fp8Store
 from dovetail.engine.steps.weights import FusedBlock, Head, fuse
 from dovetail.model.attention.rope import tables
@@ -40,6 +41,7 @@ KEPT_SHARE = 0.25
 class Rows:
     """Of one pass."""
 
+    tokens: Tensor  # [R]
     short: int  # so many come first
     slots: np.ndarray  # [R]
     positions: np.ndarray  # [R]
@@ -55,8 +57,8 @@ class TiledSteps:
 
     def __init__(self, model: Transformer, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
-        self.blocks = [fuse(block, model, cache) for block in model.layers.values()]
-        self.drafters = [fuse(mtp.block, model, cache) for mtp in model.mtp]
+        self.blocks = [fuse(block, model) for block in model.layers.values()]
+        self.drafters = [fuse(mtp.block, model) for mtp in model.mtp]
         positions = torch.arange(cache.capacity)
         self.store = Fp8Store(cache) if cache.is_fp8 else Bf16Store(cache)
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
@@ -72,8 +74,7 @@ class TiledSteps:
         """Hidden [R, dim] after the final norm of all rows, or [W, dim] of the rows `wanted`, ascending: in the last
         block the others' latents are all that is needed of them."""
         rows = self.rows(short, chunks)
-        tokens = torch.tensor([*short.tokens, *(token for chunk in chunks for token in chunk.tokens)])
-        x = array(self.model.embed_tokens(tokens))
+        x = array(self.model.embed_tokens(rows.tokens))
         asked = None if wanted is None else np.array(wanted, dtype=np.int64)
         *before, last = self.blocks
         with self._threads(self.sharing, rows):
@@ -98,23 +99,21 @@ class TiledSteps:
             self.kept_bytes -= self.kept.pop(key).nbytes
 
     def rows(self, short: Short, chunks: list[Chunk]) -> Rows:
-        slots, positions, bounds = [*short.slots], [*short.positions], []
-        for chunk in chunks:
-            bounds.append((chunk, len(slots), len(slots) + len(chunk.tokens)))
-            slots += [chunk.slot] * len(chunk.tokens)
-            positions += chunk.range
-        self.cache.reserve(max(positions) + 1)
-        which, where = np.array(slots), np.array(positions)
-        places = self.cache.places(torch.from_numpy(which), torch.from_numpy(where)).numpy()
+        everything = joined(short, chunks)
+        self.cache.reserve(max(everything.positions) + 1)
+        slots, where = np.array(everything.slots), np.array(everything.positions)
+        places = self.cache.places(torch.from_numpy(slots), torch.from_numpy(where)).numpy()
+        ends = list(accumulate((len(chunk.tokens) for chunk in chunks), initial=len(short.tokens)))
         return Rows(
-            short=len(short.slots),
-            slots=which,
+            tokens=torch.tensor(everything.tokens),
+            short=len(short.tokens),
+            slots=slots,
             positions=where,
             places=places,
             cos=self.cos[where],
             sin=self.sin[where],
             everything=np.arange(len(where)),
-            chunks=bounds,
+            chunks=list(zip(chunks, ends[:-1], ends[1:], strict=True)),
         )
 
     def _block(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.steps import rows_numba
-from dovetail.engine.steps.cache import PagedCache
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.block import Block
 from dovetail.model.experts.moe import MoeMlp
@@ -28,9 +27,8 @@ class FusedBlock:
 
     layer: int
     attention: Arrays
-    expansion: Tensor  # kv_b_proj
+    expansion: Tensor  # kv_b_proj, which `attention` has too
     mlp: Arrays
-    cache: np.ndarray  # [pages, page size, latent + rope]
     choices: int  # experts per token; 0 for a dense block
     gate: tuple[int, int, int, bool, bool, np.float32]
 
@@ -58,44 +56,36 @@ def takes(model: Transformer) -> bool:
     return has_gate and not has_recipe(model)
 
 
-def fuse(block: Block, model: Transformer, cache: PagedCache) -> FusedBlock:
+def fuse(block: Block, model: Transformer) -> FusedBlock:
     mlp = block.mlp
-    norm = array(block.post_attention_layernorm.weight)
-    data = array(cache.data[block.layer])
-    attention = (array(block.input_layernorm.weight), *_attention(block.self_attn))
-    expansion = block.self_attn.kv_b_proj.weight.detach()
-    if not isinstance(mlp, MoeMlp):
-        weights = (norm, array(mlp.gate_up_proj.weight), array(mlp.down_proj.weight))
-        no_gate = (1, 1, 1, True, True, np.float32(1.0))
-        return FusedBlock(
-            layer=block.layer,
-            attention=attention,
-            expansion=expansion,
-            mlp=weights,
-            cache=data,
-            choices=0,
-            gate=no_gate,
-        )
+    choices, gate = 0, (1, 1, 1, True, True, np.float32(1.0))
+    tensors: tuple[Tensor, ...]
+    if isinstance(mlp, MoeMlp):
+        choices, gate = mlp.gate.moe.num_experts_per_tok, gate_of(mlp.gate.moe)
+        tensors = _experts(mlp, model)
+    else:
+        tensors = mlp.gate_up_proj.weight, mlp.down_proj.weight
+    return FusedBlock(
+        layer=block.layer,
+        attention=(array(block.input_layernorm.weight), *_attention(block.self_attn)),
+        expansion=block.self_attn.kv_b_proj.weight.detach(),
+        mlp=tuple(array(tensor) for tensor in (block.post_attention_layernorm.weight, *tensors)),
+        choices=choices,
+        gate=gate,
+    )
+
+
+def _experts(mlp: MoeMlp, model: Transformer) -> tuple[Tensor, ...]:
     moe, shared = mlp.gate.moe, mlp.shared_experts
     bias = mlp.gate.e_score_correction_bias
     dim, dtype = model.spec.hidden_size, model.embed_tokens.weight.dtype
-    tensors = (
+    return (
         mlp.gate.weight,
         torch.zeros(moe.n_routed_experts) if bias is None else bias,
         mlp.experts.gate_up_proj,
         mlp.experts.down_proj,
         torch.empty(0, dim, dtype=dtype) if shared is None else shared.gate_up_proj.weight,
         torch.empty(dim, 0, dtype=dtype) if shared is None else shared.down_proj.weight,
-    )
-    weights = (norm, *(array(tensor) for tensor in tensors))
-    return FusedBlock(
-        layer=block.layer,
-        attention=attention,
-        expansion=expansion,
-        mlp=weights,
-        cache=data,
-        choices=moe.num_experts_per_tok,
-        gate=gate_of(moe),
     )
 
 

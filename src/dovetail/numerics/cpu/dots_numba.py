@@ -3,7 +3,6 @@
     dots   out[i] = sum_k w[row, k] x[first + i, k]                 one row of weights, several of activations
     products   dots of several rows of weights, in an order in which activations stay in the nearest cache
     mix    out[i, c] = sum_s p[first + i, s] w[row + s, c], c < C   several mixtures of the same rows of weights
-    mix_at    likewise, of rows that stand apart: pages of a cache
 
 Weights w are FP32 or BF16 (as uint16) and are loaded and widened once for up to four results. Every result has
 its own accumulators, summed in an order that depends on its length alone: what comes out for one row is bit for bit
@@ -22,7 +21,7 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic, overload, register_jitable
 
 from dovetail.numerics.cpu.scalars_numba import load
 from dovetail.numerics.cpu.tiles_numba import spread, sum_lanes
@@ -144,9 +143,7 @@ def _make_dots(count: int, outputs: int) -> Any:
     return dots
 
 
-def _make_mix(count: int, has_places: bool) -> Any:
-    """`row` is a number, or with `has_places` an array that has the number of each row."""
-
+def _make_mix(count: int) -> Any:
     @intrinsic
     def mix(typing_context: Any, p: Any, first: Any, num: Any, w: Any, row: Any, column: Any, out: Any, at: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> None:
@@ -157,7 +154,7 @@ def _make_mix(count: int, has_places: bool) -> Any:
             block = range(BLOCK // LANES)
             totals = [[_accumulator(builder, VECTOR) for _ in block] for _ in range(count)]
             with cgutils.for_range(builder, arguments[2]) as loop:
-                if has_places:
+                if numbers:
                     number = builder.load(builder.gep(numbers[0].data, [loop.index]))
                 else:
                     number = builder.add(arguments[4], loop.index)
@@ -177,7 +174,7 @@ def _make_mix(count: int, has_places: bool) -> Any:
                     stored.align = 4
 
         integer = types.int64
-        where = row if has_places else integer
+        where = row if isinstance(row, types.Array) else integer
         return types.void(p, integer, integer, w, where, integer, out, integer), generate
 
     return mix
@@ -185,8 +182,7 @@ def _make_mix(count: int, has_places: bool) -> Any:
 
 _dots1, _dots2, _dots4 = (_make_dots(count, 1) for count in (1, 2, 4))
 _tile1, _tile2, _tile4 = _make_dots(1, OUTPUTS), _make_dots(2, OUTPUTS), _make_dots(4, OUTPUTS)
-_mix1, _mix2, _mix4 = (_make_mix(count, False) for count in (1, 2, 4))
-_mix_at1, _mix_at2, _mix_at4 = (_make_mix(count, True) for count in (1, 2, 4))
+_mix1, _mix2, _mix4 = (_make_mix(count) for count in (1, 2, 4))
 
 
 @register_jitable(forceinline=True)
@@ -227,9 +223,24 @@ def products(w, row, num, x, first, count, out, at, step):  # type: ignore[no-un
         i += here
 
 
+def _number(row, s):  # type: ignore[no-untyped-def]
+    """The number of row s of a mixture; kernels only."""
+    raise AssertionError("compiled code only")
+
+
+@overload(_number, inline="always")
+def _number_of(row, s):  # type: ignore[no-untyped-def]  # numba compares the signatures word for word
+    if isinstance(row, types.Array):
+        return lambda row, s: row[s]
+    return lambda row, s: row + s
+
+
 @register_jitable(forceinline=True)
 def mix(p, first, count, num, w, row, width, out, at):  # type: ignore[no-untyped-def]
-    """out[at + i, :width] = p[first + i, :num] @ w[row : row + num, :width] for i < count; all contiguous, p FP32."""
+    """out[at + i, :width] = p[first + i, :num] @ w[row : row + num, :width] for i < count; all contiguous, p FP32.
+
+    Where rows stand apart, as in the pages of a cache, `row` is an array with the number of each.
+    """
     whole = width // BLOCK * BLOCK
     for column in range(0, whole, BLOCK):
         i = 0
@@ -245,27 +256,5 @@ def mix(p, first, count, num, w, row, width, out, at):  # type: ignore[no-untype
         for c in range(whole, width):
             total = np.float32(0.0)
             for s in range(num):
-                total += p[first + i, s] * load(w[row + s], c)
-            out[at + i, c] = total
-
-
-@register_jitable(forceinline=True)
-def mix_at(p, first, count, num, w, rows, width, out, at):  # type: ignore[no-untyped-def]
-    """As `mix`, of the rows w[rows[0]], w[rows[1]] ...; bit for bit the same."""
-    whole = width // BLOCK * BLOCK
-    for column in range(0, whole, BLOCK):
-        i = 0
-        while i + 4 <= count:
-            _mix_at4(p, first + i, num, w, rows, column, out, at + i)
-            i += 4
-        if i + 2 <= count:
-            _mix_at2(p, first + i, num, w, rows, column, out, at + i)
-            i += 2
-        if i < count:
-            _mix_at1(p, first + i, num, w, rows, column, out, at + i)
-    for i in range(count):
-        for c in range(whole, width):
-            total = np.float32(0.0)
-            for s in range(num):
-                total += p[first + i, s] * load(w[rows[s]], c)
+                total += p[first + i, s] * load(w[_number(row, s)], c)
             out[at + i, c] = total

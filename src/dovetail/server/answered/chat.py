@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +9,9 @@ from dovetail.engine.grammar import Grammar
 from dovetail.engine.stream import Token
 from dovetail.server.answered.calls import ForcedCalls
 from dovetail.server.answered.choice import Choice, Piece
-from dovetail.server.answered.events import DONE, event
-from dovetail.server.answered.logprobs import TokenNames, details, for_chat, for_prompt
+from dovetail.server.answered.chunks import ChunkWriter
+from dovetail.server.answered.events import event
+from dovetail.server.answered.logprobs import for_chat, for_prompt
 from dovetail.server.asked.chat import ChatRequest
 from dovetail.server.asked.sampling import to_params
 from dovetail.server.asked.tools import call_grammar
@@ -86,29 +85,21 @@ def _render(served: Served, asked: ChatRequest) -> Prompt:
         raise ApiError(400, f"messages: {error}", param="messages") from None
 
 
-class ChatAnswer:
+class ChatAnswer(ChunkWriter):
     """Writes chunks, or the whole."""
 
     def __init__(self, served: Served, asked: ChatRequest, seed: int) -> None:
-        self.served, self.asked, self.is_stream = served, asked, asked.stream
+        super().__init__(served, asked, "chatcmpl", "chat.completion.chunk")
+        self.asked = asked
         self.jobs = [chat_job(served, asked, seed)]
-        self.names = TokenNames(served.tokenizer, as_ids=asked.return_tokens_as_token_ids)
-        self.head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
         self.begun = set[int]()
-        options = asked.stream_options
-        self.has_usage = options is not None and options.include_usage
-        self.always_usage = self.has_usage and options is not None and options.continuous_usage_stats
-
-    def opening(self, work: Work) -> bytes:
-        """Return what is sent before the first token: nothing."""
-        return b""
 
     def piece(self, work: Work, index: int, piece: Piece) -> bytes:
         """Return the chunks of one step of one choice."""
         chunks = []
         if index not in self.begun:
             self.begun.add(index)
-            chunks.append(self._chunk(work, self._choice(index, {"role": "assistant", "content": ""})))
+            chunks.append(self.chunk(work, self._choice(index, {"role": "assistant", "content": ""})))
             if self.asked.return_token_ids:
                 chunks[0]["prompt_token_ids"] = list(self.jobs[0].prompt)
         written = [delta for delta in map(self._delta, piece.deltas) if delta]
@@ -119,21 +110,12 @@ class ChatAnswer:
         if choices:
             choices[0].update(of_tokens)
             choices[-1].update({"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason})
-        return b"".join(event(chunk) for chunk in [*chunks, *(self._chunk(work, choice) for choice in choices)])
-
-    def closing(self, work: Work) -> bytes:
-        """Return the usage, if it was asked for, and the end."""
-        last = {**self._common("chat.completion.chunk"), "choices": [], "usage": work.usage()}
-        return (event(last) if self.has_usage else b"") + DONE
-
-    def failure(self, error: ApiError) -> bytes:
-        """Return an error inside a stream, and the end."""
-        return event(error.body()) + DONE
+        return b"".join(event(chunk) for chunk in [*chunks, *(self.chunk(work, choice) for choice in choices)])
 
     def whole(self, work: Work) -> dict[str, Any]:
         """Return the answer as one object."""
         answer = {
-            **self._common("chat.completion"),
+            **self.common("chat.completion"),
             "choices": [self._whole_choice(i, choice) for i, choice in enumerate(work.choices)],
             "usage": work.usage(),
         }
@@ -143,16 +125,6 @@ class ChatAnswer:
             rows = work.streams[0].prompt_logprobs or ()
             answer["prompt_logprobs"] = for_prompt(self.jobs[0].prompt, rows, self.names, self.asked.prompt_logprobs)
         return answer
-
-    def _common(self, kind: str) -> dict[str, Any]:
-        common = {**self.head, "object": kind, "model": self.served.name}
-        if self.asked.routed_experts or self.asked.token_details:
-            common["weights_version"] = self.served.engine.weights_version
-        return common
-
-    def _chunk(self, work: Work, choice: dict[str, Any]) -> dict[str, Any]:
-        chunk = {**self._common("chat.completion.chunk"), "choices": [choice]}
-        return {**chunk, "usage": work.usage()} if self.always_usage else chunk
 
     def _choice(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
@@ -169,15 +141,9 @@ class ChatAnswer:
         return {"content": delta.content}
 
     def _of_tokens(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if not tokens:
-            return found
-        if self.asked.logprobs:
+        found = self.of_tokens(tokens)
+        if tokens and self.asked.logprobs:
             found["logprobs"] = for_chat(tokens, self.names, self.asked.top_logprobs or 0)
-        if self.asked.return_token_ids:
-            found["token_ids"] = [token.id for token in tokens]
-        if self.asked.token_details or self.asked.routed_experts:
-            found["tokens"] = details(tokens)
         return found
 
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:

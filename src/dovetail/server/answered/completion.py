@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dovetail.engine.stream import Token
 from dovetail.server.answered.choice import Choice, Piece, PlainText
-from dovetail.server.answered.events import DONE, event
-from dovetail.server.answered.logprobs import TokenNames, details, for_completion, for_prompt
+from dovetail.server.answered.chunks import ChunkWriter
+from dovetail.server.answered.events import event
+from dovetail.server.answered.logprobs import for_completion, for_prompt
 from dovetail.server.asked.completion import CompletionRequest, Prompt
 from dovetail.server.asked.sampling import to_params
 from dovetail.server.errors import ApiError
@@ -32,22 +31,17 @@ def to_tokens(served: Served, prompt: Prompt, *, adds_special: bool) -> list[int
         raise ApiError(400, f"prompt: {error}", param="prompt") from None
 
 
-class CompletionAnswer:
+class CompletionAnswer(ChunkWriter):
     """Writes chunks, or the whole."""
 
     def __init__(self, served: Served, asked: CompletionRequest, seed: int) -> None:
         served.check_model(asked.model)
-        self.served, self.asked, self.is_stream = served, asked, asked.stream
-        self.names = TokenNames(served.tokenizer, as_ids=asked.return_tokens_as_token_ids)
-        self.head: dict[str, Any] = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time())}
-        self.shows_tokens = asked.token_details or asked.routed_experts
+        super().__init__(served, asked, "cmpl", "text_completion")
+        self.asked = asked
         self.is_scored = asked.logprobs is not None or asked.draws > asked.n
         seed = seed if asked.seed is None else asked.seed
         self.jobs = [self._job(served, prompt, seed + i * asked.draws) for i, prompt in enumerate(asked.prompt)]
         self.offsets = dict[int, int]()  # characters sent of each choice
-        options = asked.stream_options
-        self.has_usage = options is not None and options.include_usage
-        self.always_usage = self.has_usage and options is not None and options.continuous_usage_stats
 
     def _job(self, served: Served, prompt: Prompt, seed: int) -> Job:
         asked = self.asked
@@ -71,10 +65,6 @@ class CompletionAnswer:
             keeps_tokens=self.is_scored or self.shows_tokens or asked.return_token_ids,
         )
 
-    def opening(self, work: Work) -> bytes:
-        """Return what is sent before the first token: nothing."""
-        return b""
-
     def piece(self, work: Work, index: int, piece: Piece) -> bytes:
         """Return the chunk of one step of one choice."""
         text = "".join(delta.content for delta in piece.deltas)
@@ -90,17 +80,7 @@ class CompletionAnswer:
         if is_first and self.asked.return_token_ids:
             choice["prompt_token_ids"] = list(self.jobs[index // self.asked.draws].prompt)
         choice |= {"finish_reason": piece.finish_reason, "stop_reason": piece.stop_reason}
-        chunk = {**self._common(), "choices": [choice]}
-        return event({**chunk, "usage": work.usage()} if self.always_usage else chunk)
-
-    def closing(self, work: Work) -> bytes:
-        """Return the usage, if it was asked for, and the end."""
-        last = {**self._common(), "choices": [], "usage": work.usage()}
-        return (event(last) if self.has_usage else b"") + DONE
-
-    def failure(self, error: ApiError) -> bytes:
-        """Return an error inside a stream, and the end."""
-        return event(error.body()) + DONE
+        return event(self.chunk(work, choice))
 
     def whole(self, work: Work) -> dict[str, Any]:
         """Return the answer as one object."""
@@ -108,7 +88,7 @@ class CompletionAnswer:
         usage = work.usage()
         if self.asked.max_tokens == 0:
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
-        return {**self._common(), "choices": choices, "usage": usage}
+        return {**self.common(self.kind), "choices": choices, "usage": usage}
 
     def _kept(self, choices: Sequence[Choice]) -> Iterator[int]:
         """Yield the choices that are given back: of each prompt the `n` with the largest mean log-probability."""
@@ -146,21 +126,11 @@ class CompletionAnswer:
         reason = choice.finish_reason if asked.max_tokens else "length"
         return written | {"finish_reason": reason, "stop_reason": choice.stop_reason if asked.max_tokens else None}
 
-    def _common(self) -> dict[str, Any]:
-        common = {**self.head, "object": "text_completion", "model": self.served.name}
-        return {**common, "weights_version": self.served.engine.weights_version} if self.shows_tokens else common
-
     def _of_tokens(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        if not tokens:
-            return found
-        if self.asked.logprobs is not None:
+        found = self.of_tokens(tokens)
+        if tokens and self.asked.logprobs is not None:
             rows = [(token.id, token.logprob, token.top) for token in tokens]
             found["logprobs"] = for_completion(rows, self.names, self.asked.logprobs, offset)
-        if self.asked.return_token_ids:
-            found["token_ids"] = [token.id for token in tokens]
-        if self.shows_tokens:
-            found["tokens"] = details(tokens)
         return found
 
     def _echo(self, index: int) -> str:
