@@ -1,7 +1,7 @@
 """CPU kernels of `tiled`: what stands around attention in a block, with AVX-512 BF16.
 
 Activations are BF16 between operations, as in `model`; each operation computes in FP32 and rounds once. Products are
-`grouped_gemm`'s, which sums in the order of k. What a row computes depends on no other row.
+`dot_rows`', whose sums are in one order. What a row computes depends on no other row.
 
 Letters: R rows, H heads, D = nope + rope, C latent width, E experts, K choices, I width of an expert.
 """
@@ -15,44 +15,48 @@ from numba.extending import register_jitable
 from dovetail.engine.steps.row_experts_numba import group_pairs, route_row
 from dovetail.engine.steps.rows_numba import norm as norm_row
 from dovetail.engine.steps.rows_numba import rotate
+from dovetail.numerics.cpu.dot_tiles_numba import dot_room, dot_rows
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
-from dovetail.numerics.products.grouped_numba import grouped_gemm
+from dovetail.numerics.cpu.tiles_numba import take_next
 
+COLUMNS = 32  # of a result that a thread takes at a time
 FEW = 4  # rows that one thread is done with before others have woken up
 
 
-@register_jitable
+@kernel
 def linear(x, weight, threads):  # type: ignore[no-untyped-def]
     """x [R, K] weight[N, K]^T -> [R, N]."""
     rows, k = x.shape
-    n = weight.shape[0]
+    n = len(weight)
     out = np.empty((rows, n), np.uint16)
-    if rows:
-        starts, sizes, strides = np.zeros((1, 3), np.int64), np.empty((1, 3), np.int64), np.empty(3, np.int64)
-        sizes[0, 0], sizes[0, 1], sizes[0, 2] = rows, n, k
-        strides[0], strides[1], strides[2] = k, k, n
-        flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
-        grouped_gemm(flat, flat_weight, flat_out, starts, sizes, strides, True, True, threads)
+    flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
+    for block in prange((n + COLUMNS - 1) // COLUMNS):
+        column = block * COLUMNS
+        sums = np.empty(dot_room(rows, COLUMNS), np.float32)
+        dot_rows(flat, 0, rows, flat_weight, column * k, min(COLUMNS, n - column), k, flat_out, column, n, sums)
     return out
 
 
-@register_jitable
+@kernel
 def grouped_linear(x, weight, used, bounds, threads):  # type: ignore[no-untyped-def]
     """Rows bounds[i] : bounds[i + 1] of x [P, K] by weight [., N, K] of group used[i] -> [P, N]."""
     n, k = weight.shape[1:]
     out = np.empty((len(x), n), np.uint16)
-    starts, sizes, strides = (
-        np.empty((len(used), 3), np.int64),
-        np.empty((len(used), 3), np.int64),
-        np.empty(3, np.int64),
-    )
-    for i in range(len(used)):
-        starts[i, 0], starts[i, 1], starts[i, 2] = bounds[i] * k, used[i] * n * k, bounds[i] * n
-        sizes[i, 0], sizes[i, 1], sizes[i, 2] = bounds[i + 1] - bounds[i], n, k
-    strides[0], strides[1], strides[2] = k, k, n
-    grouped_gemm(x.reshape(-1), weight.reshape(-1), out.reshape(-1), starts, sizes, strides, True, True, threads)
+    flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
+    blocks = (n + COLUMNS - 1) // COLUMNS
+    counter = np.zeros(1, np.int64)
+    for _ in prange(threads):
+        while True:
+            task = take_next(counter)
+            if task >= len(used) * blocks:
+                break
+            i, column = task // blocks, task % blocks * COLUMNS
+            rows = bounds[i + 1] - bounds[i]
+            sums = np.empty(dot_room(rows, COLUMNS), np.float32)
+            at, to = (used[i] * n + column) * k, bounds[i] * n + column
+            dot_rows(flat, bounds[i] * k, rows, flat_weight, at, min(COLUMNS, n - column), k, flat_out, to, n, sums)
     return out
 
 
