@@ -21,8 +21,13 @@ from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
 from dovetail.numerics.cpu.tiles_numba import take_next
 
-COLUMNS = 32  # of a result that a thread takes at a time
 FEW = 4  # rows that one thread is done with before others have woken up
+
+
+@register_jitable
+def columns_of(k):  # type: ignore[no-untyped-def]
+    """How many columns of a result a thread takes at a time."""
+    return 64 if k >= 1024 else 32
 
 
 @kernel
@@ -32,10 +37,11 @@ def linear(x, weight, threads):  # type: ignore[no-untyped-def]
     n = len(weight)
     out = np.empty((rows, n), np.uint16)
     flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
-    for block in prange((n + COLUMNS - 1) // COLUMNS):
-        column = block * COLUMNS
-        sums = np.empty(dot_room(rows, COLUMNS), np.float32)
-        dot_rows(flat, 0, rows, flat_weight, column * k, min(COLUMNS, n - column), k, flat_out, column, n, sums)
+    columns = columns_of(k)
+    for block in prange((n + columns - 1) // columns):
+        column = block * columns
+        sums = np.empty(dot_room(rows, columns, k), np.float32)
+        dot_rows(flat, 0, rows, flat_weight, column * k, min(columns, n - column), k, flat_out, column, n, sums)
     return out
 
 
@@ -45,18 +51,19 @@ def grouped_linear(x, weight, used, bounds, threads):  # type: ignore[no-untyped
     n, k = weight.shape[1:]
     out = np.empty((len(x), n), np.uint16)
     flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
-    blocks = (n + COLUMNS - 1) // COLUMNS
+    columns = columns_of(k)
+    blocks = (n + columns - 1) // columns
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):
         while True:
             task = take_next(counter)
             if task >= len(used) * blocks:
                 break
-            i, column = task // blocks, task % blocks * COLUMNS
+            i, column = task // blocks, task % blocks * columns
             rows = bounds[i + 1] - bounds[i]
-            sums = np.empty(dot_room(rows, COLUMNS), np.float32)
+            sums = np.empty(dot_room(rows, columns, k), np.float32)
             at, to = (used[i] * n + column) * k, bounds[i] * n + column
-            dot_rows(flat, bounds[i] * k, rows, flat_weight, at, min(COLUMNS, n - column), k, flat_out, to, n, sums)
+            dot_rows(flat, bounds[i] * k, rows, flat_weight, at, min(columns, n - column), k, flat_out, to, n, sums)
     return out
 
 

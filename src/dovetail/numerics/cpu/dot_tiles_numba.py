@@ -34,24 +34,24 @@ STEP = 2 * LANES  # values of k that an instruction takes
 AHEAD = 2048  # values of the weights that are asked for before they are needed
 
 
-def sums_of_lanes(builder: Any, vectors: list[Any]) -> Any:
-    """The sum of each of up to four vectors in lanes 0, 4, 8 and 12: halves added to halves, as one alone would be."""
-    a, b, c, d = (vectors * 4)[:4] if len(vectors) == 1 else vectors
-    low, high = list(range(8)), list(range(8, 16))
-    both = [
-        builder.fadd(
-            shuffle(builder, x, y, low + [LANES + i for i in low]),
-            shuffle(builder, x, y, high + [LANES + i for i in high]),
-        )
-        for x, y in ((a, b), (c, d))
-    ]  # eight lanes of each
-    quarters = [[8 * part + at + i for part in range(2) for i in range(4)] for at in (0, 4)]
-    four = builder.fadd(
-        *(shuffle(builder, *both, lanes + [LANES + i for i in lanes]) for lanes in quarters)
-    )  # four lanes of each
-    for step in (2, 1):
-        four = builder.fadd(four, shuffle(builder, four, four, [i // 4 * 4 + (i % 4 + step) % 4 for i in range(LANES)]))
-    return four
+def quarter_sums(builder: Any, vectors: list[Any]) -> Any:
+    """In each quarter of a vector the sums of that quarter of four vectors, side by side."""
+    a, b, c, d = vectors * (4 // len(vectors))
+    quarters = range(0, LANES, 4)
+    low = [at + i for at in quarters for i in (0, LANES, 1, LANES + 1)]  # neighbours of x and y, in turn
+    high = [lane + 2 for lane in low]
+    both = [builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, high)) for x, y in ((a, b), (c, d))]
+    first = [at + i for at in quarters for i in (0, 1, LANES, LANES + 1)]
+    return builder.fadd(shuffle(builder, *both, first), shuffle(builder, *both, [lane + 2 for lane in first]))
+
+
+def sums_of_lanes(builder: Any, rows: list[Any]) -> Any:
+    """Four sums of each of up to four rows of `quarter_sums`, row after row: halves added to halves."""
+    a, b, c, d = (rows * 4)[:4] if len(rows) < 3 else (rows * 2)[:4]
+    low, high = [*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]
+    both = [builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, high)) for x, y in ((a, b), (c, d))]
+    even = [at + i for at in range(0, 2 * LANES, 8) for i in range(4)]
+    return builder.fadd(shuffle(builder, *both, even), shuffle(builder, *both, [lane + 4 for lane in even]))
 
 
 def _make_tile(rows: int, outputs: int, in_parts: bool = False) -> Any:
@@ -109,11 +109,15 @@ def _make_tile(rows: int, outputs: int, in_parts: bool = False) -> Any:
                 add(lambda pointer: builder.bitcast(load_halves(builder, pointer, mask), PAIRS), whole, False)
 
             def finish() -> None:
-                for i, row in enumerate(slots):
-                    halves = to_bf16(builder, [sums_of_lanes(builder, [builder.load(slot) for slot in row])])
-                    for j in range(outputs):
-                        place = builder.add(arguments[8], builder.add(builder.mul(INT64(i), arguments[9]), INT64(j)))
-                        builder.store(builder.extract_element(halves, ir.IntType(32)(4 * j)), builder.gep(out, [place]))
+                parts = [quarter_sums(builder, [builder.load(slot) for slot in row]) for row in slots]
+                for first in range(0, rows, 4):
+                    here = parts[first : first + 4]
+                    halves = to_bf16(builder, [sums_of_lanes(builder, here)])
+                    for i in range(len(here)):
+                        place = builder.add(arguments[8], builder.mul(INT64(first + i), arguments[9]))
+                        four = shuffle(builder, halves, halves, list(range(4 * i, 4 * i + outputs)))
+                        address = builder.bitcast(builder.gep(out, [place]), four.type.as_pointer())
+                        builder.store(four, address).align = 2
 
             if not in_parts:
                 finish()
@@ -179,13 +183,13 @@ def dot_block(x, x_at, m, w, w_at, n, k, c, c_at, ldc, sums):  # type: ignore[no
             tile_1_1(x, x_at + r * k, w, w_at + j * k, k, 0, k, c, c_at + r * ldc + j, ldc, sums, 0)
 
 
-ROWS = 96  # of x that stay in the second cache
+ROWS = 48  # of x that stay in the second cache
 
 
 @register_jitable
-def dot_room(m, n):  # type: ignore[no-untyped-def]
+def dot_room(m, n, k):  # type: ignore[no-untyped-def]
     """Numbers that `dot_rows` needs to work with."""
-    return min(m, ROWS) * n * LANES
+    return min(m, ROWS) * n * LANES if k > PART else 0
 
 
 @register_jitable
