@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dovetail.engine import speculative
-from dovetail.engine.drawing import draw, experts_of, likeliest
+from dovetail.engine.drawing import draw, likeliest
 from dovetail.engine.room import Room, positions_of
 from dovetail.engine.scheduling.blocks import BlockPool
 from dovetail.engine.scheduling.pace import Pace
@@ -207,8 +207,8 @@ class Core:
             for sequence, at, row in zip(ended, batch.lasts, logits, strict=True):
                 self.runner.forget(sequence.slot)
                 if not sequence.completion_tokens:  # else it was set back, and has its first token
-                    experts = experts_of(chosen, at, sequence)
-                    outputs.append((sequence, sequence.extend([draw(row, int(row.argmax()), sequence, [], experts)])))
+                    drawn = draw(row[None], [int(row.argmax())], sequence, [], chosen, at)
+                    outputs.append((sequence, sequence.extend(drawn)))
         return outputs
 
     def _use_all(self, batch: _Prompts, hidden: Tensor) -> None:

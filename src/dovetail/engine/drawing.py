@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dovetail.engine.grammar import GrammarFailure
 from dovetail.engine.sampler import probabilities, sample
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.runner import Chosen
@@ -25,8 +26,44 @@ def pick(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int]
     return _choose(logits, greedy, sequence, drafts)[0]
 
 
+def propose(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int]) -> int:
+    """`pick` of a draft. A grammar that fails behind drafts fails the sequence only if these are kept: the main
+    model's draw says so."""
+    try:
+        return pick(logits, greedy, sequence, drafts)
+    except GrammarFailure:
+        return greedy
+
+
+def draw_all(
+    logits: Tensor, sequences: Sequences[Sequence], drafts: list[list[int]], chosen: Chosen | None
+) -> list[list[Token]]:
+    """`draw` for each sequence: logits [B, D + 1, V]. `chosen`: experts of all B (D + 1) rows."""
+    width = logits.shape[1]
+    of_each = zip(logits, logits.argmax(dim=-1).tolist(), sequences, drafts, strict=True)
+    return [draw(*one, chosen, b * width) for b, one in enumerate(of_each)]
+
+
 def draw(
-    logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int], experts: Experts | None = None
+    logits: Tensor, greedy: list[int], sequence: Sequence, drafts: list[int], chosen: Chosen | None, row: int
+) -> list[Token]:
+    """The tokens that logits [D + 1, V] of the sequence's last token and its drafts give, up to the first that is no
+    draft. `greedy`: arg maxima. `chosen`: experts, from this row on. Where the grammar fails, the tokens end with the
+    drafts before it, and the sequence gets the `error`."""
+    drawn: list[Token] = []
+    for i, here in enumerate(logits):
+        try:
+            drawn.append(_draw_one(here, greedy[i], sequence, drafts[:i], _experts_of(chosen, row + i, sequence)))
+        except GrammarFailure as failure:
+            sequence.error = str(failure)
+            break
+        if i == len(drafts) or drawn[-1].id != drafts[i]:
+            break
+    return drawn
+
+
+def _draw_one(
+    logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int], experts: Experts | None
 ) -> Token:
     """As `pick`, with the log-probabilities that the request asks for."""
     token, used = _choose(logits, greedy, sequence, drafts)
@@ -44,25 +81,6 @@ def draw(
     )
 
 
-def draw_all(
-    logits: Tensor, sequences: Sequences[Sequence], drafts: list[list[int]], chosen: Chosen | None
-) -> list[list[Token]]:
-    """For each sequence the tokens that logits [B, D + 1, V] of its last token and its drafts give, up to the first
-    that is no draft. `chosen`: experts of all B (D + 1) rows."""
-    greedy = logits.argmax(dim=-1).tolist()
-    width = logits.shape[1]
-    results = []
-    for b, (sequence, proposal) in enumerate(zip(sequences, drafts, strict=True)):
-        drawn: list[Token] = []
-        for i in range(width):
-            experts = experts_of(chosen, b * width + i, sequence)
-            drawn.append(draw(logits[b, i], greedy[b][i], sequence, proposal[:i], experts))
-            if i == len(proposal) or drawn[-1].id != proposal[i]:
-                break
-        results.append(drawn)
-    return results
-
-
 def _choose(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[int]) -> tuple[int, Tensor | None]:
     """The token, and the distribution [V] that it was drawn from; None where it is certain."""
     params = sequence.params
@@ -76,7 +94,7 @@ def _choose(logits: Tensor, greedy: int, sequence: Sequence, drafts: Sequences[i
 
 
 def changed(logits: Tensor, sequence: Sequence, drafts: Sequences[int]) -> Tensor:
-    """A copy of logits [V] with penalties, biases and masks."""
+    """A copy of logits [V] with penalties, biases and masks. Raises GrammarFailure."""
     params = sequence.params
     logits = logits.clone()
     counts = sequence.counts + Counter(drafts) if drafts else sequence.counts
@@ -92,14 +110,11 @@ def changed(logits: Tensor, sequence: Sequence, drafts: Sequences[int]) -> Tenso
     if sequence.completion_tokens + len(drafts) < params.min_tokens:
         logits[_ids({*sequence.ends, *params.stop_token_ids}, logits)] = float("-inf")
     if sequence.grammar is not None:
-        try:
-            with _ahead(sequence, drafts) as is_possible:
-                if is_possible:
-                    mask = torch.from_numpy(sequence.grammar.mask()[: len(logits)]).to(logits.device)
-                    logits[: len(mask)].masked_fill_(~mask, float("-inf"))
-                    logits[len(mask) :] = float("-inf")
-        except ValueError as error:  # it has become too complex: this request ends, and no other one
-            sequence.error = str(error)
+        with _ahead(sequence, drafts) as is_possible:
+            if is_possible:
+                mask = torch.from_numpy(sequence.grammar.mask()[: len(logits)]).to(logits.device)
+                logits[: len(mask)].masked_fill_(~mask, float("-inf"))
+                logits[len(mask) :] = float("-inf")
     return logits
 
 
@@ -109,7 +124,7 @@ def likeliest(logprobs: Tensor, count: int) -> TopLogprobs:
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
 
-def experts_of(chosen: Chosen | None, row: int, sequence: Sequence) -> Experts | None:
+def _experts_of(chosen: Chosen | None, row: int, sequence: Sequence) -> Experts | None:
     """Those of one row, where the sequence asks for them."""
     if not sequence.params.routed_experts:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, cached_property, lru_cache
 from typing import Any, Literal
 
@@ -31,10 +31,15 @@ COMPILED = 16  # grammars that are kept; the choices of a request, and often man
 LONGEST = {"json_schema": 65_536, "json_object": 0, "regex": 10_000, "lark": 65_536}  # characters
 MOST_REFERENCES, MOST_LINES = 250, 500
 MOST_STATES = 20_000  # of a lexer, of some 2 kB each
+MOST_RESTARTS = 8  # of a sequence
 
 # White space as Python's json writes it. Where any is allowed, small models write it for ever. A schema may have its
 # own options, under the key "x-guidance".
 JSON_FORM: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class GrammarFailure(ValueError):
+    """A grammar has become too complex to be followed any further."""
 
 
 class Grammar(Record):
@@ -59,13 +64,18 @@ class GrammarCompiler:
 
     def start(self, grammar: Grammar) -> GrammarState:
         """Raises ValueError (one line) for a grammar that is malformed, too large, or not supported."""
-        matcher = self._compiled(grammar.kind, grammar.text).deep_copy()
-        return GrammarState(self, matcher, self._marker(grammar.after) if grammar.after else None)
+        shared = self._compiled(grammar.kind, grammar.text).deep_copy()
+        follower = Follower(shared, lambda: self._anew(grammar))
+        return GrammarState(self, follower, self._marker(grammar.after) if grammar.after else None)
 
     @cached_property
     def pieces(self) -> list[bytes]:
         """The spelling of every id, of special ones too."""
         return [self.tokens.decode_bytes([token]) for token in range(self.num_ids)]
+
+    def _anew(self, grammar: Grammar) -> LLMatcher:
+        self._compiled.cache_clear()  # the lexer that has failed would fail those to come too
+        return self._compile(grammar.kind, grammar.text)
 
     def _compile(self, kind: str, text: str) -> LLMatcher:
         _check_size(kind, text)
@@ -78,21 +88,76 @@ class GrammarCompiler:
         return matcher
 
 
+class Follower:
+    """A matcher, and the tokens that it was given.
+
+    All copies of a matcher share one lexer, which grows with every text that any of them follows. Where it has grown
+    too large, it fails them all and for ever. Each of them then begins anew with a lexer of its own, which sees its
+    own tokens alone. One whose own tokens are too much fails.
+    """
+
+    def __init__(self, matcher: LLMatcher, anew: Callable[[], LLMatcher]) -> None:
+        self.tokens: list[int] = []
+        self._matcher, self._anew = matcher, anew
+        self._is_clean, self._restarts = False, 0  # clean: nothing but `tokens` came to the lexer
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether nothing may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def mask(self) -> tuple[bytes, bool]:
+        """Which tokens may come next, in bits, and whether the text may end here. Raises GrammarFailure."""
+        bits = self._matcher.compute_bitmask()
+        while self._matcher.is_error():
+            self._restart()
+            bits = self._matcher.compute_bitmask()
+        return bits, self._matcher.is_accepting()
+
+    def allows(self, token: int) -> bool:
+        """Whether it may come next. Raises GrammarFailure."""
+        for _ in range(2):  # a lexer that has failed allows nothing, and says so at the next mask only
+            if not self._matcher.is_stopped() and self._matcher.validate_tokens([token]) == 1:
+                return True
+            self.mask()
+        return False
+
+    def consume(self, token: int) -> None:
+        """Go on by a token that `allows` allowed."""
+        self._matcher.consume_token(token)
+        self.tokens.append(token)
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens."""
+        del self.tokens[len(self.tokens) - count :]
+        self._is_clean = False
+        if not self._matcher.is_error():  # else the next question begins anew
+            self._matcher.rollback(count)
+
+    def _restart(self) -> None:
+        if self._is_clean or self._restarts == MOST_RESTARTS:
+            raise GrammarFailure(f"the grammar cannot be followed any further: {_line(self._matcher.get_error())}")
+        self._matcher, self._is_clean = self._anew(), True
+        self._restarts += 1
+        for token in self.tokens:
+            self._matcher.compute_bitmask()  # as it was asked for, so that the lexer fails where it would have failed
+            self._matcher.consume_token(token)
+
+
 class GrammarState:
     """Where one sequence stands in its grammar."""
 
-    def __init__(self, compiler: GrammarCompiler, matcher: LLMatcher, marker: Marker | None) -> None:
+    def __init__(self, compiler: GrammarCompiler, follower: Follower, marker: Marker | None) -> None:
         self._compiler = compiler
-        self._matcher = matcher
+        self._follower = follower
         self._marker = marker
         self._found = [0]  # bytes of the marker, after each token up to its end
-        self._num_matched = 0  # tokens that went to the matcher
         self._has_ended = False
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing but an end token may follow, or one has."""
-        return self._has_ended or (self._matcher.is_stopped() and not self._matcher.is_error())
+        return self._has_ended or self._follower.is_stopped
 
     @property
     def _is_free(self) -> bool:
@@ -101,7 +166,7 @@ class GrammarState:
     def mask(self) -> NDArray[np.bool_]:
         """Which tokens may come next, by id; an id beyond its end may not.
 
-        Raises ValueError where the grammar has become too complex to go on.
+        Raises GrammarFailure where the grammar has become too complex to go on.
         """
         if self._is_free:
             assert self._marker is not None
@@ -111,16 +176,17 @@ class GrammarState:
         num_ids, ends = self._compiler.num_ids, self._compiler.end_tokens
         if self._has_ended:
             return np.zeros(num_ids, bool)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        if self._matcher.is_error():
-            raise ValueError(f"the grammar cannot be followed any further: {_line(self._matcher.get_error())}")
-        allowed = np.unpackbits(bits, count=num_ids, bitorder="little").astype(bool)
+        bits, may_end = self._follower.mask()
+        allowed = np.unpackbits(np.frombuffer(bits, np.uint8), count=num_ids, bitorder="little").astype(bool)
         allowed[self._compiler.tokens.eos_tokens] = False
-        allowed[ends] = self._matcher.is_accepting()
+        allowed[ends] = may_end
         return allowed
 
     def advance(self, token: int) -> None:
-        """Go on by one token. Raises ValueError, and changes nothing, for one that may not come next."""
+        """Go on by one token.
+
+        Raises ValueError, and changes nothing, for one that may not come next; GrammarFailure as `mask` does.
+        """
         if not 0 <= token < self._compiler.num_ids:
             raise _not_allowed(token)
         if self._is_free:
@@ -131,25 +197,24 @@ class GrammarState:
         elif self._has_ended:
             raise _not_allowed(token)
         elif token in self._compiler.end_tokens:
-            if not self._matcher.is_accepting():
+            if not self._follower.mask()[1]:
                 raise _not_allowed(token)
             self._has_ended = True
-        elif self._matcher.is_stopped() or self._matcher.validate_tokens([token]) != 1:
+        elif not self._follower.allows(token):
             raise _not_allowed(token)
         else:
-            self._matcher.consume_token(token)
-            self._num_matched += 1
+            self._follower.consume(token)
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` tokens: afterwards everything is as if they had never come."""
-        assert 0 <= count <= self._has_ended + self._num_matched + len(self._found) - 1, count
+        num_matched = len(self._follower.tokens)
+        assert 0 <= count <= self._has_ended + num_matched + len(self._found) - 1, count
         if count and self._has_ended:
             self._has_ended = False
             count -= 1
-        matched = min(count, self._num_matched)
+        matched = min(count, num_matched)
         if matched:
-            self._matcher.rollback(matched)
-            self._num_matched -= matched
+            self._follower.rollback(matched)
         del self._found[len(self._found) - (count - matched) :]
 
 

@@ -48,7 +48,8 @@ class LLM(LoadedModel):
         return [sequence.completion(tuple(tokens[id(sequence)])) for sequence in sequences]
 
     def stream(self, prompt: Prompt, params: SamplingParams, speculate: int = 0) -> Iterator[str]:
-        """The text of the one completion, in parts as they become sure; errors as in `generate`, on the call."""
+        """The text of the one completion, in parts as they become sure; errors as in `generate`, on the call. Raises
+        `ValueError` on the way where a grammar becomes too complex."""
         if self.tokenizer is None:
             raise ValueError("stream gives text, which needs a tokenizer; use generate for token ids")
         return self._deltas(self._sequences([prompt], params, speculate), speculate)
@@ -67,6 +68,8 @@ class LLM(LoadedModel):
             for _, output in outputs:
                 if delta := "".join(token.text for token in output.tokens) + output.text:
                     yield delta
+                if output.error is not None:
+                    raise ValueError(output.error)
 
     def _sequences(
         self, prompts: Sequences[Prompt], params: SamplingParams | Sequences[SamplingParams], speculate: int

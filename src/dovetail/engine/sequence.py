@@ -47,6 +47,7 @@ class Completion:
     statistics: Statistics
     tokens: tuple[Token, ...] = ()  # each with its log-probabilities, where `SamplingParams.logprobs` asked for them
     prompt_logprobs: PromptLogprobs | None = None
+    error: str | None = None  # why it ended, where `finish_reason` is "error"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -64,7 +65,7 @@ class Sequence(Task):
     prompt_logprobs: PromptLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    error: str | None = None  # what its grammar could not do; it ends with the next step
+    error: str | None = None  # why nothing can follow what was drawn
     drafted: int = 0
     accepted: int = 0
     steps: int = 0
@@ -81,15 +82,17 @@ class Sequence(Task):
         return self.end_tokens if not self.params.ignore_eos else frozenset()
 
     def extend(self, drawn: Sequences[Token]) -> Output:
-        """Append up to the first that ends the sequence, each with its text. All but the last were drafts."""
+        """Append up to the first that ends the sequence, each with its text. All but the last were drafts; with an
+        `error` behind them, the last one too."""
+        num_drafts = len(drawn) - (self.error is None)
         tokens = []
-        for number, token in enumerate(drawn if self.error is None else ()):
+        for number, token in enumerate(drawn):
             self._append(token.id)
-            tokens.append(replace(token, text=self._taken(), is_draft=number < len(drawn) - 1))
+            tokens.append(replace(token, text=self._taken(), is_draft=number < num_drafts))
             if self.finish_reason is not None:
                 break
-        if self.error is not None:
-            self._finish("error")
+        if self.finish_reason is None and self.error is not None:
+            self._finish("error", self.error)
         rest = "" if self.finish_reason is None else self._taken()
         return Output(
             tokens=tuple(tokens),
@@ -127,6 +130,7 @@ class Sequence(Task):
             ),
             tokens=tokens,
             prompt_logprobs=self.prompt_logprobs,
+            error=self.error,
         )
 
     def _append(self, token: int) -> None:
@@ -146,15 +150,22 @@ class Sequence(Task):
             if self.text.is_stopped:
                 self._finish("stop")
         if self.grammar is not None and self.finish_reason is None:
-            self.grammar.advance(token)
-            if self.grammar.is_finished:
-                self._finish("stop")
+            self._advance(self.grammar, token)
         if self.finish_reason is None and self.completion_tokens >= self.max_tokens:
             self._finish("length")
 
-    def _finish(self, reason: FinishReason) -> None:
+    def _advance(self, grammar: GrammarState, token: int) -> None:
+        try:
+            grammar.advance(token)
+        except ValueError as error:  # this sequence ends, and no other one
+            self._finish("error", str(error))
+        else:
+            if grammar.is_finished:
+                self._finish("stop")
+
+    def _finish(self, reason: FinishReason, error: str | None = None) -> None:
         if self.text is not None:
             self.text.finish()
             if self.text.is_stopped:  # also by the last held-back characters
                 reason, self.stop_reason = "stop", self.text.stopped_by
-        self.finish_reason = reason
+        self.finish_reason, self.error = reason, error if reason == "error" else None

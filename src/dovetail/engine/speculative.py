@@ -41,7 +41,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dovetail.engine.drawing import draw_all, pick
+from dovetail.engine.drawing import draw_all, propose
 from dovetail.engine.sequence import Sequence
 from dovetail.engine.steps.rows import NONE, Chunk, Short
 from dovetail.engine.steps.runner import Chosen, Runner
@@ -113,7 +113,7 @@ def draft(runner: Runner, sequences: Sequences[Sequence], depth: int) -> list[li
         logits = runner.logits(hidden[last])
         best = logits.argmax(dim=-1).tolist()
         for sequence, proposal, row, greedy in zip(sequences, drafts, logits, best, strict=True):
-            proposal.append(pick(row, greedy, sequence, proposal))
+            proposal.append(propose(row, greedy, sequence, proposal))
     return drafts
 
 
@@ -130,8 +130,8 @@ def rows_of(sequences: Sequences[Sequence], drafts: list[list[int]]) -> Short:
 def conclude(
     runner: Runner, sequences: Sequences[Sequence], drafts: list[list[int]], hidden: Tensor, chosen: Chosen | None
 ) -> list[list[Token]]:
-    """The new tokens of each sequence, all but the last of them drafts, from the main model's hidden states [R, dim] of
-    `rows_of`, as many for each. The caller appends them. Sequences keep what the next draft needs."""
+    """What `drawing.draw` gives each sequence, from the main model's hidden states [R, dim] of `rows_of`, as many for
+    each. The caller appends the tokens. Sequences keep what the next draft needs."""
     depth = len(drafts[0])
     logits = runner.logits(hidden).view(len(sequences), depth + 1, -1)
     results = draw_all(logits, sequences, drafts, chosen)
