@@ -292,7 +292,7 @@ def test_draining_lets_all_finish_and_takes_nothing_new(engine_of: EngineFactory
     engine.drain(0)
     with pytest.raises(Draining, match="takes nothing new"):
         engine.submit([1], GREEDY)
-    assert engine.drain(SOON)
+    assert engine.drain(SOON) and engine.is_ready
     assert [read(stream)[-1].finish_reason for stream in streams] == ["length"] * 3
 
 

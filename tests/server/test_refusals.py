@@ -207,5 +207,13 @@ def test_while_it_drains(build: Callable[..., Any]) -> None:
     answer = site.post(CHAT, messages=ASK)
     assert problem(answer, 503)["type"] == "server_error" and answer.headers["retry-after"]
     assert site.ask("GET", "/ready").status_code == 503 and site.ask("GET", "/health").status_code == 200
-    site.desk.is_draining, site.engine.is_ready = False, False
-    assert site.ask("GET", "/ready").status_code == 503 and site.ask("GET", "/health").status_code == 503
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_an_engine_that_has_failed_is_not_well(is_draining: bool, build: Callable[..., Any]) -> None:
+    """Whatever else goes on."""
+    site = build()
+    site.desk.is_draining = site.engine.is_draining = is_draining
+    site.engine.is_ready = False
+    for path in ("/health", "/ready"):
+        assert site.ask("GET", path).status_code == 503

@@ -129,7 +129,7 @@ def _add_state(app: FastAPI, desk: Desk) -> None:
     @app.get("/health")
     async def health() -> Response:
         """Whether the process does its work; it still does while it drains."""
-        is_well = served.engine.is_ready or desk.is_draining
+        is_well = served.engine.is_ready
         return _json({"status": "ok" if is_well else "the engine does not run"}, 200 if is_well else 503)
 
     @app.get("/ready")
