@@ -154,6 +154,28 @@ def test_a_client_whose_loop_has_ended_disturbs_nobody(llm: LLM, engine_of: Engi
     assert engine.drain(SOON) and engine.statistics().finished == {"length": 4}
 
 
+def test_a_loop_that_ends_while_it_is_woken_disturbs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, loop = Stream(1, lambda: None), asyncio.new_event_loop()
+
+    async def begin() -> None:
+        outputs = stream.__aiter__()
+        await outputs.__anext__()
+        await outputs.aclose()  # type: ignore[attr-defined]
+
+    stream.put(Output())
+    loop.run_until_complete(begin())
+    wake = loop.call_soon_threadsafe
+
+    def end_first(*arguments: Callable[[], object]) -> None:
+        loop.close()
+        wake(*arguments)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", end_first)
+    stream.put(Output(finish_reason="stop"))
+    stream.put(Output(finish_reason="abort"))
+    assert loop.is_closed() and [output.finish_reason for output in stream] == ["stop"]
+
+
 def test_a_group_has_one_prompt_that_is_computed_once(llm: LLM, engine_of: EngineFactory) -> None:
     engine = engine_of(speculate=0)
     each = [SAMPLED.model_copy(update={"seed": seed}) for seed in range(4)]

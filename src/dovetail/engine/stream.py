@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,7 +66,7 @@ class Stream:
             self._changed.notify_all()
             if self._wake is not None:
                 loop, event = self._wake
-                if not loop.is_closed():
+                with suppress(RuntimeError):  # the loop is closed, and nobody waits
                     loop.call_soon_threadsafe(event.set)
 
     def __iter__(self) -> Iterator[Output]:
