@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -378,11 +379,12 @@ def test_a_failure_ends_every_stream_and_is_said_to_whoever_comes(
 @FAILS
 def test_a_failure_before_it_is_ready(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LLM, "warm_up", lambda *arguments: 1 / 0)
-    engine = Engine(llm, EngineConfig(max_model_len=128))
-    with pytest.raises(RuntimeError, match="the engine failed: ZeroDivisionError: division by zero"):
-        engine.wait_until_ready()
-    assert not engine.is_ready
-    engine.close()
+    for timeout in (None, SOON):  # neither waits longer than until it fails
+        engine, begin = Engine(llm, EngineConfig(max_model_len=128)), time.perf_counter()
+        with pytest.raises(RuntimeError, match="the engine failed: ZeroDivisionError: division by zero"):
+            engine.wait_until_ready(timeout)
+        assert not engine.is_ready and time.perf_counter() - begin < SOON / 2
+        engine.close()
 
 
 @FAILS

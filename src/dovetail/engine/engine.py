@@ -100,7 +100,7 @@ class Engine:
         self._streams: dict[Sequence, Stream] = {}
         self._begins: dict[Sequence, float] = {}
         self._core: Core | None = None
-        self._ready, self._idle = threading.Event(), threading.Event()
+        self._settled, self._idle = threading.Event(), threading.Event()  # settled: ready, or failed
         self._idle.set()
         leave_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -108,13 +108,12 @@ class Engine:
 
     @property
     def is_ready(self) -> bool:
-        return self._ready.is_set() and self._shared.failure is None
+        """Whether kernels are compiled, the cache is there, and nothing has failed since."""
+        return self._settled.is_set() and self._shared.failure is None
 
     def wait_until_ready(self, timeout: float | None = None) -> bool:
-        """Until all kernels are compiled and the cache is there."""
-        while not self._ready.wait(0.1 if timeout is None else timeout):
-            if self._shared.failure or timeout is not None:
-                break
+        """Until it is ready, or for so many seconds. Raises `RuntimeError` where it has failed."""
+        self._settled.wait(timeout)
         if self._shared.failure:
             raise RuntimeError(self._shared.failure)
         return self.is_ready
@@ -200,7 +199,7 @@ class Engine:
             settle_process()
             self.llm.warm_up(self.num_drafts)
             self._core = Core(self.llm.drawn_from, self.room, self.num_drafts, self.config.speculate == "auto")
-            self._ready.set()
+            self._settled.set()
             while self._take_messages():
                 for sequence, output in self._core.step() if self._core.has_work else ():
                     self._put(sequence, output)
@@ -209,6 +208,7 @@ class Engine:
             self._end_all(Output(finish_reason="abort"))
         except BaseException as error:
             self._shared.failure = f"the engine failed: {type(error).__name__}: {error}"
+            self._settled.set()
             self._core = None  # it may be in the middle of anything
             self._end_all(Output(finish_reason="error", error=self._shared.failure))
             raise
