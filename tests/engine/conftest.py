@@ -1,8 +1,12 @@
-"""Models for the engine: random ones, and one whose MTP drafts are right exactly where all of the contract is kept."""
+"""Models for the engine: random ones, and one whose MTP drafts are right exactly where all of the contract is kept.
+
+And engines that run, or stand still, as a test says.
+"""
 
 import copy
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dovetail.engine.core import Core, Outputs
+from dovetail.engine.engine import Engine
+from dovetail.engine.llm import LLM
+from dovetail.engine.room import EngineConfig
 from dovetail.model.transformer import Mtp, Transformer, initialize
 from dovetail.spec.model import Mla, ModelSpec, Moe
 from dovetail.text.documents import DataConfig
+from dovetail.text.tokenizer import Tokenizer
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 
@@ -175,6 +184,48 @@ def noisy(periodic: Periodic) -> Transformer:
         for parameter in model.mtp.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def llm(
+    request: pytest.FixtureRequest,
+    engine_spec: Callable[..., ModelSpec],
+    random_model: Callable[..., Transformer],
+) -> LLM:
+    """A model with two MTP modules that says all kinds of bytes."""
+    spec = engine_spec(vocab_size=261, eos_token_id=1)
+    return LLM(random_model(spec, request.param, 1), spec, Tokenizer.train([], 261))
+
+
+@pytest.fixture
+def engine_of(llm: LLM) -> Iterator[Callable[..., Engine]]:
+    """`engine_of(field=value)`: an engine that is ready; all are closed in the end."""
+    engines: list[Engine] = []
+
+    def build(**changes: object) -> Engine:
+        engines.append(Engine(llm, EngineConfig(**{"max_model_len": 120, "page_size": 16, **changes})))
+        assert engines[-1].wait_until_ready(60)
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
+    """Each of the engine's steps waits for one `release`; in the end all go on."""
+    steps, step, is_open = threading.Semaphore(0), Core.step, threading.Event()
+
+    def wait(core: Core) -> Outputs:
+        while not steps.acquire(timeout=0.01):
+            if is_open.is_set():
+                break
+        return step(core)
+
+    monkeypatch.setattr(Core, "step", wait)
+    yield steps
+    is_open.set()
 
 
 def _set_module(module: Mtp, depth: int, next_of: Tensor) -> None:

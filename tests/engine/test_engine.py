@@ -1,29 +1,23 @@
-"""The engine's thread: what many clients get from it, and how it ends."""
+"""The engine's thread: what many clients get from it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-import torch
 
 from dovetail.engine import llm as llm_module
-from dovetail.engine.core import Core, Outputs
-from dovetail.engine.engine import Draining, Engine, Full
+from dovetail.engine.engine import Engine, Full
 from dovetail.engine.grammar import Grammar
 from dovetail.engine.llm import LLM
 from dovetail.engine.room import EngineConfig
 from dovetail.engine.sampler import SamplingParams
 from dovetail.engine.sequence import Completion
 from dovetail.engine.stream import Output, Stream, Token
-from dovetail.model.transformer import Transformer
-from dovetail.spec.model import ModelSpec
-from dovetail.text.tokenizer import Tokenizer
 
 SOON = 60.0  # seconds after which something hangs
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=1)
@@ -32,33 +26,8 @@ PENALIZED = SAMPLED.model_copy(update={"repetition_penalty": 1.2, "prompt_logpro
 MATCHING = SAMPLED.model_copy(update={"grammar": Grammar(kind="regex", text="[a-m]{3,9}(x|yz)*")})
 LONG = GREEDY.model_copy(update={"max_tokens": 100})
 PROMPTS = [[1, 2, 3], [4] * 40, [5, 6], [4] * 33 + [7, 8], list(range(9, 60)), [12]]
+MANY = 1000  # steps
 EngineFactory = Callable[..., Engine]
-
-
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
-def llm(
-    request: pytest.FixtureRequest,
-    engine_spec: Callable[..., ModelSpec],
-    random_model: Callable[..., Transformer],
-) -> LLM:
-    """A model with two MTP modules that says all kinds of bytes."""
-    spec = engine_spec(vocab_size=261, eos_token_id=1)
-    return LLM(random_model(spec, request.param, 1), spec, Tokenizer.train([], 261))
-
-
-@pytest.fixture
-def engine_of(llm: LLM) -> Iterator[EngineFactory]:
-    """`engine_of(field=value)`: an engine that is ready; all are closed in the end."""
-    engines: list[Engine] = []
-
-    def build(**changes: object) -> Engine:
-        engines.append(Engine(llm, EngineConfig(**{"max_model_len": 128, "page_size": 16, **changes})))
-        assert engines[-1].wait_until_ready(SOON)
-        return engines[-1]
-
-    yield build
-    for engine in engines:
-        engine.close()
 
 
 def read(stream: Stream) -> list[Output]:
@@ -191,27 +160,6 @@ def test_a_group_has_one_prompt_that_is_computed_once(llm: LLM, engine_of: Engin
 # ---- Requests that do not go all the way ----
 
 
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Semaphore]:
-    """Each of the engine's steps waits for one `release`; `CLOSED` steps may be asked for, all go on in the end."""
-    steps, step, is_open = threading.Semaphore(0), Core.step, threading.Event()
-
-    def wait(core: Core) -> Outputs:
-        while not steps.acquire(timeout=0.01):
-            if is_open.is_set():
-                break
-        return step(core)
-
-    monkeypatch.setattr(Core, "step", wait)
-    yield steps
-    is_open.set()
-
-
-def open_up(gate: threading.Semaphore, steps: int = 1000) -> None:
-    for _ in range(steps):
-        gate.release()
-
-
 def test_what_is_cancelled_before_its_first_output(
     llm: LLM, engine_of: EngineFactory, gate: threading.Semaphore
 ) -> None:
@@ -222,7 +170,7 @@ def test_what_is_cancelled_before_its_first_output(
     first, second, third = (engine.submit(prompt, GREEDY) for prompt in PROMPTS[:3])
     second.cancel()
     second.cancel()
-    open_up(gate)
+    gate.release(MANY)
     [output] = read(second)
     assert (output.finish_reason, output.tokens, output.text) == ("abort", (), "")
     for stream, prompt in ((first, PROMPTS[0]), (third, PROMPTS[2])):
@@ -257,7 +205,7 @@ def test_a_full_waiting_room(llm: LLM, engine_of: EngineFactory, gate: threading
         engine.submit([1], GREEDY)
     assert full.value.retry_after == 3.0, "three rounds of a request, which is taken to last a second"
     assert engine.statistics().waiting + engine.statistics().running <= 3
-    open_up(gate)
+    gate.release(MANY)
     assert [len(tokens_of(read(stream))) for stream in streams] == [20, 20, 20]
     assert len(tokens_of(read(engine.submit([1], GREEDY)))) == 20
 
@@ -265,7 +213,7 @@ def test_a_full_waiting_room(llm: LLM, engine_of: EngineFactory, gate: threading
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
-        ([1] * 128, GREEDY, r"128 tokens; max_model_len = 128 leaves room for 127"),
+        ([1] * 120, GREEDY, r"120 tokens; max_model_len = 120 leaves room for 119"),
         ([], GREEDY, "is empty"),
         ([261], GREEDY, "261 at position 0 is not a token"),
         ([1], GREEDY.model_copy(update={"grammar": Grammar(kind="regex", text="(")}), "regex cannot be followed"),
@@ -295,7 +243,7 @@ def test_a_cache_too_small_for_one_sequence_is_refused(llm: LLM) -> None:
 def test_a_cache_for_one_sequence_serves_many(llm: LLM, engine_of: EngineFactory) -> None:
     """They are set back, and nobody notices."""
     with pytest.raises(ValueError) as error:
-        Engine(llm, EngineConfig(cache_bytes=1, page_size=16))
+        Engine(llm, EngineConfig(max_model_len=120, cache_bytes=1, page_size=16))
     least = int(str(error.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
     engine = engine_of(cache_bytes=least, max_sequences=5, shares_prefixes=False)
     prompts = [[number] * 10 for number in range(2, 7)]
@@ -304,124 +252,3 @@ def test_a_cache_for_one_sequence_serves_many(llm: LLM, engine_of: EngineFactory
     for stream, prompt in zip(streams, prompts, strict=True):
         assert_same(stream, read(stream), llm.generate([prompt], [params])[0])
     assert engine.statistics().preemptions > 0
-
-
-# ---- The end ----
-
-
-def test_draining_lets_all_finish_and_takes_nothing_new(engine_of: EngineFactory) -> None:
-    engine = engine_of()
-    streams = [engine.submit(prompt, LONG) for prompt in PROMPTS[:3]]
-    engine.drain(0)
-    with pytest.raises(Draining, match="takes nothing new"):
-        engine.submit([1], GREEDY)
-    assert engine.drain(SOON) and engine.is_ready
-    assert [read(stream)[-1].finish_reason for stream in streams] == ["length"] * 3
-
-
-def test_draining_takes_as_long_as_it_may(engine_of: EngineFactory, gate: threading.Semaphore) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LLM, "warm_up", lambda *arguments: None)
-        engine = engine_of(speculate=0)
-    stream = engine.submit([1], GREEDY)
-    assert not engine.drain(0.05)
-    open_up(gate)
-    assert engine.drain(SOON) and read(stream)[-1].finish_reason == "length"
-
-
-def test_closing_ends_everything_at_once(engine_of: EngineFactory, gate: threading.Semaphore) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LLM, "warm_up", lambda *arguments: None)
-        engine = engine_of(max_sequences=2, speculate=0)
-    streams = [engine.submit(prompt, LONG) for prompt in PROMPTS]
-    open_up(gate, 3)
-    closing = threading.Thread(target=engine.close)
-    closing.start()
-    open_up(gate, 3)
-    closing.join(SOON)
-    assert not closing.is_alive()
-    assert {read(stream)[-1].finish_reason for stream in streams} == {"abort"}
-    with pytest.raises(Draining):
-        engine.submit([1], GREEDY)
-    assert engine.statistics().waiting == 0
-    streams[0].cancel()
-    engine.close()
-
-
-FAILS = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-
-
-@FAILS
-def test_a_failure_ends_every_stream_and_is_said_to_whoever_comes(
-    engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, step, count = engine_of(max_sequences=2), Core.step, iter(range(99))
-
-    def fail_at_last(core: Core) -> Outputs:
-        if next(count) == 4:
-            raise RuntimeError("the fan is broken")
-        return step(core)
-
-    monkeypatch.setattr(Core, "step", fail_at_last)
-    assert engine.is_ready
-    streams = engine.submit_group(PROMPTS[0], [LONG] * 4)
-    message = "the engine failed: RuntimeError: the fan is broken"
-    for stream in streams:
-        last = read(stream)[-1]
-        assert (last.finish_reason, last.error) == ("error", message)
-    assert not engine.is_ready
-    for call in (lambda: engine.submit([1], GREEDY), engine.wait_until_ready, lambda: engine.wait_until_ready(SOON)):
-        with pytest.raises(RuntimeError, match=message):
-            call()
-    assert engine.drain(SOON) and engine.statistics().waiting == 0
-
-
-@FAILS
-def test_a_failure_before_it_is_ready(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LLM, "warm_up", lambda *arguments: 1 / 0)
-    for timeout in (None, SOON):  # neither waits longer than until it fails
-        engine, begin = Engine(llm, EngineConfig(max_model_len=128)), time.perf_counter()
-        with pytest.raises(RuntimeError, match="the engine failed: ZeroDivisionError: division by zero"):
-            engine.wait_until_ready(timeout)
-        assert not engine.is_ready and time.perf_counter() - begin < SOON / 2
-        engine.close()
-
-
-@FAILS
-@pytest.mark.parametrize("way", ["fail", "close"])
-def test_nobody_who_comes_at_the_end_waits_for_ever(
-    way: str, engine_of: EngineFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call raises, or gives a stream that ends."""
-    engine, step = engine_of(), Core.step
-    is_over = threading.Event()
-
-    def fail_at_last(core: Core) -> Outputs:
-        if is_over.is_set():
-            raise RuntimeError("over")
-        return step(core)
-
-    monkeypatch.setattr(Core, "step", fail_at_last)
-    reasons: list[str | None] = []
-
-    def ask() -> None:
-        while True:
-            try:
-                stream = engine.submit([1, 2], GREEDY)
-            except RuntimeError:
-                return
-            reasons.append(read(stream)[-1].finish_reason)
-
-    clients = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
-    for client in clients:
-        client.start()
-    while len(reasons) < 4:
-        engine.statistics()
-    if way == "fail":
-        is_over.set()
-    else:
-        engine.close()
-    for client in clients:
-        client.join(SOON)
-    assert not any(client.is_alive() for client in clients)
-    assert set(reasons) <= {"length", "error" if way == "fail" else "abort"}
