@@ -1,7 +1,7 @@
 """CPU kernels of `tiled`: what stands around attention in a block, with AVX-512 BF16.
 
 Activations are BF16 between operations, as in `model`; each operation computes in FP32 and rounds once. Products are
-`dot_rows`', whose sums are in one order. What a row computes depends on no other row.
+batch-invariant. What a row computes depends on no other row.
 
 Letters: R rows, H heads, D = nope + rope, C latent width, E experts, K choices, I width of an expert.
 """
@@ -15,56 +15,12 @@ from numba.extending import register_jitable
 from dovetail.engine.steps.row_experts_numba import group_pairs, route_row
 from dovetail.engine.steps.rows_numba import norm as norm_row
 from dovetail.engine.steps.rows_numba import rotate
-from dovetail.numerics.cpu.dot_tiles_numba import dot_room, dot_rows
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
-from dovetail.numerics.cpu.tiles_numba import take_next
+from dovetail.numerics.products.invariant_numba import alone, both, linear, linear_twice
 
 FEW = 4  # rows that one thread is done with before others have woken up
-
-
-@register_jitable
-def columns_of(k):  # type: ignore[no-untyped-def]
-    """How many columns of a result a thread takes at a time."""
-    return 64 if k >= 1024 else 32
-
-
-@kernel
-def linear(x, weight, threads):  # type: ignore[no-untyped-def]
-    """x [R, K] weight[N, K]^T -> [R, N]."""
-    rows, k = x.shape
-    n = len(weight)
-    out = np.empty((rows, n), np.uint16)
-    flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
-    columns = columns_of(k)
-    for block in prange((n + columns - 1) // columns):
-        column = block * columns
-        sums = np.empty(dot_room(rows, columns, k), np.float32)
-        dot_rows(flat, 0, rows, flat_weight, column * k, min(columns, n - column), k, flat_out, column, n, sums)
-    return out
-
-
-@kernel
-def grouped_linear(x, weight, used, bounds, threads):  # type: ignore[no-untyped-def]
-    """Rows bounds[i] : bounds[i + 1] of x [P, K] by weight [., N, K] of group used[i] -> [P, N]."""
-    n, k = weight.shape[1:]
-    out = np.empty((len(x), n), np.uint16)
-    flat, flat_weight, flat_out = x.reshape(-1), weight.reshape(-1), out.reshape(-1)
-    columns = columns_of(k)
-    blocks = (n + columns - 1) // columns
-    counter = np.zeros(1, np.int64)
-    for _ in prange(threads):
-        while True:
-            task = take_next(counter)
-            if task >= len(used) * blocks:
-                break
-            i, column = task // blocks, task % blocks * columns
-            rows = bounds[i + 1] - bounds[i]
-            sums = np.empty(dot_room(rows, columns, k), np.float32)
-            at, to = (used[i] * n + column) * k, bounds[i] * n + column
-            dot_rows(flat, bounds[i] * k, rows, flat_weight, at, min(columns, n - column), k, flat_out, to, n, sums)
-    return out
 
 
 @kernel
@@ -103,18 +59,20 @@ def project(  # type: ignore[no-untyped-def]
     """entries[places] get the latents and rotary keys of x [R, dim] -> rotated queries [W, H, D] of the rows wanted
     [W]. q_a has no rows where queries are not compressed."""
     normed = norm(x, norm_weight, eps)
-    both = linear(normed, kv_a, threads)
     few = normed if len(wanted) == len(x) else normed[wanted]
-    low = norm(linear(few, q_a, threads), q_a_norm, eps) if len(q_a) else few
-    queries = linear(low, q_b, threads)
+    if len(q_a):
+        low, latents = linear_twice(few, q_a, normed, kv_a, threads)
+        queries = linear(norm(low, q_a_norm, eps), q_b, threads)
+    else:
+        queries, latents = linear_twice(few, q_b, normed, kv_a, threads)
     if len(x) <= FEW:
         for r in range(len(x)):
-            keep_row(both[r], kv_a_norm, eps, cos[r], sin[r], entries[places[r]])
+            keep_row(latents[r], kv_a_norm, eps, cos[r], sin[r], entries[places[r]])
         for w in range(len(wanted)):
             rotate_heads(queries[w], heads, cos[wanted[w]], sin[wanted[w]])
     else:
         for r in prange(len(x)):
-            keep_row(both[r], kv_a_norm, eps, cos[r], sin[r], entries[places[r]])
+            keep_row(latents[r], kv_a_norm, eps, cos[r], sin[r], entries[places[r]])
         for w in prange(len(wanted)):
             rotate_heads(queries[w], heads, cos[wanted[w]], sin[wanted[w]])
     return queries.reshape((len(wanted), heads, -1))
@@ -216,8 +174,7 @@ def combine_one(x, routed, where, weights, shared):  # type: ignore[no-untyped-d
     for k in range(len(weights)):
         weigh_row(total, weights[k], routed[where[k]])
     out = round_row(total)
-    if len(shared):
-        add(out, shared)
+    add(out, shared)
     add(x, out)
 
 
@@ -239,16 +196,12 @@ def experts(  # type: ignore[no-untyped-def]
     where = np.empty(len(pairs), np.int64)
     for p in range(len(pairs)):
         where[pairs[p]] = p
-    routed = grouped_linear(
-        gated(grouped_linear(gathered(normed, pairs // choices), gate_up, used, bounds, threads)),
-        down,
-        used,
-        bounds,
-        threads,
-    )
-    shared = np.empty((rows, 0), np.uint16)
-    if shared_down.shape[1]:
-        shared = linear(gated(linear(normed, shared_gate_up, threads)), shared_down, threads)
+    width, shared_width = gate_up.shape[1], len(shared_gate_up)
+    inner, shared_inner = np.empty((len(pairs), width), np.uint16), np.empty((rows, shared_width), np.uint16)
+    chosen = gathered(normed, pairs // choices)
+    both(chosen, gate_up, used, bounds, inner, normed, alone(shared_gate_up), shared_inner, threads)
+    routed, shared = np.empty((len(pairs), x.shape[1]), np.uint16), np.empty((rows, x.shape[1]), np.uint16)
+    both(gated(inner), down, used, bounds, routed, gated(shared_inner), alone(shared_down), shared, threads)
     if rows <= FEW:
         for r in range(rows):
             combine_one(x[r], routed, where[r * choices : (r + 1) * choices], weights[r], shared[r])

@@ -34,7 +34,7 @@ class FusedSteps:
         self.sharing, self.draft_sharing = Sharing(), Sharing()
         self.embedding = array(model.embed_tokens.weight)
         self.caches = [array(data) for data in cache.data]
-        self.logits = Head(model).logits
+        self.logits = Head(model, _logits).logits
 
     def run(self, short: Short, chunks: list[Chunk], wanted: list[int] | None, chosen: list[Tensor] | None) -> Tensor:
         everything = joined(short, chunks)
@@ -83,3 +83,10 @@ class FusedSteps:
         hidden = torch.empty(x.shape, dtype=self.model.embed_tokens.weight.dtype)
         rows_numba.finish(x, array(norm.weight), self.eps, array(hidden))
         return hidden
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """[R, dim] -> [R, vocab] FP32."""
+    logits = torch.empty(len(hidden), len(weight))
+    rows_numba.head(array(hidden), array(weight), logits.numpy())
+    return logits

@@ -2,9 +2,8 @@
 
 It computes what `model.transformer` does, up to rounding: chunks in the expanded form of attention, short rows in the
 absorbed one. The difference is a promise: the bits of a row depend on its own sequence alone. Products are those of
-`grouped_numba`, which sum each element in the order of k; torch's choose an order by the number of rows. So a prompt
-may be cut anywhere, begin behind pages that another one has filled, or be computed again, and the same numbers come
-out.
+`invariant_numba`; torch's choose an order of sums by the number of rows. So a prompt may be cut anywhere, begin behind
+pages that another one has filled, or be computed again, and the same numbers come out.
 
 A chunk of a prompt needs keys and values of all positions before it. They are expanded from the latents once and kept
 while the prompt is unfinished, as far as `KEPT_SHARE` of the cache's memory goes; beyond, they are expanded anew for
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import numba
@@ -32,7 +32,7 @@ from dovetail.model.norm import RmsNorm
 from dovetail.model.transformer import Mtp, Transformer
 from dovetail.numerics.cpu.kernels import array
 from dovetail.numerics.cpu.sharing import Sharing
-from dovetail.numerics.products import grouped_numba
+from dovetail.numerics.products import invariant_numba
 
 KEPT_SHARE = 0.25
 
@@ -64,7 +64,7 @@ class TiledSteps:
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
         self.scale = np.float32(model.layers["0"].self_attn.scale)
-        self.logits = Head(model).logits
+        self.logits = Head(model, partial(invariant_numba.product, dtype=torch.float32)).logits
         self.sharing, self.draft_sharing = Sharing(), Sharing()
         self.kept: dict[tuple[int, int], Tensor] = {}  # by slot and layer: keys and values of its first positions
         self.kept_bytes = 0
@@ -88,7 +88,7 @@ class TiledSteps:
         assert isinstance(mtp, Mtp)
         embedded = self.model.embed_tokens(torch.tensor(next_tokens))
         both = torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), dim=-1)
-        joined = grouped_numba.fprop(both, mtp.eh_proj.weight[None], [0, len(both)])
+        joined = invariant_numba.product(both, mtp.eh_proj.weight)
         rows = self.rows(short, chunks)
         with self._threads(self.draft_sharing, rows):
             return self._finish(self._block(self.drafters[depth], array(joined), rows, None, None), mtp.norm)
@@ -176,7 +176,7 @@ class TiledSteps:
         kept = self.kept.get(key)
         start = 0 if kept is None else len(kept)
         latent = self.cache.latent_dim
-        kv = grouped_numba.fprop(entries[start:, :latent], block.expansion[None], [0, num_keys - start])
+        kv = invariant_numba.product(entries[start:, :latent].contiguous(), block.expansion)
         if kept is not None:
             kv = torch.cat((kept, kv))
         more = kv.nbytes - (0 if kept is None else kept.nbytes)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dovetail.engine.steps import rows_numba
 from dovetail.model.attention.mla import MultiHeadLatentAttention
 from dovetail.model.block import Block
 from dovetail.model.experts.moe import MoeMlp
@@ -34,18 +34,17 @@ class FusedBlock:
 
 
 class Head:
-    """Logits of hidden states."""
+    """Logits of hidden states, by `product` of rows [R, dim] and weights [vocab, dim] -> [R, vocab] FP32."""
 
-    def __init__(self, model: Transformer) -> None:
-        self.weight, self.sharing = array(model.head_weight), Sharing()
+    def __init__(self, model: Transformer, product: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.weight, self.product, self.sharing = model.head_weight.detach(), product, Sharing()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., dim] -> [..., vocab] FP32."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        logits = torch.empty(flat.shape[0], self.weight.shape[0], dtype=torch.float32)
         with self.sharing.of_step(len(flat)):
-            rows_numba.head(array(flat), self.weight, logits.numpy())
-        return logits.view(*hidden.shape[:-1], self.weight.shape[0])
+            logits = self.product(flat, self.weight)
+        return logits.view(*hidden.shape[:-1], len(self.weight))
 
 
 def takes(model: Transformer) -> bool:

@@ -22,7 +22,6 @@ from numba.extending import register_jitable
 from torch import Tensor
 
 from dovetail.numerics.cpu.kernels import array, kernel
-from dovetail.numerics.cpu.row_tiles_numba import row_tile1, row_tile2, row_tile4, row_tile8
 from dovetail.numerics.cpu.tiles_numba import (
     LANES,
     PANEL,
@@ -39,7 +38,6 @@ from dovetail.numerics.cpu.tiles_numba import (
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
-FEW_ROWS = 8  # so few are not worth packing b for
 LINE = 32  # BF16 values in a cache line
 
 
@@ -103,20 +101,6 @@ def float_product(a, pairs, b, b_stride, m, n, c, adds):  # type: ignore[no-unty
                 adding_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
             else:
                 float_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
-
-
-@register_jitable
-def few_rows(a, rows, b, b_at, b_stride, k, c, c_at, ldc, n):  # type: ignore[no-untyped-def]
-    """PANEL columns of c for up to FEW_ROWS rows of packed a, of b as it lies in memory."""
-    if rows == 1:
-        row_tile1(a, 0, b, b_at, b_stride, k, c, c_at, ldc, rows, n)
-    elif rows == 2:
-        row_tile2(a, 0, b, b_at, b_stride, k, c, c_at, ldc, rows, n)
-    elif rows <= 4:
-        row_tile4(a, 0, b, b_at, b_stride, k, c, c_at, ldc, rows, n)
-    else:
-        for column in range(0, min(PANEL, n), LANES):
-            row_tile8(a, 0, b, b_at + column * b_stride, b_stride, k, c, c_at + column, ldc, rows, n - column)
 
 
 @register_jitable(forceinline=True)
@@ -196,21 +180,6 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
             )
             tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
             a_at, a_lines = (0, 0), _lines(next_a, tiles * ((end - begin + PANEL - 1) // PANEL))
-            if rows <= FEW_ROWS and b_inner and k % PANEL == 0:
-                for column in range(begin, end, PANEL):
-                    few_rows(
-                        packed_a,
-                        rows,
-                        b,
-                        starts[g, 1] + column * strides[1],
-                        strides[1],
-                        k,
-                        c,
-                        starts[g, 2] + first * strides[2] + column,
-                        strides[2],
-                        n - column,
-                    )
-                continue
             for column in range(begin, end, PANEL):
                 columns = min(PANEL, n - column)
                 window = _window(starts[g, 1], column, columns, k, strides[1], b_inner)
