@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 from numba import prange
+from numba.extending import register_jitable
 
-from dovetail.engine.steps.rows_numba import attend_latents
-from dovetail.numerics.cpu.dots_numba import mix, products
+from dovetail.engine.steps.rows_numba import key_places
+from dovetail.numerics.cpu.dot_tiles_numba import multiply, room
 from dovetail.numerics.cpu.kernels import kernel
-from dovetail.numerics.cpu.scalars_numba import load, store
+from dovetail.numerics.cpu.mixtures_numba import mix_rows
 from dovetail.numerics.cpu.softmax_numba import softmax_row
 from dovetail.numerics.products.grouped_numba import LANES, PANEL, float_product, pack, packed_size, product
 
 STEP = 64  # queries at a time
+HEADS = 8  # of a short row that attend together: each key is loaded once for them
+KEYS = 32  # that are scored at a time, at most
+MANY = 4  # rows that keep all threads busy without sharing out the heads of each
 
 
 @kernel
@@ -69,29 +73,77 @@ def attend(q, kv, rope_key, positions, scale, out, splits):  # type: ignore[no-u
             )
 
 
+@register_jitable
+def rows_from(first, count, width):  # type: ignore[no-untyped-def]
+    """Where rows that lie together begin."""
+    starts = np.empty(count, np.int64)
+    for s in range(count):
+        starts[s] = (first + s) * width
+    return starts
+
+
+@register_jitable
+def score_keys(queries, at, count, keys, entry, page, table, num_keys, scores, lanes):  # type: ignore[no-untyped-def]
+    """scores[i, s] of `count` queries and the first keys of a sequence, whose pages `table` names."""
+    width = scores.shape[1]
+    for begin in range(0, num_keys, page):
+        place, end = table[begin // page] * page - begin, min(begin + page, num_keys)
+        for s in range(begin, end, KEYS):
+            here, first = min(KEYS, end - s), (place + s) * entry
+            multiply(queries, at, count, keys, first, here, entry, scores.reshape(-1), s, width, lanes)
+
+
+@kernel
+def attend_latents(queries, keys, page, tables, slots, positions, latent, scale):  # type: ignore[no-untyped-def]
+    """Queries [R, H, entry] over the keys [., entry] that their rows see -> mixtures of latents [H, R, latent]."""
+    rows, heads, entry = queries.shape
+    groups = (heads + HEADS - 1) // HEADS
+    if rows < MANY:
+        groups = max(groups, min(heads, 2))
+    mixed = np.empty((heads, rows, latent), np.uint16)
+    flat, flat_keys, flat_mixed = queries.reshape(-1), keys.reshape(-1), mixed.reshape(-1)
+    for item in prange(rows * groups):
+        r, group = item // groups, item % groups
+        start, stop = group * heads // groups, (group + 1) * heads // groups
+        count, num_keys, table = stop - start, positions[r] + 1, tables[slots[r]]
+        width = (num_keys + PANEL - 1) // PANEL * PANEL
+        scores, weights = np.empty((count, width), np.float32), np.empty((count, width), np.uint16)
+        lanes = np.empty(room(count, KEYS, entry), np.float32)
+        score_keys(flat, (r * heads + start) * entry, count, flat_keys, entry, page, table, num_keys, scores, lanes)
+        for h in range(count):
+            softmax_row(scores, h * width, width, scale, 0, num_keys, weights, h * width)
+        starts = key_places(table, num_keys, page) * entry
+        to = (start * rows + r) * latent
+        mix_rows(
+            weights.reshape(-1), 0, width, count, flat_keys, starts, num_keys, latent, flat_mixed, to, rows * latent
+        )
+    return mixed
+
+
 @kernel
 def attend_absorbed(q, kv_b, entries, page, tables, slots, positions, scale, out):  # type: ignore[no-untyped-def]
     """out [R, H, V] of q [R, H, D], rotated; row r sees positions 0 .. positions[r] of slots[r], whose pages tables
-    [slots, .] name. Scores and sums are FP32."""
+    [slots, .] name. Scores and sums are FP32; queries in the space of the cache, weights of keys and mixtures of
+    latents are rounded to BF16."""
     rows, heads, dim = q.shape
     v_dim, entry = out.shape[2], entries.shape[1]
     nope = len(kv_b) // heads - v_dim
     latent = entry - (dim - nope)
-    absorbed = np.empty((rows * heads, entry), np.float32)
+    flat_weights, flat_out = kv_b.reshape(-1), out.reshape(-1)
+    absorbed = np.empty((rows, heads, entry), np.uint16)
+    flat_absorbed = absorbed.reshape(-1)
     for h in prange(heads):
-        wide, moved = np.empty((rows, nope), np.float32), np.empty((rows, latent), np.float32)
-        for r in range(rows):
-            for i in range(nope):
-                wide[r, i] = load(q[r, h], i)
-        mix(wide, 0, rows, nope, kv_b, h * (nope + v_dim), latent, moved, 0)
-        for r in range(rows):
-            absorbed[r * heads + h, :latent] = moved[r]
-            for i in range(dim - nope):
-                absorbed[r * heads + h, latent + i] = load(q[r, h], nope + i)
-    mixed = attend_latents(absorbed, entries, page, tables, slots, positions, latent, scale)
+        mine = np.zeros((rows, nope + nope % 2), np.uint16)
+        mine[:, :nope] = q[:, h, :nope]
+        absorbed[:, h, latent:] = q[:, h, nope:]
+        starts = rows_from(h * (nope + v_dim), nope, latent)
+        flat_mine, stride = mine.reshape(-1), mine.shape[1]
+        mix_rows(
+            flat_mine, 0, stride, rows, flat_weights, starts, nope, latent, flat_absorbed, h * entry, heads * entry
+        )
+    mixed = attend_latents(absorbed, entries, page, tables, slots, positions, latent, scale).reshape(-1)
     for h in prange(heads):
-        values = np.empty((rows, v_dim), np.float32)
-        products(kv_b, h * (nope + v_dim) + nope, v_dim, mixed, h * rows, rows, values, 0, v_dim)
-        for r in range(rows):
-            for i in range(v_dim):
-                store(out[r, h], i, values[r, i])
+        first = (h * (nope + v_dim) + nope) * latent
+        lanes = np.empty(room(rows, v_dim, latent), np.float32)
+        at, ldc = h * v_dim, heads * v_dim
+        multiply(mixed, h * rows * latent, rows, flat_weights, first, v_dim, latent, flat_out, at, ldc, lanes)

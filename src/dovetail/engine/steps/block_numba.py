@@ -16,7 +16,7 @@ from dovetail.engine.steps.row_experts_numba import group_pairs, route_row
 from dovetail.engine.steps.rows_numba import norm as norm_row
 from dovetail.engine.steps.rows_numba import rotate
 from dovetail.numerics.cpu.dots_numba import products
-from dovetail.numerics.cpu.kernels import kernel
+from dovetail.numerics.cpu.kernels import kernel, serial_kernel
 from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
 from dovetail.numerics.products.invariant_numba import alone, both, linear, linear_twice
 
@@ -97,7 +97,7 @@ def add_rows(x, y):  # type: ignore[no-untyped-def]
             add(x[r], y[r])
 
 
-@kernel
+@serial_kernel
 def add_product(x, y, weight, threads):  # type: ignore[no-untyped-def]
     """x += y weight^T."""
     add_rows(x, linear(y, weight, threads))
@@ -139,7 +139,7 @@ def round_row(x):  # type: ignore[no-untyped-def]
     return out
 
 
-@kernel
+@serial_kernel
 def dense(x, eps, norm_weight, gate_up, down, threads):  # type: ignore[no-untyped-def]
     """x += down(swiglu(gate_up(norm(x))))."""
     add_rows(x, linear(gated(linear(norm(x, norm_weight, eps), gate_up, threads)), down, threads))

@@ -84,8 +84,10 @@ def soften(scores, scale):  # type: ignore[no-untyped-def]
 def key_places(table, num_keys, page):  # type: ignore[no-untyped-def]
     """Where the first positions of a sequence lie among all positions of all pages."""
     places = np.empty(num_keys, dtype=np.int64)
-    for s in range(num_keys):
-        places[s] = table[s // page] * page + s % page
+    for first in range(0, num_keys, page):
+        place = table[first // page] * page
+        for i in range(min(page, num_keys - first)):
+            places[first + i] = place + i
     return places
 
 

@@ -82,11 +82,11 @@ def _write(builder: Any, sums: list[list[Any]], out: Any, at: Any, stride: Any) 
             builder.store(row, builder.bitcast(place, row.type.as_pointer())).align = 2
 
 
-def _make_tile(rows: int, outputs: int) -> Any:
+def _make_tile(rows: int, outputs: int, asks: bool = True) -> Any:
     """c[i, j], BF16 or FP32, for so many rows i of x and rows j of w, which are k long.
 
     Values begin .. end - 1 of k are added, a whole number of STEPs but for the last; `lanes` has the sums from one
-    part of k to the next.
+    part of k to the next. `asks`: rows of w that come later are asked for, since they are in memory yet.
     """
 
     @intrinsic
@@ -111,7 +111,7 @@ def _make_tile(rows: int, outputs: int) -> Any:
             ahead = builder.mul(k, INT64(AHEAD))
 
             def add(load: Callable[[Any], Any], at: Any) -> None:
-                if rows < MANY:  # each weight is read from memory then
+                if asks:
                     for row in w_rows:
                         ask_for(builder, builder.gep(row, [builder.add(at, ahead)]), NEAREST)
                 x, w = ([load(builder.gep(row, [at])) for row in each] for each in (x_rows, w_rows))
@@ -138,6 +138,7 @@ def _make_tile(rows: int, outputs: int) -> Any:
 
 
 tile_6, tile_4, tile_2, tile_1 = (_make_tile(rows, OUTPUTS) for rows in (MANY, 4, 2, 1))
+quiet_tile_6 = _make_tile(MANY, OUTPUTS, asks=False)
 single = _make_tile(1, 1)
 
 
@@ -163,7 +164,11 @@ def _multiply(x, x_at, m, w, w_at, n, k, c, c_at, ldc, lanes):  # type: ignore[n
         for i in range(0, many, MANY):
             for j in range(0, whole, OUTPUTS):
                 kept = (i * whole + j * MANY) * LANES
-                tile_6(x, x_at + i * k, w, w_at + j * k, k, begin, end, c, c_at + i * ldc + j, ldc, lanes, kept)
+                at, to = x_at + i * k, c_at + i * ldc + j
+                if i == 0:  # the rows of weights are in a cache afterwards
+                    tile_6(x, at, w, w_at + j * k, k, begin, end, c, to, ldc, lanes, kept)
+                else:
+                    quiet_tile_6(x, at, w, w_at + j * k, k, begin, end, c, to, ldc, lanes, kept)
     i = many
     while i < m:
         here = 4 if i + 4 <= m else (2 if i + 2 <= m else 1)

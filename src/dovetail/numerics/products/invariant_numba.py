@@ -14,7 +14,7 @@ from numba.extending import register_jitable
 from torch import Tensor
 
 from dovetail.numerics.cpu.dot_tiles_numba import multiply, room
-from dovetail.numerics.cpu.kernels import array, kernel
+from dovetail.numerics.cpu.kernels import array, kernel, serial_kernel
 from dovetail.numerics.cpu.tiles_numba import take_next
 
 FEW = 64  # rows with which reading the weights takes longer than multiplying by them
@@ -77,7 +77,7 @@ def alone(matrix):  # type: ignore[no-untyped-def]
     return matrix.reshape((1, matrix.shape[0], matrix.shape[1]))
 
 
-@kernel
+@serial_kernel
 def linear_into(x, weight, out, threads):  # type: ignore[no-untyped-def]
     """out [R, N], BF16 or FP32, = x [R, K] weight [N, K]^T."""
     nothing, none = np.empty((0, 0), np.uint16), np.empty(0, np.int64)
