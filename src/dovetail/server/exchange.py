@@ -7,7 +7,9 @@ made or a stream is sent. A client that does not read holds up its own answer on
 from __future__ import annotations
 
 import logging
+import math
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
@@ -83,7 +85,7 @@ class Exchange(Response):
             self.desk.running.add(work)
             try:
                 data = await read_body(self.desk.served, receive)
-                await until_gone(receive, lambda: self._answer(data, work, reply))
+                await until_gone(receive, reply, lambda: self._answer(data, work, reply))
             except ApiError as error:
                 if not reply.has_begun:
                     await reply.whole(error.status, error.body(), error.headers())
@@ -111,8 +113,6 @@ class Exchange(Response):
             await work.drive(lambda index, piece: reply.part(answer.piece(work, index, piece)))
         except ApiError as error:
             await reply.part(answer.failure(error), is_last=True)
-        except TimeoutError:  # nobody reads it
-            raise
         except Exception:
             log.exception("a stream failed")
             await reply.part(answer.failure(ApiError(500, "internal error")), is_last=True)
@@ -121,12 +121,13 @@ class Exchange(Response):
 
 
 class Reply:
-    """The bytes on their way to one client. Raises TimeoutError where it reads nothing for `seconds`."""
+    """The bytes on their way to one client."""
 
     def __init__(self, send: Send, seconds: float) -> None:
         self.send, self.seconds = send, seconds
         self.has_begun = False
-        self.lock = anyio.Lock()  # the choices of a stream take turns
+        self.lock = anyio.Lock(fast_acquire=True)  # the choices of a stream take turns
+        self.sending_since = math.inf
 
     async def whole(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         data = encode(body)
@@ -147,8 +148,14 @@ class Reply:
         if not data and not is_last:
             return
         async with self.lock:
-            with anyio.fail_after(self.seconds):
-                await self.send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            self.sending_since = time.monotonic()
+            await self.send({"type": "http.response.body", "body": data, "more_body": not is_last})
+            self.sending_since = math.inf
+
+    async def until_stuck(self) -> None:
+        """Return once the client has read nothing for `seconds`: a timer for each part would cost more than a part."""
+        while time.monotonic() - self.sending_since < self.seconds:
+            await anyio.sleep(self.seconds / 4)
 
 
 class Gone(Exception):
@@ -185,21 +192,27 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body has more than {limit:,} bytes; --max-body-bytes allows more", code="body_too_large")
 
 
-async def until_gone(receive: Receive, call: Callable[[], Awaitable[None]]) -> None:
-    """Run `call` to its end, or until the client closes its connection."""
+async def until_gone(receive: Receive, reply: Reply, call: Callable[[], Awaitable[None]]) -> None:
+    """Run `call` to its end, or until the client closes its connection. Raises TimeoutError where it reads nothing."""
     failures: list[Exception] = []
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        both.cancel_scope.cancel()
+        tasks.cancel_scope.cancel()
 
-    async with anyio.create_task_group() as both:
-        both.start_soon(watch)
+    async def time_out() -> None:
+        await reply.until_stuck()
+        failures.append(TimeoutError())
+        tasks.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(watch)
+        tasks.start_soon(time_out)
         try:
             await call()
         except Exception as error:
             failures.append(error)
-        both.cancel_scope.cancel()
+        tasks.cancel_scope.cancel()
     if failures:
         raise failures[0]

@@ -146,6 +146,17 @@ def dense(x, eps, norm_weight, gate_up, down, threads):  # type: ignore[no-untyp
 
 
 @kernel
+def join(embedded, hidden, eps, enorm, hnorm, eh_proj, threads):  # type: ignore[no-untyped-def]
+    """The input of an MTP module's block [R, dim]: eh_proj([enorm(embedded); hnorm(hidden)])."""
+    rows, dim = hidden.shape
+    pairs = np.empty((rows, 2 * dim), np.uint16)
+    for r in prange(rows):
+        norm_row(embedded[r], enorm, eps, pairs[r, :dim])
+        norm_row(hidden[r], hnorm, eps, pairs[r, dim:])
+    return linear(pairs, eh_proj, threads)
+
+
+@kernel
 def gathered(x, rows):  # type: ignore[no-untyped-def]
     """x[rows]."""
     out = np.empty((len(rows), x.shape[1]), np.uint16)

@@ -37,11 +37,19 @@ from dovetail.numerics.products import invariant_numba
 KEPT_SHARE = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkRows:
+    chunk: Chunk
+    first: int  # row
+    end: int  # the row past its last
+    places: Tensor  # in the cache, of all positions of its slot up to its last
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """Of one pass."""
 
-    tokens: Tensor  # [R]
+    tokens: np.ndarray  # [R]
     short: int  # so many come first
     slots: np.ndarray  # [R]
     positions: np.ndarray  # [R]
@@ -49,7 +57,7 @@ class Rows:
     cos: np.ndarray  # [R, rope / 2] FP32
     sin: np.ndarray
     everything: np.ndarray  # 0 .. R - 1
-    chunks: list[tuple[Chunk, int, int]]  # each with its first row and the row past its last
+    chunks: list[ChunkRows]
 
 
 class TiledSteps:
@@ -60,6 +68,7 @@ class TiledSteps:
         self.blocks = [fuse(block, model) for block in model.layers.values()]
         self.drafters = [fuse(mtp.block, model) for mtp in model.mtp]
         positions = torch.arange(cache.capacity)
+        self.embedding, self.tables = array(model.embed_tokens.weight), cache.tables.numpy()
         self.store = Fp8Store(cache) if cache.is_fp8 else Bf16Store(cache)
         self.cos, self.sin = (each.numpy() for each in tables(model.spec, model.mla.qk_rope_head_dim, positions))
         self.eps = np.float32(model.spec.rms_norm_eps)
@@ -74,24 +83,24 @@ class TiledSteps:
         """Hidden [R, dim] after the final norm of all rows, or [W, dim] of the rows `wanted`, ascending: in the last
         block the others' latents are all that is needed of them."""
         rows = self.rows(short, chunks)
-        x = array(self.model.embed_tokens(rows.tokens))
+        x = block_numba.gathered(self.embedding, rows.tokens)
         asked = None if wanted is None else np.array(wanted, dtype=np.int64)
         *before, last = self.blocks
         with self._threads(self.sharing, rows):
             for block in before:
                 x = self._block(block, x, rows, None, chosen)
-            return self._finish(self._block(last, x, rows, asked, chosen), self.model.norm)
+            return self._normed(self._block(last, x, rows, asked, chosen), self.model.norm)
 
     def draft(self, depth: int, short: Short, chunks: list[Chunk], hidden: Tensor, next_tokens: list[int]) -> Tensor:
         """MTP module `depth` on rows: hidden [R, dim] and the token [R] after each -> [R, dim]."""
         mtp = self.model.mtp[depth]
         assert isinstance(mtp, Mtp)
-        embedded = self.model.embed_tokens(torch.tensor(next_tokens))
-        both = torch.cat((mtp.enorm(embedded), mtp.hnorm(hidden)), dim=-1)
-        joined = invariant_numba.product(both, mtp.eh_proj.weight)
         rows = self.rows(short, chunks)
+        weights = (array(each) for each in (mtp.enorm.weight, mtp.hnorm.weight, mtp.eh_proj.weight))
         with self._threads(self.draft_sharing, rows):
-            return self._finish(self._block(self.drafters[depth], array(joined), rows, None, None), mtp.norm)
+            embedded = block_numba.gathered(self.embedding, np.array(next_tokens))
+            x = block_numba.join(embedded, array(hidden.contiguous()), self.eps, *weights, numba.get_num_threads())
+            return self._normed(self._block(self.drafters[depth], x, rows, None, None), mtp.norm)
 
     def forget(self, slot: int) -> None:
         """Its prompt is finished, or given up."""
@@ -102,19 +111,27 @@ class TiledSteps:
         everything = joined(short, chunks)
         self.cache.reserve(max(everything.positions) + 1)
         slots, where = np.array(everything.slots), np.array(everything.positions)
-        places = self.cache.places(torch.from_numpy(slots), torch.from_numpy(where)).numpy()
         ends = list(accumulate((len(chunk.tokens) for chunk in chunks), initial=len(short.tokens)))
         return Rows(
-            tokens=torch.tensor(everything.tokens),
+            tokens=np.array(everything.tokens),
             short=len(short.tokens),
             slots=slots,
             positions=where,
-            places=places,
+            places=self._places(slots, where),
             cos=self.cos[where],
             sin=self.sin[where],
             everything=np.arange(len(where)),
-            chunks=list(zip(chunks, ends[:-1], ends[1:], strict=True)),
+            chunks=[
+                ChunkRows(chunk, first, end, torch.from_numpy(self._places(chunk.slot, np.arange(chunk.range.stop))))
+                for chunk, first, end in zip(chunks, ends[:-1], ends[1:], strict=True)
+            ],
         )
+
+    def _places(self, slots: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
+        """As `PagedCache.places`."""
+        page = self.cache.page_size
+        places: np.ndarray = self.tables[slots, positions // page] * page + positions % page
+        return places
 
     def _block(
         self, block: FusedBlock, x: np.ndarray, rows: Rows, wanted: np.ndarray | None, chosen: list[Tensor] | None
@@ -136,10 +153,10 @@ class TiledSteps:
         mixed = np.empty((len(x), heads, self.model.mla.v_head_dim), np.uint16)
         if rows.short:
             self._attend_short(block, q, rows, asked, mixed)
-        for chunk, first, end in rows.chunks:
-            begin, stop = np.searchsorted(asked, (first, end))
+        for each in rows.chunks:
+            begin, stop = np.searchsorted(asked, (each.first, each.end))
             if begin < stop:
-                self._attend(block, chunk, q[begin:stop], rows.positions[asked[begin:stop]], mixed[begin:stop])
+                self._attend(block, each, q[begin:stop], rows.positions[asked[begin:stop]], mixed[begin:stop])
         block_numba.add_product(x, mixed.reshape(len(x), -1), o, threads)
         if not block.choices:
             block_numba.dense(x, self.eps, *block.mlp, threads)
@@ -161,17 +178,18 @@ class TiledSteps:
             out[:count],
         )  # fmt: skip
 
-    def _attend(self, block: FusedBlock, chunk: Chunk, q: np.ndarray, positions: np.ndarray, out: np.ndarray) -> None:
+    def _attend(
+        self, block: FusedBlock, rows: ChunkRows, q: np.ndarray, positions: np.ndarray, out: np.ndarray
+    ) -> None:
         """Queries [T, H, D] of a chunk over all positions of its slot up to their own."""
-        kv, rope_key = self._keys_values(block, chunk, int(positions[-1]) + 1)
+        kv, rope_key = self._keys_values(block, rows.chunk, rows.places[: int(positions[-1]) + 1])
         splits = -(-2 * numba.get_num_threads() // q.shape[1])
         keys = array(kv.view(len(kv), q.shape[1], -1))
         attention_numba.attend(q, keys, array(rope_key), positions, self.scale, out, splits)
 
-    def _keys_values(self, block: FusedBlock, chunk: Chunk, num_keys: int) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, block: FusedBlock, chunk: Chunk, places: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [S, H (nope + v)] of a slot's first positions, and their rotary keys [S, rope]."""
         key = chunk.slot, block.layer
-        places = self.cache.places(torch.tensor(chunk.slot), torch.arange(num_keys))
         entries = self.store.gather(block.layer, places)
         kept = self.kept.get(key)
         start = 0 if kept is None else len(kept)
@@ -185,9 +203,8 @@ class TiledSteps:
             self.kept_bytes += more
         return kv, entries[:, latent:].contiguous()
 
-    def _finish(self, x: np.ndarray, norm: RmsNorm) -> Tensor:
-        hidden: Tensor = norm(torch.from_numpy(x).view(torch.bfloat16))
-        return hidden
+    def _normed(self, x: np.ndarray, norm: RmsNorm) -> Tensor:
+        return torch.from_numpy(block_numba.norm(x, array(norm.weight), self.eps)).view(torch.bfloat16)
 
     def _threads(self, sharing: Sharing, rows: Rows) -> AbstractContextManager[None]:
         """All threads for chunks; for short rows alone, what `sharing` finds."""
