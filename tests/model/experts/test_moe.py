@@ -13,9 +13,14 @@ from dovetail.model.experts.moe import (
     Experts,
     LocalDispatcher,
     MoeMlp,
+    Places,
     combine_reference,
     gather_reference,
+    place_reference,
     plan_rows,
+    spread,
+    summed,
+    weighted,
 )
 from dovetail.numerics.formats.errors import normwise_error, rowwise_error, tolerance
 from dovetail.spec.model import ModelSpec
@@ -42,7 +47,7 @@ def routing_for(tokens: int, choices: int, experts: int, draw: Draw) -> Routing:
 def test_plan_gives_every_choice_a_row_of_its_expert(shape: tuple[int, ...], multiple: int, draw: Draw) -> None:
     tokens, choices, experts, _ = shape
     routing = routing_for(tokens, choices, experts, draw)
-    offsets, row_ids, token_ids = plan_rows(routing, multiple)
+    offsets, row_ids, token_ids = plan_rows(routing.expert_ids, routing.counts, multiple)
     sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
     assert all(
         size % multiple == 0 and 0 <= size - count < multiple for size, count in zip(sizes, routing.counts, strict=True)
@@ -53,6 +58,44 @@ def test_plan_gives_every_choice_a_row_of_its_expert(shape: tuple[int, ...], mul
     assert (token_ids == -1).sum() == offsets[-1] - tokens * choices
     starts, ends = torch.tensor(offsets[:-1])[routing.expert_ids], torch.tensor(offsets[1:])[routing.expert_ids]
     assert ((row_ids >= starts) & (row_ids < ends)).all()
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_placing_is_the_reference(shape: tuple[int, ...], is_part: bool, draw: Draw) -> None:
+    tokens, choices, experts, _ = shape
+    ids, multiple = routing_for(tokens, choices, experts, draw).expert_ids, 4
+    if is_part:
+        ids = ids.masked_fill(ids % 2 == 0, -1)  # experts that live elsewhere
+    counts = torch.bincount(ids[ids >= 0], minlength=experts)
+    offsets, row_ids, token_ids = plan_rows(ids, counts, multiple)
+    starts = torch.tensor(offsets[:-1])
+    for ours, theirs in zip((row_ids, token_ids), place_reference(ids, starts, offsets[-1]), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(row_ids < 0, ids < 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_choices_that_live_elsewhere_count_as_none(dtype: torch.dtype, draw: Draw) -> None:
+    ids = routing_for(37, 4, 16, draw).expert_ids
+    ids = ids.masked_fill(ids % 2 == 0, -1)
+    offsets, row_ids, token_ids = plan_rows(ids, torch.bincount(ids[ids >= 0], minlength=16), 8)
+    places = Places(row_ids=row_ids, token_ids=token_ids)
+    x, weights = draw(37, 24, dtype=dtype).requires_grad_(), draw(37, 4).requires_grad_()
+    rows = spread(x, places)
+    assert torch.equal(rows, gather_reference(x, token_ids))
+    leaf, grad = rows.detach().requires_grad_(), draw(37, 24, dtype=dtype)
+    output = weighted(leaf, weights, places)
+    wide = rows.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
+    truth = combine_reference(*wide, row_ids)
+    assert normwise_error(output, truth) < tolerance(dtype, terms=4)
+    ours = torch.autograd.grad(output, (leaf, weights), grad)
+    theirs = torch.autograd.grad(truth, wide, grad.double())
+    assert normwise_error(ours[0], theirs[0]) < tolerance(dtype)
+    assert normwise_error(ours[1], theirs[1]) < tolerance(torch.float32, terms=24)
+    assert not ours[1][ids < 0].any()
+    sums = combine_reference(rows.detach().double(), torch.ones(37, 4).double(), row_ids)
+    assert normwise_error(summed(rows.detach(), row_ids), sums) < tolerance(dtype, terms=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -59,7 +59,7 @@ class Computed:
 class Places:
     """How rows and tokens belong together: the way back of `LocalDispatcher`."""
 
-    row_ids: Tensor  # [N, K] int64: the row of each choice of each token
+    row_ids: Tensor  # [N, K] int64: the row of each choice of each token; -1 where its expert is not here
     token_ids: Tensor  # [R] int64: the token of each row, -1 for padding
 
 
@@ -70,35 +70,67 @@ class LocalDispatcher:
         self.row_multiple = row_multiple
 
     def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
-        offsets, row_ids, token_ids = plan_rows(routing, self.row_multiple or row_multiple(x))
-        rows = _Gather.apply(x, row_ids, token_ids) if capability.on_cpu(x) else gather_reference(x, token_ids)
-        way_back = Places(row_ids=row_ids, token_ids=token_ids)
-        return Dispatched(rows=rows, offsets=offsets, way_back=way_back)
+        multiple = self.row_multiple or row_multiple(x)
+        offsets, row_ids, token_ids = plan_rows(routing.expert_ids, routing.counts, multiple)
+        places = Places(row_ids=row_ids, token_ids=token_ids)
+        return Dispatched(rows=spread(x, places), offsets=offsets, way_back=places)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
-        places = dispatched.way_back
-        assert isinstance(places, Places)
-        if capability.on_cpu(rows):
-            return _Combine.apply(rows, routing.weights, places.row_ids, places.token_ids)
-        return combine_reference(rows, routing.weights, places.row_ids)
+        assert isinstance(dispatched.way_back, Places)
+        return weighted(rows, routing.weights, dispatched.way_back)
 
 
-def plan_rows(routing: Routing, multiple: int) -> tuple[list[int], Tensor, Tensor]:
-    """Offsets [E + 1] rounded up to `multiple` rows per expert, row_ids [N, K], token_ids [R]."""
-    ids = routing.expert_ids
-    padded = (routing.counts + multiple - 1) // multiple * multiple
+def plan_rows(ids: Tensor, counts: Tensor, multiple: int) -> tuple[list[int], Tensor, Tensor]:
+    """Offsets [E + 1] rounded up to `multiple` rows per expert, row_ids [N, K], token_ids [R].
+
+    ids [N, K] int64 are the experts of each token, -1 for a choice whose expert is not here; counts [E] int64.
+    """
+    padded = (counts + multiple - 1) // multiple * multiple
     ends = padded.cumsum(0)
     offsets = [0, *ends.tolist()]
     starts = ends - padded
-    if ids.device.type == "cpu":
-        return offsets, *moe_numba.place(ids, starts, offsets[-1])
-    order = ids.flatten().argsort(stable=True)
-    exclusive = routing.counts.cumsum(0) - routing.counts
-    expert_of = ids.flatten()[order]
+    place = moe_numba.place if ids.device.type == "cpu" else place_reference
+    return offsets, *place(ids, starts, offsets[-1])
+
+
+def spread(x: Tensor, places: Places) -> Tensor:
+    """x [N, dim] -> a row for each choice, zeros in padding [R, dim]."""
+    if capability.on_cpu(x):
+        return _Gather.apply(x, places.row_ids, places.token_ids)
+    return gather_reference(x, places.token_ids)
+
+
+def weighted(rows: Tensor, weights: Tensor, places: Places) -> Tensor:
+    """rows [R, dim], weights [N, K] -> the sum over the choices that are here of weight * row [N, dim]."""
+    if capability.on_cpu(rows):
+        return _Combine.apply(rows, weights, places.row_ids, places.token_ids)
+    return combine_reference(rows, weights, places.row_ids)
+
+
+def gather(x: Tensor, token_ids: Tensor) -> Tensor:
+    """The forward pass of `spread`, also of bytes: x [N, columns] of any type -> [R, columns]."""
+    return moe_numba.gather(x.contiguous(), token_ids) if x.device.type == "cpu" else gather_reference(x, token_ids)
+
+
+def summed(rows: Tensor, row_ids: Tensor) -> Tensor:
+    """The backward pass of `spread`: rows [R, dim] -> the sum of each token's [N, dim], in FP32, rounded once."""
+    ones = torch.ones(row_ids.shape, dtype=torch.float32, device=rows.device)
+    if capability.on_cpu(rows):
+        return moe_numba.combine(rows.contiguous(), ones, row_ids)
+    return combine_reference(rows, ones, row_ids)
+
+
+def place_reference(ids: Tensor, starts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """row_ids [N, K] and token_ids [num_rows]: rows of expert e from starts[e] on, in the order of tokens."""
+    flat = ids.flatten()
+    counts = torch.bincount(flat[flat >= 0], minlength=len(starts))
+    order = flat.argsort(stable=True)[flat.numel() - int(counts.sum()) :]  # without those of -1, which come first
+    exclusive = counts.cumsum(0) - counts
+    expert_of = flat[order]
     rows = torch.arange(order.numel(), device=ids.device) - exclusive[expert_of] + starts[expert_of]
-    row_ids = torch.empty_like(rows).scatter_(0, order, rows).view_as(ids)
-    token_ids = torch.full((offsets[-1],), -1, device=ids.device).scatter_(0, rows, order // ids.shape[1])
-    return offsets, row_ids, token_ids
+    row_ids = torch.full_like(flat, -1).scatter_(0, order, rows).view_as(ids)
+    token_ids = torch.full((num_rows,), -1, device=ids.device).scatter_(0, rows, order // ids.shape[1])
+    return row_ids, token_ids
 
 
 def gather_reference(x: Tensor, token_ids: Tensor) -> Tensor:
@@ -107,20 +139,20 @@ def gather_reference(x: Tensor, token_ids: Tensor) -> Tensor:
 
 def combine_reference(rows: Tensor, weights: Tensor, row_ids: Tensor) -> Tensor:
     """Summed in FP32, rounded once."""
-    return (rows[row_ids].to(weights.dtype) * weights[..., None]).sum(dim=1).to(rows.dtype)
+    chosen = rows[row_ids.clamp(min=0)].masked_fill((row_ids < 0)[..., None], 0)
+    return (chosen.to(weights.dtype) * weights[..., None]).sum(dim=1).to(rows.dtype)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, row_ids: Tensor, token_ids: Tensor) -> Tensor:
         ctx.save_for_backward(row_ids)
-        return moe_numba.gather(x.contiguous(), token_ids)
+        return gather(x, token_ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (row_ids,) = ctx.saved_tensors
-        ones = torch.ones(row_ids.shape, dtype=torch.float32)
-        return moe_numba.combine(grad.contiguous(), ones, row_ids), None, None
+        return summed(grad, row_ids), None, None
 
 
 class _Combine(torch.autograd.Function):

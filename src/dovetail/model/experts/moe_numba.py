@@ -1,6 +1,7 @@
 """CPU kernels of `moe`, which move tokens to expert rows and back.
 
-`combine` sums over a token's rows in FP32; with weights of one it is also the backward pass of `gather`.
+`combine` sums over a token's rows in FP32; with weights of one it is also the backward pass of `gather`. A row of -1 is
+that of a choice whose expert is not here: it counts as none.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def _place(ids, starts, row_ids, token_ids):  # type: ignore[no-untyped-def]
     next_row = starts.copy()
     for n in range(ids.shape[0]):
         for k in range(ids.shape[1]):
+            if ids[n, k] < 0:
+                row_ids[n, k] = -1
+                continue
             row = next_row[ids[n, k]]
             next_row[ids[n, k]] += 1
             row_ids[n, k] = row
@@ -48,6 +52,8 @@ def _combine(rows, weights, row_ids, output):  # type: ignore[no-untyped-def]
     for n in prange(output.shape[0]):
         total = np.zeros(dim, dtype=np.float32)
         for k in range(choices):
+            if row_ids[n, k] < 0:
+                continue
             row, w = rows[row_ids[n, k]], weights[n, k]
             for j in range(dim):
                 total[j] += w * load(row, j)
@@ -64,6 +70,9 @@ def _combine_backward(grad, rows, weights, row_ids, token_ids, grad_rows, grad_w
         g = grad[n]
         for k in range(choices):
             r = row_ids[n, k]
+            if r < 0:
+                grad_weights[n, k] = 0
+                continue
             row, out, w = rows[r], grad_rows[r], weights[n, k]
             dot = np.float32(0.0)
             for j in range(dim):
@@ -79,7 +88,7 @@ def _combine_backward(grad, rows, weights, row_ids, token_ids, grad_rows, grad_w
 
 
 def place(ids: Tensor, starts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """row_ids [N, K] and token_ids [num_rows] (-1: padding); starts [E] is each expert's first row."""
+    """row_ids [N, K] and token_ids [num_rows] (-1: padding); starts [E] is each expert's first row; ids [N, K]."""
     row_ids = torch.empty_like(ids)
     token_ids = torch.empty(num_rows, dtype=torch.int64)
     _place(array(ids), array(starts), array(row_ids), array(token_ids))

@@ -1,0 +1,139 @@
+"""The ranks of a layout, and the groups in which they exchange.
+
+Ranks are numbered as the planner numbers them (`network.delivery.layout_traffic`): neighbours share the experts, copies
+of the experts come next, stages of the pipeline last.
+
+    rank  = (stage * copies + copy) * ep + member       copies = dp / ep
+    node  = rank // ranks_per_node
+
+    dp      all ranks of a stage: each has other tokens, and the same weights but for the experts
+    ep      ranks that share one copy of the experts; member m has the m-th of their contiguous blocks
+    edp     ranks that have the same experts
+    node    of an ep group, the ranks on one node
+    rail    of an ep group, the ranks with the same index on their nodes
+
+An ep group is whole nodes, or a part of one: then it has node = ep, and each rank is a rail of its own. DeepSeek-V3
+trained with ep 64 on nodes of 8 [V3 §3.2]. One stage only so far, and no tensor parallelism.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from dovetail.spec.layout import Layout, divisors, nearest_divisor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Ranks that exchange with each other."""
+
+    handle: dist.ProcessGroup
+    ranks: tuple[int, ...]  # in the world, in the order of the group
+    index: int  # of this rank in the group
+    is_near: tuple[bool, ...]  # of each rank: whether it is on this rank's node
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """This process's groups."""
+
+    rank: int
+    ranks_per_node: int
+    dp: Group
+    ep: Group
+    edp: Group
+    node: Group
+    rail: Group
+
+
+def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
+    """Form the groups of `layout` from the ranks of the default process group; all ranks call it together.
+
+    `ranks_per_node` is what torchrun started on this node unless given. Raises ValueError, the same on all ranks, where
+    ranks differ in either, and for what `check_ranks` refuses.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if ranks_per_node is None:
+        ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # set by torchrun
+    _check_agreement(layout, ranks_per_node, world)
+    check_ranks(layout, world, ranks_per_node)
+    groups = {
+        name: _own_group(name, ranks, rank, ranks_per_node)
+        for name, ranks in partitions(layout, ranks_per_node).items()
+    }
+    return Mesh(rank=rank, ranks_per_node=ranks_per_node, **groups)
+
+
+def check_ranks(layout: Layout, world: int, ranks_per_node: int) -> None:
+    """Raise ValueError, with the nearest legal value, unless `world` ranks on such nodes can run `layout`."""
+    for name, value in (("pp", layout.pp), ("tp", layout.tp)):
+        if value > 1:
+            raise ValueError(
+                f"{name} = {value} is planned but does not run yet: set {name} = 1, and dp = {layout.gpus}"
+            )
+    if world != layout.gpus:
+        raise ValueError(
+            f"dp = {layout.dp} needs {layout.gpus} ranks, and {world} were started: set dp = {world}, or start "
+            f"{layout.gpus}"
+        )
+    if layout.dp % layout.ep:
+        raise ValueError(
+            f"ep = {layout.ep} does not divide the {layout.dp} ranks of a stage; nearest: ep = "
+            f"{nearest_divisor(layout.ep, layout.dp)}"
+        )
+    if ranks_per_node < 1 or world % ranks_per_node:
+        raise ValueError(
+            f"ranks_per_node = {ranks_per_node} does not divide the {world} ranks; nearest: "
+            f"{nearest_divisor(ranks_per_node, world)}"
+        )
+    if not _fits_nodes(layout.ep, ranks_per_node):
+        legal = [ep for ep in divisors(layout.dp) if _fits_nodes(ep, ranks_per_node)]
+        raise ValueError(
+            f"ep = {layout.ep} on nodes of {ranks_per_node} ranks: ranks that share experts are whole nodes or an "
+            f"equal part of one; nearest: ep = {min(legal, key=lambda ep: (abs(ep - layout.ep), ep))}"
+        )
+
+
+def partitions(layout: Layout, ranks_per_node: int) -> dict[str, NDArray[np.int64]]:
+    """Return, for each kind of group, the ranks of all groups of that kind [groups, size]."""
+    copies, each = layout.expert_replicas, min(layout.ep, ranks_per_node)
+    grid = np.arange(layout.gpus).reshape(layout.pp, copies, layout.ep // each, each)
+    return {
+        "dp": grid.reshape(layout.pp, layout.dp),
+        "ep": grid.reshape(-1, layout.ep),
+        "edp": grid.transpose(0, 2, 3, 1).reshape(-1, copies),
+        "node": grid.reshape(-1, each),
+        "rail": grid.transpose(0, 1, 3, 2).reshape(-1, layout.ep // each),
+    }
+
+
+def _fits_nodes(ep: int, ranks_per_node: int) -> bool:
+    return ep % ranks_per_node == 0 or ranks_per_node % ep == 0
+
+
+def _check_agreement(layout: Layout, ranks_per_node: int, world: int) -> None:
+    known: list[tuple[Layout, int]] = [(layout, ranks_per_node)] * world
+    dist.all_gather_object(known, (layout, ranks_per_node))
+    for rank, (other, count) in enumerate(known):
+        if other != known[0][0]:
+            raise ValueError(f"rank 0 has the layout {known[0][0]}, rank {rank} has {other}: give all ranks the same")
+        if count != known[0][1]:
+            raise ValueError(
+                f"the node of rank 0 has {known[0][1]} ranks, that of rank {rank} has {count}: start as many on each"
+            )
+
+
+def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int) -> Group:
+    handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), group_desc=name)
+    own = tuple(ranks[(ranks == rank).any(axis=1)][0].tolist())
+    is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in own)
+    return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near)
