@@ -112,6 +112,7 @@ def serving(app: Any) -> Iterator[str]:
     """Run an ASGI app on a free port of this machine; yields its address."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # before anybody asks
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
