@@ -79,6 +79,7 @@ def llama_python_server(room: Room, port: int, python: Path, gguf: Path) -> Comm
     """The server of llama-cpp-python, which answers one request at a time."""
     threads = str(num_threads())
     words = [str(python), "-m", "llama_cpp.server", "--model", str(gguf), "--model_alias", "llama"]
+    words += ["--interrupt_requests", "false"]  # else a new request ends the one before it
     words += ["--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(room.max_model_len)]
     words += ["--n_threads", threads, "--n_threads_batch", threads]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
