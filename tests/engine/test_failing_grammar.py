@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -167,29 +168,16 @@ def test_a_failure_is_taken_back_with_the_tokens_before_it(compiler: GrammarComp
         assert np.array_equal(state.mask(), masks[length])
 
 
-def followed(state: GrammarState, token: int) -> int:
-    """How often a token may come."""
+def followed(state: GrammarState, token: int, drafts: int = 0) -> int:
+    """How often a token may come, each time with so many tried and taken back before."""
     for count in range(200):
-        try:
-            state.mask()
-            state.advance(token)
-        except GrammarFailure:
-            return count
-    return 200
-
-
-def followed_with_drafts(state: GrammarState, token: int) -> int:
-    """The same, each time with two tokens tried and taken back before."""
-    for count in range(200):
-        drafts = 0
-        try:
-            for _ in range(2):
+        tried = 0
+        with suppress(GrammarFailure):
+            for _ in range(drafts):
                 state.mask()
                 state.advance(token)
-                drafts += 1
-        except GrammarFailure:
-            pass
-        state.rollback(drafts)
+                tried += 1
+        state.rollback(tried)
         try:
             state.mask()
             state.advance(token)
@@ -213,4 +201,4 @@ def test_a_grammar_that_failed_one_sequence_fails_no_other(compiler: GrammarComp
     assert followed(compiler.start(TOO_LARGE), token) == alone
     beside[2].advance(token)
     assert [followed(state, token) for state in beside] == [alone, alone - 5, alone - 6]
-    assert followed_with_drafts(compiler.start(TOO_LARGE), token) == alone
+    assert followed(compiler.start(TOO_LARGE), token, drafts=2) == alone

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class PagedCache:
 
     def places(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Where positions of slots (two tensors that broadcast) lie among all positions of all pages."""
-        return self.tables[slots, positions // self.page_size] * self.page_size + positions % self.page_size
+        return places_in(self.tables, self.page_size, slots, positions)
 
     def entries(self, layer: int) -> Tensor:
         """All positions of all pages [pages * page_size, latent + rope]."""
@@ -79,6 +80,11 @@ class PagedCache:
             if not 0 <= slot < self.slots:
                 raise ValueError(f"slot {slot} is not in a cache of {self.slots} slots (0 to {self.slots - 1})")
         return SelectedSlots(cache=self, slots=tuple(slots))
+
+
+def places_in(tables: Any, page_size: int, slots: Any, positions: Any) -> Any:
+    """`PagedCache.places` by these tables, all of them tensors or all NumPy's arrays."""
+    return tables[slots, positions // page_size] * page_size + positions % page_size
 
 
 def fp8_entry_bytes(mla: Mla) -> int:

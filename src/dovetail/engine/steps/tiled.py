@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.steps import attention_numba, block_numba
-from dovetail.engine.steps.cache import PagedCache
+from dovetail.engine.steps.cache import PagedCache, places_in
 from dovetail.engine.steps.rows import Chunk, Short, joined
 from dovetail.engine.steps.stores import Bf16Store, Fp8Store
 from dovetail.engine.steps.weights import FusedBlock, Head, fuse
@@ -111,27 +111,22 @@ class TiledSteps:
         everything = joined(short, chunks)
         self.cache.reserve(max(everything.positions) + 1)
         slots, where = np.array(everything.slots), np.array(everything.positions)
+        places = partial(places_in, self.tables, self.cache.page_size)
         ends = list(accumulate((len(chunk.tokens) for chunk in chunks), initial=len(short.tokens)))
         return Rows(
             tokens=np.array(everything.tokens),
             short=len(short.tokens),
             slots=slots,
             positions=where,
-            places=self._places(slots, where),
+            places=places(slots, where),
             cos=self.cos[where],
             sin=self.sin[where],
             everything=np.arange(len(where)),
             chunks=[
-                ChunkRows(chunk, first, end, torch.from_numpy(self._places(chunk.slot, np.arange(chunk.range.stop))))
+                ChunkRows(chunk, first, end, torch.from_numpy(places(chunk.slot, np.arange(chunk.range.stop))))
                 for chunk, first, end in zip(chunks, ends[:-1], ends[1:], strict=True)
             ],
         )
-
-    def _places(self, slots: np.ndarray | int, positions: np.ndarray) -> np.ndarray:
-        """As `PagedCache.places`."""
-        page = self.cache.page_size
-        places: np.ndarray = self.tables[slots, positions // page] * page + positions % page
-        return places
 
     def _block(
         self, block: FusedBlock, x: np.ndarray, rows: Rows, wanted: np.ndarray | None, chosen: list[Tensor] | None

@@ -21,6 +21,7 @@ from dovetail.numerics.cpu.tiles_numba import (
     LANES,
     NEAREST,
     PAIRS,
+    add_dot,
     ask_for,
     data_of,
     first_lanes,
@@ -57,15 +58,6 @@ def sums_of_lanes(builder: Any, rows: list[Any]) -> Any:
     both = [builder.fadd(shuffle(builder, x, y, low), shuffle(builder, x, y, high)) for x, y in ((a, b), (c, d))]
     first = [at + i for at in range(0, 2 * LANES, 8) for i in range(4)]
     return builder.fadd(shuffle(builder, *both, first), shuffle(builder, *both, [lane + 4 for lane in first]))
-
-
-def _add_products(builder: Any, x: list[Any], w: list[Any], sums: list[list[Any]]) -> None:
-    """*sums[i][j] += products of x[i] and w[j], vectors of pairs."""
-    dot_type = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
-    dot = cgutils.get_or_insert_function(builder.module, dot_type, "llvm.x86.avx512bf16.dpbf16ps.512")
-    for value, slots in zip(x, sums, strict=True):
-        for weight, slot in zip(w, slots, strict=True):
-            builder.store(builder.call(dot, [builder.load(slot), value, weight]), slot)
 
 
 def _write(builder: Any, sums: list[list[Any]], out: Any, at: Any, stride: Any) -> None:
@@ -115,7 +107,9 @@ def _make_tile(rows: int, outputs: int, asks: bool = True) -> Any:
                     for row in w_rows:
                         ask_for(builder, builder.gep(row, [builder.add(at, ahead)]), NEAREST)
                 x, w = ([load(builder.gep(row, [at])) for row in each] for each in (x_rows, w_rows))
-                _add_products(builder, x, w, sums)
+                for value, row in zip(x, sums, strict=True):
+                    for weight, slot in zip(w, row, strict=True):
+                        add_dot(builder, slot, value, weight)
 
             whole = builder.add(begin, builder.and_(builder.sub(end, begin), INT64(-STEP)))
             with cgutils.for_range_slice(builder, begin, whole, INT64(STEP), inc=True) as (at, _):

@@ -21,6 +21,7 @@ from dovetail.numerics.cpu.tiles_numba import (
     INT64,
     LANES,
     PAIRS,
+    add_dot,
     data_of,
     first_lanes,
     load_halves,
@@ -51,8 +52,6 @@ def _make_mixture(count: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             factors, rows, numbers, results = (data_of(context, builder, signature, arguments, i) for i in (0, 3, 4, 8))
             stride, num, column, width, ldo = (arguments[i] for i in (2, 5, 6, 7, 10))
-            dot_type = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
-            dot = cgutils.get_or_insert_function(builder.module, dot_type, "llvm.x86.avx512bf16.dpbf16ps.512")
             mask = first_lanes(builder, COLUMNS, builder.sub(width, column))
             sums = [[cgutils.alloca_once(builder, FLOATS) for _ in HALVES] for _ in range(count)]
             for slot in (slot for row in sums for slot in row):
@@ -71,7 +70,7 @@ def _make_mixture(count: int) -> Any:
                     pair = builder.load(builder.bitcast(builder.gep(factors, [place]), INT32.as_pointer()))
                     pair.align = 2
                     for side, slot in zip(sides, slots, strict=True):
-                        builder.store(builder.call(dot, [builder.load(slot), spread(builder, pair), side]), slot)
+                        add_dot(builder, slot, spread(builder, pair), side)
             for i, slots in enumerate(sums):
                 both = [builder.load(slot) for slot in slots]
                 halves = to_bf16(builder, [shuffle(builder, *both, lanes) for lanes in IN_ORDER])

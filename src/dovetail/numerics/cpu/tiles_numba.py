@@ -90,10 +90,15 @@ def to_bf16(builder: Any, values: list[Any]) -> Any:
     return builder.call(function, values[::-1])
 
 
-def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list[list[Any]]:
-    """Registers of FP32 sums, `start` plus products of packed panels of a [pairs, LANES] and b [pairs, PANEL]."""
+def add_dot(builder: Any, slot: Any, a: Any, b: Any) -> None:
+    """*slot += the products of the pairs a and b: VDPBF16PS."""
     signature = ir.FunctionType(FLOATS, [FLOATS, PAIRS, PAIRS])
     dot = cgutils.get_or_insert_function(builder.module, signature, "llvm.x86.avx512bf16.dpbf16ps.512")
+    builder.store(builder.call(dot, [builder.load(slot), a, b]), slot)
+
+
+def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list[list[Any]]:
+    """Registers of FP32 sums, `start` plus products of packed panels of a [pairs, LANES] and b [pairs, PANEL]."""
     slots = [[cgutils.alloca_once(builder, FLOATS) for _ in row] for row in start]
     for row, values in zip(slots, start, strict=True):
         for slot, value in zip(row, values, strict=True):
@@ -105,7 +110,7 @@ def sums_of(builder: Any, left: Any, right: Any, pairs: Any, start: Any) -> list
         for i, row in enumerate(slots):
             pair = spread(builder, builder.load(builder.gep(a_here, [INT64(i)])))
             for weight, slot in zip(weights, row, strict=True):
-                builder.store(builder.call(dot, [builder.load(slot), pair, weight]), slot)
+                add_dot(builder, slot, pair, weight)
     return [[builder.load(slot) for slot in row] for row in slots]
 
 
