@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.model.experts.moe import Dispatcher, Experts
+from dovetail.model.experts.moe import Dispatcher
 from dovetail.model.transformer import Transformer
+from dovetail.parallel.holders import routed_experts
 from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.wire import decode, encode
 
@@ -23,7 +24,7 @@ def take_part(model: Transformer, mesh: Mesh, dispatcher: Dispatcher) -> None:
 
     Raises ValueError where the experts do not divide among the ranks. Make the optimizer afterwards.
     """
-    own, experts = _experts(model), model.spec.moe.n_routed_experts if model.spec.moe else 0
+    own, experts = routed_experts(model), model.spec.moe.n_routed_experts if model.spec.moe else 0
     if experts % mesh.ep.size:
         raise ValueError(f"{experts} routed experts do not divide among {mesh.ep.size} ranks: see spec.layout")
     for parameter in own.values():
@@ -38,7 +39,7 @@ def gather_whole(model: Transformer, mesh: Mesh, tensors: Mapping[str, Tensor]) 
     `tensors` are the parts here, of weights, gradients or moments, by the names of the weights; all ranks call it
     together. Those of other tensors than the experts' are rank 0's.
     """
-    own, group, found = _experts(model), mesh.ep, dict[str, Tensor]()
+    own, group, found = routed_experts(model), mesh.ep, dict[str, Tensor]()
     for name, tensor in tensors.items():
         if name in own and group.ranks[0] == 0 and group.size > 1:
             found[name] = _gather_blocks(tensor, mesh)
@@ -53,13 +54,3 @@ def _gather_blocks(tensor: Tensor, mesh: Mesh) -> Tensor:
     blocks = [torch.empty_like(sent) for _ in mesh.ep.ranks] if mesh.ep.index == 0 else None
     dist.gather(sent, blocks, dst=mesh.ep.ranks[0], group=mesh.ep.handle)
     return decode(torch.cat(blocks), tensor.dtype) if blocks else tensor
-
-
-def _experts(model: Transformer) -> dict[str, Tensor]:
-    """The weights of routed experts, by name."""
-    return {
-        f"{path}.{name}": parameter
-        for path, module in model.named_modules()
-        if isinstance(module, Experts)
-        for name, parameter in module.named_parameters()
-    }

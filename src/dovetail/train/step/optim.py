@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dovetail.config import Record
 from dovetail.numerics import capability
+from dovetail.parallel.pieces import Piece
 from dovetail.train.step import optim_numba
 
 
@@ -76,29 +77,40 @@ class Slot:
 class AdamW:
     def __init__(
         self,
-        parameters: Iterable[tuple[str, Tensor]],
+        parameters: Iterable[tuple[str, Tensor | Piece]],
         config: AdamWConfig,
         moments: Literal["bfloat16", "float32"] = "bfloat16",
     ) -> None:
-        """Raises ValueError for a beta so near 1 that moments of that dtype would stand still."""
+        """Of a `Piece` of a parameter, that piece alone is updated, by its gradient [n], and its state is pieces too.
+
+        Raises ValueError for a beta so near 1 that moments of that dtype would stand still.
+        """
         self.config, dtype = config, getattr(torch, moments)
         check_moments(config, dtype)
         self.updates = 0
         self.slots: dict[str, Slot] = {}
-        for name, parameter in parameters:
+        self._pieces: dict[str, Piece] = {}
+        for name, given in parameters:
+            if isinstance(given, Piece):
+                self._pieces[name] = given
+            parameter = given.flat if isinstance(given, Piece) else given
             data = parameter.detach()
             self.slots[name] = Slot(
                 parameter=parameter,
                 master=data if data.dtype == torch.float32 else data.float(),
                 moment1=torch.zeros_like(data, dtype=dtype),
                 moment2=torch.zeros_like(data, dtype=dtype),
-                weight_decay=config.weight_decay if data.ndim > 1 else 0.0,
+                weight_decay=config.weight_decay if len(given.shape) > 1 else 0.0,
             )
 
     def grad_norm(self, gradients: Mapping[str, Tensor]) -> float:
         """Euclidean norm over all gradients; inf or nan if any element is."""
-        squares = sums_of_squares([gradients[name] for name in self.slots])
-        return float(torch.stack(squares).sum().sqrt())
+        return float(torch.stack(list(self.squares(gradients).values())).sum().sqrt())
+
+    def squares(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sum of squares of each gradient, FP64."""
+        found = sums_of_squares([gradients[name] for name in self.slots])
+        return dict(zip(self.slots, found, strict=True))
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, grad_scale: float) -> None:
@@ -115,11 +127,18 @@ class AdamW:
         )
         update(list(self.slots.values()), [gradients[name] for name in self.slots], config, coefficients)
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors that make up the state, to be saved or loaded in place; `updates` is apart."""
+    def state(self) -> dict[str, dict[str, Tensor | Piece]]:
+        """What makes up the state, to be saved or loaded in place; `updates` is apart."""
         return {
-            part: {name: getattr(slot, part) for name, slot in self.slots.items()}
+            part: self.placed({name: getattr(slot, part) for name, slot in self.slots.items()})
             for part in ("master", "moment1", "moment2")
+        }
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Piece]:
+        """Tensors shaped as the masters, such as their averages: as pieces where the parameters are."""
+        return {
+            name: replace(self._pieces[name], flat=tensor) if name in self._pieces else tensor
+            for name, tensor in tensors.items()
         }
 
     @torch.no_grad()
