@@ -12,7 +12,15 @@ PRETRAINING = Layout(pp=16, ep=64, dp=128, microbatches=120, schedule="dualpipe"
 
 @pytest.mark.parametrize(
     ("layout", "ranks_per_node"),
-    [(PRETRAINING, 8), (Layout(pp=3, dp=4, ep=2), 4), (Layout(pp=4, dp=2), 8), (Layout(dp=8, ep=4), 2), (Layout(dp=8, ep=2), 4), (Layout(dp=4), 4), (Layout(dp=4, ep=4), 1)],
+    [
+        (PRETRAINING, 8),
+        (Layout(pp=3, dp=4, ep=2), 4),
+        (Layout(pp=4, dp=2), 8),
+        (Layout(dp=8, ep=4), 2),
+        (Layout(dp=8, ep=2), 4),
+        (Layout(dp=4), 4),
+        (Layout(dp=4, ep=4), 1),
+    ],
 )
 def test_every_rank_is_once_in_each_kind_of_group(layout: Layout, ranks_per_node: int) -> None:
     found = partitions(layout, ranks_per_node)
