@@ -1,6 +1,7 @@
 """A model on the ranks of a pipeline has the losses and gradients of one process, under every schedule."""
 
 from collections.abc import Callable, Sequence
+from random import Random
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from rank_processes import Ranks
 
 from dovetail.network.demands.transfers import pipeline
 from dovetail.numerics.formats.errors import network_terms, normwise_error, tolerance
-from dovetail.spec.layout import Layout
+from dovetail.parallel.schedules.pipelines import SCHEDULES
+from dovetail.spec.layout import Layout, check_layout, divisors
 from dovetail.spec.model import ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]
@@ -17,7 +19,11 @@ SpecFactory = Callable[..., ModelSpec]
 # (layout, changes of the model, changes of the case) for four ranks
 CASES = [
     (Layout(pp=4, microbatches=5), {"layers": 6, "mtp": 2}, {"separate_documents": True}),
-    (Layout(pp=4, microbatches=6, schedule="zb1p", stage_layers=(2, 1, 1, 1)), {"layers": 5, "tied": True}, {"recompute": True}),
+    (
+        Layout(pp=4, microbatches=6, schedule="zb1p", stage_layers=(2, 1, 1, 1)),
+        {"layers": 5, "tied": True},
+        {"recompute": True},
+    ),
     (Layout(pp=4, microbatches=8, schedule="dualpipe"), {"mtp": 1}, {"dtype": torch.bfloat16}),
     (Layout(pp=4, microbatches=8, schedule="dualpipev"), {"layers": 8, "mtp": 1, "tied": True}, {}),
     (Layout(pp=4, microbatches=4, schedule="interleaved", chunks=2), {"layers": 9}, {"dtype": torch.bfloat16}),
@@ -89,10 +95,70 @@ def predicted(each: Case) -> list[tuple[int, int]]:
     return [(nic, node) for nic, node in sent]
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=str)
-def test_ranks_have_what_one_process_has(index: int, ranks: Ranks, tiny_spec: SpecFactory) -> None:
-    each = case(tiny_spec, *CASES[index])
-    check(each, [one[0] for one in ranks.run(on_ranks, [each])])
+def check_all(cases: Sequence[Case], ranks: Ranks) -> None:
+    for each, found in zip(cases, zip(*ranks.run(on_ranks, cases), strict=True), strict=True):
+        check(each, found)
+
+
+def test_ranks_have_what_one_process_has(ranks: Ranks, tiny_spec: SpecFactory) -> None:
+    check_all([case(tiny_spec, *each) for each in CASES], ranks)
+
+
+def drawn(spec: SpecFactory, world: int, seed: int) -> Case:
+    """A legal layout and a model for it."""
+    random = Random(seed)
+    pp = random.choice([each for each in divisors(world) if each > 1] + [world])
+    dp = world // pp
+    ep = random.choice(divisors(dp))
+    schedule = SCHEDULES[seed % len(SCHEDULES)]
+    microbatches = {
+        "interleaved": pp * random.randint(1, 3),
+        "1f1b": random.randint(1, 6),
+        "zb1p": random.randint(1, 6),
+    }
+    chunks = random.randint(1, 3)
+    layout = Layout(
+        pp=pp,
+        dp=dp,
+        ep=ep,
+        schedule=schedule,
+        chunks=chunks,
+        microbatches=microbatches.get(schedule, 2 * pp + 2 * random.randint(0, 2)),
+        microbatch_size=random.randint(1, 2),
+    )
+    layers = layout.num_stages + random.randint(0, 3)
+    if random.random() < 0.5:  # ragged stages
+        cuts = sorted(random.sample(range(1, layers), layout.num_stages - 1))
+        counts = tuple(stop - start for start, stop in zip([0, *cuts], [*cuts, layers], strict=True))
+        layout = layout.model_copy(update={"stage_layers": counts})
+    made = spec(
+        num_hidden_layers=layers,
+        num_nextn_predict_layers=random.randint(0, 2),
+        tie_word_embeddings=random.random() < 0.4,
+        n_shared_experts=random.randint(0, 2),
+        first_k_dense_replace=random.randint(0, layers),
+        initializer_range=0.1,
+    )
+    check_layout(layout, made)
+    return Case(
+        spec=made,
+        layout=layout,
+        dtype=torch.float32 if ep > 1 or random.random() < 0.5 else torch.bfloat16,
+        length=random.randint(4, 12),
+        recompute=random.random() < 0.5,
+        separate_documents=random.random() < 0.5,
+        hops=random.choice(["one", "two"]),
+        ranks_per_node=random.choice([each for each in divisors(world) if each % ep == 0 or ep % each == 0]),
+    )
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_random_layouts_on_four_ranks(first: int, ranks: Ranks, tiny_spec: SpecFactory) -> None:
+    check_all([drawn(tiny_spec, 4, seed) for seed in range(first, first + 10)], ranks)
+
+
+def test_random_layouts_on_two_ranks(two: Ranks, tiny_spec: SpecFactory) -> None:
+    check_all([drawn(tiny_spec, 2, seed) for seed in range(100, 120)], two)
 
 
 TWINS = {
