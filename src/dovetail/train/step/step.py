@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.model.experts.gate import Gate, balance_loss, bias_update, max_violation
-from dovetail.model.transformer import Transformer
+from dovetail.model.experts.gate import Gate, Routing, balance_loss, bias_update, max_violation
+from dovetail.model.transformer import Output, Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.loss import IGNORED, weighted_loss
@@ -57,6 +57,16 @@ class Losses:
     counts: list[Tensor]  # per MoE layer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndLosses:
+    """Of one microbatch where the head is: see `Losses`."""
+
+    token: Tensor
+    mtp: list[Tensor]
+    plain: Tensor
+    routings: list[Routing]  # of the MTP modules
+
+
 def compute_losses(model: Transformer, batch: Batch, separate_documents: bool, share: Share | None = None) -> Losses:
     """Main and MTP losses of one microbatch, batch.tokens [B, T + 1], moved to where the model is.
 
@@ -68,19 +78,33 @@ def compute_losses(model: Transformer, batch: Batch, separate_documents: bool, s
     if share is None:
         share = Share(num_targets=count_targets([batch], depths, separate_documents), weights=[1.0] * depths)
     device = model.norm.weight.device
-    tokens = batch.tokens.to(device)
-    batch_size, length = tokens.shape[0], tokens.shape[1] - 1
-    ids = batch.document_ids.to(device) if separate_documents else None
-    inputs = tokens[:, :-1].contiguous()
-    output = model(inputs, document_ids=None if ids is None else ids[:, :-1])
-    routings = list(output.routings)
+    batch = Batch(tokens=batch.tokens.to(device), document_ids=batch.document_ids.to(device))
+    inputs = batch.tokens[:, :-1].contiguous()
+    output = model(inputs, document_ids=batch.document_ids[:, :-1] if separate_documents else None)
+    end = end_losses(model, output, batch, separate_documents, share)
+    moe, routings = model.spec.moe, [*output.routings, *end.routings]
+    balance = end.plain.new_zeros(())
+    if moe is not None and routings:
+        balance = torch.stack([balance_loss(routing, len(inputs), moe) for routing in routings]).sum()
+    return Losses(
+        token=end.token,
+        mtp=end.mtp,
+        plain=end.plain,
+        balance=balance,
+        counts=[routing.counts for routing in routings],
+    )
+
+
+def end_losses(model: Transformer, output: Output, batch: Batch, separate_documents: bool, share: Share) -> EndLosses:
+    """Main and MTP losses of what came out of the final norm; `model` may be the last stage of a pipeline."""
+    tokens, length = batch.tokens, batch.tokens.shape[1] - 1
+    ids = batch.document_ids if separate_documents else None
 
     def loss(hidden: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         targets = _targets(tokens, ids, depth + 1)
         return weighted_loss(hidden, model.head_weight, targets, share.num_targets[depth], share.weights[depth])
 
-    found = [loss(output.hidden, 0)]
-    hidden = output.hidden
+    found, routings = [loss(output.hidden, 0)], list[Routing]()
     for depth in range(len(model.mtp)):
         # Position i has seen tokens up to i + depth + 1 and predicts token i + depth + 2.
         positions = length - depth - 1
@@ -88,21 +112,12 @@ def compute_losses(model: Transformer, batch: Batch, separate_documents: bool, s
         # A position belongs to the document of its hidden state: so the one that joins the end of a document to
         # the next one's first token comes last in the former, and none of the latter sees it.
         kept = None if ids is None else ids[:, :positions]
-        output = model.mtp_forward(depth, hidden[:, :positions].contiguous(), nearer, document_ids=kept)
-        hidden = output.hidden
+        hidden = output.hidden[:, :positions].contiguous()
+        output = model.mtp_forward(depth, hidden, nearer, document_ids=kept)
         routings += output.routings
-        found.append(loss(hidden, depth + 1))
-    moe, (weighted, plain) = model.spec.moe, zip(*found, strict=True)
-    balance = plain[0].new_zeros(())
-    if moe is not None and routings:
-        balance = torch.stack([balance_loss(routing, batch_size, moe) for routing in routings]).sum()
-    return Losses(
-        token=weighted[0],
-        mtp=list(weighted[1:]),
-        plain=torch.stack(plain),
-        balance=balance,
-        counts=[routing.counts for routing in routings],
-    )
+        found.append(loss(output.hidden, depth + 1))
+    weighted, plain = zip(*found, strict=True)
+    return EndLosses(token=weighted[0], mtp=list(weighted[1:]), plain=torch.stack(plain), routings=routings)
 
 
 def _targets(tokens: Tensor, ids: Tensor | None, ahead: int) -> Tensor:
