@@ -1,4 +1,4 @@
-"""Two pieces of work on one rank that take turns: while the exchange of one is under way, the other computes.
+"""Two pieces of work take turns: while the exchange of one is under way, the other computes.
 
     first    computes  posts a | waits               computes  posts b | waits
     second                     | computes  posts c                     | waits for c, computes

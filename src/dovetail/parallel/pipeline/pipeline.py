@@ -88,7 +88,9 @@ class Pipeline:
         Raises ValueError unless they are as many as in the schedule.
         """
         if len(batches) != self.schedule.microbatches:
-            raise ValueError(f"{len(batches)} micro-batches for a schedule of {self.schedule.microbatches}")
+            raise ValueError(
+                f"{len(batches)} micro-batches for a schedule of {self.schedule.microbatches}: give one Batch for each"
+            )
         run = _Run(self, batches, aims)
         try:
             for number, step in enumerate(self.steps):
