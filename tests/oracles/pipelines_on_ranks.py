@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from unittest.mock import patch
 
 import torch
@@ -43,6 +43,7 @@ class Case:
     separate_documents: bool = False
     hops: str = "one"
     ranks_per_node: int = 1
+    is_overlapped: bool = True
     twin: str = ""  # what is broken
 
     @property
@@ -83,7 +84,6 @@ class Found:
     peak: int = 0
     nic: int = 0  # bytes sent by the pipeline
     node: int = 0
-    stages: dict[int, list[str]] = field(default_factory=dict)  # names of parameters here, by stage
 
 
 # ---- One process ----
@@ -131,7 +131,7 @@ def _on_rank(case: Case) -> Found:
             take_part(model, mesh, dispatcher)
     first = mesh.dp.index * layout.microbatches
     own = case.batches()[first : first + layout.microbatches]
-    pipeline = Pipeline(models, schedule, mesh)
+    pipeline = Pipeline(models, schedule, mesh, case.is_overlapped)
     with BROKEN.get(case.twin, nullcontext)():
         step = pipeline.run(own, aims_of(case))
     return Found(
@@ -179,6 +179,22 @@ def joined(case: Case, found: Sequence[Found]) -> tuple[Found, set[str]]:
     balance = sum(each.balance for each in found)
     single = {name for name, count in holders.items() if count == 1}
     return Found(gradients=gradients, losses=losses, balance=balance, counts=counts), single
+
+
+def refusals(spec: ModelSpec) -> list[str]:
+    """The messages for a schedule of other ranks, and for other micro-batches than the schedule has."""
+    right = Case(spec=spec, layout=Layout(pp=2, microbatches=2))
+    mesh, schedule, found = mesh_of(2, 1, 1, 1), right.schedule, []
+    models = build_stages(spec, stages(spec, right.layout), schedule.held_by(mesh.pp.index), torch.float32)
+    for attempt in (
+        lambda: Pipeline(models, make_schedule("1f1b", 3, 2), mesh),
+        lambda: Pipeline(models, schedule, mesh).run(right.batches()[:1], aims_of(right)),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 # ---- Twins with a fault each ----

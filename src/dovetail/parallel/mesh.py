@@ -33,6 +33,7 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from dovetail.parallel.turns import Turns
 from dovetail.spec.layout import Layout, divisors, nearest_divisor
 
 
@@ -44,6 +45,7 @@ class Group:
     ranks: tuple[int, ...]  # in the world, in the order of the group
     index: int  # of this rank in the group
     is_near: tuple[bool, ...]  # of each rank: whether it is on this rank's node
+    turns: Turns  # one for all groups of a mesh: who computes while an exchange is under way
 
     @property
     def size(self) -> int:
@@ -63,6 +65,7 @@ class Mesh:
     edp: Group
     node: Group
     rail: Group
+    turns: Turns
 
 
 def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
@@ -77,10 +80,11 @@ def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
     _check_agreement(layout, ranks_per_node, world)
     check_ranks(layout, world, ranks_per_node)
     found = partitions(layout, ranks_per_node)
-    groups = {name: _own_group(name, ranks, rank, ranks_per_node) for name, ranks in found.items()}
+    turns = Turns()
+    groups = {name: _own_group(name, ranks, rank, ranks_per_node, turns) for name, ranks in found.items()}
     links = {pair: dist.new_group(list(pair), group_desc="link") for pair in neighbours(found["pp"])}
     own = {pair: handle for pair, handle in links.items() if rank in pair}
-    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, **groups)
+    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, **groups)
 
 
 def check_ranks(layout: Layout, world: int, ranks_per_node: int) -> None:
@@ -150,8 +154,8 @@ def _check_agreement(layout: Layout, ranks_per_node: int, world: int) -> None:
             )
 
 
-def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int) -> Group:
+def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns) -> Group:
     handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), group_desc=name)
     own = tuple(ranks[(ranks == rank).any(axis=1)][0].tolist())
     is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in own)
-    return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near)
+    return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near, turns=turns)

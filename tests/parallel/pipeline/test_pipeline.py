@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 import torch
-from pipelines_on_ranks import Case, Found, alone, joined, on_ranks
+from pipelines_on_ranks import Case, Found, alone, joined, on_ranks, refusals
 from rank_processes import Ranks
 
 from dovetail.network.demands.transfers import pipeline
@@ -71,8 +71,7 @@ def check(each: Case, found: Sequence[Found]) -> None:
         limit = tolerance(each.dtype, roundings=2, terms=terms) if name == "embed_tokens.weight" else bound
         assert normwise_error(ours.gradients[name], gradient) < limit, name
     limits = each.schedule.activation_limit
-    each_stage = layout.dp
-    assert all(one.peak <= limits[rank // each_stage] for rank, one in enumerate(found))
+    assert all(one.peak <= limits[rank // layout.dp] for rank, one in enumerate(found))
     assert [(one.nic, one.node) for one in found] == predicted(each)
 
 
@@ -159,6 +158,26 @@ def test_random_layouts_on_four_ranks(first: int, ranks: Ranks, tiny_spec: SpecF
 
 def test_random_layouts_on_two_ranks(two: Ranks, tiny_spec: SpecFactory) -> None:
     check_all([drawn(tiny_spec, 2, seed) for seed in range(100, 120)], two)
+
+
+@pytest.mark.parametrize("schedule", ["dualpipe", "dualpipev"])
+@pytest.mark.parametrize("hops", ["one", "two"])
+def test_overlap_changes_no_bit(hops: str, schedule: str, ranks: Ranks, tiny_spec: SpecFactory) -> None:
+    layout = Layout(pp=2, dp=2, ep=2, microbatches=6, schedule=schedule)
+    settings = {"dtype": torch.bfloat16, "hops": hops, "recompute": True}
+    cases = [case(tiny_spec, layout, {"mtp": 1}, {**settings, "is_overlapped": each}) for each in (True, False)]
+    for overlapped, plain in ranks.run(on_ranks, cases):
+        assert overlapped.gradients.keys() == plain.gradients.keys()
+        assert all(torch.equal(overlapped.gradients[name], plain.gradients[name]) for name in plain.gradients)
+        assert all(torch.equal(overlapped.losses[index], plain.losses[index]) for index in plain.losses)
+
+
+def test_what_does_not_fit_together_is_refused(two: Ranks, tiny_spec: SpecFactory) -> None:
+    for messages in two.run(refusals, tiny_spec()):
+        assert messages == [
+            "the schedule 1f1b has 3 ranks, the pipeline 2",
+            "1 micro-batches for a schedule of 2: give one Batch for each",
+        ]
 
 
 TWINS = {

@@ -6,7 +6,8 @@
 
 Each rank runs its own steps in order and waits for nothing but their inputs, so what runs is what
 `planner.training.timeline` replays. All ranks of a pipeline are given the same micro-batches: no tokens are sent.
-Ranks whose experts are on other ranks run the same schedule, so that their exchanges come in the same order.
+Ranks that share experts run the same schedule, so that their exchanges come in the same order. The halves of a `Pair`
+take turns (`parallel.turns`): while the tokens of one are on their way to experts or back, the other computes.
 
 Where the first and the last stage are on one rank, as in DualPipe, they share the embedding: one parameter, to which
 both add their gradients [V3 §3.2.3].
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.pipeline.held import Aims, Held, Sums
 from dovetail.parallel.pipeline.mail import Mail
 from dovetail.parallel.pipeline.messages import key_for, key_of
-from dovetail.parallel.schedules.schedule import Action, Pair, Schedule, Step
+from dovetail.parallel.schedules.schedule import Action, Schedule, Step
 from dovetail.parallel.wire import Traffic
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
@@ -68,12 +70,16 @@ def named_parameters(models: Mapping[Place, Transformer]) -> dict[str, Tensor]:
 class Pipeline:
     """The stages of this rank, and how they run."""
 
-    def __init__(self, models: Mapping[Place, Transformer], schedule: Schedule, mesh: Mesh) -> None:
-        """Raises ValueError where mesh and schedule differ in ranks."""
+    def __init__(
+        self, models: Mapping[Place, Transformer], schedule: Schedule, mesh: Mesh, is_overlapped: bool = True
+    ) -> None:
+        """`is_overlapped`: whether the exchanges of a `Pair` hide behind each other's arithmetic. Raises ValueError
+        where mesh and schedule differ in ranks."""
         if mesh.pp.size != schedule.ranks:
             raise ValueError(f"the schedule {schedule.name} has {schedule.ranks} ranks, the pipeline {mesh.pp.size}")
         self.models, self.schedule, self.mesh = models, schedule, mesh
         self.steps = schedule.actions[mesh.pp.index]
+        self.is_overlapped = is_overlapped and mesh.ep.size > 1  # alone there is nothing to hide
         self.traffic = Traffic()  # of hidden states and their gradients
 
     def run(self, batches: Sequence[Batch], aims: Aims) -> PipelineStep:
@@ -82,7 +88,9 @@ class Pipeline:
         Raises ValueError unless they are as many as in the schedule.
         """
         if len(batches) != self.schedule.microbatches:
-            raise ValueError(f"{len(batches)} micro-batches for a schedule of {self.schedule.microbatches}")
+            raise ValueError(
+                f"{len(batches)} micro-batches for a schedule of {self.schedule.microbatches}: give one Batch for each"
+            )
         run = _Run(self, batches, aims)
         try:
             for number, step in enumerate(self.steps):
@@ -108,11 +116,15 @@ class _Run:
 
     def step(self, number: int, step: Step) -> None:
         self.mail.post(number)
-        if isinstance(step, Pair):
-            self._run(step.forward)
-            self._run(step.backward)
+        inputs = [self._input(half) for half in step.halves]
+        works = [partial(self._run, half, x) for half, x in zip(step.halves, inputs, strict=True)]
+        if len(works) == 2 and self.pipeline.is_overlapped:
+            made: Sequence[Tensor | None] = self.pipeline.mesh.turns.both(*works)
         else:
-            self._run(step)
+            made = [work() for work in works]
+        for half, output in zip(step.halves, made, strict=True):  # in the order in which they are received
+            if output is not None:
+                self.mail.give(key_of(half), output)
 
     def result(self) -> PipelineStep:
         gradients, balances = self.sums.gradients, dict[int, Tensor]()
@@ -129,21 +141,22 @@ class _Run:
             peak=self.peak,
         )
 
-    def _run(self, action: Action) -> None:
+    def _input(self, action: Action) -> Tensor | None:
+        """What the stage next to it has made; None where there is none."""
+        is_end = action.stage == (0 if action.kind == "F" else self.pipeline.schedule.stages - 1)
+        return None if is_end or action.kind == "W" else self.mail.take(key_for(action))
+
+    def _run(self, action: Action, x: Tensor | None) -> Tensor | None:
+        """What the next stage needs; None where there is none."""
         held, microbatch = self.held[action.stage, action.direction], action.microbatch
         if action.kind == "W":
             held.weights(microbatch)
-            return
-        if action.kind == "F":
-            x = None if action.stage == 0 else self.mail.take(key_for(action))
-            made = held.forward(microbatch, self.batches[microbatch], x, (microbatch, action.stage) in self._split)
-            self.peak = max(self.peak, sum(len(each.kept) for each in self.held.values()))
-        else:
-            is_last = action.stage == self.pipeline.schedule.stages - 1
-            grad = None if is_last else self.mail.take(key_for(action))
-            made = held.backward(microbatch, grad, is_whole=action.kind == "B")
-        if made is not None:
-            self.mail.give(key_of(action), made)
+            return None
+        if action.kind != "F":
+            return held.backward(microbatch, x, is_whole=action.kind == "B")
+        made = held.forward(microbatch, self.batches[microbatch], x, (microbatch, action.stage) in self._split)
+        self.peak = max(self.peak, sum(len(each.kept) for each in self.held.values()))
+        return made
 
     def _empty(self, microbatch: int) -> Tensor:
         model = next(iter(self.pipeline.models.values()))
