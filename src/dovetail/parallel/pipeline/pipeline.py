@@ -15,7 +15,7 @@ both add their gradients [V3 §3.2.3].
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,9 +119,9 @@ class _Run:
         inputs = [self._input(half) for half in step.halves]
         works = [partial(self._run, half, x) for half, x in zip(step.halves, inputs, strict=True)]
         if len(works) == 2 and self.pipeline.is_overlapped:
-            made: Sequence[Tensor | None] = self.pipeline.mesh.turns.both(*works)
+            made: Iterable[Tensor | None] = self.pipeline.mesh.turns.both(*works)
         else:
-            made = [work() for work in works]
+            made = (work() for work in works)  # each is handed on before the next one runs
         for half, output in zip(step.halves, made, strict=True):  # in the order in which they are received
             if output is not None:
                 self.mail.give(key_of(half), output)
