@@ -26,7 +26,7 @@ from dovetail.parallel.schedules.schedule import Schedule
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
-from dovetail.train.step.step import Share, compute_losses, count_targets, end_losses
+from dovetail.train.step.losses import Share, compute_losses, count_targets, end_losses
 
 ALPHA = 0.01
 SEED = 5

@@ -16,6 +16,7 @@ from torch import Tensor
 from dovetail.model.transformer import Transformer
 from dovetail.parallel import shard
 from dovetail.parallel.holders import Block, Weight, blocks_of, weights_of
+from dovetail.parallel.mesh import form_mesh
 from dovetail.parallel.pieces import Piece
 from dovetail.parallel.shard import Shares
 from dovetail.spec.layout import Layout
@@ -85,7 +86,7 @@ def _on_rank(spec: ModelSpec, case: Case) -> Result:
     parameters = {
         name: before[name].flatten()[each.start : each.start + each.length].clone() for name, each in blocks.items()
     }
-    shares = Shares(parameters, weights, case.layout, RANKS_PER_NODE)
+    shares = Shares(parameters, weights, case.layout, form_mesh(case.layout, RANKS_PER_NODE))
     optimizer = AdamW(shares.pieces().items(), AdamWConfig())
     ema = Ema({name: slot.master for name, slot in optimizer.slots.items()}, 0.9)
     norms = []

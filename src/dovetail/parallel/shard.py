@@ -13,7 +13,7 @@ starts when its last gradient was given and all buckets before it have started: 
 ranks, in whichever order backward passes end. `give` never waits for another rank, which may be waiting for rows that
 this one has not sent yet.
 
-Bytes that a rank sends, of a bucket of S bytes (its pieces filled up to equal lengths, at most n - 1 elements a weight):
+Bytes that a rank sends, of a bucket of S bytes (pieces filled up to equal lengths, at most n - 1 elements a weight):
 
     reduce-scatter   S / n of gradients in FP32 to each of the others, directly
     all-gather       S / n of what is gathered, n - 1 times to the next rank: a ring

@@ -71,10 +71,11 @@ import torch.distributed as dist
 
 from dovetail.config import load_toml
 from dovetail.text.shards import open_store
-from dovetail.train.run import ranks
+from dovetail.train.layout import ranks
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.run_file import RunConfig, build_model
 from dovetail.model.transformer import initialize
+from dovetail.train.step.team import Alone
 
 run, store = load_toml(Path(sys.argv[1]), RunConfig), open_store(Path(sys.argv[2]))
 dist.init_process_group("gloo", timeout=timedelta(seconds=4))
@@ -83,8 +84,14 @@ with ranks.first_rank_first():
         time.sleep(6)
 model = build_model(run, torch.device("cpu"))
 initialize(model, 0)
+
+
+class Two(Alone):
+    num_shares, index = 2, dist.get_rank()
+
+
 for windows in (None, 7):
-    found = held_out(model, store, run.train.sequence_length, 4, windows)
+    found = held_out(Two(model), store, run.train.sequence_length, 4, windows)
     if dist.get_rank() == 1:
         print(*(value.hex() for value in found))
 dist.destroy_process_group()
@@ -107,7 +114,7 @@ def test_ranks_wait_for_the_first_and_measure_held_out_text_together(
     initialize(state.model, 0)
     told: list[tuple[int, int]] = []
     alone = [
-        held_out(state.model, state.held_out_store, 32, 4, windows, lambda *done: bool(told.append(done)))
+        held_out(state.team, state.held_out_store, 32, 4, windows, lambda *done: bool(told.append(done)))
         for windows in (None, 7)
     ]
     totals = list(dict.fromkeys(total for _, total in told))
