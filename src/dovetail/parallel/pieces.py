@@ -13,13 +13,16 @@ other cutting reads what it needs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 Sizes = tuple[int, ...]
 
@@ -68,6 +71,44 @@ class Piece:
             ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
             for offsets, sizes in self.rectangles()
         ]
+
+
+class SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = _at(self.state_dict, index)
+        return super().lookup_object(index) if found is None else found
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Raises ValueError, on the first rank and through it on all, for a tensor of which no rank has some part."""
+        found = defaultdict[str, dict[torch.Size, int]](dict)
+        sizes: dict[str, torch.Size] = {}
+        for item in (item for plan in all_plans for item in plan.items):
+            assert item.tensor_data is not None
+            sizes[item.index.fqn] = item.tensor_data.size
+            found[item.index.fqn][item.tensor_data.chunk.offsets] = item.tensor_data.chunk.sizes.numel()
+        for name, size in sizes.items():
+            if (count := sum(found[name].values())) != size.numel():
+                raise ValueError(f"the ranks together have {count} of the {size.numel()} elements of {name}")
+        return super().create_global_plan(all_plans)
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """As it is: flat already, which the default would see to, and with pieces, which it would not keep."""
+        self.state_dict, self.original_state_dict = state_dict, state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        found = _at(self.state_dict, index)
+        return super().lookup_tensor(index) if found is None else found
+
+
+def _at(state: Mapping[str, Any], index: MetadataIndex) -> Tensor | None:
+    """The rectangle of a piece that begins there; None of a tensor."""
+    leaf = state[index.fqn]
+    return leaf.rectangle_at(index.offset or ()) if isinstance(leaf, Piece) else None
 
 
 def _rectangles(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:

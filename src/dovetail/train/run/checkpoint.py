@@ -21,7 +21,6 @@ import json
 import re
 import shutil
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -33,14 +32,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dovetail.atomic import clear_leftovers, partial_name, publish, remove_directory, write_bytes
-from dovetail.parallel.pieces import Piece
+from dovetail.parallel.pieces import LoadPlanner, Piece, SavePlanner
 from dovetail.train.layout.ranks import PATIENCE
 from dovetail.train.run import manifest
 from dovetail.train.run.manifest import Fingerprint
@@ -177,7 +174,7 @@ def load_checkpoint(path: Path, state: State, partial: bool = False) -> dict[str
             raise ValueError(f"{path}: {problem}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
-        state_dict_loader.load(flat, storage_reader=reader, planner=_LoadPlanner(), no_dist=group is None)
+        state_dict_loader.load(flat, storage_reader=reader, planner=LoadPlanner(), no_dist=group is None)
     extra: dict[str, Any] = json.loads((path / "extra.json").read_text(encoding="utf-8"))
     return extra
 
@@ -189,7 +186,7 @@ def _write(path: Path, state: dict[str, Leaf], extra: str, keep: int, group: dis
     try:
         writer = FileSystemWriter(temporary, sync_files=True)
         state_dict_saver.save(
-            state, storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None
+            state, storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=group is None
         )
         # Each rank hashes what it wrote, while it is still in the page cache.
         own = f"__{rank}_*"
@@ -220,44 +217,6 @@ def checkpoints(root: Path) -> list[tuple[int, Path]]:
     if not root.is_dir():
         return []
     return [(int(match[1]), path) for path in root.iterdir() if (match := _FINAL.fullmatch(path.name))]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = _at(self.state_dict, index)
-        return super().lookup_object(index) if found is None else found
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Raises ValueError, on the first rank and through it on all, for a tensor of which no rank has some part."""
-        found = defaultdict[str, dict[torch.Size, int]](dict)
-        sizes: dict[str, torch.Size] = {}
-        for item in (item for plan in all_plans for item in plan.items):
-            assert item.tensor_data is not None
-            sizes[item.index.fqn] = item.tensor_data.size
-            found[item.index.fqn][item.tensor_data.chunk.offsets] = item.tensor_data.chunk.sizes.numel()
-        for name, size in sizes.items():
-            if (count := sum(found[name].values())) != size.numel():
-                raise ValueError(f"the ranks together have {count} of the {size.numel()} elements of {name}")
-        return super().create_global_plan(all_plans)
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """As it is: flat already, which the default would see to, and with pieces, which it would not keep."""
-        self.state_dict, self.original_state_dict = state_dict, state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = _at(self.state_dict, index)
-        return super().lookup_tensor(index) if found is None else found
-
-
-def _at(state: Mapping[str, Any], index: MetadataIndex) -> Tensor | None:
-    """The rectangle of a piece that begins there; None of a tensor."""
-    leaf = state[index.fqn]
-    return leaf.rectangle_at(index.offset or ()) if isinstance(leaf, Piece) else None
 
 
 def _tensor(leaf: Leaf) -> Tensor:
