@@ -1,10 +1,8 @@
 """The commands that carry a plan out: a run file for `dovetail train`, or those that start an engine.
 
-`dovetail train` has data parallelism only, with the optimizer's whole state on every rank. It cannot run a layout with
-pipelines, tensor or expert parallelism; for such a layout the reason stands in place of a command, with what the states
-would take whole. The engines are vLLM and SGLang, with the flags of their documentation of 2025 ("Expert Parallel
-Deployment" and "Data Parallel Deployment"; "Server Arguments", "Expert Parallelism"). None of these commands was run
-here.
+`dovetail train` runs every layout but those with tensor parallelism; for these the reason stands in place of a command.
+The engines are vLLM and SGLang, with the flags of their documentation of 2025 ("Expert Parallel Deployment" and "Data
+Parallel Deployment"; "Server Arguments", "Expert Parallelism"). None of these commands was run here.
 """
 
 from __future__ import annotations
@@ -16,13 +14,11 @@ from pathlib import Path
 from typing import Literal
 
 from dovetail.catalog.presets import find_model, model_names
-from dovetail.cost.memory.rank import pipeline_memory
 from dovetail.planner.request import Choice, Request
 from dovetail.planner.serving.decode import DecodePlan
 from dovetail.planner.serving.plan import ServingPlan
 from dovetail.planner.serving.prefill import PrefillPlan
 from dovetail.planner.training.plan import TrainingPlan
-from dovetail.spec.hardware import Gpu
 from dovetail.spec.hf_config import write_hf
 from dovetail.spec.kernel_shapes import accepted_by
 from dovetail.spec.layout import Layout
@@ -64,23 +60,13 @@ def launches(request: Request, choice: Choice) -> list[Launch]:
 def training_launch(plan: TrainingPlan, model: str) -> Launch:
     """Return the run file and its command, or the reason why there is none."""
     layout = plan.work.layout
-    split = [f"{name} = {value}" for name, value in _split(layout) if value > 1]
-    if split:
-        states = (_whole_states(plan),) if layout.shares_optimizer else ()
-        return Launch(title="to carry it out", notes=(_cannot(plan, split), *states))
+    if layout.tp > 1:
+        return Launch(title="to carry it out", notes=(_cannot(plan),))
     name = Path(model).name.removesuffix(".json").removesuffix(".toml") or "model"
     file = f"{name}-run.toml" if model.endswith(".toml") else f"{name}.toml"  # not over the model's own file
-    notes = [f"Save the first block as {file}; its [data] is Python's own library until you name your own text."]
-    if layout.shares_optimizer:
-        notes.append(_whole_states(plan))
-    elif layout.dp > 1:
-        memory = plan.largest_memory
-        notes.append(
-            "dovetail train keeps the optimizer's state whole on every rank, and so the plan counts it: "
-            f"{(memory.master_weights + memory.moments) / 1e9:.1f} GB of each rank's memory."
-        )
+    notes = (f"Save the first block as {file}; its [data] is Python's own library until you name your own text.",)
     blocks = (Block(kind="toml", text=run_file(plan, model, name)), Block(kind="sh", text=_command(plan, file)))
-    return Launch(title="to carry it out", blocks=blocks, notes=tuple(notes))
+    return Launch(title="to carry it out", blocks=blocks, notes=notes)
 
 
 def run_file(plan: TrainingPlan, model: str, name: str) -> str:
@@ -94,7 +80,7 @@ def run_file(plan: TrainingPlan, model: str, name: str) -> str:
     lines += ["", "[data]", 'kind = "stdlib"', "", "[train]", f"steps = {steps}", f"batch_size = {layout.batch}"]
     lines += [f"microbatch_size = {layout.microbatch_size}", f"sequence_length = {work.sequence_length}"]
     lines += [f"precision = {json.dumps(work.recipe.name)}", f"recompute = {json.dumps(work.recompute)}"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_layout(layout)]) + "\n"
 
 
 def serving_launches(plan: ServingPlan, model: str) -> list[Launch]:
@@ -117,8 +103,18 @@ def serving_launches(plan: ServingPlan, model: str) -> list[Launch]:
     return found
 
 
-def _split(layout: Layout) -> tuple[tuple[str, int], ...]:
-    return ("pp", layout.pp), ("ep", layout.ep), ("tp", layout.tp)
+def _layout(layout: Layout) -> list[str]:
+    """The lines of [layout]; none for one rank."""
+    if layout.gpus == 1:
+        return []
+    lines = ["", "[layout]", f"dp = {layout.dp}", f"pp = {layout.pp}", f"ep = {layout.ep}"]
+    if layout.pp > 1:
+        lines += [f"schedule = {json.dumps(layout.schedule)}", f"microbatches = {layout.microbatches}"]
+    if layout.schedule == "interleaved":
+        lines.append(f"chunks = {layout.chunks}")
+    if layout.stage_layers is not None:
+        lines.append(f"stage_layers = {list(layout.stage_layers)}")
+    return lines if layout.zero else [*lines, "zero = 0"]
 
 
 def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
@@ -128,43 +124,11 @@ def _changes(spec: ModelSpec, model: str) -> dict[str, object]:
     return {key: value for key, value in mine.items() if value not in (named.get(key), None) and key not in follows}
 
 
-def _whole_states(plan: TrainingPlan) -> str:
-    """Say that the plan has ZeRO-1 and dovetail has not, and what the layout takes without it."""
-    gpu, shared = plan.work.cluster.gpu, plan.largest_memory.total
-    whole = _fullest(plan, plan.work.layout.model_copy(update={"zero": 0}))
+def _cannot(plan: TrainingPlan) -> str:
     return (
-        "The plan shares the optimizer's state out among the ranks that hold the same weights (ZeRO-1). dovetail train "
-        f"does not: it keeps all of it on every rank. So this layout would take {_gigabytes(whole, gpu)} GB of a GPU "
-        f"instead of {_gigabytes(shared, gpu)}"
-        f"{f', and {gpu.name} has {gpu.memory_bytes / 1e9:.1f}' if whole > gpu.usable_bytes else ''}."
+        "dovetail train cannot run this layout: it does not share a layer's heads among ranks (tp = "
+        f"{plan.work.layout.tp}). Ask for --tp 1."
     )
-
-
-def _cannot(plan: TrainingPlan, split: list[str]) -> str:
-    gpu, gpus, batch = plan.work.cluster.gpu, plan.gpus, plan.goal.batch
-    plain = _fullest(plan, Layout(dp=gpus, microbatches=max(1, batch // gpus), zero=0))
-    if plain > gpu.usable_bytes:
-        way = "this model is too large for it"
-    elif batch % gpus:
-        way = f"ask for --pp 1 --ep 1 --tp 1 and a --batch that {gpus} divides"
-    else:
-        way = "ask for --pp 1 --ep 1 --tp 1"
-    return (
-        f"dovetail train cannot run this layout: it has data parallelism only, and this layout has "
-        f"{', '.join(split)}. With data parallelism alone a GPU needs {_gigabytes(plain, gpu)} GB and has "
-        f"{gpu.memory_bytes / 1e9:.1f}: {way}."
-    )
-
-
-def _fullest(plan: TrainingPlan, layout: Layout) -> int:
-    """Return the bytes of the fullest rank of another layout, without the runtime's."""
-    work = plan.work
-    ranks = pipeline_memory(work.spec, layout, work.recipe, work.sequence_length, work.recompute)
-    return max(rank.total for rank in ranks)
-
-
-def _gigabytes(size: int, gpu: Gpu) -> str:
-    return f"{(size + gpu.runtime_bytes) / 1e9:,.1f}"
 
 
 def _command(plan: TrainingPlan, file: str) -> str:

@@ -8,7 +8,6 @@ from dovetail.cost.memory.rank import RankMemory, pipeline_memory
 from dovetail.planner.training.chunks import Workload
 from dovetail.planner.training.figures import USES
 from dovetail.planner.training.search import Candidate
-from dovetail.planner.training.vary import FREE
 from dovetail.spec.layout import Layout, check_layout
 
 LARGEST = 1 << 16  # at most so many GPUs are tried
@@ -63,8 +62,7 @@ def _layouts(work: Workload, gpus: int, batch: int) -> Iterator[Layout]:
         for pp in reversed(_powers(min(gpus // tp, work.spec.num_hidden_layers))):
             dp = gpus // (pp * tp)
             for ep in reversed(_powers(dp * tp if work.spec.moe else 1)):
-                (zero,) = FREE.zero_of(pp, ep, tp)
-                layout = Layout(pp=pp, ep=ep, tp=tp, dp=dp, microbatches=max(1, batch // dp), zero=zero)
+                layout = Layout(pp=pp, ep=ep, tp=tp, dp=dp, microbatches=max(1, batch // dp))
                 try:
                     check_layout(layout, work.spec)
                 except ValueError:

@@ -122,7 +122,7 @@ def layouts(spec: ModelSpec, gpus: int, gpus_per_node: int, batch: int, choices:
                     )
                     if not _is_legal(layout, spec):
                         break  # it fails for a rule that does not depend on ep
-                    yield from (layout.model_copy(update={"zero": zero}) for zero in choices.zero_of(pp, ep, tp))
+                    yield from (layout.model_copy(update={"zero": zero}) for zero in choices.zero)
 
 
 def search(work: Workload, goal: TrainingGoal, gpus: int | None = None, choices: Choices = FREE) -> Found:

@@ -35,7 +35,7 @@ class Choices:
     microbatch_size: tuple[int, ...] = MICROBATCH_SIZES
     schedule: tuple[ScheduleName, ...] = SCHEDULES
     chunks: tuple[int, ...] = (2,)  # for "interleaved"
-    zero: tuple[Literal[0, 1], ...] | None = None  # None: what runs the layout decides (`zero_of`)
+    zero: tuple[Literal[0, 1], ...] = (1,)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.schedule if name not in SCHEDULES]
@@ -63,11 +63,6 @@ class Choices:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} = {' or '.join(map(str, values))}" for name, values in self.given.items())
-
-    def zero_of(self, pp: int, ep: int, tp: int) -> tuple[Literal[0, 1], ...]:
-        """Return the values of `zero` for a layout. Plain data parallelism is what `dovetail train` runs, with whole
-        optimizer states on every rank; others take other trainers, which share the states out as DeepSeek did."""
-        return (0 if pp * ep * tp == 1 else 1,) if self.zero is None else self.zero
 
     def among(self, name: str, values: Sequence[int]) -> list[int]:
         """Return those of `values` that may be taken for `name`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -45,7 +45,8 @@ def local_device() -> torch.device:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Rank 0 runs the block while the others wait, then they run it. A failure of rank 0 fails all.
+    """Rank 0 runs the block while the others wait, then they run it. Where rank 0 fails, the others exit, and say
+    nothing: its message is the one.
 
     They wait as long as it takes: NCCL gives up after ten minutes and gloo after thirty, so a group is made for this.
     """
@@ -55,7 +56,9 @@ def first_rank_first() -> Iterator[None]:
         return
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     if rank > 0 and not all_ranks(True, group):
-        raise ValueError("rank 0 could not prepare the run; its message says why")
+        with suppress(RuntimeError):  # until its connection breaks: torchrun ends all once one has ended
+            all_ranks(True, group)
+        raise SystemExit(1)
     is_well = False
     try:
         yield
