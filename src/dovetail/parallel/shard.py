@@ -1,4 +1,4 @@
-"""Sums gradients over exactly the ranks that hold a weight, and shares out its optimizer state (ZeRO-1).
+"""Sums gradients over the ranks that hold a weight, and shares out its optimizer state (ZeRO-1).
 
     backward  ->  give, give, ..., finish  ->  norm  ->  the optimizer on its pieces  ->  gather
                   FP32 sums                             in place                         whole weights again

@@ -1,4 +1,4 @@
-"""Forward alone, to measure text: hidden states pass the stages one after the other, and nothing is kept."""
+"""Forward alone, to measure text: hidden states pass one stage after the other, and nothing is kept."""
 
 from __future__ import annotations
 
