@@ -100,10 +100,11 @@ def test_a_part_of_a_prompt_takes_as_long_as_a_step() -> None:
     assert pace.part(4, 0, 1, 7) == 7
 
 
-def test_where_more_prompts_wait_than_sequences_decode_parts_are_longer() -> None:
+def test_a_burst_of_prompts_has_longer_parts() -> None:
     pace = measured(0.1, 0.2, sequences=4)
     pace.add_part(0, 0, 100, 0.1)
-    assert [pace.part(4, 0, waiting, 512) for waiting in (0, 4, 8)] == [int(STALL * each) for each in (100, 100, 200)]
+    alone = int(STALL * 100)
+    assert [pace.part(4, 0, waiting, 512) for waiting in (0, 1, 2, 3, 8)] == [alone, alone, 3 * alone, 5 * alone, 512]
 
 
 def test_a_part_beside_decoding_took_what_it_added_to_the_step() -> None:

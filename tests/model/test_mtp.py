@@ -14,7 +14,7 @@ from dovetail.numerics.formats.errors import network_terms, normwise_error, roww
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.loss import token_loss
-from dovetail.train.step.step import compute_losses
+from dovetail.train.step.losses import compute_losses
 
 SpecFactory = Callable[..., ModelSpec]
 ModelFactory = Callable[..., Transformer]

@@ -106,8 +106,8 @@ def hang() -> None:
 
 def sent_and_gathered() -> list[bool]:
     """Whether each group of the mesh has the ranks that it says, by its own collectives."""
-    mesh, found = mesh_of(4, 2), []
-    for group in (mesh.dp, mesh.ep, mesh.edp, mesh.node, mesh.rail):
+    mesh, piped, found = mesh_of(4, 2), form_mesh(Layout(pp=2, dp=2), 2), []
+    for group in (mesh.pp, mesh.dp, mesh.ep, mesh.edp, mesh.node, mesh.rail, piped.pp):
         ranks = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size)]
         dist.all_gather(ranks, torch.tensor([mesh.rank]), group=group.handle)
         found.append(tuple(int(rank) for rank in ranks) == group.ranks)

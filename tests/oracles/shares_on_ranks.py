@@ -16,6 +16,7 @@ from torch import Tensor
 from dovetail.model.transformer import Transformer
 from dovetail.parallel import shard
 from dovetail.parallel.holders import Block, Weight, blocks_of, weights_of
+from dovetail.parallel.mesh import form_mesh
 from dovetail.parallel.pieces import Piece
 from dovetail.parallel.shard import Shares
 from dovetail.spec.layout import Layout
@@ -85,7 +86,7 @@ def _on_rank(spec: ModelSpec, case: Case) -> Result:
     parameters = {
         name: before[name].flatten()[each.start : each.start + each.length].clone() for name, each in blocks.items()
     }
-    shares = Shares(parameters, weights, case.layout, RANKS_PER_NODE)
+    shares = Shares(parameters, weights, case.layout, form_mesh(case.layout, RANKS_PER_NODE))
     optimizer = AdamW(shares.pieces().items(), AdamWConfig())
     ema = Ema({name: slot.master for name, slot in optimizer.slots.items()}, 0.9)
     norms = []
@@ -115,7 +116,7 @@ def given_in_turns(spec: ModelSpec, layout: Layout) -> tuple[int, int, int]:
     blocks = blocks_of(weights, layout, rank)
     with patch.object(shard, "BUCKET", 10_000):
         parameters = {name: torch.zeros(block.length) for name, block in blocks.items()}
-        shares = Shares(parameters, weights, layout, layout.gpus)
+        shares = Shares(parameters, weights, layout, form_mesh(layout, layout.gpus))
     names, half = list(reversed(blocks)), 0
     for turn in range(layout.gpus):
         for place, name in enumerate(names if turn == rank else ()):

@@ -33,7 +33,7 @@ from dovetail.cost.ops.ops import Gemm
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.hardware import RUNTIME_BYTES, Cluster, Efficiency, Gpu, Link, PeakTflops
 from dovetail.spec.measurements import Estimate, GemmPoint
-from dovetail.train.run.ranks import local_device, process_group, rank_and_world
+from dovetail.train.layout.ranks import local_device, process_group, rank_and_world
 
 SMALLEST_SHARE = 0.2  # at least this share of an operation's time counts as work, however long a launch takes
 

@@ -201,30 +201,30 @@ def whole(spec: ModelSpec) -> Stage:
 
 
 @torch.no_grad()
-def initialize(model: Transformer, seed: int) -> None:
+def initialize(model: Transformer, seed: int, block: tuple[int, int] = (0, 1)) -> None:
     """Normal(0, initializer_range) for every matrix, ones for norms, zeros for gate biases [V3 §4.2].
 
     Drawn in FP32 in the order of the whole model's state dict: one seed gives one model in every dtype, up to rounding,
-    and to each stage its part of it.
+    and to each stage its part of it. `block` (i, n): of routed experts the i-th of n blocks is here.
     """
     generator = torch.Generator().manual_seed(seed)
     here = dict(model.named_parameters())
-    for name, shape in _parameter_shapes(model):
+    for name, shape in _parameter_shapes(model, is_whole=model.stage == whole(model.spec) and block == (0, 1)):
         if name.endswith("norm.weight"):
             drawn = torch.ones(shape)
         else:
             drawn = torch.randn(shape, generator=generator, dtype=torch.float32).mul_(model.spec.initializer_range)
         if name in here:
-            here[name].copy_(drawn)
+            here[name].copy_(drawn if drawn.shape == here[name].shape else drawn.chunk(block[1])[block[0]])
     for name, buffer in model.named_buffers():
         assert name.endswith("e_score_correction_bias"), name
         buffer.zero_()
 
 
-def _parameter_shapes(model: Transformer) -> Iterator[tuple[str, torch.Size]]:
+def _parameter_shapes(model: Transformer, is_whole: bool) -> Iterator[tuple[str, torch.Size]]:
     """Of the whole model, in order."""
     everything = model
-    if model.stage != whole(model.spec):
+    if not is_whole:
         with torch.device("meta"):
             everything = Transformer(model.spec)
     return ((name, parameter.shape) for name, parameter in everything.named_parameters())

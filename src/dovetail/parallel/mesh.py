@@ -6,25 +6,34 @@ of the experts come next, stages of the pipeline last.
     rank  = (stage * copies + copy) * ep + member       copies = dp / ep
     node  = rank // ranks_per_node
 
+    pp      the ranks of one pipeline, in its order: all of them have the same tokens
     dp      all ranks of a stage: each has other tokens, and the same weights but for the experts
     ep      ranks that share one copy of the experts; member m has the m-th of their contiguous blocks
     edp     ranks that have the same experts
     node    of an ep group, the ranks on one node
     rail    of an ep group, the ranks with the same index on their nodes
 
-An ep group is whole nodes, or a part of one: then it has node = ep, and each rank is a rail of its own. DeepSeek-V3
-trained with ep 64 on nodes of 8 [V3 §3.2]. One stage only so far, and no tensor parallelism.
+A "stage" is here a rank of the pipeline, which may hold several stages of the model: a schedule says which. An ep group
+is whole nodes, or a part of one: then it has node = ep, and each rank is a rail of its own. DeepSeek-V3 trained with
+pp 16 and ep 64 on nodes of 8 [V3 §3.2]. No tensor parallelism so far.
+
+Between neighbours of a pipeline, whose last rank is the first one's neighbour, there is a group of two for each
+direction (`links`). So a message waits for those that the same rank sent before it, and for no other, on backends too
+that carry out the messages of a group in order, as NCCL does.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from dovetail.parallel.turns import Turns
 from dovetail.spec.layout import Layout, divisors, nearest_divisor
 
 
@@ -36,6 +45,7 @@ class Group:
     ranks: tuple[int, ...]  # in the world, in the order of the group
     index: int  # of this rank in the group
     is_near: tuple[bool, ...]  # of each rank: whether it is on this rank's node
+    turns: Turns  # one for all groups of a mesh: who computes while an exchange is under way
 
     @property
     def size(self) -> int:
@@ -48,11 +58,14 @@ class Mesh:
 
     rank: int
     ranks_per_node: int
+    links: Mapping[tuple[int, int], dist.ProcessGroup]  # (from, to) in the world, of those from and to this rank
+    pp: Group
     dp: Group
     ep: Group
     edp: Group
     node: Group
     rail: Group
+    turns: Turns
 
 
 def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
@@ -66,25 +79,24 @@ def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
         ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # set by torchrun
     _check_agreement(layout, ranks_per_node, world)
     check_ranks(layout, world, ranks_per_node)
-    groups = {
-        name: _own_group(name, ranks, rank, ranks_per_node)
-        for name, ranks in partitions(layout, ranks_per_node).items()
-    }
-    return Mesh(rank=rank, ranks_per_node=ranks_per_node, **groups)
+    found = partitions(layout, ranks_per_node)
+    turns = Turns()
+    groups = {name: _own_group(name, ranks, rank, ranks_per_node, turns) for name, ranks in found.items()}
+    links = {pair: dist.new_group(list(pair), group_desc="link") for pair in neighbours(found["pp"])}
+    own = {pair: handle for pair, handle in links.items() if rank in pair}
+    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, **groups)
 
 
 def check_ranks(layout: Layout, world: int, ranks_per_node: int) -> None:
     """Raise ValueError, with the nearest legal value, unless `world` ranks on such nodes can run `layout`."""
-    for name, value in (("pp", layout.pp), ("tp", layout.tp)):
-        if value > 1:
-            raise ValueError(
-                f"{name} = {value} is planned but does not run yet: set {name} = 1, and dp = {layout.gpus}"
-            )
-    if world != layout.gpus:
+    if layout.tp > 1:
         raise ValueError(
-            f"dp = {layout.dp} needs {layout.gpus} ranks, and {world} were started: set dp = {world}, or start "
-            f"{layout.gpus}"
+            f"tp = {layout.tp} is planned but does not run yet: set tp = 1, and dp = {layout.dp * layout.tp}"
         )
+    if world != layout.gpus:
+        needed = f"dp = {layout.dp}" + (f" x pp = {layout.pp}" if layout.pp > 1 else "")
+        remedy = f"set dp = {world // layout.pp}, or start" if world % layout.pp == 0 else "start"
+        raise ValueError(f"{needed} needs {layout.gpus} ranks, and {world} were started: {remedy} {layout.gpus}")
     if layout.dp % layout.ep:
         raise ValueError(
             f"ep = {layout.ep} does not divide the {layout.dp} ranks of a stage; nearest: ep = "
@@ -108,12 +120,22 @@ def partitions(layout: Layout, ranks_per_node: int) -> dict[str, NDArray[np.int6
     copies, each = layout.expert_replicas, min(layout.ep, ranks_per_node)
     grid = np.arange(layout.gpus).reshape(layout.pp, copies, layout.ep // each, each)
     return {
+        "pp": grid.reshape(layout.pp, layout.dp).T,
         "dp": grid.reshape(layout.pp, layout.dp),
         "ep": grid.reshape(-1, layout.ep),
         "edp": grid.transpose(0, 2, 3, 1).reshape(-1, copies),
         "node": grid.reshape(-1, each),
         "rail": grid.transpose(0, 1, 3, 2).reshape(-1, layout.ep // each),
     }
+
+
+def neighbours(pipelines: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Each pair (from, to) of neighbours in pipelines [pipelines, ranks], both ways, all pipelines in turn."""
+    for ranks in pipelines.tolist():
+        ring = [*ranks, *ranks[:1]] if len(ranks) > 2 else ranks
+        for one, other in pairwise(ring):
+            yield one, other
+            yield other, one
 
 
 def _fits_nodes(ep: int, ranks_per_node: int) -> bool:
@@ -132,8 +154,8 @@ def _check_agreement(layout: Layout, ranks_per_node: int, world: int) -> None:
             )
 
 
-def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int) -> Group:
+def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns) -> Group:
     handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), group_desc=name)
     own = tuple(ranks[(ranks == rank).any(axis=1)][0].tolist())
     is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in own)
-    return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near)
+    return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near, turns=turns)

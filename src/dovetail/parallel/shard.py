@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dovetail.parallel.holders import Block, Weight, blocks_of, rank_sets
-from dovetail.parallel.mesh import Group
+from dovetail.parallel.mesh import Group, Mesh
 from dovetail.parallel.pieces import Piece
 from dovetail.parallel.wire import Traffic
 from dovetail.spec.layout import Layout
@@ -75,19 +75,19 @@ class Shares:
     """This rank's shares of the weights that it holds, and the exchanges that keep them right."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], weights: Mapping[str, Weight], layout: Layout, ranks_per_node: int
+        self, parameters: Mapping[str, Tensor], weights: Mapping[str, Weight], layout: Layout, mesh: Mesh
     ) -> None:
         """Form groups; all ranks call it together. `parameters` are this rank's, contiguous, as `blocks_of` says."""
         self.traffic = Traffic()
-        self._rank, self._is_shared_out = dist.get_rank(), layout.zero == 1
+        self._rank, self._is_shared_out = mesh.rank, layout.zero == 1
         self.blocks = blocks_of(weights, layout, self._rank)
         held = {name: parameter.numel() for name, parameter in parameters.items()}
         assert held == {name: block.length for name, block in self.blocks.items()}, "another model than the layout's"
         self._parameters = {name: parameters[name].detach().view(-1) for name in self.blocks}
-        groups = _form_groups(rank_sets(weights, layout), self._rank, ranks_per_node)
+        groups = _form_groups(rank_sets(weights, layout), mesh)
         self._groups = {name: groups[block.ranks] for name, block in self.blocks.items() if len(block.ranks) > 1}
         self._buckets = _fill_buckets(self.blocks, self._groups)
-        self._world = _group(dist.group.WORLD, tuple(range(layout.gpus)), self._rank, ranks_per_node)
+        self._world = _group(dist.group.WORLD, tuple(range(layout.gpus)), mesh)
         self._given: dict[str, Tensor] = {}
         self._sums: list[_Exchange] = []  # of the first buckets
 
@@ -211,20 +211,20 @@ class Shares:
             self.traffic.nic += size
 
 
-def _form_groups(sets: Sequence[tuple[int, ...]], rank: int, ranks_per_node: int) -> dict[tuple[int, ...], Group]:
+def _form_groups(sets: Sequence[tuple[int, ...]], mesh: Mesh) -> dict[tuple[int, ...], Group]:
     """Those of this rank; all ranks form all of them, in the same order."""
     found = {}
     for ranks in sets:
         if len(ranks) > 1:
             handle = dist.new_group(list(ranks), group_desc="shares")
-            if rank in ranks:
-                found[ranks] = _group(handle, ranks, rank, ranks_per_node)
+            if mesh.rank in ranks:
+                found[ranks] = _group(handle, ranks, mesh)
     return found
 
 
-def _group(handle: dist.ProcessGroup, ranks: tuple[int, ...], rank: int, ranks_per_node: int) -> Group:
-    is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in ranks)
-    return Group(handle=handle, ranks=ranks, index=ranks.index(rank), is_near=is_near)
+def _group(handle: dist.ProcessGroup, ranks: tuple[int, ...], mesh: Mesh) -> Group:
+    is_near = tuple(other // mesh.ranks_per_node == mesh.rank // mesh.ranks_per_node for other in ranks)
+    return Group(handle=handle, ranks=ranks, index=ranks.index(mesh.rank), is_near=is_near, turns=mesh.turns)
 
 
 def _fill_buckets(blocks: Mapping[str, Block], groups: Mapping[str, Group]) -> list[Bucket]:

@@ -63,7 +63,8 @@ class Wire:
                 self.traffic.node += size if is_near else 0
                 self.traffic.nic += 0 if is_near else size
         arrived = rows.new_empty(sum(taken), rows.shape[1])
-        dist.all_to_all_single(arrived, rows, list(taken), list(given), group=self.group.handle)
+        work = dist.all_to_all_single(arrived, rows, list(taken), list(given), group=self.group.handle, async_op=True)
+        self.group.turns.await_exchange(work)
         return arrived
 
 

@@ -19,7 +19,7 @@ from dovetail.numerics import capability
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import GemmPrecision, Quantization, Recipe
 from dovetail.train.run.footprint import counting_saved, random_batch
-from dovetail.train.step.step import compute_losses
+from dovetail.train.step.losses import compute_losses
 
 SpecFactory = Callable[..., ModelSpec]
 SEQUENCES, LENGTH = 2, 12

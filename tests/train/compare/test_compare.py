@@ -21,6 +21,7 @@ from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.run.stop import Interrupted
 from dovetail.train.step import step as stepping
+from dovetail.train.step.team import Alone
 
 Build = Callable[..., RunConfig]
 Compared = Callable[..., Comparison]
@@ -135,7 +136,7 @@ def test_seeds_come_in_order_and_do_not_depend_on_each_other(compared: Compared)
 def test_a_stopped_comparison_goes_on_after_its_last_whole_seed(
     compared: Compared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, calls = stepping.train_step, []
+    step, calls = stepping.team_step, []
 
     def stopping(*arguments: object) -> object:
         calls.append(1)
@@ -143,7 +144,7 @@ def test_a_stopped_comparison_goes_on_after_its_last_whole_seed(
             raise KeyboardInterrupt
         return step(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "train_step", stopping)
+    monkeypatch.setattr(loop, "team_step", stopping)
     stopped = compared(name="stopped")
     with pytest.raises(Interrupted, match="1 whole seeds"):
         compare(stopped, 2)
@@ -169,15 +170,15 @@ def test_a_seed_without_its_measurement_on_held_out_text_is_not_whole(compared: 
 
 
 def test_a_step_that_is_not_finite_is_null_and_counted(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, calls = stepping.train_step, []
+    step, calls = stepping.team_step, []
 
-    def poisoned(model: loop.Transformer, *rest: object) -> object:
+    def poisoned(team: Alone, *rest: object) -> object:
         calls.append(1)
         if len(calls) == 6:  # B's side of the third step
-            model.norm.weight.data[0] = float("nan")
-        return step(model, *rest)  # type: ignore[arg-type]
+            team.models[0].norm.weight.data[0] = float("nan")
+        return step(team, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "train_step", poisoned)
+    monkeypatch.setattr(loop, "team_step", poisoned)
     what = compared()
     pairs = [pair for pair in compare(what, 1) if isinstance(pair, Pair)]
     assert [pair.b.skipped for pair in pairs if pair.b] == [False, False, True, True]

@@ -56,7 +56,7 @@ def test_a_step_is_watched_without_changing_it(
         model = random_model(tiny_spec(), dtype=torch.bfloat16)
         apply_recipe(model, load_recipe("deepseek-v3"))
         if is_watched:
-            with watch(model) as layers:
+            with watch([model]) as layers:
                 model(tokens).hidden.float().square().mean().backward()
         else:
             model(tokens).hidden.float().square().mean().backward()

@@ -29,6 +29,7 @@ from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, load_weights, resolve_schedule
 from dovetail.train.run.stop import Diverged, Interrupted
 from dovetail.train.step.schedule import Schedule, Segment
+from dovetail.train.step.team import Alone
 
 Build = Callable[..., RunConfig]
 
@@ -130,15 +131,15 @@ def test_ctrl_c_saves_the_step_it_was_in(
 def test_non_finite_steps_are_skipped_counted_and_then_fatal(
     tmp_path: Path, text: Path, tiny_run: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = loop.train_step
+    step = loop.team_step
 
-    def poisoned(model: loop.Transformer, *rest: object, **named: object) -> object:
+    def poisoned(team: Alone, *rest: object, **named: object) -> object:
         number = rest[0].updates  # type: ignore[attr-defined]
         if number == 4:  # from the fifth step on, every gradient is a NaN
-            model.norm.weight.data[0] = float("nan")
-        return step(model, *rest, **named)  # type: ignore[arg-type]
+            team.models[0].norm.weight.data[0] = float("nan")
+        return step(team, *rest, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "train_step", poisoned)
+    monkeypatch.setattr(loop, "team_step", poisoned)
     with pytest.raises(Diverged, match=r"2 steps in a row, up to step 6, .*step-00000003"):
         train(tiny_run(tmp_path / "run", text, max_bad_steps=2))
     steps = [each for each in read_metrics(tmp_path / "run" / "metrics.jsonl") if isinstance(each, StepMetrics)]

@@ -18,9 +18,10 @@ from dovetail.numerics.formats.errors import network_terms, normwise_error, tole
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
+from dovetail.train.step.losses import compute_losses
 from dovetail.train.step.optim import AdamW, AdamWConfig
 from dovetail.train.step.schedule import Values
-from dovetail.train.step.step import Objective, StepResult, compute_losses, microbatches, train_step
+from dovetail.train.step.step import Objective, StepResult, microbatches, train_step
 
 SpecFactory = Callable[..., ModelSpec]
 ModelFactory = Callable[..., Transformer]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 NEWEST = 0.1  # weight of the newest measurement in an average
-STALL = 1.5  # a part of a prompt makes a step at most so many steps longer; more, where more prompts wait than decode
+STALL = 1.0  # a prompt that waits alone makes a step at most so many steps longer, and each further one two more
 LEAST_PART = 32  # tokens
 PROBE_EVERY = 200  # decoding steps after which the way not taken is tried again,
 PROBE_STEPS = 4  # for so many
@@ -48,11 +48,14 @@ class Pace:
             self.accepted[k].add(float(kept > k))
 
     def part(self, sequences: int, depth: int, waiting: int, most: int) -> int:
-        """Tokens of prompts for a pass beside so many decoding sequences, while so many prompts are unfinished."""
+        """Tokens of prompts for a pass beside so many decoding sequences, while so many prompts are unfinished.
+
+        A burst has longer parts, so that its prompts begin to decode, and share steps, soon.
+        """
         step = self.steps.get((_rounded(sequences), depth))
         if not sequences or not self.prompt_token.value or step is None:
             return most
-        seconds = STALL * step.value * max(1.0, waiting / sequences)
+        seconds = STALL * step.value * max(2 * waiting - 1, 1)
         return min(max(int(seconds / self.prompt_token.value), LEAST_PART), most)
 
     def depth(self, sequences: int, most: int) -> int:

@@ -37,17 +37,18 @@ from dovetail.train.compare.pairs import HeldOutPair, Pair, Record, SideStep, li
 from dovetail.train.compare.picture import draw
 from dovetail.train.compare.sides import Comparison
 from dovetail.train.compare.summary import Summary, summarize
+from dovetail.train.layout.ranks import local_device
 from dovetail.train.report.peak import Peak
 from dovetail.train.run import run_file
 from dovetail.train.run.budget import Pace
 from dovetail.train.run.claim import check_same, only_run
 from dovetail.train.run.evaluate import held_out
 from dovetail.train.run.loop import advance
-from dovetail.train.run.ranks import local_device
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.run.state import Counters, Run
 from dovetail.train.run.stop import Interrupted
 from dovetail.train.step.schedule import TrainingSchedule
+from dovetail.train.step.team import Alone
 
 LOG = "compare.jsonl"
 
@@ -69,7 +70,7 @@ def compare(what: Comparison, num_seeds: int, display: CompareDisplay | None = N
     """
     settle_process()
     for side in what.sides:  # so that what cannot run is refused before anything is written
-        run_file.build_optimizer(side, run_file.build_model(side, torch.device("meta")))
+        run_file.build_optimizer(side, Alone(run_file.build_model(side, torch.device("meta"))))
     with only_run(what.out, "this comparison is being made by another process"):
         return _compare(what, num_seeds, display)
 
@@ -187,7 +188,7 @@ def _timed_step(run: Run, counters: Counters) -> SideStep | None:
 
 def _bits_per_byte(run: Run, text: TokenStore) -> float:
     train = run.config.train
-    return held_out(run.model, text, train.sequence_length, train.microbatch_size)[1]
+    return held_out(run.team, text, train.sequence_length, train.microbatch_size)[1]
 
 
 def _start(side: _Side, index: int) -> Run:
@@ -195,8 +196,8 @@ def _start(side: _Side, index: int) -> Run:
     train = side.config.train.model_copy(update={"seed": side.config.train.seed + index})
     assert train.steps is not None
     config = side.config.model_copy(update={"train": train})
-    model = run_file.build_model(config, local_device())
-    initialize(model, train.seed)
+    team = Alone(run_file.build_model(config, local_device()))
+    initialize(team.models[0], train.seed)
     return Run(
         config=config,
         spec=side.spec,
@@ -204,8 +205,8 @@ def _start(side: _Side, index: int) -> Run:
         tokenizer=side.tokenizer,
         train_store=side.store,
         held_out_store=None,
-        model=model,
-        optimizer=run_file.build_optimizer(config, model),
+        team=team,
+        optimizer=run_file.build_optimizer(config, team),
         ema=None,
         pace=Pace(train.steps),
         peak=Peak(lambda seconds: math.nan),  # it is for MFU, which a comparison does not report

@@ -5,7 +5,7 @@ A step that is not watched pays nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +37,11 @@ class Watched:
 
 
 @contextmanager
-def watch(model: nn.Module) -> Iterator[dict[str, Watched]]:
+def watch(models: Iterable[nn.Module]) -> Iterator[dict[str, Watched]]:
     """Layers in a recipe's precision by name; what they hold is complete once forward and backward have run."""
     layers: dict[str, Watched] = {}
     handles = []
-    for name, module in model.named_modules():
+    for name, module in (named for model in models for named in model.named_modules()):
         if isinstance(module, Linear | DenseMlp | Experts) and module.precision is not None:
             layers[name] = Watched()
             handles.append(module.register_forward_hook(_observer(layers[name])))

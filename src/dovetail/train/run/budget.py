@@ -27,10 +27,12 @@ from dovetail.atomic import write_bytes
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.text.corpus import num_samples, read_batch
 from dovetail.text.shards import TokenStore
-from dovetail.train.run.ranks import rank_and_world
+from dovetail.train.layout.ranks import rank_and_world
 from dovetail.train.run.run_file import RunConfig, TrainConfig, build_optimizer
+from dovetail.train.step import step as stepping
 from dovetail.train.step.schedule import Position, TrainingSchedule, values
-from dovetail.train.step.step import Objective, microbatches, train_step
+from dovetail.train.step.step import Objective, train_step
+from dovetail.train.step.team import Alone
 
 STEPS_TO_MEASURE = 8  # for a first guess, which the run's own steps correct
 STEPS_TO_WARM_UP = 8  # compile kernels and set up matrix products; not counted
@@ -169,32 +171,38 @@ def step_seconds(config: RunConfig, schedule: TrainingSchedule, model: Transform
     """Measure a step of the run, the median of a few; leaves weights behind that have to be set again."""
     train = config.train
     initialize(model, train.seed)
-    optimizer, times = build_optimizer(config, model), []
+    optimizer, times = build_optimizer(config, Alone(model)), []
     for step in range(STEPS_TO_WARM_UP + STEPS_TO_MEASURE):
         start = time.perf_counter()
         now = values(schedule, Position(step=1, fraction=0.5), batch_multiple=train.microbatch_size)
         batch = read_batch(store, train.sequence_length, train.seed, step * now.batch_size, now.batch_size)
-        train_step(model, optimizer, microbatches(batch, train.microbatch_size), now, Objective())
+        train_step(model, optimizer, stepping.microbatches(batch, train.microbatch_size), now, Objective())
         times.append(time.perf_counter() - start)
     return sorted(times[STEPS_TO_WARM_UP:])[STEPS_TO_MEASURE // 2]
 
 
-def budget_line(train: TrainConfig, schedule: TrainingSchedule, store: TokenStore, num_steps: int) -> str:
-    """Say how many epochs of the text the run is. Raises ValueError for text that is shorter than a sample."""
-    samples, least, most = samples_of(train, schedule, num_steps)
+def budget_line(
+    train: TrainConfig, schedule: TrainingSchedule, store: TokenStore, num_steps: int, microbatches: int = 1
+) -> str:
+    """Say how many epochs of the text the run is; see `samples_of`. Raises ValueError for text that is shorter than a
+    sample."""
+    samples, least, most = samples_of(train, schedule, num_steps, microbatches)
     batch = f"{most:,}" if least == most else f"{least:,} to {most:,}"
     epochs = samples / num_samples(store, train.sequence_length)
     shown = f"{epochs:,.1f}" if epochs >= 1 else f"{epochs:.2g}"
     return f"{num_steps:,} steps of {batch} x {train.sequence_length} tokens: {shown} epochs of the training text"
 
 
-def samples_of(train: TrainConfig, schedule: TrainingSchedule, num_steps: int) -> tuple[int, int, int]:
-    """Return the samples that the run takes, and the smallest and the largest of its batches."""
-    multiple, tokens, sizes = train.microbatch_size * rank_and_world()[1], 0, Counter[int]()
+def samples_of(
+    train: TrainConfig, schedule: TrainingSchedule, num_steps: int, microbatches: int = 1
+) -> tuple[int, int, int]:
+    """Return the samples that the run takes, and the smallest and the largest of its batches, which are multiples of so
+    many microbatches."""
+    tokens, sizes = 0, Counter[int]()
     is_constant = len(schedule.batch_size.segments) == 1
     for step in range(1, (1 if is_constant else num_steps) + 1):
         at = Position(step=step, tokens=tokens, fraction=step / num_steps)
-        size = values(schedule, at, batch_multiple=multiple).batch_size
+        size = values(schedule, at, batch_multiple=train.microbatch_size * microbatches).batch_size
         sizes[size] += num_steps if is_constant else 1
         tokens += size * train.sequence_length
     return sum(size * count for size, count in sizes.items()), min(sizes), max(sizes)

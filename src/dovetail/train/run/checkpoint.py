@@ -11,7 +11,8 @@ A save copies the tensors into host buffers that are kept between saves (the onl
 thread does the rest: write into `root/.step-*.partial`, flush every file and the directory to the disk, rename, flush
 `root`. So a directory of the final name is whole or, after damage, does not match its manifest; `latest` then
 names it and falls back to the one before. All ranks of a process group call together; without one, the same code
-runs alone. The state must be dictionaries of tensors: nothing of it is pickled, and all of it loads in place.
+runs alone. The state must be dictionaries of tensors, or of this rank's pieces of them: nothing of it is pickled, and
+all of it loads in place. Ranks may have other names and other pieces; a checkpoint has every tensor whole.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,12 +37,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dovetail.atomic import clear_leftovers, partial_name, publish, remove_directory, write_bytes
+from dovetail.parallel.pieces import LoadPlanner, Piece, SavePlanner
+from dovetail.train.layout.ranks import PATIENCE
 from dovetail.train.run import manifest
 from dovetail.train.run.manifest import Fingerprint
-from dovetail.train.run.ranks import PATIENCE
 
 Result = TypeVar("Result")
-State = Mapping[str, Any]  # of tensors, or of more such mappings
+Leaf = Tensor | Piece
+State = Mapping[str, Any]  # of leaves, or of more such mappings
 
 _FINAL = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|old)")
@@ -105,8 +109,13 @@ class Checkpointer:
         """
         self.wait()
         text = json.dumps(dict(extra or {}), indent=1, allow_nan=False)
-        staged = self._stager.stage(_flatten(state))
-        assert isinstance(staged, dict)
+        flat = _flatten(state)
+        copied = self._stager.stage({name: _tensor(leaf) for name, leaf in flat.items()})
+        assert isinstance(copied, dict)
+        staged = {
+            name: replace(leaf, flat=copied[name]) if isinstance(leaf, Piece) else copied[name]
+            for name, leaf in flat.items()
+        }
         path = self.root / f"step-{step:08d}"
         work = self._thread.submit(_write, path, staged, text, self.keep, self._group)
         self._last = Save(path, work)
@@ -150,7 +159,7 @@ def load_checkpoint(path: Path, state: State, partial: bool = False) -> dict[str
 
     With `partial` the checkpoint may hold more than `state` asks for.
     Raises CheckpointError if a file is missing or does not match its checksum, and ValueError if names, shapes
-    or dtypes of `state` are not those of the checkpoint; in both cases no tensor has been touched.
+    or dtypes of the ranks' `state` together are not those of the checkpoint; in both cases no tensor has been touched.
     """
     group = dist.group.WORLD if dist.is_initialized() else None
     for problem in _together(lambda: manifest.damage(path, _rank(group), _num_ranks(group)), group):
@@ -158,21 +167,27 @@ def load_checkpoint(path: Path, state: State, partial: bool = False) -> dict[str
             raise CheckpointError(f"{path}: damaged checkpoint ({problem})")
     flat = _flatten(state)
     reader = FileSystemReader(path)
-    _check_fits(path, flat, reader.read_metadata().state_dict_metadata, partial)
+    stored = reader.read_metadata().state_dict_metadata
+    asked = frozenset[str]().union(*_together(lambda: list(flat), group))
+    for problem in _together(lambda: _misfit(flat, asked, stored, partial), group):
+        if problem is not None:
+            raise ValueError(f"{path}: {problem}")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
-        state_dict_loader.load(flat, storage_reader=reader, no_dist=group is None)
+        state_dict_loader.load(flat, storage_reader=reader, planner=LoadPlanner(), no_dist=group is None)
     extra: dict[str, Any] = json.loads((path / "extra.json").read_text(encoding="utf-8"))
     return extra
 
 
-def _write(path: Path, state: dict[str, Tensor], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
+def _write(path: Path, state: dict[str, Leaf], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
     """Runs in the writing thread, on every rank."""
     temporary = partial_name(path)
     rank = _rank(group)
     try:
         writer = FileSystemWriter(temporary, sync_files=True)
-        state_dict_saver.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
+        state_dict_saver.save(
+            state, storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=group is None
+        )
         # Each rank hashes what it wrote, while it is still in the page cache.
         own = f"__{rank}_*"
         shares = _together(lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group)
@@ -204,11 +219,18 @@ def checkpoints(root: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for path in root.iterdir() if (match := _FINAL.fullmatch(path.name))]
 
 
-def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
-    flat: dict[str, Tensor] = {}
+def _tensor(leaf: Leaf) -> Tensor:
+    return leaf.flat if isinstance(leaf, Piece) else leaf
+
+
+def _flatten(state: State, prefix: str = "") -> dict[str, Leaf]:
+    flat: dict[str, Leaf] = {}
     for key, leaf in state.items():
         name = f"{prefix}{key}"
-        if isinstance(leaf, Tensor):
+        found: dict[str, Leaf]
+        if isinstance(leaf, Piece):
+            found = {name: leaf}
+        elif isinstance(leaf, Tensor):
             found = {name: leaf.detach()}
         elif isinstance(leaf, Mapping):
             found = _flatten(leaf, f"{name}.")
@@ -222,20 +244,24 @@ def _flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def _check_fits(path: Path, flat: Mapping[str, Tensor], stored: Mapping[str, Any], partial: bool) -> None:
-    surplus = set() if partial else stored.keys() - flat.keys()
-    for names, where in ((flat.keys() - stored.keys(), "the checkpoint"), (surplus, "the state")):
+def _misfit(flat: Mapping[str, Leaf], asked: frozenset[str], stored: Mapping[str, Any], partial: bool) -> str | None:
+    """What of this rank's state is not in the checkpoint, or of the checkpoint in no rank's; None if all is well."""
+    surplus = frozenset() if partial else stored.keys() - asked
+    for names, where in ((asked - stored.keys(), "the checkpoint"), (surplus, "the state")):
         if names:
             some = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{path}: {len(names)} tensors are not in {where}: {some}; was the model changed?")
-    for name, tensor in flat.items():
-        there = stored[name]
+            return f"{len(names)} tensors are not in {where}: {some}; was the model changed?"
+    for name, leaf in flat.items():
+        there, dtype = stored[name], _tensor(leaf).dtype
         assert isinstance(there, TensorStorageMetadata)
-        if (tensor.shape, tensor.dtype) != (there.size, there.properties.dtype):
-            raise ValueError(
-                f"{path}: {name} is {list(there.size)} {there.properties.dtype} in the checkpoint and "
-                f"{list(tensor.shape)} {tensor.dtype} in the state"
+        if (leaf.size(), dtype) != (there.size, there.properties.dtype):
+            return (
+                f"{name} is {list(there.size)} {there.properties.dtype} in the checkpoint and "
+                f"{list(leaf.size())} {dtype} in the state"
             )
+        if (count := sum(chunk.sizes.numel() for chunk in there.chunks)) != there.size.numel():
+            return f"the checkpoint has {count} of the {there.size.numel()} elements of {name}"
+    return None
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:

@@ -5,6 +5,7 @@ A mistake that is found here costs seconds, and the run file can be corrected: n
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,16 +16,20 @@ from dovetail.spec.model import ModelSpec
 from dovetail.text.documents import DataConfig, only_document, read_documents, source_files
 from dovetail.text.prepare import check_special_tokens
 from dovetail.text.tokenizer import check_vocabulary
+from dovetail.train.layout.ranks import rank_and_world
 from dovetail.train.report.reporter import check_tensorboard
-from dovetail.train.run.ranks import rank_and_world
-from dovetail.train.run.run_file import RunConfig, build_model, build_optimizer, load_tokenizer
+from dovetail.train.run.run_file import RunConfig, build_model, build_optimizer, load_tokenizer, resolve_schedule
+from dovetail.train.run.team import check_team
+from dovetail.train.step.team import Alone
 
 
 def check_run(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> bool:
     """Return whether some of the text is held out; nothing is written. Raises ValueError, one line, for what stands
     against the run."""
     check_folder(config.out)
-    build_optimizer(config, build_model(config, torch.device("meta")))  # without memory: enough to see what is wrong
+    model = build_model(config, torch.device("meta"))  # without memory: enough to see what is wrong
+    build_optimizer(config, Alone(model))
+    check_team(config, spec, resolve_schedule(config), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by torchrun
     if config.train.tensorboard:
         check_tensorboard()
     if config.train.steps is None and rank_and_world()[1] > 1 and not (config.out / "budget.json").exists():

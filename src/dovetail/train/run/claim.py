@@ -23,12 +23,13 @@ from dovetail.spec.model import ModelSpec
 from dovetail.text.prepare import Source, kept_sources, read_sources
 from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
+from dovetail.train.layout.ranks import first_rank_first, rank_and_world
 from dovetail.train.run import checkpoint
-from dovetail.train.run.ranks import first_rank_first, rank_and_world
 from dovetail.train.run.run_file import RunConfig
 
 PATHS = ("out", "data.path", "tokenizer.path", "model.config")
 SHOWN = "tensorboard"  # of [train]: how a run is shown, which changes nothing in it
+SHARED = "microbatch_size"
 TEXT = "text"  # the key of extra.json
 
 Text = Mapping[str, str | None]
@@ -81,8 +82,9 @@ def claim(config: RunConfig, spec: ModelSpec) -> None:
 
 
 def _learnt(settings: Mapping[str, Any]) -> dict[str, Any]:
-    train = {key: value for key, value in settings.get("train", {}).items() if key != SHOWN}
-    return {**settings, "train": train}
+    """Without what may change as a run goes on: what is shown of it, and how ranks share its batches."""
+    train = {key: value for key, value in settings.get("train", {}).items() if key not in (SHOWN, SHARED)}
+    return {**settings, "train": train, "layout": None}
 
 
 def check_same(

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dovetail.model.transformer import Transformer
 from dovetail.text.corpus import Windows, evaluation_windows
 from dovetail.text.shards import TokenStore
 from dovetail.text.yardstick import bits_per_byte
+from dovetail.train.layout.ranks import any_rank
 from dovetail.train.report.metrics import HeldOutMetrics, WholeHeldOutMetrics
 from dovetail.train.report.reporter import Reporter
-from dovetail.train.run.ranks import any_rank, rank_and_world
 from dovetail.train.run.state import Counters, Run
 from dovetail.train.run.stop import Interrupted
 from dovetail.train.step.loss import token_losses
+from dovetail.train.step.team import Team
 
 Told = Callable[[int, int], bool]  # of batches done, and how many there are; returns whether to stop
 
 
 def held_out(
-    model: Transformer,
+    team: Team,
     store: TokenStore,
     length: int,
     batch_size: int,
@@ -44,12 +44,15 @@ def held_out(
     every = 1 if max_windows is None else max(1, store.num_tokens // stride // max(max_windows, batch_size))
     windows = evaluation_windows(store, length, stride, batch_size)
     chosen = range(0, len(windows), every)
-    rank, world = rank_and_world()
     found: dict[int, tuple[float, int]] = {}  # by batch: nats, and targets scored
     is_stopped = False
-    for done in range(rank, len(chosen), world):
-        found[chosen[done]] = _nats(model, windows[chosen[done]])
-        if is_stopped := told(done + 1, len(chosen)):
+    for first in range(0, len(chosen), team.num_shares):
+        done = first + team.index
+        # A rank that has no batch left takes the last again, uncounted: others may need its experts.
+        nats = _nats(team, windows[chosen[min(done, len(chosen) - 1)]])
+        if nats is not None and done < len(chosen):
+            found[chosen[done]] = nats
+        if (is_stopped := is_stopped or told(min(done + 1, len(chosen)), len(chosen))) and team.num_shares == 1:
             break
     if any_rank(is_stopped):
         raise Interrupted("stopped while held-out text was measured")
@@ -60,12 +63,15 @@ def held_out(
 
 
 @torch.no_grad()
-def _nats(model: Transformer, window: Windows) -> tuple[float, int]:
-    """The nats of the targets that the window scores, and how many these are."""
-    device = model.norm.weight.device
+def _nats(team: Team, window: Windows) -> tuple[float, int] | None:
+    """The nats of the targets that the window scores, and how many these are, on the rank that has the head."""
+    device = next(team.models[0].parameters()).device
     tokens = window.batch.tokens.to(device)
-    hidden = model(tokens[:, :-1].contiguous()).hidden.flatten(0, 1)
-    losses = token_losses(hidden, model.head_weight, tokens[:, 1:].flatten())
+    hidden = team.hidden(tokens[:, :-1].contiguous())
+    if hidden is None:
+        return None
+    [head] = [model.head_weight for model in team.models if model.stage.has_head][:1]
+    losses = token_losses(hidden.flatten(0, 1), head, tokens[:, 1:].flatten())
     mask = window.scored.flatten().to(device)
     return float(losses.double()[mask].sum()), int(mask.sum())
 
@@ -96,7 +102,7 @@ def evaluate(
 
     windows = None if is_whole else train.evaluate_windows
     store, length = state.held_out_store, train.sequence_length
-    loss, bits = held_out(state.model, store, length, train.microbatch_size, windows, told)
+    loss, bits = held_out(state.team, store, length, train.microbatch_size, windows, told)
     if reporter is not None:
         kind = WholeHeldOutMetrics if is_whole else HeldOutMetrics
         reporter.write(kind(step=counters.step, tokens=counters.tokens, loss=loss, bits_per_byte=bits))

@@ -20,7 +20,7 @@ from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Block, Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.run.state import Run
-from dovetail.train.step.step import compute_losses
+from dovetail.train.step.losses import compute_losses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

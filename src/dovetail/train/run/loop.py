@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from dovetail.cost.count import training_flop_per_token
-from dovetail.model.transformer import Transformer, initialize
 from dovetail.numerics.cpu.process import settle_process
+from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import read_batch
+from dovetail.train.layout.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.report.display import Display
 from dovetail.train.report.health import Watched, watch
 from dovetail.train.report.metrics import HealthMetrics, StepMetrics
@@ -30,13 +32,13 @@ from dovetail.train.run import checkpoint, claim, run_file
 from dovetail.train.run.budget import budget_line, pace_of, step_seconds
 from dovetail.train.run.checks import check_run
 from dovetail.train.run.evaluate import evaluate, evaluate_if_missing
-from dovetail.train.run.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.run.state import Counters, Run, resume, save
 from dovetail.train.run.stop import Diverged, Interrupted, stop_signals
+from dovetail.train.run.team import form_team
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.schedule import Position, Values, values
-from dovetail.train.step.step import Objective, StepResult, microbatches, train_step
+from dovetail.train.step.step import Objective, StepResult, microbatches, team_step
 
 
 def train(
@@ -77,11 +79,15 @@ def prepare(config: RunConfig, display: Display, accept_changed_text: bool, ends
         claim.claim(config, spec)
         tokenizer = run_file.prepare_tokenizer(config, spec, display.message)
         train_store, held_out_store = run_file.prepare_stores(config, tokenizer, is_held_out, display.message)
-    model = run_file.build_model(config, device)
-    pace = pace_of(config, lambda: step_seconds(config, schedule, model, train_store), display.message, ends_at)
-    display.message(budget_line(config.train, schedule, train_store, pace.num_steps))
-    initialize(model, config.train.seed)
-    optimizer = run_file.build_optimizer(config, model)
+
+    def measure() -> float:
+        return step_seconds(config, schedule, run_file.build_model(config, device), train_store)
+
+    pace = pace_of(config, measure, display.message, ends_at)
+    microbatches = config.layout.multiple(rank_and_world()[1])
+    display.message(budget_line(config.train, schedule, train_store, pace.num_steps, microbatches))
+    team = form_team(config, spec, schedule, pace.num_steps, device)
+    optimizer = run_file.build_optimizer(config, team)
     masters = {name: slot.master for name, slot in optimizer.slots.items()}
     decay = config.train.ema_decay
     # Beside the step on a GPU; a CPU has no cores to spare, so there it is a part of the step.
@@ -93,17 +99,16 @@ def prepare(config: RunConfig, display: Display, accept_changed_text: bool, ends
         tokenizer=tokenizer,
         train_store=train_store,
         held_out_store=held_out_store,
-        model=model,
+        team=team,
         optimizer=optimizer,
         ema=ema,
         pace=pace,
-        peak=_peak(config, model),
+        peak=_peak(config, spec, next(team.models[0].parameters())),
     )
 
 
-def _peak(config: RunConfig, model: Transformer) -> Peak:
+def _peak(config: RunConfig, spec: ModelSpec, weight: Tensor) -> Peak:
     """What MFU is a share of: square products and, on a CPU, the model's own, which may be the faster ones there."""
-    weight, spec = model.embed_tokens.weight, model.spec
     rows = config.train.microbatch_size * config.train.sequence_length
     own = [(rows, spec.hidden_size, width) for width in (spec.intermediate_size, spec.vocab_size)]
     return Peak(partial(measure_peak, weight.dtype, weight.device, () if weight.is_cuda else own))
@@ -174,16 +179,20 @@ def _steps(
 def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
     """Take the next step of a run on this rank's share of the batch, and count it."""
     train = state.config.train
-    rank, world = rank_and_world()
+    team = state.team
     at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=state.pace.fraction(counters.step + 1))
-    now = values(state.schedule, at, batch_multiple=train.microbatch_size * world)
+    now = values(state.schedule, at, state.batch_multiple)
     batch = read_batch(
-        state.train_store, train.sequence_length, train.seed, counters.samples, now.batch_size, rank, world
+        state.train_store,
+        train.sequence_length,
+        train.seed,
+        counters.samples,
+        now.batch_size,
+        team.index,
+        team.num_shares,
     )
     objective = Objective(balance_alpha=train.balance_alpha, separate_documents=train.separate_documents)
-    result = train_step(
-        state.model, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema
-    )
+    result = team_step(team, state.optimizer, microbatches(batch, train.microbatch_size), now, objective, state.ema)
     counters.step += 1
     counters.tokens += now.batch_size * train.sequence_length
     counters.samples += now.batch_size
@@ -196,7 +205,7 @@ def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthM
     start = time.perf_counter()
     train = state.config.train
     is_watched = _is_due(train.health_every, counters.step + 1)
-    with watch(state.model) if is_watched else nullcontext(dict[str, Watched]()) as layers:
+    with watch(state.team.models) if is_watched else nullcontext(dict[str, Watched]()) as layers:
         result, now = advance(state, counters)
     seconds = time.perf_counter() - start
     num_tokens = now.batch_size * train.sequence_length

@@ -31,10 +31,12 @@ from dovetail.text.documents import DataConfig, read_documents
 from dovetail.text.prepare import prepare_store
 from dovetail.text.shards import TokenStore
 from dovetail.text.tokenizer import Tokenizer
+from dovetail.train.layout.ranks import local_device
+from dovetail.train.layout.table import LayoutConfig
 from dovetail.train.run import checkpoint
-from dovetail.train.run.ranks import local_device
 from dovetail.train.step.optim import AdamW, AdamWConfig
 from dovetail.train.step.schedule import TrainingSchedule, as_fractions, load_schedule, with_peak
+from dovetail.train.step.team import Team
 
 WARMUP = 0.02  # share of the budget, where a published number of steps would be next to none of a short run
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -113,6 +115,7 @@ class RunConfig(Record):
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig
+    layout: LayoutConfig = LayoutConfig()
     optimizer: AdamWConfig = AdamWConfig()
     schedule: str | TrainingSchedule = "short"  # a name of the catalog, or a whole schedule
 
@@ -168,9 +171,9 @@ def build_model(config: RunConfig, device: torch.device) -> Transformer:
     return model
 
 
-def build_optimizer(config: RunConfig, model: Transformer) -> AdamW:
-    """Return the optimizer of a run. Raises ValueError for moments that would stand still."""
-    return AdamW(model.named_parameters(), config.optimizer, load_recipe(config.train.precision).moments)
+def build_optimizer(config: RunConfig, team: Team) -> AdamW:
+    """Return the optimizer of what this rank updates. Raises ValueError for moments that would stand still."""
+    return AdamW(team.parameters().items(), config.optimizer, load_recipe(config.train.precision).moments)
 
 
 def prepare_tokenizer(config: RunConfig, spec: ModelSpec, report: Callable[[str], None]) -> Tokenizer:

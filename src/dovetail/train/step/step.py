@@ -1,11 +1,7 @@
 """One optimizer step: microbatches forward and backward, clip, update, rebalance.
 
-    loss = token loss + lambda / D sum_k MTP loss_k + alpha sum over MoE layers of the balance loss
-
-[V3 eqs 17-25]. Token and MTP losses are means over the targets of the whole batch, so that it does not matter how the
-batch is cut into microbatches and ranks; the balance loss is a mean over its sequences. Gradients of several
-microbatches, and of several ranks, add up in FP32. A loss or gradient that is not finite leaves weights, moments and
-biases as they are.
+Gradients of several microbatches, and of several ranks, add up in FP32. A loss or gradient that is not finite leaves
+weights, moments and biases as they are.
 """
 
 from __future__ import annotations
@@ -14,17 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
-from dovetail.model.experts.gate import Gate, balance_loss, bias_update, max_violation
+from dovetail.model.experts.gate import bias_update, max_violation
 from dovetail.model.transformer import Transformer
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
-from dovetail.train.step.loss import IGNORED, weighted_loss
+from dovetail.train.step.losses import Share
 from dovetail.train.step.optim import AdamW
 from dovetail.train.step.schedule import Values
+from dovetail.train.step.team import Aim, Alone, Sums, Team, gates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,87 +29,6 @@ class StepResult:
     grad_norm: float  # before clipping
     max_vio: list[float]  # per MoE layer, MTP modules last
     is_finite: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """Of each mean that a microbatch is part of, the main loss first: its number of targets, and its weight."""
-
-    num_targets: Sequence[int]
-    weights: Sequence[float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Losses:
-    """Of one microbatch: its part of the means, times their weights; differentiable."""
-
-    token: Tensor
-    mtp: list[Tensor]  # one per depth
-    plain: Tensor  # token and MTP losses without their weights, not differentiable [1 + depths]
-    balance: Tensor  # summed over layers, without coefficient: a mean of this microbatch alone
-    counts: list[Tensor]  # per MoE layer
-
-
-def compute_losses(model: Transformer, batch: Batch, separate_documents: bool, share: Share | None = None) -> Losses:
-    """Main and MTP losses of one microbatch, batch.tokens [B, T + 1], moved to where the model is.
-
-    With `separate_documents` nothing crosses a border: attention stops there, and a target in another document
-    than the position that predicts it does not count. Without a `share` the microbatch is the whole batch, and all
-    weights are 1.
-    """
-    depths = 1 + len(model.mtp)
-    if share is None:
-        share = Share(num_targets=count_targets([batch], depths, separate_documents), weights=[1.0] * depths)
-    device = model.norm.weight.device
-    tokens = batch.tokens.to(device)
-    batch_size, length = tokens.shape[0], tokens.shape[1] - 1
-    ids = batch.document_ids.to(device) if separate_documents else None
-    inputs = tokens[:, :-1].contiguous()
-    output = model(inputs, document_ids=None if ids is None else ids[:, :-1])
-    routings = list(output.routings)
-
-    def loss(hidden: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        targets = _targets(tokens, ids, depth + 1)
-        return weighted_loss(hidden, model.head_weight, targets, share.num_targets[depth], share.weights[depth])
-
-    found = [loss(output.hidden, 0)]
-    hidden = output.hidden
-    for depth in range(len(model.mtp)):
-        # Position i has seen tokens up to i + depth + 1 and predicts token i + depth + 2.
-        positions = length - depth - 1
-        nearer = tokens[:, depth + 1 : depth + 1 + positions].contiguous()
-        # A position belongs to the document of its hidden state: so the one that joins the end of a document to
-        # the next one's first token comes last in the former, and none of the latter sees it.
-        kept = None if ids is None else ids[:, :positions]
-        output = model.mtp_forward(depth, hidden[:, :positions].contiguous(), nearer, document_ids=kept)
-        hidden = output.hidden
-        routings += output.routings
-        found.append(loss(hidden, depth + 1))
-    moe, (weighted, plain) = model.spec.moe, zip(*found, strict=True)
-    balance = plain[0].new_zeros(())
-    if moe is not None and routings:
-        balance = torch.stack([balance_loss(routing, batch_size, moe) for routing in routings]).sum()
-    return Losses(
-        token=weighted[0],
-        mtp=list(weighted[1:]),
-        plain=torch.stack(plain),
-        balance=balance,
-        counts=[routing.counts for routing in routings],
-    )
-
-
-def _targets(tokens: Tensor, ids: Tensor | None, ahead: int) -> Tensor:
-    """The token `ahead` positions on, IGNORED where that is in another document; [B, T + 1 - ahead]."""
-    targets = tokens[:, ahead:]
-    return targets if ids is None else targets.masked_fill(ids[:, ahead:] != ids[:, :-ahead], IGNORED)
-
-
-def count_targets(batches: Sequence[Batch], depths: int, separate_documents: bool) -> list[int]:
-    """The targets that count in `batches` of this rank, of each depth: 0 predicts the next token, 1 the one after."""
-    if separate_documents:
-        ids = [batch.document_ids for batch in batches]
-        return [sum(int((each[:, k:] == each[:, :-k]).sum()) for each in ids) for k in range(1, depths + 1)]
-    return [sum(len(batch.tokens) * (batch.tokens.shape[1] - k) for batch in batches) for k in range(1, depths + 1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,55 +47,52 @@ def train_step(
     objective: Objective,
     ema: Ema | None = None,
 ) -> StepResult:
-    """Train on `batches`, the equal microbatches of this rank; every rank of a process group calls it."""
-    parameters = dict(model.named_parameters())
-    gradients: dict[str, Tensor] = {}
-    sums = torch.zeros(2 + len(model.mtp), dtype=torch.float64, device=model.norm.weight.device)
-    counts: list[Tensor] = []
-    share = _share(model, batches, values.mtp_weight, objective.separate_documents)
-    alpha = objective.balance_alpha / (len(batches) * _num_ranks())
-    for batch in batches:
-        losses = compute_losses(model, batch, objective.separate_documents, share)
-        balance = alpha * losses.balance
-        torch.stack([losses.token, *losses.mtp, balance]).sum().backward()
-        _collect(parameters, gradients, in_fp32=len(batches) > 1 or dist.is_initialized())
-        sums += torch.cat([losses.plain, balance.detach()[None]]).double()
-        counts = [a + b for a, b in zip(counts, losses.counts, strict=True)] if counts else losses.counts
-    if dist.is_initialized():
-        for each in (*gradients.values(), *counts, sums):
-            dist.all_reduce(each)
-    norm = optimizer.grad_norm(gradients)
-    loss, *mtp_losses, balance_value = sums.tolist()
-    mtp_loss = sum(mtp_losses) / max(len(mtp_losses), 1)
-    is_finite = math.isfinite(norm) and all(map(math.isfinite, (loss, mtp_loss, balance_value)))
+    """Train on `batches`, equal microbatches, in one process."""
+    return team_step(Alone(model), optimizer, batches, values, objective, ema)
+
+
+def team_step(
+    team: Team,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    values: Values,
+    objective: Objective,
+    ema: Ema | None = None,
+) -> StepResult:
+    """Train on `batches`, the equal microbatches of this rank; all ranks of the team call it together.
+
+    The optimizer is one of `team.parameters()`.
+    """
+    depths = team.spec.num_nextn_predict_layers
+    share = Share(
+        num_targets=team.num_targets(batches, objective.separate_documents),
+        weights=[1.0, *[values.mtp_weight / max(depths, 1)] * depths],
+    )
+    alpha = objective.balance_alpha / (len(batches) * team.num_shares)
+    aim = Aim(share=share, alpha=alpha, separate_documents=objective.separate_documents)
+    sums = team.add_up(team.backward(batches, aim))
+    norm = team.norm(optimizer.squares(sums.gradients))
+    loss, *mtp_losses, balance_value = sums.losses.tolist()
+    mtp_loss = sum(mtp_losses) / depths if depths else math.nan
+    is_finite = math.isfinite(norm) and all(map(math.isfinite, (loss, *mtp_losses, balance_value)))
     if is_finite:
-        _update(model, optimizer, gradients, values, norm, counts, ema)
+        if ema is not None:
+            ema.finish_reading()
+        scale = min(1.0, optimizer.config.max_grad_norm / (norm + 1e-6))
+        optimizer.step(sums.gradients, values.learning_rate, scale)
+        team.gather()
+        if ema is not None:
+            ema.update()
+        _rebalance(team, sums, values.gamma)
     return StepResult(
         loss=loss,
-        mtp_loss=mtp_loss if model.mtp else math.nan,
+        mtp_loss=mtp_loss,
         mtp_losses=mtp_losses,
         balance_loss=balance_value,
         grad_norm=norm,
-        max_vio=[max_violation(each) for each in counts],
+        max_vio=[max_violation(each) for _, each in sorted(sums.counts.items())],
         is_finite=is_finite,
     )
-
-
-def _share(model: Transformer, batches: Sequence[Batch], mtp_weight: float, separate_documents: bool) -> Share:
-    """What the microbatches of all ranks have in common."""
-    depths = len(model.mtp)
-    counts = count_targets(batches, 1 + depths, separate_documents)
-    if separate_documents and dist.is_initialized():
-        total = torch.tensor(counts, device=model.norm.weight.device)
-        dist.all_reduce(total)
-        counts = total.tolist()
-    elif not separate_documents:  # each rank has as many
-        counts = [_num_ranks() * count for count in counts]
-    return Share(num_targets=counts, weights=[1.0, *[mtp_weight / max(depths, 1)] * depths])
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def microbatches(batch: Batch, size: int) -> list[Batch]:
@@ -191,34 +100,8 @@ def microbatches(batch: Batch, size: int) -> list[Batch]:
     return [Batch(tokens=tokens, document_ids=ids) for tokens, ids in parts]
 
 
-def _update(
-    model: Transformer,
-    optimizer: AdamW,
-    gradients: dict[str, Tensor],
-    values: Values,
-    norm: float,
-    counts: list[Tensor],
-    ema: Ema | None,
-) -> None:
-    if ema is not None:
-        ema.finish_reading()
-    scale = min(1.0, optimizer.config.max_grad_norm / (norm + 1e-6))
-    optimizer.step(gradients, values.learning_rate, scale)
-    if ema is not None:
-        ema.update()
-    gates = [module for module in model.modules() if isinstance(module, Gate)]
-    for gate, load in zip(gates, counts, strict=True):
-        if gate.e_score_correction_bias is not None and values.gamma:
-            bias_update(gate.e_score_correction_bias, load, values.gamma)
-
-
-def _collect(parameters: dict[str, Tensor], gradients: dict[str, Tensor], in_fp32: bool) -> None:
-    """Move .grad into `gradients`, adding in FP32 where more will come; no gradient counts as zero."""
-    for name, parameter in parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            gradient = torch.zeros_like(parameter)
-        if name in gradients:
-            gradients[name] += gradient
-        else:
-            gradients[name] = gradient.float() if in_fp32 else gradient
+def _rebalance(team: Team, sums: Sums, gamma: float) -> None:
+    for model in team.models if gamma else ():
+        for layer, gate in gates(model).items():
+            if gate.e_score_correction_bias is not None:
+                bias_update(gate.e_score_correction_bias, sums.counts[layer], gamma)

@@ -1,0 +1,1 @@
+"""One executor that runs any pipeline schedule."""

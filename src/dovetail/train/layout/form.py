@@ -1,0 +1,65 @@
+"""Forms the team of a run: the ranks' groups, and on each rank its part of the model with its first weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from dovetail.cost.memory.stages import stages
+from dovetail.model.precision import apply_recipe
+from dovetail.model.transformer import Transformer, initialize
+from dovetail.parallel.dispatch import OneHop, TwoHop
+from dovetail.parallel.holders import weights_of
+from dovetail.parallel.mesh import Mesh, form_mesh
+from dovetail.parallel.part import take_part
+from dovetail.parallel.pipeline.pipeline import Place, build_stages, named_parameters
+from dovetail.parallel.schedules.pipelines import make_schedule
+from dovetail.parallel.shard import Shares
+from dovetail.spec.layout import Layout
+from dovetail.spec.model import ModelSpec
+from dovetail.spec.precision import Recipe
+from dovetail.train.layout.table import LayoutConfig
+from dovetail.train.step.on_ranks import Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """The whole model, of which each rank builds its part."""
+
+    spec: ModelSpec
+    dtype: torch.dtype
+    recompute: bool
+    recipe: Recipe
+    sequence_length: int  # decides which layers stand on which stage
+    seed: int
+
+
+def form_ranks(blueprint: Blueprint, layout: Layout, wanted: LayoutConfig, device: torch.device) -> Ranks:
+    """All ranks call it together. Raises ValueError, the same on all ranks, for what `parallel.mesh.form_mesh` does."""
+    mesh = form_mesh(layout, wanted.ranks_per_node)
+    models = _build(blueprint, layout, mesh, wanted.hops, device)
+    weights = weights_of(blueprint.spec, layout, blueprint.sequence_length)
+    shares = Shares(named_parameters(models), weights, layout, mesh)
+    return Ranks(models, mesh, shares, layout)
+
+
+def _build(
+    blueprint: Blueprint, layout: Layout, mesh: Mesh, hops: int, device: torch.device
+) -> dict[Place, Transformer]:
+    """This rank's part, which alone takes memory."""
+    schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
+    cut = stages(blueprint.spec, layout, blueprint.sequence_length)
+    with torch.device("meta"):
+        models = build_stages(
+            blueprint.spec, cut, schedule.held_by(mesh.pp.index), blueprint.dtype, blueprint.recompute
+        )
+    for model in models.values():
+        apply_recipe(model, blueprint.recipe)
+        if layout.ep > 1:
+            take_part(model, mesh, (TwoHop if hops == 2 else OneHop)(mesh))
+    for model in models.values():  # all of them first: stages of one rank may share the embedding
+        model.to_empty(device=device)
+    for model in models.values():
+        initialize(model, blueprint.seed, (mesh.ep.index, mesh.ep.size))
+    return models
