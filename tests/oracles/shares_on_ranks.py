@@ -109,6 +109,27 @@ def _on_rank(spec: ModelSpec, case: Case) -> Result:
     return Result(weights=parameters, state=state, norms=norms, buckets=buckets, nic=traffic.nic, node=traffic.node)
 
 
+def given_in_turns(spec: ModelSpec, layout: Layout) -> tuple[int, int, int]:
+    """Bytes sent when half of the gradients were given, when all were, and when all sums had come; a rank gives its
+    own while those after it have given none, and goes on."""
+    rank, weights = dist.get_rank(), weights_of(spec, layout)
+    blocks = blocks_of(weights, layout, rank)
+    with patch.object(shard, "BUCKET", 10_000):
+        parameters = {name: torch.zeros(block.length) for name, block in blocks.items()}
+        shares = Shares(parameters, weights, layout, form_mesh(layout, layout.gpus))
+    names, half = list(reversed(blocks)), 0
+    for turn in range(layout.gpus):
+        for place, name in enumerate(names if turn == rank else ()):
+            shares.give(name, torch.ones(blocks[name].length))
+            if place == len(names) // 2:
+                half = shares.traffic.node
+        dist.barrier()
+    given = shares.traffic.node
+    sums = shares.finish()
+    assert all((sums[name] == len(block.ranks)).all() for name, block in blocks.items())
+    return half, given, shares.traffic.node
+
+
 def on_one(spec: ModelSpec, layouts: list[Layout]) -> list[Whole]:
     """On rank 0."""
     return [_on_one(spec, layout) for layout in layouts] if dist.get_rank() == 0 else []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from rank_processes import Ranks
-from shares_on_ranks import RANKS_PER_NODE, STEPS, Case, Result, Whole, on_one, on_ranks, weights_before
+from shares_on_ranks import RANKS_PER_NODE, STEPS, Case, Result, Whole, given_in_turns, on_one, on_ranks, weights_before
 
 from dovetail.network.demands.collectives import Demand, all_to_all, in_rings
 from dovetail.numerics.formats.errors import tolerance
@@ -116,6 +116,11 @@ def test_bytes_are_those_of_the_closed_forms(ranks: Ranks, tiny_spec: SpecFactor
     cases = [Case(layout=each) for layout in LAYOUTS for each in (layout, without_zero(layout))]
     for case, results in zip(cases, zip(*ranks.run(on_ranks, spec, cases), strict=True), strict=True):
         assert [(each.nic, each.node) for each in results] == predicted(spec, case.layout), case.layout
+
+
+def test_sums_start_while_gradients_come_and_wait_for_nobody(ranks: Ranks, tiny_spec: SpecFactory) -> None:
+    for half, given, finished in ranks.run(given_in_turns, spec_of(tiny_spec), CUT):
+        assert 0 < half < given == finished
 
 
 @pytest.mark.parametrize("zero", [0, 1])

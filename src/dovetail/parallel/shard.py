@@ -11,14 +11,16 @@ the update. So sums do not depend on `zero`, and two ranks' sum is a + b bit for
 Weights that the same ranks hold travel together, in buckets of some 25 MB of gradients, the last layers first. A bucket
 starts when its last gradient was given and all buckets before it have started: the order of buckets is the same on all
 ranks, in whichever order backward passes end. `give` never waits for another rank, which may be waiting for rows that
-this one has not sent yet.
+this one has not sent yet. What is hidden behind the backward pass is the wait for links: two ranks with 64 MB of
+gradients and 0.32 s of products took 0.45 s on a link of 2 Gbit/s, and 0.60 s where all was given at the end; without
+the limit, where copies need the same cores, both took 0.38 s.
 
-Bytes that a rank sends, of a bucket of S bytes (pieces filled up to equal lengths, at most n - 1 elements a weight):
+`traffic` counts the bytes that a rank sends, of a bucket of S bytes (whose weights are filled up to n equal pieces):
 
     reduce-scatter   S / n of gradients in FP32 to each of the others, directly
     all-gather       S / n of what is gathered, n - 1 times to the next rank: a ring
 
-On gloo a ring would sum with two passes, which is twice the bytes.
+gloo's own reduce-scatter is an all-reduce, which is twice the bytes, and sums in an order that varies with the place.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance, unit_roundoff
+from dovetail.parallel.pieces import Piece
 from dovetail.train.run import checkpoint
 from dovetail.train.step.optim import AdamW, AdamWConfig, Coefficients, Slot, sums_of_squares, update, update_reference
 
@@ -195,6 +196,39 @@ def test_masters_are_fp32_and_fp32_parameters_their_own(draw: Draw) -> None:
     optimizer.refresh_parameters()
     assert torch.equal(low, slots["low"].master.to(torch.bfloat16))
     assert optimizer.state()["master"]["low"] is slots["low"].master
+
+
+# ---- Pieces ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_are_updated_as_the_whole_is(dtype: torch.dtype, draw: Draw) -> None:
+    """Bit for bit, wherever the cuts are; a piece without elements is one too."""
+    whole = draw(70, 130, dtype=dtype)
+    cut, ends = whole.clone(), [0, 1, 4099, 4099, 9100]
+    flats = [cut.view(-1)[first:last] for first, last in zip(ends, ends[1:], strict=False)]
+    pieces = [Piece(flat=flat, start=start, shape=(70, 130)) for flat, start in zip(flats, ends, strict=False)]
+    one, many = AdamW([("0", whole)], CONFIG), AdamW(((str(i), piece) for i, piece in enumerate(pieces)), CONFIG)
+    for _ in range(3):
+        gradient = draw(70, 130)
+        one.step({"0": gradient}, 0.1, 0.7)
+        gradients = gradient.flatten().split([len(flat) for flat in flats])
+        many.step({str(i): each for i, each in enumerate(gradients)}, 0.1, 0.7)
+    assert torch.equal(cut, whole)
+    for part, tensors in many.state().items():
+        for start, piece in zip(ends, tensors.values(), strict=False):
+            assert isinstance(piece, Piece)
+            assert (piece.start, piece.shape) == (start, (70, 130))
+        found = torch.cat([piece.flat for piece in tensors.values() if isinstance(piece, Piece)])
+        assert torch.equal(found, one.state()[part]["0"].flatten())
+
+
+def test_a_piece_decays_as_its_whole_does(draw: Draw) -> None:
+    flat = draw(8)
+    shapes = {"norm": (8,), "matrix": (4, 4)}
+    optimizer = AdamW([(name, Piece(flat=flat, start=0, shape=shape)) for name, shape in shapes.items()], CONFIG)
+    assert {name: slot.weight_decay for name, slot in optimizer.slots.items()} == {"norm": 0.0, "matrix": 0.1}
+    assert optimizer.slots["matrix"].master.data_ptr() == flat.data_ptr()  # FP32: its own master
 
 
 def test_moments_are_saved_in_their_dtype_and_not_taken_for_another(tmp_path: Path, draw: Draw) -> None:

@@ -142,6 +142,6 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
 def state_bytes(run: Run) -> int:
     """Weights, FP32 masters, moments and the moving average, each storage once."""
     tensors = [*run.model.parameters(), *run.model.buffers()]
-    tensors += [each for part in run.optimizer.state().values() for each in part.values()]
+    tensors += [each for slot in run.optimizer.slots.values() for each in slot.written]
     tensors += [] if run.ema is None else run.ema.average.values()
     return sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
