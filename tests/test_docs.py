@@ -26,6 +26,7 @@ from dovetail.model.transformer import Transformer, initialize
 from dovetail.spec.family import Dial, dovetail_spec
 from dovetail.text.documents import DataConfig
 from dovetail.text.tokenizer import Tokenizer
+from dovetail.train.layout.table import LayoutConfig
 from dovetail.train.run.run_file import ModelConfig, RunConfig, TokenizerConfig, TrainConfig, resolve_model
 from dovetail.train.step.optim import AdamWConfig
 from dovetail.train.step.schedule import TrainingSchedule
@@ -95,7 +96,7 @@ def test_names_exist(page: Path) -> None:
 def test_the_tour_names_something_of_every_walk() -> None:
     found = set(names(prose(ROOT / "docs" / "tour.md")))
     assert found >= {
-        "train.step.step.train_step",
+        "train.step.step.team_step",
         "engine.core.Core.step",
         "model.checkpoint.weights.export_hf",
         "cost.inspect.inspect",
@@ -199,6 +200,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "[tokenizer]": TokenizerConfig,
     "[data]": DataConfig,
     "[train]": TrainConfig,
+    "[layout]": LayoutConfig,
     "[optimizer]": AdamWConfig,
 }
 WORDS: dict[Any, str] = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
@@ -212,7 +214,7 @@ def kind(annotation: Any) -> str:
         return kind(get_args(annotation)[0])
     arguments = [each for each in get_args(annotation) if each is not type(None)]
     if get_origin(annotation) is Literal:
-        *most, last = (f'"{each}"' for each in arguments)
+        *most, last = (f'"{each}"' if isinstance(each, str) else str(each) for each in arguments)
         return f"{', '.join(most)} or {last}"
     if get_origin(annotation) is tuple:
         return f"list of {kind(arguments[0])}"

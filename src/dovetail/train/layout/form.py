@@ -1,4 +1,4 @@
-"""Forms the team of a run: the ranks' groups, and on each rank its part of the model with its first weights."""
+"""Forms the ranks of a run: their groups, and on each its part of the model with its first weights."""
 
 from __future__ import annotations
 
