@@ -75,6 +75,9 @@ def test_a_pipeline_trains_as_one_process_and_goes_on_without_it(tmp_path: Path,
         rate = 2 * steps * max(each.learning_rate for each in read_steps(alone.out))
         assert all(float(each.abs().max()) <= rate for each in change.values())
     assert losses(first.out)[:2] == losses(second.out)[:2]
+    assert [(each.nic_bytes, each.node_bytes) for each in read_steps(alone.out)] == [(0, 0)] * steps
+    for sent in read_steps(second.out):  # all ranks are on one node
+        assert sent.nic_bytes == 0 < sent.node_bytes
 
 
 def read_steps(out: Path) -> list[StepMetrics]:

@@ -71,16 +71,21 @@ class Pipeline:
     """The stages of this rank, and how they run."""
 
     def __init__(
-        self, models: Mapping[Place, Transformer], schedule: Schedule, mesh: Mesh, is_overlapped: bool = True
+        self,
+        models: Mapping[Place, Transformer],
+        schedule: Schedule,
+        mesh: Mesh,
+        is_overlapped: bool = True,
+        traffic: Traffic | None = None,
     ) -> None:
-        """`is_overlapped`: whether the exchanges of a `Pair` hide behind each other's arithmetic. Raises ValueError
-        where mesh and schedule differ in ranks."""
+        """`is_overlapped`: whether the exchanges of a `Pair` hide behind each other's arithmetic. What is sent is added
+        to `traffic`. Raises ValueError where mesh and schedule differ in ranks."""
         if mesh.pp.size != schedule.ranks:
             raise ValueError(f"the schedule {schedule.name} has {schedule.ranks} ranks, the pipeline {mesh.pp.size}")
         self.models, self.schedule, self.mesh = models, schedule, mesh
         self.steps = schedule.actions[mesh.pp.index]
         self.is_overlapped = is_overlapped and mesh.ep.size > 1  # alone there is nothing to hide
-        self.traffic = Traffic()  # of hidden states and their gradients
+        self.traffic = Traffic() if traffic is None else traffic  # of hidden states and their gradients
 
     def run(self, batches: Sequence[Batch], aims: Aims) -> PipelineStep:
         """Forward and backward of all micro-batches, the same on all ranks of the pipeline, which call it together.

@@ -146,6 +146,8 @@ def line(view: View) -> str:
     if now.max_vio:
         parts.append(f"maxvio {_mean(now.max_vio):.2f} (worst {max(now.max_vio):.2f})")
     parts += [f"lr {now.learning_rate:.2e}", f"grad {now.grad_norm:.2f}", f"batch {now.batch_size}"]
+    if now.nic_bytes or now.node_bytes:
+        parts.append(f"sent {now.nic_bytes / 1e6:.1f} MB to other nodes, {now.node_bytes / 1e6:.1f} inside")
     if now.skipped:
         parts.append(f"skipped {now.skipped}")
     return "  ".join([*parts, f"{duration(view.seconds_left)} left"])

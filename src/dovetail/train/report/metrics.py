@@ -39,6 +39,8 @@ class StepMetrics:
     max_vio: list[float]  # (largest load - mean load) / mean load of each MoE layer [ALF]
     skipped: int  # steps skipped so far for a loss or gradient that was not finite
     seconds: float  # wall time of this step
+    nic_bytes: int = 0  # sent by all ranks to other nodes
+    node_bytes: int = 0  # sent by all ranks inside their nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

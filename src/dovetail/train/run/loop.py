@@ -239,6 +239,8 @@ def _metrics(
         max_vio=result.max_vio,
         skipped=counters.skipped,
         seconds=seconds,
+        nic_bytes=result.sent.nic,
+        node_bytes=result.sent.node,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dovetail.model.experts.gate import Routing
 from dovetail.model.transformer import Output, Transformer
+from dovetail.parallel.dispatch import OneHop, TwoHop
 from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.pieces import Piece
 from dovetail.parallel.pipeline.forward import forward
@@ -25,6 +26,7 @@ from dovetail.parallel.pipeline.held import Aims, Ended
 from dovetail.parallel.pipeline.pipeline import Pipeline, PipelineStep, Place
 from dovetail.parallel.schedules.pipelines import make_schedule
 from dovetail.parallel.shard import Shares
+from dovetail.parallel.wire import Traffic
 from dovetail.spec.layout import Layout
 from dovetail.text.corpus import Batch
 from dovetail.train.step.losses import balance_losses, count_targets, end_losses
@@ -38,6 +40,8 @@ class Ranks:
         self.models, self.mesh, self.shares, self.layout = list(models.values()), mesh, shares, layout
         self.spec = self.models[0].spec
         self._stages = models
+        self._told = Traffic()
+        self._between_stages = Traffic()
         self.num_shares, self.index = mesh.dp.size, mesh.dp.index
         depths = self.spec.num_nextn_predict_layers
         self._layers = [each for each in range(self.spec.num_hidden_layers + depths) if self.spec.is_moe_layer(each)]
@@ -75,6 +79,16 @@ class Ranks:
     def gather(self) -> None:
         self.shares.gather()
 
+    def sent(self) -> Traffic:
+        hops = [each.dispatcher for each in self.models if isinstance(each.dispatcher, OneHop | TwoHop)]
+        parts = [self.shares.traffic, self._between_stages, *(each.traffic for each in hops)]
+        now = Traffic(nic=sum(each.nic for each in parts), node=sum(each.node for each in parts))
+        new = torch.tensor([now.nic - self._told.nic, now.node - self._told.node], device=self._device)
+        self._told = now
+        dist.all_reduce(new)
+        nic, node = new.tolist()
+        return Traffic(nic=nic, node=node)
+
     def hidden(self, tokens: Tensor) -> Tensor | None:
         if self.layout.pp > 1:
             return forward(self._pipeline(self.layout.microbatches), tokens)
@@ -93,7 +107,7 @@ class Ranks:
         """A batch that grows has more of them."""
         layout = self.layout
         schedule = make_schedule(layout.schedule, layout.pp, microbatches, layout.chunks)
-        return Pipeline(self._stages, schedule, self.mesh)
+        return Pipeline(self._stages, schedule, self.mesh, traffic=self._between_stages)
 
     def _aims(self, aim: Aim) -> Aims:
         def end(model: Transformer, output: Output, batch: Batch) -> Ended:

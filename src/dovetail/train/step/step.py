@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dovetail.model.experts.gate import bias_update, max_violation
 from dovetail.model.transformer import Transformer
+from dovetail.parallel.wire import Traffic
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.losses import Share
@@ -29,6 +30,7 @@ class StepResult:
     grad_norm: float  # before clipping
     max_vio: list[float]  # per MoE layer, MTP modules last
     is_finite: bool
+    sent: Traffic  # by all ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +94,7 @@ def team_step(
         grad_norm=norm,
         max_vio=[max_violation(each) for _, each in sorted(sums.counts.items())],
         is_finite=is_finite,
+        sent=team.sent(),
     )
 
 

@@ -21,6 +21,7 @@ from dovetail.model.experts.gate import Gate
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.transformer import Transformer
 from dovetail.parallel.pieces import Piece
+from dovetail.parallel.wire import Traffic
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.losses import Share, compute_losses, count_targets
@@ -62,6 +63,10 @@ class Team(Protocol):
     def add_up(self, sums: Sums) -> Sums: ...
     def norm(self, squares: Mapping[str, Tensor]) -> float: ...
     def gather(self) -> None: ...
+    def sent(self) -> Traffic:
+        """What all ranks have sent since the last call."""
+        ...
+
     def hidden(self, tokens: Tensor) -> Tensor | None:
         """The final hidden states of tokens [B, T], on the rank that has the head; all ranks call it equally often."""
         ...
@@ -92,6 +97,9 @@ class Alone:
 
     def gather(self) -> None:
         """Nobody else has weights."""
+
+    def sent(self) -> Traffic:
+        return Traffic()
 
     def hidden(self, tokens: Tensor) -> Tensor | None:
         hidden: Tensor = self.models[0](tokens).hidden
