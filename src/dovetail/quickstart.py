@@ -37,6 +37,7 @@ from dovetail.train.run.footprint import measure_step, state_bytes
 from dovetail.train.run.loop import train
 from dovetail.train.run.run_file import ModelConfig, RunConfig, TrainConfig
 from dovetail.train.run.state import Run
+from dovetail.train.step.team import Alone
 
 PRESET = "quickstart"
 OVERHEAD_MINUTES = 1.0  # tokenizer, compiling kernels, evaluation, generation
@@ -135,7 +136,7 @@ def average_bits(state: Run) -> float:
         return False
 
     try:
-        return held_out(model, state.held_out_store, length, batch_size, told=told)[1]
+        return held_out(Alone(model), state.held_out_store, length, batch_size, told=told)[1]
     finally:
         display.close()
 
