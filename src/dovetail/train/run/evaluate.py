@@ -45,17 +45,14 @@ def held_out(
     windows = evaluation_windows(store, length, stride, batch_size)
     chosen = range(0, len(windows), every)
     found: dict[int, tuple[float, int]] = {}  # by batch: nats, and targets scored
-    is_stopped = False
     for first in range(0, len(chosen), team.num_shares):
         done = first + team.index
         # A rank that has no batch left takes the last again, uncounted: others may need its experts.
         nats = _nats(team, windows[chosen[min(done, len(chosen) - 1)]])
         if nats is not None and done < len(chosen):
             found[chosen[done]] = nats
-        if (is_stopped := is_stopped or told(min(done + 1, len(chosen)), len(chosen))) and team.num_shares == 1:
-            break
-    if any_rank(is_stopped):
-        raise Interrupted("stopped while held-out text was measured")
+        if any_rank(told(min(done + 1, len(chosen)), len(chosen))):
+            raise Interrupted("stopped while held-out text was measured")
     nats, scored = 0.0, 0
     for _, (more, targets) in sorted(_of_all_ranks(found).items()):
         nats, scored = nats + more, scored + targets
