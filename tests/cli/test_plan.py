@@ -42,7 +42,7 @@ def test_training_prints_table_4s_parts_and_what_follows() -> None:
     assert done.returncode == 0 and done.stderr == ""
     for text in ("(1F)", "(1B)", "(1W)", "(1F1B)", "idle", "optimizer", "tokens per day", "causal", "GPU hours", "$"):
         assert text in done.stdout
-    assert "memory per rank" in done.stdout and "cannot run this layout" in done.stdout
+    assert "memory per rank" in done.stdout and '  ep = 64\n  schedule = "dualpipe"\n' in done.stdout
 
 
 def test_serving_prints_both_pools_and_the_lines_of_engines() -> None:
