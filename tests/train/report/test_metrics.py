@@ -109,3 +109,18 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"kind": "step", "step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl: line 4 is not a record"):
         read_metrics(path)
+
+
+def test_a_log_of_an_earlier_version_lacks_what_it_did_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.write(step_metrics(1))
+    log.close()
+    record = json.loads(path.read_text())
+    del record["nic_bytes"], record["node_bytes"]
+    path.write_text(json.dumps(record) + "\n")
+    assert read_metrics(path) == [step_metrics(1)]
+    del record["loss"]
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="line 1 is not a record"):
+        read_metrics(path)

@@ -147,14 +147,19 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _is_record(record: dict[str, Any]) -> bool:
+    """A field that has a default may be missing: earlier versions did not write it."""
     kind = _KINDS.get(str(record.get("kind")))
-    return kind is not None and record.keys() == {"kind"} | {field.name for field in dataclasses.fields(kind)}
+    if kind is None:
+        return False
+    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
+    needed = {"kind"} | {name for name, is_needed in fields.items() if is_needed}
+    return needed <= record.keys() <= {"kind"} | fields.keys()
 
 
 def _from_record(record: dict[str, Any]) -> Metrics:
     kind = _KINDS[record["kind"]]
     types = get_type_hints(kind)
-    return kind(**{name: _typed(record[name], types[name]) for name in types})
+    return kind(**{name: _typed(record[name], types[name]) for name in types if name in record})
 
 
 def _plain(value: Any) -> Any:
