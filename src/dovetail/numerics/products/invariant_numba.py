@@ -51,24 +51,16 @@ def both(x, weight, used, bounds, out, y, second, second_out, threads):  # type:
     """
     blocks, others = blocks_of(*weight.shape[1:]), blocks_of(*second.shape[1:])
     tasks, counter = others + len(used) * blocks, np.zeros(1, np.int64)
-    if len(x) + len(y) <= FEW:  # each thread reads weights that lie together
-        for task in prange(tasks):
+    is_few = len(x) + len(y) <= FEW  # then each thread reads weights that lie together
+    for place in prange(tasks if is_few else threads):
+        task = place if is_few else take_next(counter)
+        while task < tasks:
             if task < others:
                 block_product(y, 0, len(y), second, 0, task, second_out)
             else:
                 i, block = (task - others) // blocks, (task - others) % blocks
                 block_product(x, bounds[i], bounds[i + 1] - bounds[i], weight, used[i], block, out)
-        return
-    for _ in prange(threads):
-        while True:
-            task = take_next(counter)
-            if task >= tasks:
-                break
-            if task < others:
-                block_product(y, 0, len(y), second, 0, task, second_out)
-            else:
-                i, block = (task - others) // blocks, (task - others) % blocks
-                block_product(x, bounds[i], bounds[i + 1] - bounds[i], weight, used[i], block, out)
+            task = tasks if is_few else take_next(counter)
 
 
 @register_jitable
@@ -81,7 +73,8 @@ def alone(matrix):  # type: ignore[no-untyped-def]
 def linear_into(x, weight, out, threads):  # type: ignore[no-untyped-def]
     """out [R, N], BF16 or FP32, = x [R, K] weight [N, K]^T."""
     nothing, none = np.empty((0, 0), np.uint16), np.empty(0, np.int64)
-    both(nothing, np.empty((0, 0, 0), np.uint16), none, none, nothing, x, alone(weight), out, threads)
+    none_out = np.empty((0, 0), out.dtype)  # as `out`, or products of one more kind would be compiled
+    both(nothing, np.empty((0, 0, 0), np.uint16), none, none, none_out, x, alone(weight), out, threads)
 
 
 @register_jitable
