@@ -1,4 +1,4 @@
-"""The smallest models that still have every part, random weights for them, and random numbers by test name."""
+"""The smallest models that still have every part, random weights for them, random numbers by test name, and ranks."""
 
 import os
 import random
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import Ranks
 from torch import Tensor
 
 from dovetail.model.transformer import Transformer, initialize
@@ -151,3 +152,19 @@ def build(out: Path, text: Path, **changes: object) -> RunConfig:
         train=TrainConfig(**{**settings, **changes}),
         schedule="quickstart",
     )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Four ranks, started once for the tests of a module."""
+    started = Ranks(4, Path(tmp_path_factory.mktemp("ranks")))
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two ranks, likewise."""
+    started = Ranks(2, Path(tmp_path_factory.mktemp("ranks")))
+    yield started
+    started.stop()

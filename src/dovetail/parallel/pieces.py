@@ -1,135 +1,91 @@
-"""A piece of a weight, or of what an optimizer keeps of it: some of its elements, counted row by row.
+"""A piece of a tensor: a range of its elements, counted row by row.
 
-Where several ranks share a weight out, each has one piece. A checkpoint takes a piece wherever it takes a tensor, and
-stores it as rectangles of the whole tensor, under the whole one's name and shape. So no layout is stored, and any
-other cutting reads what it needs.
+    a tensor [4, 5] and its elements 3 .. 17, as rectangles:
 
-    elements 5 .. 13 of [4, 4]      . . . .
-                                    . 1 1 1     1: the rest of a row
-                                    2 2 2 2     2: whole rows
-                                    3 3 . .     3: the beginning of a row
+    .  .  .  a  a      the end of row 0       at (0, 3), [1, 2]
+    b  b  b  b  b      whole rows 1 and 2     at (1, 0), [2, 5]
+    b  b  b  b  b
+    c  c  .  .  .      the start of row 3     at (3, 0), [1, 2]
+
+Of a tensor with N dims a range is at most 2 N - 1 rectangles: the row in which it begins and the one in which it ends
+are ranges of tensors with N - 1 dims.
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-Sizes = tuple[int, ...]
+Span = tuple[int, int]  # the first element, and the one behind the last
+Place = tuple[int, ...]  # of a rectangle's first element, along each dim of the whole tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Elements start .. start + n - 1 of a tensor of `shape`."""
+    """Elements start .. start + len(flat) of a tensor of `shape`."""
 
     flat: Tensor  # [n], contiguous
     start: int
-    shape: Sizes  # of the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor
 
-    def rectangles(self) -> list[tuple[Sizes, Sizes]]:
-        """Their places in the whole and their sizes, in the order of `flat`."""
-        return list(_rectangles(self.shape, self.start, self.start + len(self.flat)))
+    def __post_init__(self) -> None:
+        assert self.flat.dim() == 1 and self.flat.is_contiguous(), (self.flat.shape, self.flat.stride())
+        assert 0 <= self.start <= self.stop <= prod(self.shape), (self.span, self.shape)
 
-    def rectangle_at(self, offsets: Sequence[int]) -> Tensor:
-        """The one that begins there, as a view."""
-        begin = 0
-        for place, sizes in self.rectangles():
-            end = begin + math.prod(sizes)
-            if place == tuple(offsets):
-                return self.flat[begin:end].view(sizes)
-            begin = end
-        raise ValueError(f"no rectangle begins at {offsets}")
+    @property
+    def stop(self) -> int:
+        return self.start + self.flat.numel()
 
-    # What torch.distributed.checkpoint asks of a tensor that is not whole. DTensor answers to the same names, which
-    # torch does not document (2.11 to 2.13).
+    @property
+    def span(self) -> Span:
+        return self.start, self.stop
 
-    def size(self) -> torch.Size:
-        return torch.Size(self.shape)
-
-    def __create_write_items__(self, name: str, piece: Piece) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.flat)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [
-            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))
-            for offsets, sizes in self.rectangles()
-        ]
+    def part(self, span: Span) -> Piece:
+        """These elements of the piece, which has them; a view of it."""
+        return replace(self, flat=self.flat[span[0] - self.start : span[1] - self.start], start=span[0])
 
 
-class SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = _at(self.state_dict, index)
-        return super().lookup_object(index) if found is None else found
+def rectangles(piece: Piece) -> dict[Place, Tensor]:
+    """The rectangles that the piece consists of: views of `flat`, shaped, by their places.
 
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Raises ValueError, on the first rank and through it on all, for a tensor of which no rank has some part."""
-        found = defaultdict[str, dict[torch.Size, int]](dict)
-        sizes: dict[str, torch.Size] = {}
-        for item in (item for plan in all_plans for item in plan.items):
-            assert item.tensor_data is not None
-            sizes[item.index.fqn] = item.tensor_data.size
-            found[item.index.fqn][item.tensor_data.chunk.offsets] = item.tensor_data.chunk.sizes.numel()
-        for name, size in sizes.items():
-            if (count := sum(found[name].values())) != size.numel():
-                raise ValueError(f"the ranks together have {count} of the {size.numel()} elements of {name}")
-        return super().create_global_plan(all_plans)
+    Of a tensor without elements it is the whole tensor, and of an empty piece of another one there is none.
+    """
+    if prod(piece.shape) == 0:
+        return {(0,) * len(piece.shape): piece.flat.view(piece.shape)}
+    found, at = dict[Place, Tensor](), 0
+    for place, sizes in _cut(piece.span, piece.shape):
+        found[place] = piece.flat[at : at + prod(sizes)].view(sizes)
+        at += prod(sizes)
+    return found
 
 
-class LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """As it is: flat already, which the default would see to, and with pieces, which it would not keep."""
-        self.state_dict, self.original_state_dict = state_dict, state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = _at(self.state_dict, index)
-        return super().lookup_tensor(index) if found is None else found
-
-
-def _at(state: Mapping[str, Any], index: MetadataIndex) -> Tensor | None:
-    """The rectangle of a piece that begins there; None of a tensor."""
-    leaf = state[index.fqn]
-    return leaf.rectangle_at(index.offset or ()) if isinstance(leaf, Piece) else None
-
-
-def _rectangles(shape: Sizes, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
-    if start >= stop:
+def _cut(span: Span, shape: tuple[int, ...]) -> Iterator[tuple[Place, tuple[int, ...]]]:
+    """Places and sizes of the rectangles of a range, in the order of elements."""
+    start, stop = span
+    if start == stop:
         return
     if len(shape) < 2:
-        yield ((start,), (stop - start,)) if shape else ((), ())
+        yield (start,) * len(shape), (stop - start,) * len(shape)
         return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
-    if first > last:  # within one row
-        yield from _within(shape, first - 1, start, stop)
-        return
-    yield from _within(shape, first - 1, start, first * row)
-    if first < last:
-        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
-    yield from _within(shape, last, last * row, stop)
+    row = prod(shape[1:])
+    whole_from = min(stop, -(-start // row) * row)  # where the first whole row begins
+    whole_to = max(whole_from, stop // row * row)
+    for place, sizes in _cut((start % row, start % row + whole_from - start), shape[1:]):
+        yield (start // row, *place), (1, *sizes)
+    if whole_from < whole_to:
+        yield (whole_from // row, *(0 for _ in shape[1:])), ((whole_to - whole_from) // row, *shape[1:])
+    for place, sizes in _cut((0, stop - whole_to), shape[1:]):
+        yield (whole_to // row, *place), (1, *sizes)
 
 
-def _within(shape: Sizes, index: int, start: int, stop: int) -> Iterator[tuple[Sizes, Sizes]]:
-    """Those of a part of one row."""
-    before = index * math.prod(shape[1:])
-    for offsets, sizes in _rectangles(shape[1:], start - before, stop - before):
-        yield (index, *offsets), (1, *sizes)
+def first_gap(spans: Iterable[Span], size: int) -> Span | None:
+    """The first of `size` elements that are in none of the spans, up to the next that is in one; None if all are."""
+    reached = 0
+    for start, stop in sorted(span for span in spans if span[0] < span[1]):
+        if start > reached:
+            return reached, start
+        reached = max(reached, stop)
+    return (reached, size) if reached < size else None

@@ -180,10 +180,10 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
     [
         (lambda state: state.pop("empty"), "1 tensors are not in the state: empty"),
         (lambda state: state.update(ema=torch.zeros(2)), "1 tensors are not in the checkpoint: ema"),
-        (lambda state: state.update(bits=torch.zeros(5)), r"bits is \[4\] torch.float32 .* \[5\]"),
+        (lambda state: state.update(bits=torch.zeros(5)), r"bits is float32 \[4\] in the checkpoint and float32 \[5\]"),
         (
             lambda state: state.update(bits=torch.zeros(4).bfloat16()),
-            "float32 in the checkpoint and .*bfloat16",
+            r"float32 \[4\] in the checkpoint and bfloat16",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_part_can_be_loaded_when_asked_for(tmp_path: Path) -> None:
 
 def test_only_tensors_and_json(tmp_path: Path) -> None:
     with closing(Checkpointer(tmp_path)) as checkpointer:
-        with pytest.raises(ValueError, match=r"'count.step' is a int, not a tensor"):
+        with pytest.raises(ValueError, match=r"'count.step' is a int, not a tensor or a Piece"):
             checkpointer.save(1, {"count": {"step": 3}})
         with pytest.raises(ValueError, match=r"'a.b' is there twice"):
             checkpointer.save(1, {"a": {"b": torch.zeros(1)}, "a.b": torch.zeros(1)})

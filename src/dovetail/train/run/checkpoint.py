@@ -11,19 +11,22 @@ A save copies the tensors into host buffers that are kept between saves (the onl
 thread does the rest: write into `root/.step-*.partial`, flush every file and the directory to the disk, rename, flush
 `root`. So a directory of the final name is whole or, after damage, does not match its manifest; `latest` then
 names it and falls back to the one before. All ranks of a process group call together; without one, the same code
-runs alone. The state must be dictionaries of tensors, or of this rank's pieces of them: nothing of it is pickled, and
-all of it loads in place. Ranks may have other names and other pieces; a checkpoint has every tensor whole.
+runs alone. The state must be dictionaries of tensors: nothing of it is pickled, and all of it loads in place.
+
+In place of a tensor a rank may give a `Piece` of it, or nothing. What is stored is the whole tensor under its name,
+and no layout: ranks of any number read it whole or in other pieces. What several ranks hold is taken to be the same
+and written once; what none holds is refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,18 +36,19 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from dovetail.atomic import clear_leftovers, partial_name, publish, remove_directory, write_bytes
-from dovetail.parallel.pieces import LoadPlanner, Piece, SavePlanner
+from dovetail.parallel import resharding
+from dovetail.parallel.pieces import Piece
+from dovetail.parallel.resharding import Holders, Leaf
 from dovetail.train.layout.ranks import PATIENCE
 from dovetail.train.run import manifest
 from dovetail.train.run.manifest import Fingerprint
 
 Result = TypeVar("Result")
-Leaf = Tensor | Piece
-State = Mapping[str, Any]  # of leaves, or of more such mappings
+State = Mapping[str, Any]  # of tensors and pieces, or of more such mappings
 
 _FINAL = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|old)")
@@ -105,19 +109,21 @@ class Checkpointer:
         """Copy `state` and write it as the checkpoint of `step` beside the caller's work.
 
         Returns once the tensors are copied, so they may change right after. First waits for the save before, if
-        it is still being written, and raises its CheckpointError if it failed. `extra` must be JSON.
+        it is still being written, and raises its CheckpointError if it failed. `extra` must be JSON. What is wrong
+        with one rank's `state` is raised on all.
         """
-        self.wait()
+        self.wait()  # so the group is free
+        holders = _holders(state, self._group)
         text = json.dumps(dict(extra or {}), indent=1, allow_nan=False)
-        flat = _flatten(state)
-        copied = self._stager.stage({name: _tensor(leaf) for name, leaf in flat.items()})
-        assert isinstance(copied, dict)
-        staged = {
-            name: replace(leaf, flat=copied[name]) if isinstance(leaf, Piece) else copied[name]
-            for name, leaf in flat.items()
-        }
+        leaves = _flatten(state)
+        tensors = {name: leaf.flat if isinstance(leaf, Piece) else leaf for name, leaf in leaves.items()}
+        staged = self._stager.stage(tensors)
+        assert isinstance(staged, dict)
+        for name, leaf in leaves.items():
+            if isinstance(leaf, Piece):
+                staged[name] = dataclasses.replace(leaf, flat=staged[name])
         path = self.root / f"step-{step:08d}"
-        work = self._thread.submit(_write, path, staged, text, self.keep, self._group)
+        work = self._thread.submit(_write, path, staged, holders, text, self.keep, self._group)
         self._last = Save(path, work)
         return self._last
 
@@ -155,56 +161,71 @@ def step_of(path: Path) -> int:
 
 
 def load_checkpoint(path: Path, state: State, partial: bool = False) -> dict[str, Any]:
-    """Fill the tensors of `state` in place, bit for bit, and return `extra`.
+    """Fill the tensors and pieces of `state` in place, bit for bit, and return `extra`.
 
-    With `partial` the checkpoint may hold more than `state` asks for.
-    Raises CheckpointError if a file is missing or does not match its checksum, and ValueError if names, shapes
-    or dtypes of the ranks' `state` together are not those of the checkpoint; in both cases no tensor has been touched.
+    With `partial` the checkpoint may hold more than the `state` of all ranks together asks for.
+    Raises CheckpointError if a file is missing or does not match its checksum, or a tensor is not whole, and ValueError
+    if names, shapes or dtypes of `state` are not those of the checkpoint; in both cases no tensor has been touched. It
+    is raised on all ranks.
     """
     group = dist.group.WORLD if dist.is_initialized() else None
     for problem in _together(lambda: manifest.damage(path, _rank(group), _num_ranks(group)), group):
         if problem is not None:
             raise CheckpointError(f"{path}: damaged checkpoint ({problem})")
-    flat = _flatten(state)
+    holders = _holders(state, group)
     reader = FileSystemReader(path)
-    stored = reader.read_metadata().state_dict_metadata
-    asked = frozenset[str]().union(*_together(lambda: list(flat), group))
-    for problem in _together(lambda: _misfit(flat, asked, stored, partial), group):
-        if problem is not None:
-            raise ValueError(f"{path}: {problem}")
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata  # of tensors alone
+    lost = resharding.stored_gap(stored)
+    if lost is not None:
+        raise CheckpointError(f"{path}: damaged checkpoint ({lost})")
+    problem = resharding.misfit(holders, stored, partial)
+    if problem is not None:
+        raise ValueError(f"{path}: {problem}")
+    cuts = {name: resharding.cut(leaf) for name, leaf in _flatten(state).items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_SINGLE_PROCESS, category=UserWarning)
-        state_dict_loader.load(flat, storage_reader=reader, planner=LoadPlanner(), no_dist=group is None)
+        planner = resharding.LoadPlanner()
+        state_dict_loader.load(cuts, storage_reader=reader, planner=planner, no_dist=group is None)
     extra: dict[str, Any] = json.loads((path / "extra.json").read_text(encoding="utf-8"))
     return extra
 
 
-def _write(path: Path, state: dict[str, Leaf], extra: str, keep: int, group: dist.ProcessGroup | None) -> None:
+def _write(
+    path: Path, leaves: dict[str, Leaf], holders: Holders, extra: str, keep: int, group: dist.ProcessGroup | None
+) -> None:
     """Runs in the writing thread, on every rank."""
     temporary = partial_name(path)
     rank = _rank(group)
     try:
-        writer = FileSystemWriter(temporary, sync_files=True)
-        state_dict_saver.save(
-            state, storage_writer=writer, planner=SavePlanner(), process_group=group, no_dist=group is None
-        )
+        lost = resharding.gap(holders)
+        if lost is not None:
+            raise CheckpointError(lost)
+        own_share = resharding.share(holders, _num_ranks(group))[rank]
+        cuts = {name: resharding.cut(leaves[name], span) for name, span in own_share.items()}
+        writer, planner = FileSystemWriter(temporary, sync_files=True), resharding.SavePlanner()
+        state_dict_saver.save(cuts, storage_writer=writer, planner=planner, process_group=group, no_dist=group is None)
         # Each rank hashes what it wrote, while it is still in the page cache.
         own = f"__{rank}_*"
         shares = _together(lambda: {each.name: manifest.fingerprint(each) for each in temporary.glob(own)}, group)
         files = {name: found for share in shares for name, found in share.items()}
-        _together(lambda: _publish(temporary, path, extra, files, keep) if rank == 0 else None, group)
+        about = {"step": step_of(path), "torch": torch.__version__, "tensors": resharding.summary(holders)}
+        _together(lambda: _publish(path, extra, files, about, keep) if rank == 0 else None, group)
     except BaseException:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _publish(temporary: Path, path: Path, extra: str, files: dict[str, Fingerprint], keep: int) -> None:
+def _publish(path: Path, extra: str, files: dict[str, Fingerprint], about: Mapping[str, Any], keep: int) -> None:
     """Add the manifest, give the directory its final name, and remove the checkpoints that are now too old."""
+    temporary = partial_name(path)
+    unseen = sorted(name for name in files if not (temporary / name).exists())
+    if unseen:
+        raise CheckpointError(f"{unseen[0]} is not there: {path.parent} must be one directory to all ranks")
     write_bytes(temporary / "extra.json", extra.encode())
     for name in ("extra.json", ".metadata"):
         files[name] = manifest.fingerprint(temporary / name)
-    manifest.write(temporary, files, {"step": step_of(path), "torch": torch.__version__})
+    manifest.write(temporary, files, about)
     publish(temporary, path)  # in place of an older one where the run came back to this step
     # Later steps than this one belong to a run that was rewound: not ours to count, and not ours to remove.
     older = sorted(found for found in checkpoints(path.parent) if found[0] <= step_of(path))
@@ -219,24 +240,19 @@ def checkpoints(root: Path) -> list[tuple[int, Path]]:
     return [(int(match[1]), path) for path in root.iterdir() if (match := _FINAL.fullmatch(path.name))]
 
 
-def _tensor(leaf: Leaf) -> Tensor:
-    return leaf.flat if isinstance(leaf, Piece) else leaf
-
-
 def _flatten(state: State, prefix: str = "") -> dict[str, Leaf]:
     flat: dict[str, Leaf] = {}
     for key, leaf in state.items():
         name = f"{prefix}{key}"
-        found: dict[str, Leaf]
-        if isinstance(leaf, Piece):
-            found = {name: leaf}
-        elif isinstance(leaf, Tensor):
-            found = {name: leaf.detach()}
+        if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
+            found: dict[str, Leaf] = {name: leaf.detach()}
+        elif isinstance(leaf, Piece):
+            found = {name: dataclasses.replace(leaf, flat=leaf.flat.detach())}
         elif isinstance(leaf, Mapping):
             found = _flatten(leaf, f"{name}.")
         else:
             kind = type(leaf).__name__
-            raise ValueError(f"state {name!r} is a {kind}, not a tensor; plain values belong in `extra`")
+            raise ValueError(f"state {name!r} is a {kind}, not a tensor or a Piece; plain values belong in `extra`")
         clash = sorted(found.keys() & flat.keys())
         if clash:
             raise ValueError(f"state {clash[0]!r} is there twice, once as a key with a dot; rename one")
@@ -244,24 +260,9 @@ def _flatten(state: State, prefix: str = "") -> dict[str, Leaf]:
     return flat
 
 
-def _misfit(flat: Mapping[str, Leaf], asked: frozenset[str], stored: Mapping[str, Any], partial: bool) -> str | None:
-    """What of this rank's state is not in the checkpoint, or of the checkpoint in no rank's; None if all is well."""
-    surplus = frozenset() if partial else stored.keys() - asked
-    for names, where in ((asked - stored.keys(), "the checkpoint"), (surplus, "the state")):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            return f"{len(names)} tensors are not in {where}: {some}; was the model changed?"
-    for name, leaf in flat.items():
-        there, dtype = stored[name], _tensor(leaf).dtype
-        assert isinstance(there, TensorStorageMetadata)
-        if (leaf.size(), dtype) != (there.size, there.properties.dtype):
-            return (
-                f"{name} is {list(there.size)} {there.properties.dtype} in the checkpoint and "
-                f"{list(leaf.size())} {dtype} in the state"
-            )
-        if (count := sum(chunk.sizes.numel() for chunk in there.chunks)) != there.size.numel():
-            return f"the checkpoint has {count} of the {there.size.numel()} elements of {name}"
-    return None
+def _holders(state: State, group: dist.ProcessGroup | None) -> Holders:
+    """What all ranks hold. What is wrong with the state of one is raised on all."""
+    return resharding.holders_of(_together(lambda: resharding.held(_flatten(state)), group))
 
 
 def _rank(group: dist.ProcessGroup | None) -> int:
