@@ -14,25 +14,41 @@ SOURCE = str(Path(dovetail.__file__).parents[1])
 SIMULATE = ("network", "simulate", "--fabric", "mpft", "--gpus", "16", "--size", "1MiB", "--json")
 
 
-def run(cache: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+ONE_KERNEL = """
+import numpy as np
+from dovetail.printing import announce_compilation
+
+announce_compilation()
+from dovetail.network.flows.flows_numba import transpose
+
+print(transpose(np.array([0, 1]), np.zeros(1, np.int32), 1))
+"""
+
+
+def run(cache: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     source = {"PYTHONPATH": SOURCE, "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", "dovetail", *SIMULATE]
     return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **source, **environment}, timeout=120, check=True
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **source, **environment},
+        timeout=120,
+        check=True,
     )
 
 
 def test_compiling_is_said_once_and_never_where_the_kernels_are_kept(tmp_path: Path) -> None:
-    first = run(tmp_path)
+    first = run(tmp_path, "-m", "dovetail", *SIMULATE)
     assert first.stderr == "compiling CPU kernels, once per machine and version: some seconds\n"
     kept = {path.parent.parent for path in tmp_path.rglob("*.nbc")}
     assert len(kept) == 1 and kept.pop().parent == tmp_path / "dovetail"
-    second = run(tmp_path)
+    second = run(tmp_path, "-m", "dovetail", *SIMULATE)
     assert second.stderr == "" and second.stdout == first.stdout
 
 
 def test_of_several_processes_one_speaks(tmp_path: Path) -> None:
-    assert run(tmp_path, RANK="1").stderr == ""
+    silent = run(tmp_path, "-c", ONE_KERNEL, RANK="1")
+    assert silent.stderr == "" and list(tmp_path.rglob("*.nbc"))
 
 
 LOSS = """
@@ -47,22 +63,10 @@ print(losses.double().sum().item().hex(), logits.double().abs().sum().item().hex
 """
 
 
-def python(code: str, **environment: str) -> str:
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": SOURCE, **environment},
-        timeout=120,
-        check=True,
-    )
-    return run.stdout
-
-
 def test_the_run_that_compiles_has_the_bits_of_the_others(tmp_path: Path) -> None:
     """numba's own order, compile and then keep, had others on AVX-512."""
-    first = python(LOSS, XDG_CACHE_HOME=str(tmp_path))
-    assert python(LOSS, XDG_CACHE_HOME=str(tmp_path)) == first
+    first = run(tmp_path, "-c", LOSS).stdout
+    assert run(tmp_path, "-c", LOSS).stdout == first
 
 
 @pytest.mark.parametrize("home", ["nowhere", "forbidden"])
@@ -75,6 +79,6 @@ def test_without_a_directory_to_keep_them_kernels_are_compiled_each_time(home: s
         (kept / "dovetail" / kernel_directory().name).write_text("")  # root may write everywhere: a file in its place
     else:
         kept = Path("/proc/nowhere")
-    result = run(kept, TMPDIR=str(scratch))
+    result = run(kept, "-c", ONE_KERNEL, TMPDIR=str(scratch))
     assert "compiling" in result.stderr and "Traceback" not in result.stderr
     assert not list(scratch.iterdir())

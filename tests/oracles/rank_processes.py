@@ -8,6 +8,7 @@ that hang are killed, and the test fails.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import time
 import traceback
@@ -86,6 +87,7 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, store: Path, pipe: Connection) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"  # as torchrun has it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count)
     while True:
