@@ -1,12 +1,15 @@
-"""The verbs `quickstart`, `train` and `compare`."""
+"""The verbs `quickstart`, `train`, `cluster` and `compare`."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dovetail.cli.options import flat
 from dovetail.printing import announce_compilation, print_json, print_table
 
 app = typer.Typer()
@@ -44,6 +47,65 @@ def train(
     out = state.config.out
     print(f"trained {state.num_steps} steps; complete text with: dovetail generate {out} --prompt TEXT")
     print(f"export the weights with: dovetail export {out} OUT")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machines:
+    """What a cluster is made of."""
+
+    nodes: Annotated[int, typer.Option(help="Nodes, each a network namespace.")] = 2
+    ranks: Annotated[int, typer.Option(help="Ranks of each node.")] = 1
+    nic: Annotated[str, typer.Option(help="Rate of each node's link, in each direction.")] = "1Gbit"
+    latency: Annotated[str, typer.Option(help="Delay from node to node, such as 0.2ms.")] = "0ms"
+
+
+@app.command()
+@flat
+def cluster(
+    what: Annotated[list[str], typer.Argument(metavar="RUN.toml | -- COMMAND...", help="What each rank runs.")],
+    machines: Machines,
+    change: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the run file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON; ranks then write to stderr.")] = False,
+) -> None:
+    """Run ranks on nodes inside this machine, joined by links of limited rate, and count the bytes of each link.
+
+    dovetail cluster run.toml --nodes 2 --ranks 2 --nic 200Mbit
+
+    dovetail cluster --nodes 2 --ranks 2 --nic 200Mbit -- python train.py
+    """
+    from dovetail.cluster import report
+    from dovetail.cluster.counters import read_traffic
+    from dovetail.cluster.launch import Streams
+    from dovetail.cluster.run import run
+    from dovetail.cluster.shape import Shape, parse_latency, parse_rate
+
+    speed = {"nic": parse_rate(machines.nic), "latency": parse_latency(machines.latency)}
+    shape = Shape(nodes=machines.nodes, ranks=machines.ranks, **speed)
+    command, counts_file = _command(what, change or [])
+    outcome = run(command, shape, Streams(sys.stderr if as_json else sys.stdout, sys.stderr))
+    counted = None if counts_file is None else read_traffic(counts_file, shape.world_size, outcome.started)
+    if as_json:
+        print_json(report.as_json(outcome, counted))
+    else:
+        print_table(*report.table(outcome, counted))
+    if outcome.failure is not None:
+        print("dovetail:", outcome.failure, file=sys.stderr)
+        raise typer.Exit(outcome.failure.exit_code)
+
+
+def _command(what: list[str], change: list[str]) -> tuple[list[str], Path | None]:
+    """Return what each rank runs, and where a run file's ranks leave their counts."""
+    if len(what) > 1 or not what[0].endswith(".toml"):
+        if change:
+            raise ValueError(f"--set {change[0]}: {what[0]} is no run file (.toml), whose keys --set overrides")
+        return what, None
+    from dovetail.config import load_toml, user_path
+    from dovetail.train.run.run_file import RunConfig
+
+    path = user_path(Path(what[0]))
+    config = load_toml(path, RunConfig, change)
+    overrides = [word for each in change for word in ("--set", each)]
+    return [sys.executable, "-m", "dovetail", "train", str(path), *overrides], config.out / "traffic.json"
 
 
 @app.command()
