@@ -32,9 +32,9 @@ TRAFFIC = {rank: {"nic": 10 * 2**rank, "node": 2**rank} for rank in range(4)}
 
 
 def test_ranks_of_a_node_are_added_up_beside_its_links() -> None:
-    title, header, rows = table(OUTCOME, TRAFFIC)
+    title, header, rows = table(OUTCOME, {"in_steps": TRAFFIC})
     assert title == "bytes sent in 2.0 s"
-    assert header == ("link", ">counted by ranks", ">by the kernel", ">received")
+    assert header == ("link", ">counted in steps", ">by the kernel", ">received")
     assert rows == [
         ("node 0 to the switch", "30", "1,000", "1,001"),
         ("inside node 0", "3", "2,000", "2,001"),
@@ -42,19 +42,20 @@ def test_ranks_of_a_node_are_added_up_beside_its_links() -> None:
         ("inside node 1", "12", "4,000", "4,001"),
     ]
     predicted = {rank: {kind: 100 * size for kind, size in of.items()} for rank, of in TRAFFIC.items()}
-    assert table(OUTCOME, TRAFFIC, predicted)[2][0] == ("node 0 to the switch", "3,000", "30", "1,000", "1,001")
-    assert [link["predicted"] for link in as_json(OUTCOME, TRAFFIC, predicted)["links"]] == [3000, 300, 12000, 1200]
+    told = {"in_steps": TRAFFIC, "beside": TRAFFIC, "predicted": predicted}
+    assert table(OUTCOME, told)[2][0] == ("node 0 to the switch", "3,000", "30", "30", "1,000", "1,001")
+    assert [link["predicted"] for link in as_json(OUTCOME, told)["links"]] == [3000, 300, 12000, 1200]
 
 
 def test_what_is_not_known_has_no_column() -> None:
-    _, header, rows = table(OUTCOME)
+    _, header, rows = table(OUTCOME, {})
     assert header == ("link", ">by the kernel", ">received") and rows[0] == ("node 0 to the switch", "1,000", "1,001")
-    assert not {"predicted", "counted"} & set(as_json(OUTCOME)["links"][0])
+    assert not {"predicted", "in_steps", "beside"} & set(as_json(OUTCOME, {})["links"][0])
 
 
 def test_dropped_packets_are_shown_where_there_are_some() -> None:
     lossy = replace(OUTCOME, counts={**OUTCOME.counts, (1, "nic"): counts(3000, dropped=7)})
-    _, header, rows = table(lossy)
+    _, header, rows = table(lossy, {})
     assert header[-1] == ">packets dropped" and [row[-1] for row in rows] == ["0", "0", "7", "0"]
 
 
@@ -71,20 +72,20 @@ def test_a_failure_has_the_exit_code_of_a_shell() -> None:
 
 def test_counts_of_an_earlier_run_are_not_this_runs(tmp_path: Path) -> None:
     path = tmp_path / "traffic.json"
-    assert read_traffic(path, 4, since=0.0) is None
-    path.write_text(json.dumps(TRAFFIC))
+    assert read_traffic(path, 4, since=0.0) == {}
+    path.write_text(json.dumps({"in_steps": TRAFFIC, "beside": TRAFFIC}))
     os.utime(path, (100.0, 100.0))
-    assert read_traffic(path, 4, since=99.0) == TRAFFIC
-    assert read_traffic(path, 4, since=101.0) is None
+    assert read_traffic(path, 4, since=99.0) == {"in_steps": TRAFFIC, "beside": TRAFFIC}
+    assert read_traffic(path, 4, since=101.0) == {}
 
 
 @pytest.mark.parametrize(
     ("text", "refusal"),
     [
-        ('{"0": {"nic": 1}}', "expected {rank: {nic: bytes, node: bytes}}"),
-        ('{"first": {"nic": 1, "node": 2}}', "expected {rank: {nic: bytes, node: bytes}}"),
-        ('{"0": 1}', "expected {rank: {nic: bytes, node: bytes}}"),
-        ('{"1": {"nic": 1, "node": 2}}', "has ranks [1], but 1 ran"),
+        ('{"in_steps": {"0": {"nic": 1}}}', "expected {table: {rank: {nic: bytes, node: bytes}}}"),
+        ('{"in_steps": {"first": {"nic": 1, "node": 2}}}', "expected {table: {rank: {nic: bytes, node: bytes}}}"),
+        ('{"beside": {"0": 1}}', "expected {table: {rank: {nic: bytes, node: bytes}}}"),
+        ('{"beside": {"1": {"nic": 1, "node": 2}}}', "beside has ranks [1], but 1 ran"),
         ('{"0"', "not valid JSON"),
     ],
 )

@@ -39,12 +39,15 @@ def train(
 ) -> None:
     """Train from a run file, or continue where the run was stopped."""
     from dovetail.config import load_toml
+    from dovetail.train.layout.ranks import rank_and_world
     from dovetail.train.run.loop import train as run_training
     from dovetail.train.run.run_file import RunConfig
 
     announce_compilation()
     state = run_training(load_toml(run, RunConfig, change or ()), accept_changed_text=accept_changed_text)
     out = state.config.out
+    if rank_and_world()[0]:
+        return  # the first rank speaks for all
     print(f"trained {state.num_steps} steps; complete text with: dovetail generate {out} --prompt TEXT")
     print(f"export the weights with: dovetail export {out} OUT")
 
@@ -83,11 +86,11 @@ def cluster(
     shape = Shape(nodes=machines.nodes, ranks=machines.ranks, **speed)
     command, counts_file = _command(what, change or [])
     outcome = run(command, shape, Streams(sys.stderr if as_json else sys.stdout, sys.stderr))
-    counted = None if counts_file is None else read_traffic(counts_file, shape.world_size, outcome.started)
+    told = {} if counts_file is None else read_traffic(counts_file, shape.world_size, outcome.started)
     if as_json:
-        print_json(report.as_json(outcome, counted))
+        print_json(report.as_json(outcome, told))
     else:
-        print_table(*report.table(outcome, counted))
+        print_table(*report.table(outcome, told))
     if outcome.failure is not None:
         print("dovetail:", outcome.failure, file=sys.stderr)
         raise typer.Exit(outcome.failure.exit_code)

@@ -1,9 +1,9 @@
 """Bytes of each link of a cluster, as the kernel counts them, and as ranks do.
 
 A rank's own counts are payload: bytes that it hands over to go to ranks of other nodes ("nic"), and to other ranks of
-its own node ("node"). Rank 0 leaves those of all ranks in a file `traffic.json`:
+its own node ("node"). Rank 0 leaves those of all ranks in a file `traffic.json`, in up to three tables:
 
-    {"0": {"nic": 1048576, "node": 524288}, "1": {"nic": 1048576, "node": 524288}}
+    {"predicted": {"0": {"nic": 1048576, "node": 524288}, "1": ...}, "in_steps": {...}, "beside": {...}}
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dovetail.config import read_json
 
 Traffic = Mapping[int, Mapping[str, int]]  # bytes that each rank sent, by kind of link
 KINDS = {NIC: "nic", "lo": "node"}  # of link, by interface
+TABLES = ("predicted", "in_steps", "beside")  # of training steps, counted in them, and beside them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,26 +44,32 @@ def read_counts(links: Links) -> dict[tuple[int, str], Counts]:
     }
 
 
-def read_traffic(path: Path, world_size: int, since: float) -> Traffic | None:
-    """Read `traffic.json`; None where there is none that was written after the time `since`.
+def read_traffic(path: Path, world_size: int, since: float) -> dict[str, Traffic]:
+    """Read the tables of `traffic.json`; none where there is no file that was written after the time `since`.
 
     Raises ValueError where it is not as described above, or has other ranks than 0 to `world_size` - 1.
     """
     if not path.exists() or path.stat().st_mtime < since:
-        return None
+        return {}
     found = read_json(path)
     try:
-        traffic = {int(rank): {kind: int(counts[kind]) for kind in KINDS.values()} for rank, counts in found.items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected {{rank: {{nic: bytes, node: bytes}}}}, got {found!r:.60}") from error
-    if sorted(traffic) != list(range(world_size)):
-        raise ValueError(f"{path}: has ranks {sorted(traffic)}, but {world_size} ran")
-    return traffic
+        tables = {name: _by_rank(found[name]) for name in TABLES if name in found}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        wanted = "{table: {rank: {nic: bytes, node: bytes}}}"
+        raise ValueError(f"{path}: expected {wanted}, got {found!r:.60}") from error
+    for name, traffic in tables.items():
+        if sorted(traffic) != list(range(world_size)):
+            raise ValueError(f"{path}: {name} has ranks {sorted(traffic)}, but {world_size} ran")
+    return tables
 
 
 def of_node(traffic: Traffic, ranks: Iterable[int], kind: str) -> int:
     """Return the bytes that `ranks`, those of one node, sent over links of `kind` together."""
     return sum(traffic[rank][kind] for rank in ranks)
+
+
+def _by_rank(table: Mapping[str, Mapping[str, float]]) -> Traffic:
+    return {int(rank): {kind: int(counts[kind]) for kind in KINDS.values()} for rank, counts in table.items()}
 
 
 def _interface(name: str, interface: str, switch: str, node: int) -> Counts:

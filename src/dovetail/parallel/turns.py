@@ -11,8 +11,11 @@ the middle of autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Condition
 from typing import Protocol, TypeVar
 
@@ -29,6 +32,18 @@ class UnderWay(Protocol):
     def wait(self) -> object: ...
 
 
+@dataclass(slots=True)
+class Waited:
+    """Seconds for which a rank computed nothing, by what it waited for.
+
+    On a GPU they are the host's, which waits for less: exchanges there are put in line behind the work.
+    """
+
+    stages: float = 0.0  # hidden states or their gradients from another stage: the bubble
+    experts: float = 0.0  # rows on their way to experts or back
+    gradients: float = 0.0  # sums of gradients and the gathering of weights, with the copies that they need
+
+
 class Turns:
     """Whose turn it is. Outside `both` nobody else is there, and `await_exchange` simply waits."""
 
@@ -38,6 +53,16 @@ class Turns:
         self._at_work = 0  # how many pieces have not ended
         self._has_failed = False
         self._thread: ThreadPoolExecutor | None = None
+        self.waited = Waited()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Add the time within to `waited`, under that field."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self.waited, what, getattr(self.waited, what) + time.perf_counter() - start)
 
     def both(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
         """The results of both; `first` begins. Where one raises, the other is left where it stands, and that error is
@@ -63,7 +88,8 @@ class Turns:
                 self._changed.wait_for(lambda: self._turn == mine)
                 if self._has_failed:
                     raise _LeftError
-        work.wait()
+        with self.waiting("experts"):
+            work.wait()
 
     def _piece(self, number: int, function: Callable[[], Result]) -> Result:
         with self._changed:

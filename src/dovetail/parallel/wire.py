@@ -23,6 +23,18 @@ class Traffic:
     nic: int = 0  # to other nodes
     node: int = 0  # inside the node
 
+    def add(self, size: int, is_near: bool) -> None:
+        if is_near:
+            self.node += size
+        else:
+            self.nic += size
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.nic + other.nic, self.node + other.node)
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(self.nic - other.nic, self.node - other.node)
+
 
 def encode(rows: Tensor) -> Tensor:
     """rows [N, columns] -> the bytes of each row [N, width] uint8."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import json
 import shutil
 import subprocess
 import sys
@@ -76,8 +77,19 @@ def test_a_pipeline_trains_as_one_process_and_goes_on_without_it(tmp_path: Path,
         assert all(float(each.abs().max()) <= rate for each in change.values())
     assert losses(first.out)[:2] == losses(second.out)[:2]
     assert [(each.nic_bytes, each.node_bytes) for each in read_steps(alone.out)] == [(0, 0)] * steps
-    for sent in read_steps(second.out):  # all ranks are on one node
-        assert sent.nic_bytes == 0 < sent.node_bytes
+    for each in read_steps(second.out)[2:]:  # all ranks are on one node, and hold one stage
+        assert each.nic_bytes == each.stage_wait == 0 < each.node_bytes
+        assert min(each.expert_wait, each.gradient_wait, each.rank_memory, *each.rank_max_vio) > 0
+        assert each.expert_wait + each.gradient_wait < each.seconds
+    assert all(each.stage_wait > 0 for each in read_steps(first.out))
+    assert_traffic_is_that_of_the_steps(second.out, since=2)
+
+
+def assert_traffic_is_that_of_the_steps(out: Path, since: int) -> None:
+    tables = json.loads((out / "traffic.json").read_text())
+    steps = [each for each in read_steps(out) if each.step > since]
+    assert sum(rank["node"] for rank in tables["in_steps"].values()) == sum(each.node_bytes for each in steps)
+    assert min(rank["node"] for rank in tables["beside"].values()) > 0  # held-out text was measured
 
 
 def read_steps(out: Path) -> list[StepMetrics]:

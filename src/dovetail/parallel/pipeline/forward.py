@@ -27,6 +27,7 @@ def forward(pipeline: Pipeline, tokens: Tensor) -> Tensor | None:
             x = model.run_stage(x if stage else tokens, model.context(tokens, None, None, None, False)).hidden
             if stage + 1 < len(holders) and holders[stage + 1] != holder:
                 target = mesh.pp.ranks[holders[stage + 1]]
+                pipeline.traffic.add(x.nbytes, mesh.pp.is_near[holders[stage + 1]])
                 dist.send(x.contiguous(), target, group=mesh.links[mesh.rank, target])
     return x if holders[-1] == mesh.pp.index else None
 

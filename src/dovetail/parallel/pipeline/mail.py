@@ -56,7 +56,8 @@ class Mail:
         if key in self._handed:
             return self._handed.pop(key)
         pending = self._posted.pop(key)
-        pending.work.wait()
+        with self.mesh.turns.waiting("stages"):
+            pending.work.wait()
         kept = self._kept.get(pending.message.source, deque())
         while kept and kept[0].message.needed < pending.message.made:
             kept.popleft().work.wait()  # it has arrived
@@ -68,10 +69,7 @@ class Mail:
         if message is None:
             self._handed[key] = tensor
             return
-        if self.mesh.pp.is_near[message.target]:
-            self.traffic.node += tensor.nbytes
-        else:
-            self.traffic.nic += tensor.nbytes
+        self.traffic.add(tensor.nbytes, self.mesh.pp.is_near[message.target])
         tensor, target = tensor.contiguous(), self.mesh.pp.ranks[message.target]
         work = dist.isend(tensor, target, group=self.mesh.links[self.mesh.rank, target])
         assert work is not None
@@ -80,9 +78,10 @@ class Mail:
     def finish(self) -> None:
         """Wait until everything that was sent has arrived."""
         assert not self._posted and not self._handed and not any(self._coming.values())
-        for kept in self._kept.values():
-            while kept:
-                kept.popleft().work.wait()
+        with self.mesh.turns.waiting("stages"):
+            for kept in self._kept.values():
+                while kept:
+                    kept.popleft().work.wait()
 
     def _receive(self, due: Due) -> None:
         tensor, source = self.empty(due.message.key[1]), self.mesh.pp.ranks[due.message.source]

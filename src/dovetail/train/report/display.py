@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dovetail.train.report.metrics import HeldOutMetrics, StepMetrics, WholeHeldOutMetrics
+from dovetail.train.report.ranks import ranks_line
 
 BARS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"  # one eighth to eight eighths of a character cell
 PLAIN_BARS = "12345678"  # for a terminal that is not UTF-8
@@ -146,8 +147,8 @@ def line(view: View) -> str:
     if now.max_vio:
         parts.append(f"maxvio {_mean(now.max_vio):.2f} (worst {max(now.max_vio):.2f})")
     parts += [f"lr {now.learning_rate:.2e}", f"grad {now.grad_norm:.2f}", f"batch {now.batch_size}"]
-    if now.nic_bytes or now.node_bytes:
-        parts.append(f"sent {now.nic_bytes / 1e6:.1f} MB to other nodes, {now.node_bytes / 1e6:.1f} inside")
+    if now.rank_memory:
+        parts += ranks_line(now)
     if now.skipped:
         parts.append(f"skipped {now.skipped}")
     return "  ".join([*parts, f"{duration(view.seconds_left)} left"])
@@ -182,6 +183,8 @@ def panel(view: View, bars: str = BARS) -> RenderableType:
     body: list[RenderableType] = [_progress(view), rows, _loss_row(view.losses, bars)]
     if now.max_vio:
         body.append(_max_vio_row(now.max_vio, bars))
+    if now.rank_memory:
+        body.append(Text("  ".join(ranks_line(now)), "dim"))
     return Panel(Group(*body), title=view.title, title_align="left", border_style="dim")
 
 

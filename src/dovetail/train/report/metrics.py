@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -41,6 +41,11 @@ class StepMetrics:
     seconds: float  # wall time of this step
     nic_bytes: int = 0  # sent by all ranks to other nodes
     node_bytes: int = 0  # sent by all ranks inside their nodes
+    stage_wait: float = 0.0  # seconds of the step that a rank computed nothing, in the mean: for other stages
+    expert_wait: float = 0.0  # likewise, for rows to and from experts
+    gradient_wait: float = 0.0  # likewise, for sums of gradients and gathered weights, their copies included
+    rank_memory: float = 0.0  # bytes, the most that any rank's process has taken
+    rank_max_vio: list[float] = field(default_factory=list)  # as max_vio, of the ranks that share a layer's experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,9 +156,9 @@ def _is_record(record: dict[str, Any]) -> bool:
     kind = _KINDS.get(str(record.get("kind")))
     if kind is None:
         return False
-    fields = {field.name: field.default is dataclasses.MISSING for field in dataclasses.fields(kind)}
-    needed = {"kind"} | {name for name, is_needed in fields.items() if is_needed}
-    return needed <= record.keys() <= {"kind"} | fields.keys()
+    fields = dataclasses.fields(kind)
+    needed = {each.name for each in fields if each.default is MISSING and each.default_factory is MISSING}
+    return {"kind"} | needed <= record.keys() <= {"kind"} | {each.name for each in fields}
 
 
 def _from_record(record: dict[str, Any]) -> Metrics:

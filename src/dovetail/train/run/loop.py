@@ -27,6 +27,7 @@ from dovetail.train.report.display import Display
 from dovetail.train.report.health import Watched, watch
 from dovetail.train.report.metrics import HealthMetrics, StepMetrics
 from dovetail.train.report.peak import Peak, measure_peak
+from dovetail.train.report.ranks import of_ranks, write_traffic
 from dovetail.train.report.reporter import Reporter
 from dovetail.train.run import checkpoint, claim, run_file
 from dovetail.train.run.budget import budget_line, pace_of, step_seconds
@@ -132,6 +133,8 @@ def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
             except Interrupted:
                 again = "the run is saved, and the same command measures it on held-out text"
                 raise Interrupted(f"stopped after step {counters.step} of {state.num_steps}; {again}") from None
+            if (told := state.team.told()) and is_first:
+                write_traffic(config.out / "traffic.json", told)
     finally:
         checkpointer.close()
         if reporter is not None:
@@ -239,8 +242,8 @@ def _metrics(
         max_vio=result.max_vio,
         skipped=counters.skipped,
         seconds=seconds,
-        nic_bytes=result.sent.nic,
-        node_bytes=result.sent.node,
+        rank_max_vio=result.rank_max_vio if result.told else [],
+        **of_ranks(result.told),
     )
 
 

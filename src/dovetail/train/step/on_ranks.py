@@ -10,6 +10,7 @@ the same.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,6 +27,8 @@ from dovetail.parallel.pipeline.held import Aims, Ended
 from dovetail.parallel.pipeline.pipeline import Pipeline, PipelineStep, Place
 from dovetail.parallel.schedules.pipelines import make_schedule
 from dovetail.parallel.shard import Shares
+from dovetail.parallel.told import Told, tell
+from dovetail.parallel.turns import Waited
 from dovetail.parallel.wire import Traffic
 from dovetail.spec.layout import Layout
 from dovetail.text.corpus import Batch
@@ -40,9 +43,10 @@ class Ranks:
         self.models, self.mesh, self.shares, self.layout = list(models.values()), mesh, shares, layout
         self.spec = self.models[0].spec
         self._stages = models
-        self._told = Traffic()
         self._between_stages = Traffic()
-        self.num_shares, self.index = mesh.dp.size, mesh.dp.index
+        self._before: Traffic | None = None  # sent until the step began that is under way
+        self._in_steps = Traffic()
+        self.num_shares, self.index, self.expert_ranks = mesh.dp.size, mesh.dp.index, layout.ep
         depths = self.spec.num_nextn_predict_layers
         self._layers = [each for each in range(self.spec.num_hidden_layers + depths) if self.spec.is_moe_layer(each)]
 
@@ -59,6 +63,7 @@ class Ranks:
         return found
 
     def backward(self, batches: Sequence[Batch], aim: Aim) -> Sums:
+        self._before, self.mesh.turns.waited = self._sent(), Waited()
         if self.layout.pp == 1:
             return backward(self.models[0], batches, aim, in_fp32=True)
         batches = [_on(self._device, batch) for batch in batches]
@@ -70,30 +75,39 @@ class Ranks:
         counts = torch.stack([sums.counts.get(layer, none) for layer in self._layers]) if self._layers else none
         dist.all_reduce(losses)
         dist.all_reduce(counts)
-        gradients = self.shares.reduce(sums.gradients)
+        with self.mesh.turns.waiting("gradients"):
+            gradients = self.shares.reduce(sums.gradients)
         return Sums(gradients=gradients, losses=losses, counts=dict(zip(self._layers, counts, strict=False)))
 
     def norm(self, squares: Mapping[str, Tensor]) -> float:
         return self.shares.norm(squares)
 
     def gather(self) -> None:
-        self.shares.gather()
+        with self.mesh.turns.waiting("gradients"):
+            self.shares.gather()
 
-    def sent(self) -> Traffic:
-        hops = [each.dispatcher for each in self.models if isinstance(each.dispatcher, OneHop | TwoHop)]
-        parts = [self.shares.traffic, self._between_stages, *(each.traffic for each in hops)]
-        now = Traffic(nic=sum(each.nic for each in parts), node=sum(each.node for each in parts))
-        new = torch.tensor([now.nic - self._told.nic, now.node - self._told.node], device=self._device)
-        self._told = now
-        dist.all_reduce(new)
-        nic, node = new.tolist()
-        return Traffic(nic=nic, node=node)
+    def told(self) -> list[Told]:
+        sent = Traffic() if self._before is None else self._sent() - self._before
+        self._in_steps, self._before = self._in_steps + sent, None
+        own = Told(
+            sent=sent,
+            sent_in_steps=self._in_steps,
+            sent_beside=self._sent() - self._in_steps,
+            waited=self.mesh.turns.waited,
+            memory=_most_memory(self._device),
+        )
+        return tell(own, self._device)
 
     def hidden(self, tokens: Tensor) -> Tensor | None:
         if self.layout.pp > 1:
             return forward(self._pipeline(self.layout.microbatches), tokens)
         hidden: Tensor = self.models[0](tokens).hidden
         return hidden
+
+    def _sent(self) -> Traffic:
+        hops = [each.dispatcher for each in self.models if isinstance(each.dispatcher, OneHop | TwoHop)]
+        parts = [self.shares.traffic, self._between_stages, *(each.traffic for each in hops)]
+        return sum(parts, Traffic())
 
     @property
     def _device(self) -> torch.device:
@@ -128,6 +142,13 @@ class Ranks:
         for balance in step.balances.values():
             losses[-1] += balance.double()
         return Sums(gradients=step.gradients, losses=losses, counts=step.counts)
+
+
+def _most_memory(device: torch.device) -> float:
+    """Bytes: of this process, or of its GPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

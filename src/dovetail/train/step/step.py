@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dovetail.model.experts.gate import bias_update, max_violation
 from dovetail.model.transformer import Transformer
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.told import Told
 from dovetail.text.corpus import Batch
 from dovetail.train.step.ema import Ema
 from dovetail.train.step.losses import Share
@@ -30,7 +30,8 @@ class StepResult:
     grad_norm: float  # before clipping
     max_vio: list[float]  # per MoE layer, MTP modules last
     is_finite: bool
-    sent: Traffic  # by all ranks
+    rank_max_vio: list[float]  # likewise, of ranks that share experts
+    told: list[Told]  # by each rank; none in one process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,15 +93,21 @@ def team_step(
         mtp_losses=mtp_losses,
         balance_loss=balance_value,
         grad_norm=norm,
-        max_vio=[max_violation(each) for _, each in sorted(sums.counts.items())],
+        max_vio=_violations(sums, 1),
         is_finite=is_finite,
-        sent=team.sent(),
+        rank_max_vio=_violations(sums, team.spec.moe.n_routed_experts // team.expert_ranks if team.spec.moe else 1),
+        told=team.told(),
     )
 
 
 def microbatches(batch: Batch, size: int) -> list[Batch]:
     parts = zip(batch.tokens.split(size), batch.document_ids.split(size), strict=True)
     return [Batch(tokens=tokens, document_ids=ids) for tokens, ids in parts]
+
+
+def _violations(sums: Sums, experts: int) -> list[float]:
+    """MaxVio of each layer, by blocks of so many experts."""
+    return [max_violation(each.unflatten(0, (-1, experts)).sum(1)) for _, each in sorted(sums.counts.items())]
 
 
 def _rebalance(team: Team, sums: Sums, gamma: float) -> None:

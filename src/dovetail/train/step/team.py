@@ -4,6 +4,7 @@ backward   this rank's microbatches -> sums of gradients, losses and loads
 add_up     -> the sums of all ranks; gradients only of what this rank's optimizer updates
 norm       of all gradients together
 gather     makes updated weights known to all that have them
+told       -> what each rank has sent in the step, and how long it has waited
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dovetail.model.experts.gate import Gate
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.transformer import Transformer
 from dovetail.parallel.pieces import Piece
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.told import Told
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.losses import Share, compute_losses, count_targets
@@ -50,6 +51,7 @@ class Team(Protocol):
     models: Sequence[Transformer]  # what this rank has of the model: all of it, its part, or some stages
     num_shares: int  # parts in which ranks read a batch
     index: int  # of this rank's part
+    expert_ranks: int  # ranks that share the experts of a layer
 
     def parameters(self) -> Mapping[str, Tensor | Piece]:
         """What this rank's optimizer updates."""
@@ -63,8 +65,8 @@ class Team(Protocol):
     def add_up(self, sums: Sums) -> Sums: ...
     def norm(self, squares: Mapping[str, Tensor]) -> float: ...
     def gather(self) -> None: ...
-    def sent(self) -> Traffic:
-        """What all ranks have sent since the last call."""
+    def told(self) -> list[Told]:
+        """What each rank says, by its number; all ranks call it together."""
         ...
 
     def hidden(self, tokens: Tensor) -> Tensor | None:
@@ -75,7 +77,7 @@ class Team(Protocol):
 class Alone:
     """One process that has the whole model."""
 
-    num_shares, index = 1, 0
+    num_shares, index, expert_ranks = 1, 0, 1
 
     def __init__(self, model: Transformer) -> None:
         self.spec, self.models = model.spec, (model,)
@@ -98,8 +100,8 @@ class Alone:
     def gather(self) -> None:
         """Nobody else has weights."""
 
-    def sent(self) -> Traffic:
-        return Traffic()
+    def told(self) -> list[Told]:
+        return []
 
     def hidden(self, tokens: Tensor) -> Tensor | None:
         hidden: Tensor = self.models[0](tokens).hidden
