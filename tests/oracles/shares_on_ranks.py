@@ -95,12 +95,10 @@ def _on_rank(spec: ModelSpec, case: Case) -> Result:
     norms = []
     for step in range(STEPS):
         gradients = {name: gradient_of(step, rank, name, block) for name, block in blocks.items()}
-        if step == 0:
-            sums = shares.reduce(gradients)
-        else:  # backward passes end in any order, and on each rank in another
-            for name in random.Random(f"{step} {rank}").sample(list(gradients), len(gradients)):
-                shares.give(name, gradients[name])
-            sums = shares.finish()
+        # Backward passes end in any order, and on each rank in another.
+        for name in random.Random(f"{step} {rank}").sample(list(gradients), len(gradients)):
+            shares.give(name, gradients[name])
+        sums = shares.finish()
         norms.append(shares.norm(optimizer.squares(sums)))
         ema.finish_reading()
         optimizer.step(sums, RATE, SCALE)

@@ -79,14 +79,8 @@ class Shares:
             found[name] = Piece(flat=flat, start=block.start + own.start, shape=block.shape)
         return found
 
-    def reduce(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All gradients, BF16 or FP32, shaped as the parameters -> the sums of the pieces, flat. See `finish`."""
-        for name, gradient in gradients.items():
-            self.give(name, gradient)
-        return self.finish()
-
     def give(self, name: str, gradient: Tensor) -> None:
-        """One gradient that is whole on this rank. It must stay as it is until `finish`."""
+        """One gradient that is whole on this rank, BF16 or FP32. It must stay as it is until `finish`."""
         assert name not in self._given, f"{name} was given twice"
         assert gradient.numel() == self.blocks[name].length, (name, gradient.shape)
         self._given[name] = gradient.detach().reshape(-1)
