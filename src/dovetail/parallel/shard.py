@@ -13,8 +13,8 @@ starts when its last gradient was given and all buckets before it have started: 
 ranks, in whichever order backward passes end. `give` never waits for another rank, which may be waiting for rows that
 this one has not sent yet; where a bucket has a second leg, it starts when somebody gives or finishes after the first.
 What is hidden behind the backward pass is the wait for links: two ranks with 64 MB of gradients and 0.32 s of products
-took 0.45 s on a link of 2 Gbit/s, and 0.60 s where all was given at the end; without the limit, where copies need the
-same cores, both took 0.38 s.
+took 0.45 s on a link of 2 Gbit/s, and 0.60 s where all was given at the end. Without the limit copies need the same
+cores, and nothing is gained: both took 0.38 s.
 
 `traffic` counts the bytes that a rank sends. Weights are filled up to n equal pieces.
 """
