@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -20,7 +22,7 @@ from dovetail.parallel.part import take_part
 from dovetail.parallel.pipeline import mail
 from dovetail.parallel.pipeline.held import Aims, Ended, Held
 from dovetail.parallel.pipeline.messages import Due, Message, arrivals
-from dovetail.parallel.pipeline.pipeline import Pipeline, build_stages
+from dovetail.parallel.pipeline.pipeline import Pipeline, _Run, build_stages
 from dovetail.parallel.schedules.pipelines import make_schedule
 from dovetail.parallel.schedules.schedule import Schedule
 from dovetail.spec.layout import Layout
@@ -81,6 +83,8 @@ class Found:
     losses: dict[int, Tensor]  # by micro-batch of all ranks
     balance: float
     counts: dict[int, Tensor]
+    was_whole: bool = True  # whether gradients did not change after they were given
+    was_early: bool = False  # whether a gradient was given before the last message was sent
     peak: int = 0
     nic: int = 0  # bytes sent by the pipeline
     node: int = 0
@@ -132,10 +136,20 @@ def _on_rank(case: Case) -> Found:
     first = mesh.dp.index * layout.microbatches
     own = case.batches()[first : first + layout.microbatches]
     pipeline = Pipeline(models, schedule, mesh, case.is_overlapped)
+    given, before = dict[str, Tensor](), list[int]()
+
+    def give(name: str, gradient: Tensor) -> None:
+        assert name not in given, f"{name} is given twice"
+        given[name] = gradient.clone()
+        before.append(pipeline.traffic.nic + pipeline.traffic.node)
+
     with BROKEN.get(case.twin, nullcontext)():
-        step = pipeline.run(own, aims_of(case))
+        step = pipeline.run(own, aims_of(case), give)
     return Found(
         gradients=step.gradients,
+        was_whole=given.keys() == step.gradients.keys()
+        and all(torch.equal(gradient, given[name]) for name, gradient in step.gradients.items()),
+        was_early=before[0] < pipeline.traffic.nic + pipeline.traffic.node,
         losses={first + index: report for index, report in step.reports.items()},
         balance=float(sum(step.balances.values())),
         counts=step.counts,
@@ -243,4 +257,17 @@ def _swapped() -> Iterator[None]:
         yield
 
 
-BROKEN = {"embedding twice": _embedding_twice, "dropped": _dropped, "swapped": _swapped}
+@contextmanager
+def _hasty() -> Iterator[None]:
+    """Gradients are given after the first backward pass of a stage."""
+    init = _Run.__init__
+
+    def hasty(self: _Run, *arguments: Any) -> None:
+        init(self, *arguments)
+        self._left = Counter(list(self._left))
+
+    with patch.object(_Run, "__init__", hasty):
+        yield
+
+
+BROKEN = {"embedding twice": _embedding_twice, "dropped": _dropped, "swapped": _swapped, "hasty": _hasty}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dovetail.model.transformer import Transformer
-from dovetail.parallel import shard
+from dovetail.parallel import legs, shard
 from dovetail.parallel.holders import Block, Weight, blocks_of, weights_of
+from dovetail.parallel.legs import Sum
 from dovetail.parallel.mesh import form_mesh
 from dovetail.parallel.pieces import Piece
 from dovetail.parallel.shard import Shares
@@ -49,7 +52,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whole:
-    """Of one process with all gradients, summed in the order of ranks."""
+    """Of one process with all gradients, summed over the ranks of each node in order, and then over the nodes."""
 
     weights: dict[str, Tensor]
     state: dict[str, dict[str, Tensor]]
@@ -92,12 +95,10 @@ def _on_rank(spec: ModelSpec, case: Case) -> Result:
     norms = []
     for step in range(STEPS):
         gradients = {name: gradient_of(step, rank, name, block) for name, block in blocks.items()}
-        if step == 0:
-            sums = shares.reduce(gradients)
-        else:  # backward passes end in any order, and on each rank in another
-            for name in random.Random(f"{step} {rank}").sample(list(gradients), len(gradients)):
-                shares.give(name, gradients[name])
-            sums = shares.finish()
+        # Backward passes end in any order, and on each rank in another.
+        for name in random.Random(f"{step} {rank}").sample(list(gradients), len(gradients)):
+            shares.give(name, gradients[name])
+        sums = shares.finish()
         norms.append(shares.norm(optimizer.squares(sums)))
         ema.finish_reading()
         optimizer.step(sums, RATE, SCALE)
@@ -142,11 +143,15 @@ def _on_one(spec: ModelSpec, layout: Layout) -> Whole:
     norms = []
     for step in range(STEPS):
         gradients = {name: torch.zeros(each.shape) for name, each in parameters.items()}
-        for rank in range(layout.gpus):
-            for name, block in blocks_of(weights, layout, rank).items():
-                gradients[name].view(-1)[block.start : block.start + block.length] += gradient_of(
-                    step, rank, name, block
-                )
+        for first in range(0, layout.gpus, RANKS_PER_NODE):
+            of_node = {name: torch.zeros(each.shape) for name, each in parameters.items()}
+            for rank in range(first, first + RANKS_PER_NODE):
+                for name, block in blocks_of(weights, layout, rank).items():
+                    of_node[name].view(-1)[block.start : block.start + block.length] += gradient_of(
+                        step, rank, name, block
+                    )
+            for name, gradient in gradients.items():
+                gradient += of_node[name]
         norms.append(optimizer.grad_norm(gradients))
         ema.finish_reading()
         optimizer.step(gradients, RATE, SCALE)
@@ -193,13 +198,38 @@ def _norm_of_one_group() -> Iterator[None]:
 
     def alone(self: Shares, *arguments: object) -> None:
         form(self, *arguments)
-        self._world = self._groups["layers.1.mlp.experts.down_proj"]
+        (self._world,) = self._legs["layers.1.mlp.experts.down_proj"].groups
 
     with patch.object(Shares, "__init__", alone):
         yield
 
 
+@contextmanager
+def _node_twice() -> Iterator[None]:
+    """What a node has summed counts as often as it has ranks."""
+    end = Sum._end
+
+    def twice(self: Sum) -> Tensor:
+        return 2 * end(self) if self._left else end(self)
+
+    with patch.object(Sum, "_end", twice):
+        yield
+
+
+@contextmanager
+def _directly() -> Iterator[None]:
+    """Every rank sends each other one its piece, wherever that is."""
+
+    def cut(ranks: Sequence[int], ranks_per_node: int) -> tuple[NDArray[np.int64], ...]:
+        return (np.array([ranks]),)
+
+    with patch.object(legs, "cut_legs", cut):
+        yield
+
+
 BROKEN = {
+    "node twice": _node_twice,
+    "directly": _directly,
     "experts over dp": _experts_over_dp,
     "copies apart": _copies_apart,
     "norm of one group": _norm_of_one_group,

@@ -1,6 +1,6 @@
 """Steps on the shares of four ranks against AdamW of one process: every bit, and every byte."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -8,9 +8,12 @@ import torch
 from rank_processes import Ranks
 from shares_on_ranks import RANKS_PER_NODE, STEPS, Case, Result, Whole, given_in_turns, on_one, on_ranks, weights_before
 
-from dovetail.network.demands.collectives import Demand, all_to_all, in_rings
+from dovetail.cost.ops.ops import Collective
+from dovetail.network.demands.closed_forms import collective_bytes
+from dovetail.network.demands.collectives import in_rings
 from dovetail.numerics.formats.errors import tolerance
 from dovetail.parallel.holders import blocks_of, rank_sets, weights_of
+from dovetail.parallel.legs import cut_legs
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 
@@ -73,7 +76,7 @@ def times_held(results: list[Result], part: str, whole: Whole) -> set[int]:
 
 
 def test_ranks_step_as_one_process_does(ranks: Ranks, tiny_spec: SpecFactory) -> None:
-    """All sums are in the order of ranks, so that they have the same bits with and without ZeRO-1."""
+    """Sums are in the order of a node's ranks and then of nodes, with and without ZeRO-1."""
     spec = spec_of(tiny_spec)
     cases = [Case(layout=each, bucket=40_000) for layout in LAYOUTS for each in (layout, without_zero(layout))]
     for case, (results, whole) in zip(cases, run(ranks, spec, cases), strict=True):
@@ -88,27 +91,28 @@ def test_ranks_step_as_one_process_does(ranks: Ranks, tiny_spec: SpecFactory) ->
 
 
 def predicted(spec: ModelSpec, layout: Layout) -> list[tuple[int, int]]:
-    """Bytes that each rank sends over the NIC and inside its node, from the flows of the planner's collectives."""
+    """Bytes that each rank sends over the NIC and inside its node: the closed form of the planner's collectives."""
     weights, sizes = (
         weights_of(spec, layout),
         {name: each.element_size() for name, each in weights_before(spec).items()},
     )
-    demands: list[Demand] = [in_rings("all-gather", [np.arange(layout.gpus)], 8 * layout.gpus)]  # of the norm
+    sent = np.zeros((layout.gpus, 2))
     for ranks in rank_sets(weights, layout):
         blocks = {name: each for name, each in blocks_of(weights, layout, ranks[0]).items() if each.ranks == ranks}
         filled = {name: len(ranks) * -(-each.length // len(ranks)) for name, each in blocks.items()}
         if len(ranks) > 1:
-            gathered = sum((sizes[name] if layout.zero else 4) * count for name, count in filled.items())
-            demands += [
-                all_to_all(ranks, 4 * sum(filled.values())),
-                in_rings("all-gather", [np.array(ranks)], gathered),
-            ]
-    sent = np.zeros((layout.gpus, 2))
-    for demand in demands:
-        for step in demand.steps:
-            is_near = step.flows.source // RANKS_PER_NODE == step.flows.destination // RANKS_PER_NODE
-            np.add.at(sent, (step.flows.source, is_near.astype(int)), STEPS * step.times * step.flows.bytes)
-    return [(round(nic), round(node)) for nic, node in sent]
+            wide, narrow = 4 * sum(filled.values()), sum(sizes[name] * count for name, count in filled.items())
+            names = {"reduce_scatter": wide, "all_gather": narrow} if layout.zero else {"all_reduce": wide}
+            for name, size in names.items():
+                op = Collective(
+                    name=name, pass_="wgrad", bytes=size, ranks=len(ranks), stride=ranks[1] - ranks[0], part="step"
+                )
+                each = collective_bytes(op, RANKS_PER_NODE)
+                sent[list(ranks)] += STEPS * np.array([each.scale_out, each.scale_up])
+    [ring] = in_rings("all-gather", [np.arange(layout.gpus)], 8 * layout.gpus).steps  # of the norm
+    is_near = ring.flows.source // RANKS_PER_NODE == ring.flows.destination // RANKS_PER_NODE
+    np.add.at(sent, (ring.flows.source, is_near.astype(int)), STEPS * ring.times * ring.flows.bytes)
+    return [(int(nic), int(node)) for nic, node in sent]
 
 
 def test_bytes_are_those_of_the_closed_forms(ranks: Ranks, tiny_spec: SpecFactory) -> None:
@@ -126,8 +130,14 @@ def test_sums_start_while_gradients_come_and_wait_for_nobody(ranks: Ranks, tiny_
 @pytest.mark.parametrize("zero", [0, 1])
 @pytest.mark.parametrize(
     ("layout", "twin"),
-    [(CUT, "experts over dp"), (PIPELINE, "copies apart"), (CUT, "norm of one group")],
-    ids=["experts over dp", "copies apart", "norm of one group"],
+    [
+        (CUT, "experts over dp"),
+        (PIPELINE, "copies apart"),
+        (CUT, "norm of one group"),
+        (CUT, "node twice"),
+        (CUT, "directly"),
+    ],
+    ids=["experts over dp", "copies apart", "norm of one group", "node twice", "directly"],
 )
 def test_what_is_broken_is_seen(layout: Layout, twin: str, zero: int, ranks: Ranks, tiny_spec: SpecFactory) -> None:
     spec, layout = spec_of(tiny_spec), layout.model_copy(update={"zero": zero})
@@ -136,4 +146,22 @@ def test_what_is_broken_is_seen(layout: Layout, twin: str, zero: int, ranks: Ran
     assert is_right(spec, layout, results, whole)
     assert results[0].norms[0] == within
     assert is_right(spec, layout, broken, whole) == (twin == "norm of one group")
-    assert all(each.norms[0] != within for each in broken)
+    assert all((each.norms[0] == within) == (twin == "directly") for each in broken)
+    more = sum(each.nic for each in broken) - sum(each.nic for each in results)
+    assert (more > 0) == (twin == "directly")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_per_node", "expected"),
+    [
+        (range(4), 2, [[(0, 1), (2, 3)], [(0, 2), (1, 3)]]),
+        (range(6), 3, [[(0, 1, 2), (3, 4, 5)], [(0, 3), (1, 4), (2, 5)]]),
+        ((0, 2, 4, 6), 4, [[(0, 2), (4, 6)], [(0, 4), (2, 6)]]),  # the same experts
+        (range(4), 4, [[(0, 1, 2, 3)]]),
+        ((0, 2), 2, [[(0, 2)]]),
+        ((3, 4, 5), 4, [[(3, 4, 5)]]),  # one on its node, two on theirs: directly
+        ((1, 2, 3, 4, 5, 6), 4, [[(1, 2, 3), (4, 5, 6)], [(1, 4), (2, 5), (3, 6)]]),
+    ],
+)
+def test_legs_are_nodes_and_rails(ranks: Sequence[int], ranks_per_node: int, expected: list[list[tuple[int]]]) -> None:
+    assert [list(map(tuple, leg.tolist())) for leg in cut_legs(ranks, ranks_per_node)] == expected

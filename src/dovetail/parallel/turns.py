@@ -39,7 +39,7 @@ class Waited:
     On a GPU they are the host's, which waits for less: exchanges there are put in line behind the work.
     """
 
-    stages: float = 0.0  # hidden states or their gradients from another stage: the bubble
+    stages: float = 0.0  # hidden states or their gradients from another stage, and its end: the bubble
     experts: float = 0.0  # rows on their way to experts or back
     gradients: float = 0.0  # sums of gradients and the gathering of weights, with the copies that they need
 

@@ -70,6 +70,9 @@ def check(each: Case, found: Sequence[Found]) -> None:
         # The embedding's gradient of one micro-batch is rounded on both stages that look it up.
         limit = tolerance(each.dtype, roundings=2, terms=terms) if name == "embed_tokens.weight" else bound
         assert normwise_error(ours.gradients[name], gradient) < limit, name
+    assert all(one.was_whole for one in found)
+    if layout.pp > 1 and layout.schedule in ("1f1b", "interleaved"):  # whose last backward passes send their input's
+        assert all(one.was_early for one in found[layout.dp :])
     limits = each.schedule.activation_limit
     assert all(one.peak <= limits[rank // layout.dp] for rank, one in enumerate(found))
     assert [(one.nic, one.node) for one in found] == predicted(each)
@@ -184,6 +187,7 @@ TWINS = {
     "embedding twice": (Layout(pp=2, dp=2, microbatches=4, schedule="dualpipe"), {"tied": True}),
     "dropped": (Layout(pp=4, microbatches=4, schedule="zb1p"), {}),
     "swapped": (Layout(pp=4, microbatches=4), {}),
+    "hasty": (Layout(pp=4, microbatches=4, schedule="zb1p"), {}),
 }
 
 

@@ -87,6 +87,16 @@ def exchange_time(exchange: Exchange, cluster: Cluster, mode: Mode = "normal") -
     return _from_points(exchange, cluster, mode, points) if points else _from_links(exchange, cluster, mode)
 
 
+def collective_bytes(collective: Collective, gpus_per_node: int) -> LinkBytes:
+    """Return the bytes of a sum or gather per GPU, inside nodes first and then each GPU's part across them."""
+    within, nodes = _within_and_nodes(collective, gpus_per_node)
+    times = 2 if collective.name == "all_reduce" else 1
+    return LinkBytes(
+        scale_up=times * _ring_bytes(collective.bytes, within),
+        scale_out=times * _ring_bytes(collective.bytes / within, nodes),
+    )
+
+
 def collective_time(collective: Collective, cluster: Cluster) -> Transfer:
     """Return the time in rings: (n - 1) / n of the bytes and n - 1 latencies for n ranks, or twice that for all-reduce.
 
@@ -96,8 +106,7 @@ def collective_time(collective: Collective, cluster: Cluster) -> Transfer:
     ranks, bytes = collective.ranks, collective.bytes
     if ranks == 1 or bytes == 0:
         return NOTHING
-    within = min(ranks, max(1, cluster.gpus_per_node // collective.stride))
-    nodes = -(-ranks // within)
+    within, nodes = _within_and_nodes(collective, cluster.gpus_per_node)
     up, out = _ring(cluster.scale_up, bytes, within), Band.exact(0.0)
     if nodes > 1:
         out = _ring(_scale_out(cluster), bytes / within, nodes)
@@ -206,7 +215,17 @@ def _from_links(exchange: Exchange, cluster: Cluster, mode: Mode) -> Transfer:
 def _ring(link: Link, bytes: float, ranks: int) -> Band:
     if ranks == 1:
         return Band.exact(0.0)
-    return bytes * (ranks - 1) / ranks / link.bandwidth + (ranks - 1) * link.latency
+    return _ring_bytes(bytes, ranks) / link.bandwidth + (ranks - 1) * link.latency
+
+
+def _ring_bytes(bytes: float, ranks: int) -> float:
+    return bytes * (ranks - 1) / ranks
+
+
+def _within_and_nodes(collective: Collective, gpus_per_node: int) -> tuple[int, int]:
+    """Return the ranks that share a node, and the nodes."""
+    within = min(collective.ranks, max(1, gpus_per_node // collective.stride))
+    return within, -(-collective.ranks // within)
 
 
 def _scale_out(cluster: Cluster) -> Link:

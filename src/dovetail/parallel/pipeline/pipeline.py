@@ -8,6 +8,7 @@ Each rank runs its own steps in order and waits for nothing but their inputs, so
 `planner.training.timeline` replays. All ranks of a pipeline are given the same micro-batches: no tokens are sent.
 Ranks that share experts run the same schedule, so that their exchanges come in the same order. The halves of a `Pair`
 take turns (`parallel.turns`): while the tokens of one are on their way to experts or back, the other computes.
+A stage's gradients are given away after its last backward pass, while other stages and ranks are still at work.
 
 Where the first and the last stage are on one rank, as in DualPipe, they share the embedding: one parameter, to which
 both add their gradients [V3 §3.2.3].
@@ -15,7 +16,8 @@ both add their gradients [V3 §3.2.3].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -87,16 +89,19 @@ class Pipeline:
         self.is_overlapped = is_overlapped and mesh.ep.size > 1  # alone there is nothing to hide
         self.traffic = Traffic() if traffic is None else traffic  # of hidden states and their gradients
 
-    def run(self, batches: Sequence[Batch], aims: Aims) -> PipelineStep:
+    def run(
+        self, batches: Sequence[Batch], aims: Aims, give: Callable[[str, Tensor], None] | None = None
+    ) -> PipelineStep:
         """Forward and backward of all micro-batches, the same on all ranks of the pipeline, which call it together.
 
-        Raises ValueError unless they are as many as in the schedule.
+        `give` gets each gradient once, by name, as soon as no stage here adds to it any more. Raises ValueError unless
+        they are as many as in the schedule.
         """
         if len(batches) != self.schedule.microbatches:
             raise ValueError(
                 f"{len(batches)} micro-batches for a schedule of {self.schedule.microbatches}: give one Batch for each"
             )
-        run = _Run(self, batches, aims)
+        run = _Run(self, batches, aims, give)
         try:
             for number, step in enumerate(self.steps):
                 run.step(number, step)
@@ -110,14 +115,21 @@ class Pipeline:
 class _Run:
     """One step of the optimizer as it goes on."""
 
-    def __init__(self, pipeline: Pipeline, batches: Sequence[Batch], aims: Aims) -> None:
-        self.pipeline, self.batches = pipeline, batches
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        batches: Sequence[Batch],
+        aims: Aims,
+        give: Callable[[str, Tensor], None] | None,
+    ) -> None:
+        self.pipeline, self.batches, self.give = pipeline, batches, give
         self.sums = Sums()
         self.held = {place: Held(place[0], model, aims, self.sums) for place, model in pipeline.models.items()}
         self.mail = Mail(pipeline.schedule, pipeline.mesh, pipeline.traffic, self._empty)
         self.peak = 0
         halves = [half for step in pipeline.steps for half in step.halves]
         self._split = {(half.microbatch, half.stage) for half in halves if half.kind == "I"}
+        self._left = Counter((half.stage, half.direction) for half in halves if half.kind in "BW")
 
     def step(self, number: int, step: Step) -> None:
         self.mail.post(number)
@@ -132,14 +144,11 @@ class _Run:
                 self.mail.give(key_of(half), output)
 
     def result(self) -> PipelineStep:
-        gradients, balances = self.sums.gradients, dict[int, Tensor]()
-        for name, parameter in named_parameters(self.pipeline.models).items():
-            if name not in gradients:
-                gradients[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        balances = dict[int, Tensor]()
         for (microbatch, _), balance in sorted(self.sums.balances.items()):
             balances[microbatch] = balances.get(microbatch, 0.0) + balance
         return PipelineStep(
-            gradients=gradients,
+            gradients=self.sums.gradients,
             counts=self.sums.counts,
             balances=balances,
             reports=self.sums.reports,
@@ -156,12 +165,31 @@ class _Run:
         held, microbatch = self.held[action.stage, action.direction], action.microbatch
         if action.kind == "W":
             held.weights(microbatch)
+            self._end((action.stage, action.direction))
             return None
         if action.kind != "F":
-            return held.backward(microbatch, x, is_whole=action.kind == "B")
+            grad = held.backward(microbatch, x, is_whole=action.kind == "B")
+            if action.kind == "B":
+                self._end((action.stage, action.direction))
+            return grad
         made = held.forward(microbatch, self.batches[microbatch], x, (microbatch, action.stage) in self._split)
         self.peak = max(self.peak, sum(len(each.kept) for each in self.held.values()))
         return made
+
+    def _end(self, place: Place) -> None:
+        """One backward pass of a stage has ended. After its last one its gradients are whole, but for weights that
+        another stage here shares and still adds to."""
+        self._left[place] -= 1
+        if self._left[place]:
+            return
+        models, gradients = self.pipeline.models, self.sums.gradients
+        at_work = {name for other, left in self._left.items() if left for name, _ in models[other].named_parameters()}
+        for name, parameter in models[place].named_parameters():
+            if name not in at_work:
+                if name not in gradients:
+                    gradients[name] = torch.zeros_like(parameter, dtype=torch.float32)
+                if self.give is not None:
+                    self.give(name, gradients[name])
 
     def _empty(self, microbatch: int) -> Tensor:
         model = next(iter(self.pipeline.models.values()))

@@ -1,6 +1,7 @@
 """The ranks of a layout as a team: other tokens, other experts or other stages on each.
 
-    dp    each rank reads its part of the batch; gradients are summed over those that hold a weight (`parallel.shard`)
+    dp    each rank reads its part of the batch; gradients are summed over those that hold a weight (`parallel.shard`),
+          each sent off as soon as no micro-batch adds to it any more
     ep    experts are on several ranks, and rows go to them and back (`parallel.dispatch`)
     pp    a rank has stages, and micro-batches pass them as a schedule says (`parallel.pipeline`)
 
@@ -65,18 +66,19 @@ class Ranks:
     def backward(self, batches: Sequence[Batch], aim: Aim) -> Sums:
         self._before, self.mesh.turns.waited = self._sent(), Waited()
         if self.layout.pp == 1:
-            return backward(self.models[0], batches, aim, in_fp32=True)
+            return backward(self.models[0], batches, aim, in_fp32=True, give=self.shares.give)
         batches = [_on(self._device, batch) for batch in batches]
-        return self._sums(self._pipeline(len(batches)).run(batches, self._aims(aim)))
+        return self._sums(self._pipeline(len(batches)).run(batches, self._aims(aim), self.shares.give))
 
     def add_up(self, sums: Sums) -> Sums:
         # The loads of all layers in one tensor, zeros for layers that are on other stages.
         losses, none = sums.losses.clone(), torch.zeros(self._experts, dtype=torch.int64, device=self._device)
         counts = torch.stack([sums.counts.get(layer, none) for layer in self._layers]) if self._layers else none
-        dist.all_reduce(losses)
+        with self.mesh.turns.waiting("stages" if self.layout.pp > 1 else "gradients"):  # the ranks that end later
+            dist.all_reduce(losses)
         dist.all_reduce(counts)
         with self.mesh.turns.waiting("gradients"):
-            gradients = self.shares.reduce(sums.gradients)
+            gradients = self.shares.finish()
         return Sums(gradients=gradients, losses=losses, counts=dict(zip(self._layers, counts, strict=False)))
 
     def norm(self, squares: Mapping[str, Tensor]) -> float:

@@ -1,6 +1,6 @@
 """Who takes a step together: one process alone, or the ranks of a layout (`train.step.on_ranks`).
 
-backward   this rank's microbatches -> sums of gradients, losses and loads
+backward   this rank's microbatches -> sums of gradients, losses and loads; ranks send gradients off on the way
 add_up     -> the sums of all ranks; gradients only of what this rank's optimizer updates
 norm       of all gradients together
 gather     makes updated weights known to all that have them
@@ -10,8 +10,9 @@ told       -> what each rank has sent in the step, and how long it has waited
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,6 +27,8 @@ from dovetail.parallel.told import Told
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.losses import Share, compute_losses, count_targets
+
+Give = Callable[[str, Tensor], None]  # takes a gradient by name, which does not change any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,16 +111,19 @@ class Alone:
         return hidden
 
 
-def backward(model: Transformer, batches: Sequence[Batch], aim: Aim, in_fp32: bool) -> Sums:
-    """Forward and backward of a model that is not cut into stages, one microbatch after the other."""
+def backward(model: Transformer, batches: Sequence[Batch], aim: Aim, in_fp32: bool, give: Give | None = None) -> Sums:
+    """Forward and backward of a model that is not cut into stages, one microbatch after the other.
+
+    `give` gets each gradient once, in the last backward pass: as soon as it is made.
+    """
     parameters, gradients = dict(model.named_parameters()), dict[str, Tensor]()
     sums = torch.zeros(2 + len(model.mtp), dtype=torch.float64, device=model.norm.weight.device)
     counts: list[Tensor] = []
-    for batch in batches:
+    for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
         losses = compute_losses(model, batch, aim.separate_documents, aim.share)
         balance = aim.alpha * losses.balance
-        torch.stack([losses.token, *losses.mtp, balance]).sum().backward()
-        _collect(parameters, gradients, in_fp32)
+        loss = torch.stack([losses.token, *losses.mtp, balance]).sum()
+        _differentiate(loss, parameters, partial(_add, gradients, in_fp32, None if left else give))
         sums += torch.cat([losses.plain, balance.detach()[None]]).double()
         counts = [a + b for a, b in zip(counts, losses.counts, strict=True)] if counts else losses.counts
     return Sums(gradients=gradients, losses=sums, counts=dict(zip(gates(model), counts, strict=True)))
@@ -132,13 +138,30 @@ def gates(model: Transformer) -> dict[int, Gate]:
     }
 
 
-def _collect(parameters: dict[str, Tensor], gradients: dict[str, Tensor], in_fp32: bool) -> None:
+def _differentiate(loss: Tensor, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> None:
+    """Backward; `take` gets each parameter as soon as its .grad is whole, and at the end those that have none."""
+    left = dict(parameters)
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: take(name, left.pop(name)))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, parameter in left.items():
+        take(name, parameter)
+
+
+def _add(gradients: dict[str, Tensor], in_fp32: bool, give: Give | None, name: str, parameter: Tensor) -> None:
     """Move .grad into `gradients`, adding in FP32 where more will come; no gradient counts as zero."""
-    for name, parameter in parameters.items():
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            gradient = torch.zeros_like(parameter)
-        if name in gradients:
-            gradients[name] += gradient
-        else:
-            gradients[name] = gradient.float() if in_fp32 else gradient
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is None:
+        gradient = torch.zeros_like(parameter)
+    if name in gradients:
+        gradients[name] += gradient
+    else:
+        gradients[name] = gradient.float() if in_fp32 else gradient
+    if give is not None:
+        give(name, gradients[name])
