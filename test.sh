@@ -7,4 +7,6 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-pytest
+# Two processes, since many tests wait for a compiler or for other processes; a file stays in one, with what it starts.
+# Threads that wait give way to the other process: see src/dovetail/threads.py.
+GOMP_SPINCOUNT=5000 pytest --numprocesses 2 --dist loadfile

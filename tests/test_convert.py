@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dovetail import convert
+from dovetail.cli import app as cli
 from dovetail.convert import ExportOptions, export, import_, load_llm
 from dovetail.engine.llm import LLM
 from dovetail.engine.sampler import SamplingParams
@@ -116,8 +116,13 @@ def test_what_is_nowhere_says_what_is_wanted(
             act(Path(source))
 
 
-def test_generate_says_which_weights_on_stderr(run: Path) -> None:
+def test_generate_says_which_weights_on_stderr(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     options = ["--prompt", "def ", "--temperature", "0", "--max-tokens", "3", "--ema"]
-    command = [sys.executable, "-m", "dovetail", "generate", str(run), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.startswith("def ") and f"{run}: weights after step 4, moving average\n" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["dovetail", "generate", str(run), *options])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    said = capfd.readouterr()
+    assert not done.value.code
+    assert said.out.startswith("def ") and f"{run}: weights after step 4, moving average\n" in said.err

@@ -3,11 +3,15 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 
 import dovetail
+from dovetail import kernel_cache
 from dovetail.kernel_cache import kernel_directory
 
 SOURCE = str(Path(dovetail.__file__).parents[1])
@@ -49,6 +53,22 @@ def test_compiling_is_said_once_and_never_where_the_kernels_are_kept(tmp_path: P
 def test_of_several_processes_one_speaks(tmp_path: Path) -> None:
     silent = run(tmp_path, "-c", ONE_KERNEL, RANK="1")
     assert silent.stderr == "" and list(tmp_path.rglob("*.nbc"))
+
+
+def test_of_several_processes_one_compiles_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that are opened apart lock each other out in one process too."""
+    seen = []
+
+    def compile(signature: str) -> None:
+        seen.append("begins")
+        Event().wait(0.05)
+        seen.append("ends")
+
+    monkeypatch.setitem(sys.modules, "slow", SimpleNamespace(kernel=SimpleNamespace(compile=compile)))
+    monkeypatch.setattr(kernel_cache, "kernel_directory", lambda: tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(kernel_cache._compile, ["slow"] * 2, ["kernel"] * 2, ["one", "two"]))
+    assert seen == ["begins", "ends"] * 2
 
 
 LOSS = """

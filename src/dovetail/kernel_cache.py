@@ -9,6 +9,7 @@ Nothing here knows torch: the kernels of the network simulation are compiled by 
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -140,9 +141,17 @@ def serve() -> None:
             return
         idle.cancel()
         with suppress(Exception):  # who asked compiles it too, and is told why that cannot be
-            getattr(import_module(module), name).compile(signature)
+            _compile(module, name, signature)
         sys.stdout.write("\n")
         sys.stdout.flush()
+
+
+def _compile(module: str, name: str, signature: Any) -> None:
+    """Where several processes want a kernel, as ranks do, one compiles it; those that waited find it on the disk."""
+    with (kernel_directory() / f"{module}.{name}.lock").open("w") as lock:
+        with suppress(OSError):  # a file system without locks: they all compile it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        getattr(import_module(module), name).compile(signature)
 
 
 class _Once(event.Listener):  # type: ignore[misc]

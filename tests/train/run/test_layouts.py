@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_processes import Ranks
+from training_on_ranks import train_until
 
 from dovetail.config import dump
 from dovetail.numerics.formats.errors import network_terms, tolerance
@@ -50,14 +52,16 @@ def losses(out: Path, kind: type = StepMetrics) -> list[float]:
     return [each.loss for each in read_metrics(out / "metrics.jsonl") if isinstance(each, kind)]
 
 
-def test_a_pipeline_trains_as_one_process_and_goes_on_without_it(tmp_path: Path, text: Path, tiny_run: Build) -> None:
+def test_a_pipeline_trains_as_one_process_and_goes_on_without_it(
+    tmp_path: Path, text: Path, tiny_run: Build, ranks: Ranks
+) -> None:
     """Steps 1 and 2 on two stages by two ranks of experts, 3 and 4 on four ranks that share the experts out; what the
     end is measured by, and the weights of both, are those of one process."""
     alone = deepened(tiny_run(tmp_path / "alone", text, evaluate_every=2, **BUILT))
     state = train(alone)
     pipeline = LayoutConfig(pp=2, ep=2, schedule="dualpipev", microbatches=4)
     first = on(pipeline, alone, tmp_path / "first")
-    assert (done := launch(first)).returncode == 0, done.stderr
+    ranks.run(train_until, first, seconds=120.0)
     second = on(LayoutConfig(ep=4, hops=1, zero=0), alone, tmp_path / "second")
     shutil.copytree(first.out, second.out)
     shutil.rmtree(second.out / "checkpoints" / "step-00000004")

@@ -17,7 +17,7 @@ from dovetail.engine.steps.rows_numba import norm as norm_row
 from dovetail.engine.steps.rows_numba import rotate
 from dovetail.numerics.cpu.dots_numba import products
 from dovetail.numerics.cpu.kernels import kernel, serial_kernel
-from dovetail.numerics.cpu.scalars_numba import load, sigmoid, store
+from dovetail.numerics.cpu.scalars_numba import copy, load, sigmoid, store
 from dovetail.numerics.products.invariant_numba import alone, both, linear, linear_twice
 
 FEW = 4  # rows that one thread is done with before others have woken up
@@ -162,10 +162,10 @@ def gathered(x, rows):  # type: ignore[no-untyped-def]
     out = np.empty((len(rows), x.shape[1]), np.uint16)
     if len(rows) <= FEW * FEW:
         for r in range(len(rows)):
-            out[r] = x[rows[r]]
+            copy(x[rows[r]], out[r])
     else:
         for r in prange(len(rows)):
-            out[r] = x[rows[r]]
+            copy(x[rows[r]], out[r])
     return out
 
 

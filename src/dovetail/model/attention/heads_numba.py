@@ -8,7 +8,7 @@ from numba import prange
 from torch import Tensor
 
 from dovetail.numerics.cpu.kernels import array, kernel
-from dovetail.numerics.cpu.scalars_numba import load, store
+from dovetail.numerics.cpu.scalars_numba import copy, load, store
 
 
 @kernel
@@ -20,10 +20,10 @@ def _split(q, kv, rope_key, cos, sin, out_q, out_k, out_v):  # type: ignore[no-u
         b, t = item // length, item % length
         key, c, s = rope_key[b, t], cos[b, t], sin[b, t]
         for h in range(heads):
-            out_q[b, h, t, :nope] = q[b, t, h, :nope]
-            out_k[b, h, t, :nope] = kv[b, t, h, :nope]
-            out_k[b, h, t, nope:] = key
-            out_v[b, h, t] = kv[b, t, h, nope:]
+            copy(q[b, t, h], out_q[b, h, t, :nope])
+            copy(kv[b, t, h], out_k[b, h, t, :nope])
+            copy(key, out_k[b, h, t, nope:])
+            copy(kv[b, t, h, nope:], out_v[b, h, t])
             x, y = q[b, t, h, nope:], out_q[b, h, t, nope:]
             for j in range(half):
                 even, odd = load(x, 2 * j), load(x, 2 * j + 1)

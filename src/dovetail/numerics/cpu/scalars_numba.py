@@ -75,6 +75,14 @@ def _store(row, index, value):  # type: ignore[no-untyped-def]
     return store_float
 
 
+@register_jitable
+def copy(source, to):  # type: ignore[no-untyped-def]
+    """to[i] = source[i] of two rows that do not overlap; numba's to[:] = source takes several times as long to compile,
+    since it looks whether they do."""
+    for i in range(len(to)):
+        to[i] = source[i]
+
+
 @register_jitable(forceinline=True)
 def exp(x: float) -> float:
     """e**x in FP32, for kernels."""
