@@ -4,9 +4,9 @@
                   FP32 sums                             in place                         whole weights again
 
 With `zero = 1` each of the n ranks that hold a block has one piece of it: ceil(length / n) elements, some ranks fewer
-or none. Gradients are summed where their piece is (reduce-scatter), first inside nodes and then across (`parallel.legs`).
-With `zero = 0` the sums are then gathered as well (all-reduce), and nothing is left to gather after the update. So sums
-do not depend on `zero`, and two ranks' sum is a + b bit for bit.
+or none. Gradients are summed where their piece is (reduce-scatter), first inside nodes and then across them
+(`parallel.legs`). With `zero = 0` the sums are then gathered as well (all-reduce), and nothing is left to gather after
+the update. So sums do not depend on `zero`, and two ranks' sum is a + b bit for bit.
 
 Weights that the same ranks hold travel together, in buckets of some 25 MB of gradients, the last layers first. A bucket
 starts when its last gradient was given and all buckets before it have started: the order of buckets is the same on all
