@@ -37,7 +37,7 @@ from torch import Tensor
 from dovetail.parallel.holders import Block, Weight, blocks_of, rank_sets
 from dovetail.parallel.mesh import Group, Mesh
 from dovetail.parallel.pieces import Piece
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.wire import CHECKSUM, Traffic, opened, sealed
 from dovetail.spec.layout import Layout
 
 BUCKET = 25_000_000  # bytes of gradients
@@ -190,6 +190,7 @@ class Shares:
 
     def _send_row(self, bucket: Bucket, sent: Tensor, widths: Sequence[int]) -> _Exchange:
         group = bucket.group
+        sent = sealed(sent) if group.is_checked else sent
         self._count_ring(group, sent.nbytes)
         rows = sent.new_empty(group.size, len(sent))
         work = dist.all_gather(list(rows), sent, group=group.handle, async_op=True)
@@ -198,7 +199,8 @@ class Shares:
     def _gather(self, started: Iterator[_Exchange], whole: Mapping[str, Tensor]) -> None:
         """Into `whole`, flat by name, each bucket while the next is under way."""
         for each in _one_ahead(started):
-            for name, columns in zip(each.bucket.names, each.rows.split(each.widths, dim=1), strict=True):
+            rows = _opened(each, whole) if each.bucket.group.is_checked else each.rows
+            for name, columns in zip(each.bucket.names, rows.split(each.widths, dim=1), strict=True):
                 _join(columns, whole[name])
 
     def _count_ring(self, group: Group, size: int) -> None:
@@ -224,7 +226,10 @@ def _form_groups(sets: Sequence[tuple[int, ...]], mesh: Mesh) -> dict[tuple[int,
 
 def _group(handle: dist.ProcessGroup, ranks: tuple[int, ...], mesh: Mesh) -> Group:
     is_near = tuple(other // mesh.ranks_per_node == mesh.rank // mesh.ranks_per_node for other in ranks)
-    return Group(handle=handle, ranks=ranks, index=ranks.index(mesh.rank), is_near=is_near, turns=mesh.turns)
+    index = ranks.index(mesh.rank)
+    return Group(
+        handle=handle, ranks=ranks, index=index, is_near=is_near, turns=mesh.turns, is_checked=mesh.is_checked
+    )
 
 
 def _fill_buckets(blocks: Mapping[str, Block], groups: Mapping[str, Group]) -> list[Bucket]:
@@ -260,6 +265,14 @@ def _spread(flat: Tensor, columns: Tensor) -> None:
     columns[:full].copy_(flat[: full * width].view(full, width))
     if rest:
         columns[full, :rest].copy_(flat[full * width :])
+
+
+def _opened(gathered: _Exchange, whole: Mapping[str, Tensor]) -> Tensor:
+    """Rows [ranks, width], which came sealed, in the format of `whole`."""
+    names, group = gathered.bucket.names, gathered.bucket.group
+    for row, source in zip(gathered.rows, group.ranks, strict=True):
+        opened(row, source, group.ranks[group.index], f"gathering {names[0]} to {names[-1]}")
+    return gathered.rows[:, :-CHECKSUM].view(whole[names[0]].dtype)
 
 
 def _join(columns: Tensor, flat: Tensor) -> None:
