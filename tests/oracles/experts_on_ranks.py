@@ -14,18 +14,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from dovetail.catalog.precision import load_recipe
 from dovetail.model.experts.gate import Routing
 from dovetail.model.experts.moe import Dispatcher, Experts, LocalDispatcher, MoeMlp, Places, combine_reference
+from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.parallel import dispatch
 from dovetail.parallel.dispatch import OneHop, TwoHop
+from dovetail.parallel.formats import Back, formats_of
 from dovetail.parallel.mesh import Mesh, form_mesh
 from dovetail.parallel.part import gather_whole, take_part
 from dovetail.parallel.wire import Wire
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 
-DISPATCHERS: dict[str, Callable[[Mesh], OneHop | TwoHop]] = {"one": OneHop, "two": TwoHop}
+DISPATCHERS: dict[str, Callable[..., OneHop | TwoHop]] = {"one": OneHop, "two": TwoHop}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,9 @@ class Case:
     grad: Tensor  # [N, dim] of the output
     gate_up: Tensor  # [E, 2 width, dim]
     down: Tensor  # [E, dim, width]
+    recipe: str = "bf16"
+    back: Back = "bf16"
+    is_checked: bool = False
     in_parts: bool = False  # the graph is cut around the experts, as schedules do that hide exchanges
     twin: str = ""  # what is broken
 
@@ -85,8 +91,8 @@ class Alone:
 
 
 @functools.cache
-def mesh_of(ep: int, ranks_per_node: int) -> Mesh:
-    return form_mesh(Layout(dp=dist.get_world_size(), ep=ep), ranks_per_node)
+def mesh_of(ep: int, ranks_per_node: int, is_checked: bool = False) -> Mesh:
+    return form_mesh(Layout(dp=dist.get_world_size(), ep=ep), ranks_per_node, is_checked)
 
 
 def try_mesh(layouts: list[Layout], ranks_per_node: list[int]) -> str:
@@ -120,11 +126,11 @@ def on_ranks(cases: list[Case]) -> list[Result]:
 
 
 def _on_rank(case: Case) -> Result:
-    mesh = mesh_of(case.ep, case.ranks_per_node)
+    mesh = mesh_of(case.ep, case.ranks_per_node, case.is_checked)
     own = case.part(mesh.rank, mesh.rank + 1)
     block = slice(*(len(case.down) // case.ep * (mesh.ep.index + end) for end in (0, 1)))
     own = replace(own, gate_up=case.gate_up[block], down=case.down[block])
-    dispatcher = DISPATCHERS[case.hops](mesh)
+    dispatcher = DISPATCHERS[case.hops](mesh, formats_of(load_recipe(case.recipe), case.back))
     with BROKEN.get(case.twin, nullcontext)():
         result = (run_in_parts if case.in_parts else run)(own, dispatcher, len(case.down))
     return replace(result, nic=dispatcher.traffic.nic, node=dispatcher.traffic.node)
@@ -149,7 +155,7 @@ def routing_of(case: Case, experts: int) -> Routing:
 def run(case: Case, dispatcher: Dispatcher, experts: int) -> Result:
     x, routing, layer = case.x.clone().requires_grad_(), routing_of(case, experts), layer_of(case)
     dispatched = dispatcher.dispatch(x, routing)
-    rows = layer(dispatched.rows, dispatched.offsets)
+    rows = layer(dispatched.rows, dispatched.offsets, dispatched.quantized)
     output = dispatcher.combine(rows, dispatched, routing)
     leaves = (x, routing.weights, layer.gate_up_proj, layer.down_proj)
     x_grad, weights, gate_up, down = torch.autograd.grad(output, leaves, case.grad)
@@ -160,7 +166,7 @@ def run_in_parts(case: Case, dispatcher: Dispatcher, experts: int) -> Result:
     x, routing, layer = case.x.clone().requires_grad_(), routing_of(case, experts), layer_of(case)
     dispatched = dispatcher.dispatch(x, routing)
     rows = dispatched.rows.detach().requires_grad_()
-    made = layer(rows, dispatched.offsets)
+    made = layer(rows, dispatched.offsets, dispatched.quantized)
     sent = made.detach().requires_grad_()
     output = dispatcher.combine(sent, dispatched, routing)
     sent_grad, weights = torch.autograd.grad(output, (sent, routing.weights), case.grad)
@@ -172,6 +178,7 @@ def run_in_parts(case: Case, dispatcher: Dispatcher, experts: int) -> Result:
 def layer_of(case: Case) -> Experts:
     layer = Experts(len(case.down), case.x.shape[1], case.down.shape[2], case.x.dtype)
     layer.gate_up_proj.data, layer.down_proj.data = case.gate_up.clone(), case.down.clone()
+    apply_recipe(layer, load_recipe(case.recipe))
     return layer
 
 
@@ -272,9 +279,9 @@ def _sent_twice() -> Iterator[None]:
     """Every row goes over a wire twice, and the second is thrown away."""
     exchange = Wire._exchange
 
-    def twice(self: Wire, rows: Tensor, given: list[int], taken: list[int]) -> Tensor:
+    def twice(self: Wire, rows: Tensor, given: list[int], taken: list[int], operation: str) -> Tensor:
         doubled = [2 * count for count in given], [2 * count for count in taken]
-        return exchange(self, rows.repeat_interleave(2, dim=0), *doubled)[::2]
+        return exchange(self, rows.repeat_interleave(2, dim=0), *doubled, operation)[::2]
 
     with patch.object(Wire, "_exchange", twice):
         yield

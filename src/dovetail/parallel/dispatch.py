@@ -10,9 +10,9 @@
 Where the gate limits a token to M nodes [V3 §2.1.2], the NIC carries at most M rows of it in two hops, and up to K, the
 number of its experts, in one.
 
-Sums are FP32; each is rounded to the rows' type once, for the wire or as the result. Rows of an expert are in the order
-of ranks and tokens, as `LocalDispatcher` has them with the tokens of all ranks, so that experts compute the same
-numbers. Rank m of the ep group has the m-th block of E / ep experts.
+Sums are FP32; each is rounded to the rows' type once, and for a wire to its format (`parallel.formats`). Rows of an
+expert are in the order of ranks and tokens, as `LocalDispatcher` has them with the tokens of all ranks, so that experts
+compute the same numbers. Rank m of the ep group has the m-th block of E / ep experts.
 
 One exchange of counts tells each rank how many rows to expect. In two hops a row has its token's choices and weights
 with it, 8 bytes a choice; gradients of weights come home on their own, 4 bytes a choice.
@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from dovetail.model.experts.gate import Routing
-from dovetail.model.experts.moe import Dispatched, Places, plan_rows, spread, weighted
+from dovetail.model.experts.moe import Dispatched, Places, plan_rows, weighted
 from dovetail.numerics.products.grouped import row_multiple
+from dovetail.parallel.formats import ALL_PLAIN, Format, Formats, decode, encode, received
 from dovetail.parallel.mesh import Group, Mesh
-from dovetail.parallel.path import Path, Sort, arrived, carried, home, out
-from dovetail.parallel.wire import Traffic, Wire, decode, encode, swap
+from dovetail.parallel.path import Path, Sort, arrived, carried, home
+from dovetail.parallel.wire import Traffic, Wire, swap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +51,8 @@ class _TwoHopBack:
 class OneHop:
     """All-to-all over the ep group. `row_multiple` is that of `LocalDispatcher`."""
 
-    def __init__(self, mesh: Mesh, row_multiple: int | None = None) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, formats: Formats = ALL_PLAIN, row_multiple: int | None = None) -> None:
+        self.mesh, self.formats = mesh, formats
         self.row_multiple = row_multiple
         self.traffic = Traffic()
 
@@ -61,27 +62,27 @@ class OneHop:
         by_expert = Places(row_ids=row_ids, token_ids=token_ids)
         given = routing.counts.view(group.size, -1)  # [ranks, experts of a rank]
         taken = swap(given, group, self.traffic)
-        sent, received = given.sum(1).tolist(), taken.sum(1).tolist()
-        wire = Wire(group=group, sent=sent, received=received, traffic=self.traffic)
+        wire = Wire(group=group, sent=given.sum(1).tolist(), received=taken.sum(1).tolist(), traffic=self.traffic)
         experts = torch.arange(taken.shape[1], device=x.device)
         expert_of = experts.repeat(group.size).repeat_interleave(taken.flatten())
         multiple = self.row_multiple or row_multiple(x)
         offsets, row_ids, token_ids = plan_rows(expert_of[:, None], taken.sum(0), multiple)
         path = (wire, Sort(places=Places(row_ids=row_ids, token_ids=token_ids)))
-        rows = out((Sort(places=by_expert), *path), x)
-        return Dispatched(rows=rows, offsets=offsets, way_back=_OneHopBack(by_expert=by_expert, path=path))
+        whole, format = (Sort(places=by_expert), *path), self.formats.out
+        sent = carried(whole, format.encode(x.detach()))
+        return _dispatched(whole, x, sent, format, offsets, _OneHopBack(by_expert=by_expert, path=path))
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         back = dispatched.way_back
         assert isinstance(back, _OneHopBack)
-        return weighted(home(back.path, rows), routing.weights, back.by_expert)
+        return weighted(home(back.path, rows, self.formats), routing.weights, back.by_expert)
 
 
 class TwoHop:
     """Over the NIC once per token and node, then on inside the node. `row_multiple` is that of `LocalDispatcher`."""
 
-    def __init__(self, mesh: Mesh, row_multiple: int | None = None) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, formats: Formats = ALL_PLAIN, row_multiple: int | None = None) -> None:
+        self.mesh, self.formats = mesh, formats
         self.row_multiple = row_multiple
         self.traffic = Traffic()
 
@@ -91,7 +92,7 @@ class TwoHop:
         to_rank = self._reached(routing.expert_ids // experts)
         sources, from_nodes = self._swap_counts(to_rank)
         across = self._hop(to_rank.any(2), mesh.rail, from_nodes)
-        message = carried(across, _packed(x, routing))
+        message = carried(across, _packed(self.formats.out.encode(x.detach()), routing))
         _, ids, _ = _unpacked(message, choices)
         inside = self._hop(self._reached(ids // experts)[:, mesh.rail.index], mesh.node, sources.sum(0).tolist())
         rows, ids, weights = _unpacked(carried(inside, message), choices)
@@ -99,18 +100,16 @@ class TwoHop:
         own = own.masked_fill((own < 0) | (own >= experts), -1)
         counts = torch.bincount(own[own >= 0], minlength=experts)
         offsets, places = _plan_in_order(own, counts, self.row_multiple or row_multiple(x), _order(sources))
-        path = (*across, *inside)
-        return Dispatched(
-            rows=spread(arrived(path, x, decode(rows, x.dtype)), places),
-            offsets=offsets,
-            way_back=_TwoHopBack(path=path, places=places, weights=weights),
-        )
+        path, to_experts = (*across, *inside), Sort(places=places)
+        sent = carried((to_experts,), rows)
+        back = _TwoHopBack(path=path, places=places, weights=weights)
+        return _dispatched((*path, to_experts), x, sent, self.formats.out, offsets, back)
 
     def combine(self, rows: Tensor, dispatched: Dispatched, routing: Routing) -> Tensor:
         back = dispatched.way_back
         assert isinstance(back, _TwoHopBack)
         weights = arrived(back.path, routing.weights, back.weights)
-        return home(back.path, weighted(rows, weights, back.places))
+        return home(back.path, weighted(rows, weights, back.places), self.formats)
 
     def _reached(self, ranks: Tensor) -> Tensor:
         """Ranks of the ep group [N, K] -> whether a token goes to each [N, nodes, ranks of a node]."""
@@ -139,9 +138,17 @@ class TwoHop:
         return Sort(places=Places(row_ids=row_ids, token_ids=token_ids)), wire
 
 
-def _packed(x: Tensor, routing: Routing) -> Tensor:
+def _dispatched(
+    path: Path, x: Tensor, sent: Tensor, format: Format, offsets: list[int], way_back: object
+) -> Dispatched:
+    """x [N, dim] is where `path` begins, `sent` [R, width] what came to its end."""
+    rows, quantized = received(sent, x, format)
+    return Dispatched(rows=arrived(path, x, rows), offsets=offsets, way_back=way_back, quantized=quantized)
+
+
+def _packed(rows: Tensor, routing: Routing) -> Tensor:
     """Bytes of each token's row, choices and weights."""
-    return torch.cat((encode(x), encode(routing.expert_ids.int()), encode(routing.weights.detach())), dim=1)
+    return torch.cat((rows, encode(routing.expert_ids.int()), encode(routing.weights.detach())), dim=1)
 
 
 def _unpacked(message: Tensor, choices: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dovetail.parallel.mesh import Group, Mesh
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.wire import Traffic, opened, sealed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,33 +74,60 @@ def form_legs(ranks: Sequence[int], mesh: Mesh) -> Legs | None:
 
 def make_group(handle: dist.ProcessGroup, ranks: Sequence[int], mesh: Mesh) -> Group:
     is_near = tuple(other // mesh.ranks_per_node == mesh.rank // mesh.ranks_per_node for other in ranks)
-    return Group(handle=handle, ranks=tuple(ranks), index=ranks.index(mesh.rank), is_near=is_near, turns=mesh.turns)
+    index = ranks.index(mesh.rank)
+    return Group(
+        handle=handle,
+        ranks=tuple(ranks),
+        index=index,
+        is_near=is_near,
+        turns=mesh.turns,
+        is_checked=mesh.is_checked,
+    )
 
 
 class Exchange(ABC):
-    """A sum or a gather under way, leg by leg. A leg starts when the one before is over and somebody asks."""
+    """A sum or a gather under way, leg by leg. A leg starts when the one before is over and somebody asks.
+
+    `operation` says in errors what is sent.
+    """
 
     _work: dist.Work
 
-    def __init__(self, tensor: Tensor, groups: Iterable[Group], traffic: Traffic) -> None:
-        self._left, self._traffic = deque(groups), traffic
-        self._start(tensor, self._left.popleft())
+    def __init__(self, tensor: Tensor, groups: Iterable[Group], traffic: Traffic, operation: str) -> None:
+        self._left, self._traffic, self._operation = deque(groups), traffic, operation
+        self._begin(tensor)
 
     def go_on(self) -> bool:
         """Start a leg that can start, and never wait. Whether the last leg has started."""
         while self._left and self._work.is_completed():
-            self._start(self._end(), self._left.popleft())
+            self._begin(self._end())
         return not self._left
 
     def start_last(self) -> None:
         """Wait for all legs but the last."""
         while self._left:
-            self._start(self._end(), self._left.popleft())
+            self._begin(self._end())
 
     def wait(self) -> Tensor:
         """The result."""
         self.start_last()
         return self._end()
+
+    def _begin(self, tensor: Tensor) -> None:
+        self._group, self._dtype = self._left.popleft(), tensor.dtype
+        self._start(tensor, self._group)
+
+    def _sealed(self, rows: Tensor) -> Tensor:
+        return torch.stack([sealed(row) for row in rows]) if self._group.is_checked else rows
+
+    def _opened(self, rows: Tensor) -> Tensor:
+        """Rows, one from each rank of the group."""
+        group = self._group
+        if not group.is_checked:
+            return rows
+        to = group.ranks[group.index]
+        each = [opened(row, source, to, self._operation) for row, source in zip(rows, group.ranks, strict=True)]
+        return torch.stack(each).view(self._dtype)
 
     @abstractmethod
     def _start(self, tensor: Tensor, group: Group) -> None:
@@ -114,11 +141,11 @@ class Exchange(ABC):
 class Sum(Exchange):
     """rows [ranks, width] FP32, a row for the place of each rank -> the sum of all ranks' rows for this one [width]."""
 
-    def __init__(self, rows: Tensor, legs: Legs, traffic: Traffic) -> None:
-        super().__init__(rows, legs.groups, traffic)
+    def __init__(self, rows: Tensor, legs: Legs, traffic: Traffic, operation: str) -> None:
+        super().__init__(rows, legs.groups, traffic, operation)
 
     def _start(self, tensor: Tensor, group: Group) -> None:
-        self._sent = tensor.view(group.size, -1)
+        self._sent = self._sealed(tensor.view(group.size, -1))
         for member in range(group.size):
             if member != group.index:
                 count(self._traffic, group, member, self._sent[0].nbytes)
@@ -127,8 +154,9 @@ class Sum(Exchange):
 
     def _end(self) -> Tensor:
         self._work.wait()
-        total = self._came[0] + self._came[1]
-        for row in self._came[2:]:
+        came = self._opened(self._came)
+        total = came[0] + came[1]
+        for row in came[2:]:
             total += row
         return total
 
@@ -136,22 +164,22 @@ class Sum(Exchange):
 class Gather(Exchange):
     """row [width] -> all ranks' rows, by their places [ranks, width]."""
 
-    def __init__(self, row: Tensor, legs: Legs, traffic: Traffic) -> None:
-        super().__init__(row, reversed(legs.groups), traffic)
+    def __init__(self, row: Tensor, legs: Legs, traffic: Traffic, operation: str) -> None:
+        super().__init__(row, reversed(legs.groups), traffic, operation)
         self._shape = legs.size, len(row)
 
     def wait(self) -> Tensor:
         return super().wait().view(self._shape)
 
     def _start(self, tensor: Tensor, group: Group) -> None:
-        self._sent = tensor
-        count_ring(self._traffic, group, tensor.nbytes)
-        self._rows = tensor.new_empty(group.size, len(tensor))
-        self._work = dist.all_gather(list(self._rows), tensor, group=group.handle, async_op=True)
+        self._sent = self._sealed(tensor[None])[0]
+        count_ring(self._traffic, group, self._sent.nbytes)
+        self._rows = self._sent.new_empty(group.size, len(self._sent))
+        self._work = dist.all_gather(list(self._rows), self._sent, group=group.handle, async_op=True)
 
     def _end(self) -> Tensor:
         self._work.wait()
-        return self._rows.view(-1)
+        return self._opened(self._rows).view(-1)
 
 
 def count_ring(traffic: Traffic, group: Group, size: int) -> None:
@@ -160,7 +188,4 @@ def count_ring(traffic: Traffic, group: Group, size: int) -> None:
 
 
 def count(traffic: Traffic, group: Group, member: int, size: int) -> None:
-    if group.is_near[member]:
-        traffic.node += size
-    else:
-        traffic.nic += size
+    traffic.add(size, group.is_near[member])

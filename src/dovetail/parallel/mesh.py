@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -46,6 +47,7 @@ class Group:
     index: int  # of this rank in the group
     is_near: tuple[bool, ...]  # of each rank: whether it is on this rank's node
     turns: Turns  # one for all groups of a mesh: who computes while an exchange is under way
+    is_checked: bool = False  # whether messages have checksums; the same in all groups of a mesh
 
     @property
     def size(self) -> int:
@@ -66,12 +68,14 @@ class Mesh:
     node: Group
     rail: Group
     turns: Turns
+    is_checked: bool
 
 
-def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
+def form_mesh(layout: Layout, ranks_per_node: int | None = None, is_checked: bool = False) -> Mesh:
     """Form the groups of `layout` from the ranks of the default process group; all ranks call it together.
 
-    `ranks_per_node` is what torchrun started on this node unless given. Raises ValueError, the same on all ranks, where
+    `ranks_per_node` is what torchrun started on this node unless given; `is_checked`: whether messages have checksums.
+    Raises ValueError, the same on all ranks, where
     ranks differ in either, and for what `check_ranks` refuses.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -81,10 +85,11 @@ def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
     check_ranks(layout, world, ranks_per_node)
     found = partitions(layout, ranks_per_node)
     turns = Turns()
-    groups = {name: _own_group(name, ranks, rank, ranks_per_node, turns) for name, ranks in found.items()}
+    form = partial(_own_group, rank=rank, ranks_per_node=ranks_per_node, turns=turns, is_checked=is_checked)
+    groups = {name: form(name, ranks) for name, ranks in found.items()}
     links = {pair: dist.new_group(list(pair), group_desc="link") for pair in neighbours(found["pp"])}
     own = {pair: handle for pair, handle in links.items() if rank in pair}
-    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, **groups)
+    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, is_checked=is_checked, **groups)
 
 
 def check_ranks(layout: Layout, world: int, ranks_per_node: int) -> None:
@@ -154,8 +159,11 @@ def _check_agreement(layout: Layout, ranks_per_node: int, world: int) -> None:
             )
 
 
-def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns) -> Group:
+def _own_group(
+    name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns, is_checked: bool
+) -> Group:
     handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), group_desc=name)
     own = tuple(ranks[(ranks == rank).any(axis=1)][0].tolist())
     is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in own)
-    return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near, turns=turns)
+    index = own.index(rank)
+    return Group(handle=handle, ranks=own, index=index, is_near=is_near, turns=turns, is_checked=is_checked)

@@ -5,6 +5,8 @@ copies in FP32, rounded once, or sends them back. So each direction is the other
 
     backward of dispatch  = the way home of the gradients, as combine
     backward of combine   = the way out of the gradients, as dispatch
+
+Each of these four ways has its format on the wires (`parallel.formats`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dovetail.model.experts.moe import Places, gather, summed
-from dovetail.parallel.wire import Wire, decode, encode
+from dovetail.parallel.formats import PLAIN, Format, Formats
+from dovetail.parallel.wire import Wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +29,11 @@ class Sort:
 
     places: Places
 
-    def out(self, rows: Tensor) -> Tensor:
+    def out(self, rows: Tensor, operation: str) -> Tensor:
         """Bytes of rows [N, width] -> those of all copies [M, width]."""
         return gather(rows, self.places.token_ids)
 
-    def home(self, rows: Tensor) -> Tensor:
+    def home(self, rows: Tensor, format: Format, operation: str) -> Tensor:
         """A row for each copy [M, columns] -> their sums [N, columns]."""
         return summed(rows, self.places.row_ids)
 
@@ -38,21 +41,16 @@ class Sort:
 Path = Sequence[Sort | Wire]
 
 
-def carried(path: Path, rows: Tensor) -> Tensor:
+def carried(path: Path, rows: Tensor, operation: str = "dispatch") -> Tensor:
     """Bytes of rows [N, width] at the other end of the path [M, width]."""
     for leg in path:
-        rows = leg.out(rows)
+        rows = leg.out(rows, operation)
     return rows
 
 
-def out(path: Path, rows: Tensor) -> Tensor:
-    """Rows [N, columns] -> [M, columns]; the gradient comes home."""
-    return _Out.apply(rows, path)
-
-
-def home(path: Path, rows: Tensor) -> Tensor:
+def home(path: Path, rows: Tensor, formats: Formats) -> Tensor:
     """Rows [M, columns] -> sums [N, columns]; the gradient goes out."""
-    return _Home.apply(rows, path)
+    return _Home.apply(rows, path, formats)
 
 
 def arrived(path: Path, start: Tensor, end: Tensor) -> Tensor:
@@ -60,36 +58,22 @@ def arrived(path: Path, start: Tensor, end: Tensor) -> Tensor:
     return _Arrived.apply(start, end, path)
 
 
-def _out(path: Path, rows: Tensor) -> Tensor:
-    return decode(carried(path, encode(rows)), rows.dtype)
-
-
-def _home(path: Path, rows: Tensor) -> Tensor:
+def _home(path: Path, rows: Tensor, format: Format, operation: str) -> Tensor:
     for leg in reversed(path):
-        rows = leg.home(rows)
+        rows = leg.home(rows, format, operation)
     return rows
-
-
-class _Out(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, path: Path) -> Tensor:
-        ctx.path = path
-        return _out(path, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _home(ctx.path, grad), None
 
 
 class _Home(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, path: Path) -> Tensor:
-        ctx.path = path
-        return _home(path, rows)
+    def forward(ctx: Any, rows: Tensor, path: Path, formats: Formats) -> Tensor:
+        ctx.path, ctx.format = path, formats.out_gradient
+        return _home(path, rows, formats.back, "combine")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _out(ctx.path, grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        sent = carried(ctx.path, ctx.format.encode(grad), "gradients of combine")
+        return ctx.format.decode(sent, grad.shape[1], grad.dtype), None, None
 
 
 class _Arrived(torch.autograd.Function):
@@ -100,4 +84,4 @@ class _Arrived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _home(ctx.path, grad), None, None
+        return _home(ctx.path, grad, PLAIN, "gradients of dispatch"), None, None

@@ -48,6 +48,9 @@ class Bucket:
     names: tuple[str, ...]
     columns: tuple[int, ...]  # elements of the longest piece of each
 
+    def __str__(self) -> str:
+        return f"{self.names[0]} to {self.names[-1]}"
+
 
 class Shares:
     """This rank's shares of the weights that it holds, and the exchanges that keep them right."""
@@ -149,7 +152,7 @@ class Shares:
         sent = gradients[0].new_zeros(bucket.legs.size, sum(bucket.columns), dtype=torch.float32)
         for gradient, columns in zip(gradients, sent.split(bucket.columns, dim=1), strict=True):
             _spread(gradient, columns)
-        return Sum(sent, bucket.legs, self.traffic)
+        return Sum(sent, bucket.legs, self.traffic, f"gradients of {bucket}")
 
     def _own_bytes(self, bucket: Bucket) -> Tensor:
         """This rank's pieces of the parameters, filled up."""
@@ -163,7 +166,10 @@ class Shares:
 
     def _gather(self, rows: Iterable[Tensor], whole: Mapping[str, Tensor]) -> None:
         """This rank's row of each bucket -> all of `whole`, flat by name, each bucket while the next is under way."""
-        started = (Gather(row, bucket.legs, self.traffic) for bucket, row in zip(self._buckets, rows, strict=True))
+        started = (
+            Gather(row, bucket.legs, self.traffic, f"gathering {bucket}")
+            for bucket, row in zip(self._buckets, rows, strict=True)
+        )
         for bucket, came in zip(self._buckets, _one_ahead(started), strict=True):
             widths = [
                 len(whole[name]) // self.blocks[name].length * columns

@@ -82,6 +82,13 @@ def keep(x: Tensor, quantization: Quantization) -> Quantized:
     return quantize_and_keep(x, quantization)[1]
 
 
+def operand_of(kept: Quantized) -> Quantized:
+    """What `quantize_and_keep` gave beside `kept`, bit for bit, of a format of up to 8 bits."""
+    if kept.format in capability.FP8 and capability.on_fp8_gpu(kept.scale):
+        return kept
+    return replace(kept, data=grid_values(kept).to(torch.bfloat16))
+
+
 def quantize_columns(x: Tensor, offsets: Sequence[int], quantization: Quantization) -> Quantized:
     """x [R, C] BF16 or FP32, tiles along its columns that begin anew with every group of rows,
     offsets[g] : offsets[g + 1]."""

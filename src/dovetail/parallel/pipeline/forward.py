@@ -11,6 +11,7 @@ from torch import Tensor
 from dovetail.model.transformer import Transformer
 from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.pipeline.pipeline import Pipeline, Place
+from dovetail.parallel.wire import opened, room_for, sealed
 
 
 @torch.no_grad()
@@ -27,14 +28,18 @@ def forward(pipeline: Pipeline, tokens: Tensor) -> Tensor | None:
             x = model.run_stage(x if stage else tokens, model.context(tokens, None, None, None, False)).hidden
             if stage + 1 < len(holders) and holders[stage + 1] != holder:
                 target = mesh.pp.ranks[holders[stage + 1]]
-                pipeline.traffic.add(x.nbytes, mesh.pp.is_near[holders[stage + 1]])
-                dist.send(x.contiguous(), target, group=mesh.links[mesh.rank, target])
+                message = sealed(x) if mesh.is_checked else x.contiguous()
+                pipeline.traffic.add(message.nbytes, mesh.pp.is_near[holders[stage + 1]])
+                dist.send(message, target, group=mesh.links[mesh.rank, target])
     return x if holders[-1] == mesh.pp.index else None
 
 
 def _receive(mesh: Mesh, source: int, room: Tensor) -> Tensor:
-    dist.recv(room, source, group=mesh.links[source, mesh.rank])
-    return room
+    message = room_for(room) if mesh.is_checked else room
+    dist.recv(message, source, group=mesh.links[source, mesh.rank])
+    if not mesh.is_checked:
+        return room
+    return opened(message, source, mesh.rank, "hidden states of held-out text").view(room.dtype).view_as(room)
 
 
 def _room(models: Mapping[Place, Transformer], tokens: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.pipeline.messages import Due, Key, Message, arrivals, messages
 from dovetail.parallel.schedules.schedule import Schedule
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.wire import Traffic, opened, room_for, sealed
 
 AHEAD = 2  # steps: a rank that has two neighbours hears of each in every other step
 
@@ -61,7 +61,7 @@ class Mail:
         kept = self._kept.get(pending.message.source, deque())
         while kept and kept[0].message.needed < pending.message.made:
             kept.popleft().work.wait()  # it has arrived
-        return pending.tensor
+        return self._opened(pending)
 
     def give(self, key: Key, tensor: Tensor) -> None:
         """Hand a tensor to the stage that `key` says, on this rank or on another; it must not change afterwards."""
@@ -69,8 +69,9 @@ class Mail:
         if message is None:
             self._handed[key] = tensor
             return
+        tensor = sealed(tensor) if self.mesh.is_checked else tensor.contiguous()
         self.traffic.add(tensor.nbytes, self.mesh.pp.is_near[message.target])
-        tensor, target = tensor.contiguous(), self.mesh.pp.ranks[message.target]
+        target = self.mesh.pp.ranks[message.target]
         work = dist.isend(tensor, target, group=self.mesh.links[self.mesh.rank, target])
         assert work is not None
         self._kept[message.target].append(Pending(message=message, tensor=tensor, work=work))
@@ -83,8 +84,19 @@ class Mail:
                 while kept:
                     kept.popleft().work.wait()
 
+    def _opened(self, pending: Pending) -> Tensor:
+        if not self.mesh.is_checked:
+            return pending.tensor
+        is_forward, microbatch, stage = pending.message.key
+        like, source = self.empty(microbatch), self.mesh.pp.ranks[pending.message.source]
+        what = "hidden states" if is_forward else "gradients"
+        name = f"{what} of micro-batch {microbatch} for stage {stage}"
+        return opened(pending.tensor, source, self.mesh.rank, name).view(like.dtype).view_as(like)
+
     def _receive(self, due: Due) -> None:
         tensor, source = self.empty(due.message.key[1]), self.mesh.pp.ranks[due.message.source]
+        if self.mesh.is_checked:
+            tensor = room_for(tensor)
         work = dist.irecv(tensor, source, group=self.mesh.links[source, self.mesh.rank])
         assert work is not None
         self._posted[due.message.key] = Pending(message=due.message, tensor=tensor, work=work)

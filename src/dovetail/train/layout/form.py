@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from dovetail.cost.memory.stages import stages
+from dovetail.model.experts.moe import Dispatcher
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
 from dovetail.parallel.dispatch import OneHop, TwoHop
+from dovetail.parallel.formats import formats_of
 from dovetail.parallel.holders import weights_of
 from dovetail.parallel.mesh import Mesh, form_mesh
 from dovetail.parallel.part import take_part
@@ -37,15 +41,16 @@ class Blueprint:
 
 def form_ranks(blueprint: Blueprint, layout: Layout, wanted: LayoutConfig, device: torch.device) -> Ranks:
     """All ranks call it together. Raises ValueError, the same on all ranks, for what `parallel.mesh.form_mesh` does."""
-    mesh = form_mesh(layout, wanted.ranks_per_node)
-    models = _build(blueprint, layout, mesh, wanted.hops, device)
+    mesh = form_mesh(layout, wanted.ranks_per_node, wanted.checksums)
+    hop = partial(TwoHop if wanted.hops == 2 else OneHop, mesh, formats_of(blueprint.recipe, wanted.back))
+    models = _build(blueprint, layout, mesh, hop, device)
     weights = weights_of(blueprint.spec, layout, blueprint.sequence_length)
     shares = Shares(named_parameters(models), weights, layout, mesh)
     return Ranks(models, mesh, shares, layout)
 
 
 def _build(
-    blueprint: Blueprint, layout: Layout, mesh: Mesh, hops: int, device: torch.device
+    blueprint: Blueprint, layout: Layout, mesh: Mesh, hop: Callable[[], Dispatcher], device: torch.device
 ) -> dict[Place, Transformer]:
     """This rank's part, which alone takes memory."""
     schedule = make_schedule(layout.schedule, layout.pp, layout.microbatches, layout.chunks)
@@ -57,7 +62,7 @@ def _build(
     for model in models.values():
         apply_recipe(model, blueprint.recipe)
         if layout.ep > 1:
-            take_part(model, mesh, (TwoHop if hops == 2 else OneHop)(mesh))
+            take_part(model, mesh, hop())
     for model in models.values():  # all of them first: stages of one rank may share the embedding
         model.to_empty(device=device)
     for model in models.values():

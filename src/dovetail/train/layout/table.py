@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from dovetail.config import Record
+from dovetail.parallel.formats import Back
 from dovetail.spec.layout import Layout, ScheduleName
 
 
@@ -22,6 +23,8 @@ class LayoutConfig(Record):
     stage_layers: tuple[PositiveInt, ...] | None = None
     zero: Literal[0, 1] = 1
     hops: Literal[1, 2] = 2  # of a row on its way to an expert: straight, or over the NIC once per node [V3 §3.2.2]
+    back: Back = "bf16"  # format in which experts' outputs come back: "bf16" is the model's own
+    checksums: bool = False  # of messages between ranks
     ranks_per_node: int | None = Field(default=None, gt=0)  # as many as torchrun started on this one
 
     def parts(self, world: int) -> int:

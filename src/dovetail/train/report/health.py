@@ -64,7 +64,9 @@ def _observer(watched: Watched) -> Any:
                 up, down = (getattr(each, "weight", each) for each in (module.gate_up_proj, module.down_proj))
                 watched.weight("up_weight", up, precision.weight)
                 watched.weight("down_weight", down, grad_precision.weight)
-            watched.rows("input", inputs[0], precision.input)
+            is_received = isinstance(module, Experts) and inputs[2] is not None  # rounded by another rank
+            if not is_received:
+                watched.rows("input", inputs[0], precision.input)
         if output.requires_grad:
             output.register_hook(lambda grad: watched.rows("grad", grad, grad_precision.grad))
 

@@ -6,11 +6,12 @@ import torch
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.model.transformer import initialize
+from dovetail.parallel.formats import check_back
 from dovetail.parallel.mesh import check_ranks
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec
 from dovetail.train.layout.form import Blueprint, form_ranks
-from dovetail.train.layout.ranks import rank_and_world
+from dovetail.train.layout.ranks import local_device, rank_and_world
 from dovetail.train.run.budget import samples_of
 from dovetail.train.run.run_file import RunConfig, build_model, resolve_dtype
 from dovetail.train.step.schedule import TrainingSchedule
@@ -42,7 +43,8 @@ def check_team(config: RunConfig, spec: ModelSpec, schedule: TrainingSchedule, r
 
     `ranks_per_node` is what torchrun started on this node.
     """
-    num_steps = config.train.steps or 1
+    num_steps, train = config.train.steps or 1, config.train
+    check_back(config.layout.back, load_recipe(train.precision), resolve_dtype(train.dtype, local_device()))
     for layout in layouts_of(config, schedule, num_steps):
         check_layout(layout, spec)
         check_ranks(layout, rank_and_world()[1], config.layout.ranks_per_node or ranks_per_node)
