@@ -62,9 +62,7 @@ class OneHop:
         by_expert = Places(row_ids=row_ids, token_ids=token_ids)
         given = routing.counts.view(group.size, -1)  # [ranks, experts of a rank]
         taken = swap(given, group, self.traffic)
-        wire = Wire(
-            group=group, sent=given.sum(1).tolist(), received=taken.sum(1).tolist(), traffic=self.traffic
-        )
+        wire = Wire(group=group, sent=given.sum(1).tolist(), received=taken.sum(1).tolist(), traffic=self.traffic)
         experts = torch.arange(taken.shape[1], device=x.device)
         expert_of = experts.repeat(group.size).repeat_interleave(taken.flatten())
         multiple = self.row_multiple or row_multiple(x)

@@ -227,9 +227,7 @@ def _form_groups(sets: Sequence[tuple[int, ...]], mesh: Mesh) -> dict[tuple[int,
 def _group(handle: dist.ProcessGroup, ranks: tuple[int, ...], mesh: Mesh) -> Group:
     is_near = tuple(other // mesh.ranks_per_node == mesh.rank // mesh.ranks_per_node for other in ranks)
     index = ranks.index(mesh.rank)
-    return Group(
-        handle=handle, ranks=ranks, index=index, is_near=is_near, turns=mesh.turns, is_checked=mesh.is_checked
-    )
+    return Group(handle=handle, ranks=ranks, index=index, is_near=is_near, turns=mesh.turns, is_checked=mesh.is_checked)
 
 
 def _fill_buckets(blocks: Mapping[str, Block], groups: Mapping[str, Group]) -> list[Bucket]:
