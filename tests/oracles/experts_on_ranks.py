@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from unittest.mock import patch
@@ -28,6 +28,7 @@ from dovetail.parallel.wire import Wire
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 
+EXPERTS, CHOICES, DIM, WIDTH = 16, 4, 24, 16
 DISPATCHERS: dict[str, Callable[..., OneHop | TwoHop]] = {"one": OneHop, "two": TwoHop}
 
 
@@ -88,6 +89,48 @@ class Alone:
     result: Result
     output: ExactSum
     x: ExactSum  # the gradient
+
+
+def case(seed: int, hops: str, mesh: tuple[int, int], dtype: torch.dtype, **changes: object) -> Case:
+    """Ragged tokens, none on one rank in three cases of four; choices in two of four groups, or all over the place; in
+    half of the cases the graph is cut around the experts."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tokens = torch.randint(0, 20, (4,), generator=generator)
+    if seed % 4:
+        tokens[seed % 3] = 0
+    scores = normal(int(tokens.sum()), EXPERTS)
+    scores[:, seed % EXPERTS] = -99.0  # nobody chooses this one
+    if seed % 2:
+        groups = scores.view(-1, 4, EXPERTS // 4)
+        left_out = normal(len(scores), 4).topk(2).indices
+        groups.scatter_(1, left_out[..., None].expand(-1, -1, EXPERTS // 4), -99.0)
+    settings = {
+        "hops": hops,
+        "in_parts": seed % 4 > 1,
+        "ep": mesh[0],
+        "ranks_per_node": mesh[1],
+        "tokens": tuple(tokens.tolist()),
+        "x": normal(len(scores), DIM).to(dtype),
+        "ids": scores.topk(CHOICES).indices,
+        "weights": normal(len(scores), CHOICES).abs(),
+        "grad": normal(len(scores), DIM).to(dtype),
+        "gate_up": (0.3 * normal(EXPERTS, 2 * WIDTH, DIM)).to(dtype),
+        "down": (0.3 * normal(EXPERTS, DIM, WIDTH)).to(dtype),
+    }
+    return Case(**{**settings, **changes})
+
+
+def joined(results: Sequence[Result], name: str) -> Tensor:
+    return torch.cat([getattr(each, name) for each in results])
+
+
+def counts_of(hops: str, others: int) -> int:
+    """Bytes of the counts for `others` ranks: of each of their experts, or of copies for the rank and for its node."""
+    return 8 * others * (EXPERTS // 4 if hops == "one" else 2)
 
 
 @functools.cache

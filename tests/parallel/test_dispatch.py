@@ -6,51 +6,29 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from experts_on_ranks import Alone, Case, Result, layer_on_ranks, on_one, on_ranks
+from experts_on_ranks import (
+    CHOICES,
+    DIM,
+    EXPERTS,
+    Alone,
+    Case,
+    Result,
+    case,
+    counts_of,
+    joined,
+    layer_on_ranks,
+    on_one,
+    on_ranks,
+)
 from rank_processes import Ranks
-from torch import Tensor
 
 from dovetail.network.demands.experts import Experts, dispatch
 from dovetail.numerics.formats.errors import normwise_error, tolerance
 from dovetail.spec.model import ModelSpec
 
 SpecFactory = Callable[..., ModelSpec]
-EXPERTS, CHOICES, DIM, WIDTH = 16, 4, 24, 16
 MESHES = [(4, 2), (2, 2), (2, 1), (4, 1), (4, 4), (1, 2)]  # ep, ranks per node
 ROUNDINGS = {"one": 1, "two": 3}  # of a sum: as the result, and in two hops for the wire inside the node and the NIC's
-
-
-def case(seed: int, hops: str, mesh: tuple[int, int], dtype: torch.dtype, **changes: object) -> Case:
-    """Ragged tokens, none on one rank in three cases of four; choices in two of four groups, or all over the place; in
-    half of the cases the graph is cut around the experts."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    tokens = torch.randint(0, 20, (4,), generator=generator)
-    if seed % 4:
-        tokens[seed % 3] = 0
-    scores = normal(int(tokens.sum()), EXPERTS)
-    scores[:, seed % EXPERTS] = -99.0  # nobody chooses this one
-    if seed % 2:
-        groups = scores.view(-1, 4, EXPERTS // 4)
-        left_out = normal(len(scores), 4).topk(2).indices
-        groups.scatter_(1, left_out[..., None].expand(-1, -1, EXPERTS // 4), -99.0)
-    settings = {
-        "hops": hops,
-        "in_parts": seed % 4 > 1,
-        "ep": mesh[0],
-        "ranks_per_node": mesh[1],
-        "tokens": tuple(tokens.tolist()),
-        "x": normal(len(scores), DIM).to(dtype),
-        "ids": scores.topk(CHOICES).indices,
-        "weights": normal(len(scores), CHOICES).abs(),
-        "grad": normal(len(scores), DIM).to(dtype),
-        "gate_up": (0.3 * normal(EXPERTS, 2 * WIDTH, DIM)).to(dtype),
-        "down": (0.3 * normal(EXPERTS, DIM, WIDTH)).to(dtype),
-    }
-    return Case(**{**settings, **changes})
 
 
 def run(ranks: Ranks, cases: Sequence[Case]) -> list[tuple[list[Result], list[Alone]]]:
@@ -58,10 +36,6 @@ def run(ranks: Ranks, cases: Sequence[Case]) -> list[tuple[list[Result], list[Al
     alone = ranks.run(on_one, cases)[0]  # first, so that one rank compiles the kernels for all
     by_rank = ranks.run(on_ranks, cases)
     return [([results[index] for results in by_rank], alone[index]) for index in range(len(cases))]
-
-
-def joined(results: Sequence[Result], name: str) -> Tensor:
-    return torch.cat([getattr(each, name) for each in results])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -114,11 +88,6 @@ def test_edges(name: str, hops: str, ranks: Ranks) -> None:
 
 
 # ---- Bytes ----
-
-
-def counts_of(hops: str, others: int) -> int:
-    """Bytes of the counts for `others` ranks: of each of their experts, or of copies for the rank and for its node."""
-    return 8 * others * (EXPERTS // 4 if hops == "one" else 2)
 
 
 def predicted(each: Case) -> list[tuple[int, int]]:
