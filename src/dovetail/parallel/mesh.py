@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
 
 import numpy as np
@@ -35,6 +36,8 @@ from numpy.typing import NDArray
 
 from dovetail.parallel.turns import Turns
 from dovetail.spec.layout import Layout, divisors, nearest_divisor
+
+HALF_AN_HOUR = timedelta(minutes=30)  # as gloo has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +69,10 @@ class Mesh:
     node: Group
     rail: Group
     turns: Turns
+    deadline: timedelta  # of an exchange
 
 
-def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
+def form_mesh(layout: Layout, ranks_per_node: int | None = None, deadline: timedelta = HALF_AN_HOUR) -> Mesh:
     """Form the groups of `layout` from the ranks of the default process group; all ranks call it together.
 
     `ranks_per_node` is what torchrun started on this node unless given. Raises ValueError, the same on all ranks, where
@@ -81,10 +85,15 @@ def form_mesh(layout: Layout, ranks_per_node: int | None = None) -> Mesh:
     check_ranks(layout, world, ranks_per_node)
     found = partitions(layout, ranks_per_node)
     turns = Turns()
-    groups = {name: _own_group(name, ranks, rank, ranks_per_node, turns) for name, ranks in found.items()}
-    links = {pair: dist.new_group(list(pair), group_desc="link") for pair in neighbours(found["pp"])}
+    handles = {
+        name: dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=deadline, group_desc=name)[0]
+        for name, ranks in found.items()
+    }
+    groups = {name: _own_group(handles[name], ranks, rank, ranks_per_node, turns) for name, ranks in found.items()}
+    pairs = neighbours(found["pp"])
+    links = {pair: dist.new_group(list(pair), timeout=deadline, group_desc="link") for pair in pairs}
     own = {pair: handle for pair, handle in links.items() if rank in pair}
-    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, **groups)
+    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, deadline=deadline, **groups)
 
 
 def check_ranks(layout: Layout, world: int, ranks_per_node: int) -> None:
@@ -154,8 +163,9 @@ def _check_agreement(layout: Layout, ranks_per_node: int, world: int) -> None:
             )
 
 
-def _own_group(name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns) -> Group:
-    handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), group_desc=name)
+def _own_group(
+    handle: dist.ProcessGroup, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns
+) -> Group:
     own = tuple(ranks[(ranks == rank).any(axis=1)][0].tolist())
     is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in own)
     return Group(handle=handle, ranks=own, index=own.index(rank), is_near=is_near, turns=turns)

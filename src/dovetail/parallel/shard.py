@@ -216,7 +216,7 @@ def _form_groups(sets: Sequence[tuple[int, ...]], mesh: Mesh) -> dict[tuple[int,
     found = {}
     for ranks in sets:
         if len(ranks) > 1:
-            handle = dist.new_group(list(ranks), group_desc="shares")
+            handle = dist.new_group(list(ranks), timeout=mesh.deadline, group_desc="shares")
             if mesh.rank in ranks:
                 found[ranks] = _group(handle, ranks, mesh)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
@@ -37,7 +38,7 @@ class Blueprint:
 
 def form_ranks(blueprint: Blueprint, layout: Layout, wanted: LayoutConfig, device: torch.device) -> Ranks:
     """All ranks call it together. Raises ValueError, the same on all ranks, for what `parallel.mesh.form_mesh` does."""
-    mesh = form_mesh(layout, wanted.ranks_per_node)
+    mesh = form_mesh(layout, wanted.ranks_per_node, timedelta(seconds=wanted.deadline))
     models = _build(blueprint, layout, mesh, wanted.hops, device)
     weights = weights_of(blueprint.spec, layout, blueprint.sequence_length)
     shares = Shares(named_parameters(models), weights, layout, mesh)

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt
 
 from dovetail.config import Record
 from dovetail.spec.layout import Layout, ScheduleName
+from dovetail.train.layout.ranks import DEADLINE
 
 
 class LayoutConfig(Record):
@@ -23,6 +24,8 @@ class LayoutConfig(Record):
     zero: Literal[0, 1] = 1
     hops: Literal[1, 2] = 2  # of a row on its way to an expert: straight, or over the NIC once per node [V3 §3.2.2]
     ranks_per_node: int | None = Field(default=None, gt=0)  # as many as torchrun started on this one
+    deadline: float = Field(default=DEADLINE, gt=0)  # seconds that an exchange may wait for another rank
+    replica_check: int = Field(default=0, ge=0)  # every so many steps; 0: never
 
     def parts(self, world: int) -> int:
         """The number of parts in which `world` ranks read a batch."""

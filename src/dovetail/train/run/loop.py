@@ -22,7 +22,7 @@ from dovetail.cost.count import training_flop_per_token
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import read_batch
-from dovetail.train.layout.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
+from dovetail.train.layout.ranks import Guard, any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.report.display import Display
 from dovetail.train.report.health import Watched, watch
 from dovetail.train.report.metrics import HealthMetrics, StepMetrics
@@ -55,13 +55,16 @@ def train(
     CheckpointError if the disk gives out.
     """
     settle_process()
-    with process_group(), claim.only_run(config.out):
+    with process_group(config.layout.deadline) as guard, guard(_leave), claim.only_run(config.out):
         if display is None or rank_and_world()[0] > 0:
             display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
         try:
-            state = prepare(config, display, accept_changed_text, ends_at)
+            with guard(partial(_leave, display)):
+                state = prepare(config, display, accept_changed_text, ends_at)
+                checkpointer = checkpoint.Checkpointer(config.out / "checkpoints", config.train.keep_checkpoints)
+                counters = resume(state, checkpointer.root, accept_changed_text)
             display.num_steps = state.num_steps
-            _loop(state, display, accept_changed_text)
+            _loop(state, counters, checkpointer, display, guard)
         finally:
             display.close()
     return state
@@ -114,17 +117,17 @@ def _peak(config: RunConfig, spec: ModelSpec, weight: Tensor) -> Peak:
     return Peak(partial(measure_peak, weight.dtype, weight.device, () if weight.is_cuda else own))
 
 
-def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
-    config, root = state.config, state.config.out / "checkpoints"
-    checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
-    counters = resume(state, root, accept_changed_text)
+def _loop(
+    state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, display: Display, guard: Guard
+) -> None:
+    config = state.config
     state.pace.start(counters.step, counters.seconds)
     if counters.step:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
     is_first = rank_and_world()[0] == 0
     reporter = Reporter(config.out, counters.step, display, config.train.tensorboard) if is_first else None
     try:
-        with stop_signals() as received:
+        with stop_signals() as received, guard(partial(_leave, display, counters)):
             _steps(state, counters, checkpointer, reporter, received)
             checkpointer.wait()
             try:
@@ -136,6 +139,13 @@ def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
         checkpointer.close()
         if reporter is not None:
             reporter.close()
+
+
+def _leave(display: Display | None = None, counters: Counters | None = None) -> str:
+    """The last state stays on the screen; returns where the run is, as the opening of a message."""
+    if display is not None:
+        display.close()
+    return f"step {counters.step + 1}, " if counters else "before the first step, "
 
 
 def _steps(
