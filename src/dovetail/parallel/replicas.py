@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dovetail.parallel.mesh import Group
 
@@ -44,7 +44,7 @@ class Replicas:
         """Raise ReplicaError, on all ranks, if a replica differs; all ranks call it together."""
         found = [self._differing(group, names) for group, names in self._by_group()]
         said = [each for names in found for each in names]
-        device = next(iter(self.tensors.values())).device
+        device = next((each.device for each in self.tensors.values()), None)
         votes = torch.tensor(int(bool(said)), device=device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         if votes:
@@ -76,6 +76,16 @@ class Replicas:
             odd = [rank for rank, count in zip(group.ranks, counts, strict=True) if not is_most or count < max(counts)]
             found.append(f"{names[column]} on {_ranks(odd)}" + ("" if is_most else ", nobody knows on which"))
         return found
+
+
+def replicas_of(models: Sequence[nn.Module], groups: Mapping[str, Group]) -> Replicas:
+    """Of a rank's models: the weights that `groups` has, and the buffers of modules that have such weights."""
+    owners = {name.rpartition(".")[0]: group for name, group in groups.items()}
+    held: dict[str, Tensor] = {}
+    for model in models:
+        held |= {name: each for name, each in model.named_parameters() if name in groups}
+        held |= {name: each for name, each in model.named_buffers() if name.rpartition(".")[0] in owners}
+    return Replicas(tensors=held, groups={name: owners[name.rpartition(".")[0]] for name in held})
 
 
 def hash_of(tensor: Tensor) -> Tensor:

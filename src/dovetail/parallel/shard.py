@@ -91,6 +91,10 @@ class Shares:
         self._given: dict[str, Tensor] = {}
         self._sums: list[_Exchange] = []  # of the first buckets
 
+    def groups(self) -> Mapping[str, Group]:
+        """By name, the ranks that hold a weight of this rank as well."""
+        return self._groups
+
     def pieces(self) -> dict[str, Piece]:
         """What this rank updates of each weight it holds: views of the parameters."""
         found = {}

@@ -11,6 +11,7 @@ the middle of autograd.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Condition
@@ -38,6 +39,7 @@ class Turns:
         self._at_work = 0  # how many pieces have not ended
         self._has_failed = False
         self._thread: ThreadPoolExecutor | None = None
+        self.waited = 0.0  # seconds that this rank has waited for others in `await_exchange`, with nothing to compute
 
     def both(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
         """The results of both; `first` begins. Where one raises, the other is left where it stands, and that error is
@@ -63,7 +65,9 @@ class Turns:
                 self._changed.wait_for(lambda: self._turn == mine)
                 if self._has_failed:
                     raise _LeftError
+        start = time.perf_counter()
         work.wait()
+        self.waited += time.perf_counter() - start
 
     def _piece(self, number: int, function: Callable[[], Result]) -> Result:
         with self._changed:

@@ -8,6 +8,7 @@ the same on every backend.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,10 +57,10 @@ class Mail:
         if key in self._handed:
             return self._handed.pop(key)
         pending = self._posted.pop(key)
-        pending.work.wait()
+        self._await(pending)
         kept = self._kept.get(pending.message.source, deque())
         while kept and kept[0].message.needed < pending.message.made:
-            kept.popleft().work.wait()  # it has arrived
+            self._await(kept.popleft())  # it has arrived
         return pending.tensor
 
     def give(self, key: Key, tensor: Tensor) -> None:
@@ -82,7 +83,12 @@ class Mail:
         assert not self._posted and not self._handed and not any(self._coming.values())
         for kept in self._kept.values():
             while kept:
-                kept.popleft().work.wait()
+                self._await(kept.popleft())
+
+    def _await(self, pending: Pending) -> None:
+        start = time.perf_counter()
+        pending.work.wait()
+        self.mesh.turns.waited += time.perf_counter() - start
 
     def _receive(self, due: Due) -> None:
         tensor, source = self.empty(due.message.key[1]), self.mesh.pp.ranks[due.message.source]

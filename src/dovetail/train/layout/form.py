@@ -42,7 +42,7 @@ def form_ranks(blueprint: Blueprint, layout: Layout, wanted: LayoutConfig, devic
     models = _build(blueprint, layout, mesh, wanted.hops, device)
     weights = weights_of(blueprint.spec, layout, blueprint.sequence_length)
     shares = Shares(named_parameters(models), weights, layout, mesh)
-    return Ranks(models, mesh, shares, layout)
+    return Ranks(models, mesh, shares, layout, wanted.replica_check)
 
 
 def _build(

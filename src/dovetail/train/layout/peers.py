@@ -31,7 +31,7 @@ from dovetail.parallel.replicas import ReplicaError
 LOOK = 0.5  # seconds between two looks into the store
 PAUSE = 0.1  # seconds between two looks for what is about to come
 LAST = 10.0  # seconds in which a rank that ends has ended
-GRACE = 3.0  # seconds in which a rank that lives has said what it is doing
+GRACE = 2.0  # seconds in which a rank that lives has said what it is doing
 AGAIN = "the same command goes on from the newest checkpoint"
 
 # What a rank does, by the innermost function that it is in.

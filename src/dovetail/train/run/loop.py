@@ -125,7 +125,8 @@ def _loop(
     if counters.step:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
     is_first = rank_and_world()[0] == 0
-    reporter = Reporter(config.out, counters.step, display, config.train.tensorboard) if is_first else None
+    tensorboard, pp = config.train.tensorboard, config.layout.pp
+    reporter = Reporter(config.out, counters.step, display, tensorboard, pp) if is_first else None
     try:
         with stop_signals() as received, guard(partial(_leave, display, counters)):
             _steps(state, counters, checkpointer, reporter, received)
@@ -160,10 +161,11 @@ def _steps(
     if 0 < counters.step < state.num_steps and _is_due(train.evaluate_every, counters.step):
         evaluate_if_missing(state, counters, reporter, received)
     while counters.step < state.num_steps:
-        metrics, health = _one_step(state, counters)
+        metrics, health, seconds = _one_step(state, counters)
         if reporter is not None:
             reporter.write(metrics)
             reporter.write_health(health)
+            reporter.write_stragglers(metrics.step, seconds)
         if counters.bad_in_a_row >= train.max_bad_steps:
             checkpointer.wait()
             raise Diverged(_diverged(counters, checkpointer.root))
@@ -190,6 +192,7 @@ def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
     """Take the next step of a run on this rank's share of the batch, and count it."""
     train = state.config.train
     team = state.team
+    team.begin(counters.step + 1)
     at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=state.pace.fraction(counters.step + 1))
     now = values(state.schedule, at, state.batch_multiple)
     batch = read_batch(
@@ -211,7 +214,8 @@ def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
     return result, now
 
 
-def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics]]:
+def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics], Sequence[float]]:
+    """What is reported of the next step, and how long each rank worked in it."""
     start = time.perf_counter()
     train = state.config.train
     is_watched = _is_due(train.health_every, counters.step + 1)
@@ -226,7 +230,7 @@ def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthM
         for layer, watched in layers.items()
         for operand, each in watched.health.items()
     ]
-    return _metrics(counters, result, now, num_tokens / seconds, mfu, seconds), health
+    return _metrics(counters, result, now, num_tokens / seconds, mfu, seconds), health, result.seconds
 
 
 def _metrics(

@@ -5,11 +5,14 @@
     pp    a rank has stages, and micro-batches pass them as a schedule says (`parallel.pipeline`)
 
 Losses and loads of experts are summed over all ranks, once a step: each rank tells what it has found, and nobody finds
-the same.
+the same. With them goes how long each rank has worked, from the reading of its batch on. That is time on the clock
+without the waits for other ranks, and not the processor's time: so a rank counts as slow too whose machine is busy with
+other things, or waits for a disk.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,6 +27,7 @@ from dovetail.parallel.pieces import Piece
 from dovetail.parallel.pipeline.forward import forward
 from dovetail.parallel.pipeline.held import Aims, Ended
 from dovetail.parallel.pipeline.pipeline import Pipeline, PipelineStep, Place
+from dovetail.parallel.replicas import replicas_of
 from dovetail.parallel.schedules.pipelines import make_schedule
 from dovetail.parallel.shard import Shares
 from dovetail.parallel.wire import Traffic
@@ -36,12 +40,22 @@ from dovetail.train.step.team import Aim, Sums, backward
 class Ranks:
     """A rank, by its stages: one, and no pipeline, where the layout has one stage."""
 
-    def __init__(self, models: Mapping[Place, Transformer], mesh: Mesh, shares: Shares, layout: Layout) -> None:
+    def __init__(
+        self,
+        models: Mapping[Place, Transformer],
+        mesh: Mesh,
+        shares: Shares,
+        layout: Layout,
+        replica_check: int = 0,
+    ) -> None:
+        """Every `replica_check` steps ranks compare the weights that they have in common; 0: never."""
         self.models, self.mesh, self.shares, self.layout = list(models.values()), mesh, shares, layout
         self.spec = self.models[0].spec
         self._stages = models
         self._told = Traffic()
+        self._step, self._began, self._waited = 0, time.perf_counter(), 0.0
         self._between_stages = Traffic()
+        self._replica_check, self._replicas = replica_check, replicas_of(self.models, shares.groups())
         self.num_shares, self.index = mesh.dp.size, mesh.dp.index
         depths = self.spec.num_nextn_predict_layers
         self._layers = [each for each in range(self.spec.num_hidden_layers + depths) if self.spec.is_moe_layer(each)]
@@ -49,12 +63,15 @@ class Ranks:
     def parameters(self) -> Mapping[str, Tensor | Piece]:
         return self.shares.pieces()
 
+    def begin(self, step: int) -> None:
+        self._step, self._began, self._waited = step, time.perf_counter(), self.mesh.turns.waited
+
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
         counts = count_targets(batches, 1 + self.spec.num_nextn_predict_layers, separate_documents)
         if not separate_documents:  # each rank has as many
             return [self.num_shares * count for count in counts]
         total = torch.tensor(counts, device=self._device)
-        dist.all_reduce(total, group=self.mesh.dp.handle)
+        self.mesh.turns.await_exchange(dist.all_reduce(total, group=self.mesh.dp.handle, async_op=True))
         found: list[int] = total.tolist()
         return found
 
@@ -66,12 +83,22 @@ class Ranks:
 
     def add_up(self, sums: Sums) -> Sums:
         # The loads of all layers in one tensor, zeros for layers that are on other stages.
-        losses, none = sums.losses.clone(), torch.zeros(self._experts, dtype=torch.int64, device=self._device)
+        none = torch.zeros(self._experts, dtype=torch.int64, device=self._device)
         counts = torch.stack([sums.counts.get(layer, none) for layer in self._layers]) if self._layers else none
-        dist.all_reduce(losses)
+        seconds = sums.losses.new_zeros(dist.get_world_size())
+        seconds[self.mesh.rank] = time.perf_counter() - self._began - (self.mesh.turns.waited - self._waited)
+        told = torch.cat([sums.losses, seconds])
+        dist.all_reduce(told)
         dist.all_reduce(counts)
+        if self._replica_check and self._step % self._replica_check == 0:
+            self._replicas.compare(self._step)
         gradients = self.shares.reduce(sums.gradients)
-        return Sums(gradients=gradients, losses=losses, counts=dict(zip(self._layers, counts, strict=False)))
+        return Sums(
+            gradients=gradients,
+            losses=told[: len(sums.losses)],
+            counts=dict(zip(self._layers, counts, strict=False)),
+            seconds=told[len(sums.losses) :].tolist(),
+        )
 
     def norm(self, squares: Mapping[str, Tensor]) -> float:
         return self.shares.norm(squares)

@@ -31,6 +31,7 @@ class StepResult:
     max_vio: list[float]  # per MoE layer, MTP modules last
     is_finite: bool
     sent: Traffic  # by all ranks
+    seconds: Sequence[float]  # of each rank's own work up to the sums; empty in one process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,7 @@ def team_step(
         max_vio=[max_violation(each) for _, each in sorted(sums.counts.items())],
         is_finite=is_finite,
         sent=team.sent(),
+        seconds=sums.seconds,
     )
 
 

@@ -43,6 +43,7 @@ class Sums:
     gradients: Mapping[str, Tensor]
     losses: Tensor  # FP64 [2 + depths]: token and MTP losses without their weights, and the balance loss with its own
     counts: Mapping[int, Tensor]  # [E] tokens per expert, by MoE layer; MTP modules come after the layers
+    seconds: Sequence[float] = ()  # that each rank has worked in this step, its waits for others left out
 
 
 class Team(Protocol):
@@ -53,6 +54,10 @@ class Team(Protocol):
 
     def parameters(self) -> Mapping[str, Tensor | Piece]:
         """What this rank's optimizer updates."""
+        ...
+
+    def begin(self, step: int) -> None:
+        """A step begins here, with the reading of its batch."""
         ...
 
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
@@ -82,6 +87,9 @@ class Alone:
 
     def parameters(self) -> Mapping[str, Tensor | Piece]:
         return dict(self.models[0].named_parameters())
+
+    def begin(self, step: int) -> None:
+        """Nobody else is to be compared with."""
 
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
         return count_targets(batches, 1 + self.spec.num_nextn_predict_layers, separate_documents)
