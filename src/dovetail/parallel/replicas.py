@@ -10,8 +10,8 @@ The hash of a tensor whose bytes are the words w of 8 bytes, in rows r of some 6
 So one flipped bit always changes it, and so do two in different rows but for one case in billions. It reads the weights
 once, at the speed of memory, on whichever device they are.
 
-With ZeRO-1 a rank has the masters and moments of its own pieces alone, and copies of all other weights that live for one
-step. So weights are compared after the backward pass that read them, before its gradients are used.
+With ZeRO-1 a rank has the masters and moments of its own pieces alone, and copies of all other weights that live for
+one step. So weights are compared after the backward pass that read them, before its gradients are used.
 """
 
 from __future__ import annotations

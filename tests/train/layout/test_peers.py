@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import pytest
 
@@ -45,9 +46,9 @@ def test_functions_that_name_an_operation_are_there() -> None:
 def test_an_operation_is_named_by_the_innermost_function_that_has_a_name() -> None:
     assert operation(outward(sys._getframe())) == "work of its own"
     found = list[str]()
-    scope = {"__name__": "dovetail.train.layout.ranks", "look": lambda: found.append(operation(outward(sys._getframe())))}
-    exec("def any_rank():\n    look()\n", scope)
-    scope["any_rank"]()  # type: ignore[operator]
+    scope: dict[str, Any] = {"__name__": "dovetail.train.layout.ranks"}
+    exec("def any_rank(look):\n    look()\n", scope)
+    scope["any_rank"](lambda: found.append(operation(outward(sys._getframe()))))
     assert found == ["vote on whether to stop"]
 
 

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import pytest
-
 from dovetail.config import dump
 from dovetail.train.layout.table import LayoutConfig
 from dovetail.train.report.metrics import StepMetrics, StragglerMetrics, read_metrics
@@ -97,7 +95,7 @@ def members(session: int) -> list[int]:
 def ranks_of(session: int) -> dict[int, int]:
     """The process of each rank."""
     found = {}
-    for process in members(session):
+    for process in sorted(members(session), reverse=True):  # a rank's own child has its number too
         with suppress(OSError):  # it has just ended
             environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
             found |= {int(each[5:]): process for each in environment if each.startswith(b"RANK=")}
@@ -115,7 +113,7 @@ def wait_for(is_so: Callable[[], object], seconds: float) -> float:
 
 def said(config: RunConfig) -> list[str]:
     lines = config.out.with_suffix(".err").read_text().splitlines()
-    assert not any(line.startswith("Traceback") for line in lines), lines
+    assert not any("/dovetail/" in line and line.lstrip().startswith("File") for line in lines), lines
     return [line for line in lines if line.startswith("dovetail:")]
 
 
@@ -131,18 +129,18 @@ def long_run(tiny_run: Build, out: Path, text: Path, **layout: object) -> RunCon
 
 
 def test_a_rank_that_hangs_is_named_when_time_is_up(tmp_path: Path, text: Path, tiny_run: Build) -> None:
-    config = long_run(tiny_run, tmp_path / "run", text, deadline=3.0)
+    config = long_run(tiny_run, tmp_path / "run", text, deadline=5.0)
     with launched(config, 3) as started:
         wait_for(lambda: steps(config) > 3, SECONDS)
         ranks = ranks_of(started.pid)
         os.kill(ranks[1], signal.SIGSTOP)
-        assert 3.0 < wait_for(lambda: said(config), 15.0)
+        assert wait_for(lambda: said(config), 15.0) > 5.0
         wait_for(lambda: not set(members(started.pid)) & {ranks[0], ranks[2]}, 5.0)
         os.kill(ranks[1], signal.SIGKILL)  # or torchrun waits half a minute for it
         assert started.wait(20.0) != 0
     [line] = said(config)
     assert re.fullmatch(
-        r"dovetail: step \d+, [a-z ]+: rank 1 did not answer within 3 s; look at its machine, or set a longer "
+        r"dovetail: step \d+, [a-z ]+: rank 1 did not answer within 5 s; look at its machine, or set a longer "
         "layout.deadline; the same command goes on from the newest checkpoint",
         line,
     )
@@ -170,6 +168,6 @@ def test_a_rank_that_lags_and_one_with_a_flipped_bit_are_named(tmp_path: Path, t
     records = read_metrics(config.out / "metrics.jsonl")
     assert steps(config) == 9  # step 10 was not taken
     [straggler] = [each for each in records if isinstance(each, StragglerMetrics)]
-    assert straggler.rank == 1 and 2 < straggler.ratio and straggler.step == 8
+    assert straggler.rank == 1 and straggler.ratio > 2 and straggler.step == 8
     errors = config.out.with_suffix(".err").read_text()
     assert errors.count(f"straggler: rank 1, {straggler.ratio:.1f} x the median") == 1

@@ -69,7 +69,7 @@ def drill(base: RunConfig, goes_on: Callable[[int], bool]) -> int:
         assert losses == wanted[place][0], config.out
         assert all(torch.equal(weights[name], each) for name, each in wanted[place][1].items()), config.out
         number, done = number + 1, done + killed
-        print(f"{done} kills; {ranks} ranks, {layout.model_dump(exclude_defaults=True)}: the same end", flush=True)
+        sys.stderr.write(f"{done} kills; {ranks} ranks, {layout.model_dump(exclude_defaults=True)}: the same end\n")
     return done
 
 

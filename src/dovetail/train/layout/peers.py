@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import NoReturn
@@ -90,12 +90,17 @@ class Peers:
             os._exit(1)
         except Exception as error:
             self._is_ending = True
-            with suppress(dist.DistError):  # where the store is gone too, which the thread says
+            try:
                 if not is_lost(error):
                     self._tell({"own": True})
                     raise
-                self._speak(error, leave())
-            os._exit(1)
+                place = leave()
+                if os.getppid() == self._parent:
+                    self._speak(error, place)
+                    os._exit(1)
+            except dist.DistError:  # the store has gone with torchrun, which had it
+                pass
+            _end_as_orphan()
 
     def _speak(self, error: Exception, place: str) -> None:
         """Or wait until another rank has spoken."""
@@ -106,7 +111,7 @@ class Peers:
         if is_first:
             deadline = self._deadline if is_late(error) else None
             if said := message(self._reports(), self._rank, self._world, deadline):
-                print(f"dovetail: {place}{said}", file=sys.stderr, flush=True)
+                _say(place + said)
             self._store.set("said", "")
         self._wait_until_said(2 * GRACE)
 
@@ -128,11 +133,11 @@ class Peers:
     def _watch(self) -> None:
         store = self._store.clone()  # a request that waits would hold up those of the other thread
         try:
-            while not store.check(["fault"]):
+            while os.getppid() == self._parent and not store.check(["fault"]):
                 if self._is_over.wait(LOOK):
                     return
-                if os.getppid() != self._parent:
-                    _end_as_orphan()
+            if os.getppid() != self._parent:
+                _end_as_orphan()
             if self._is_ending:
                 time.sleep(LAST)
                 os._exit(1)
@@ -141,7 +146,7 @@ class Peers:
             end = time.monotonic() + 2 * GRACE
             while time.monotonic() < end and not store.check(["said"]):
                 time.sleep(PAUSE)
-        except RuntimeError:  # the store has gone with torchrun, which had it
+        except dist.DistError:
             _end_as_orphan()
         os._exit(1)
 
@@ -171,7 +176,9 @@ def outward(frame: FrameType | None) -> Iterator[FrameType]:
         frame = frame.f_back
 
 
-def message(reports: Mapping[int, Mapping[str, object]], speaker: int, world: int, deadline: float | None) -> str | None:
+def message(
+    reports: Mapping[int, Mapping[str, object]], speaker: int, world: int, deadline: float | None
+) -> str | None:
     """What one rank says for all; nothing where a rank has said itself why it ended.
 
     `deadline`, in seconds, is what ran out; None where a connection broke.
@@ -203,5 +210,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _end_as_orphan() -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # one of a node speaks
-        print(f"dovetail: torchrun is gone, and its ranks end; {AGAIN}", file=sys.stderr, flush=True)
+        _say(f"torchrun is gone, and its ranks end; {AGAIN}")
     os._exit(1)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"dovetail: {text}\n")
+    sys.stderr.flush()
