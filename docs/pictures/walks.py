@@ -23,7 +23,7 @@ TINTS = {
     "train | engine | planner": BLUE,
     "parallel": RED,
     "model": ORANGE,
-    "numerics | text | network": GREEN,
+    "numerics | text | network | cluster": GREEN,
     "cost": PURPLE,
     "catalog": TEAL,
     "spec": YELLOW,

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dovetail.parallel.mesh import Group, Mesh
+from dovetail.parallel.mesh import Group, Mesh, make_group
 from dovetail.parallel.wire import Traffic, opened, sealed
 
 
@@ -42,8 +42,12 @@ class Legs:
     """This rank's groups among ranks that share weights, in the order of a sum."""
 
     groups: tuple[Group, ...]
-    size: int  # ranks in all
+    ranks: tuple[int, ...]  # all of them, in the order of rows
     place: int  # of this rank's row
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
 
 
 def cut_legs(ranks: Sequence[int], ranks_per_node: int) -> tuple[NDArray[np.int64], ...]:
@@ -59,30 +63,16 @@ def cut_legs(ranks: Sequence[int], ranks_per_node: int) -> tuple[NDArray[np.int6
 def form_legs(ranks: Sequence[int], mesh: Mesh) -> Legs | None:
     """All ranks of the world call it together; None on those that are not in `ranks`."""
     own: list[Group] = []
-    for groups in cut_legs(ranks, mesh.ranks_per_node):
+    legs = cut_legs(ranks, mesh.ranks_per_node)
+    for groups in legs:
         for members in groups.tolist():
-            handle = dist.new_group(members, group_desc="shares")
+            handle = dist.new_group(members, timeout=mesh.deadline, group_desc="shares")
             if mesh.rank in members:
                 own.append(make_group(handle, members, mesh))
     if not own:
         return None
-    place = 0
-    for group in own:
-        place = place * group.size + group.index
-    return Legs(groups=tuple(own), size=len(ranks), place=place)
-
-
-def make_group(handle: dist.ProcessGroup, ranks: Sequence[int], mesh: Mesh) -> Group:
-    is_near = tuple(other // mesh.ranks_per_node == mesh.rank // mesh.ranks_per_node for other in ranks)
-    index = ranks.index(mesh.rank)
-    return Group(
-        handle=handle,
-        ranks=tuple(ranks),
-        index=index,
-        is_near=is_near,
-        turns=mesh.turns,
-        is_checked=mesh.is_checked,
-    )
+    rows = tuple(legs[-1].flatten().tolist())
+    return Legs(groups=tuple(own), ranks=rows, place=rows.index(mesh.rank))
 
 
 class Exchange(ABC):

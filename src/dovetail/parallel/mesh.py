@@ -25,9 +25,9 @@ that carry out the messages of a group in order, as NCCL does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from datetime import timedelta
 from itertools import pairwise
 
 import numpy as np
@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 
 from dovetail.parallel.turns import Turns
 from dovetail.spec.layout import Layout, divisors, nearest_divisor
+
+HALF_AN_HOUR = timedelta(minutes=30)  # as gloo has it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +57,20 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mesh:
-    """This process's groups."""
+class Seat:
+    """A rank's place, and what all its groups have in common."""
 
     rank: int
     ranks_per_node: int
+    turns: Turns
+    is_checked: bool  # whether messages have checksums
+    deadline: timedelta  # of an exchange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh(Seat):
+    """This process's groups."""
+
     links: Mapping[tuple[int, int], dist.ProcessGroup]  # (from, to) in the world, of those from and to this rank
     pp: Group
     dp: Group
@@ -67,15 +78,17 @@ class Mesh:
     edp: Group
     node: Group
     rail: Group
-    turns: Turns
-    is_checked: bool
 
 
-def form_mesh(layout: Layout, ranks_per_node: int | None = None, is_checked: bool = False) -> Mesh:
+def form_mesh(
+    layout: Layout,
+    ranks_per_node: int | None = None,
+    is_checked: bool = False,
+    deadline: timedelta = HALF_AN_HOUR,
+) -> Mesh:
     """Form the groups of `layout` from the ranks of the default process group; all ranks call it together.
 
-    `ranks_per_node` is what torchrun started on this node unless given; `is_checked`: whether messages have checksums.
-    Raises ValueError, the same on all ranks, where
+    `ranks_per_node` is what torchrun started on this node unless given. Raises ValueError, the same on all ranks, where
     ranks differ in either, and for what `check_ranks` refuses.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -84,12 +97,17 @@ def form_mesh(layout: Layout, ranks_per_node: int | None = None, is_checked: boo
     _check_agreement(layout, ranks_per_node, world)
     check_ranks(layout, world, ranks_per_node)
     found = partitions(layout, ranks_per_node)
-    turns = Turns()
-    form = partial(_own_group, rank=rank, ranks_per_node=ranks_per_node, turns=turns, is_checked=is_checked)
-    groups = {name: form(name, ranks) for name, ranks in found.items()}
-    links = {pair: dist.new_group(list(pair), group_desc="link") for pair in neighbours(found["pp"])}
-    own = {pair: handle for pair, handle in links.items() if rank in pair}
-    return Mesh(rank=rank, ranks_per_node=ranks_per_node, links=own, turns=turns, is_checked=is_checked, **groups)
+    seat = {
+        "rank": rank,
+        "ranks_per_node": ranks_per_node,
+        "turns": Turns(),
+        "is_checked": is_checked,
+        "deadline": deadline,
+    }
+    groups = {name: _own_group(name, ranks, Seat(**seat)) for name, ranks in found.items()}
+    pairs = neighbours(found["pp"])
+    links = {pair: dist.new_group(list(pair), timeout=deadline, group_desc="link") for pair in pairs}
+    return Mesh(**seat, links={pair: handle for pair, handle in links.items() if rank in pair}, **groups)
 
 
 def check_ranks(layout: Layout, world: int, ranks_per_node: int) -> None:
@@ -159,11 +177,21 @@ def _check_agreement(layout: Layout, ranks_per_node: int, world: int) -> None:
             )
 
 
-def _own_group(
-    name: str, ranks: NDArray[np.int64], rank: int, ranks_per_node: int, turns: Turns, is_checked: bool
-) -> Group:
-    handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), group_desc=name)
-    own = tuple(ranks[(ranks == rank).any(axis=1)][0].tolist())
-    is_near = tuple(other // ranks_per_node == rank // ranks_per_node for other in own)
-    index = own.index(rank)
-    return Group(handle=handle, ranks=own, index=index, is_near=is_near, turns=turns, is_checked=is_checked)
+def make_group(handle: dist.ProcessGroup, ranks: Sequence[int], seat: Seat) -> Group:
+    """This rank's group of `ranks`, of which it is one."""
+    nodes = [other // seat.ranks_per_node for other in ranks]
+    index = ranks.index(seat.rank)
+    return Group(
+        handle=handle,
+        ranks=tuple(ranks),
+        index=index,
+        is_near=tuple(node == nodes[index] for node in nodes),
+        turns=seat.turns,
+        is_checked=seat.is_checked,
+    )
+
+
+def _own_group(name: str, ranks: NDArray[np.int64], seat: Seat) -> Group:
+    handle, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=seat.deadline, group_desc=name)
+    own: list[int] = ranks[(ranks == seat.rank).any(axis=1)][0].tolist()
+    return make_group(handle, own, seat)

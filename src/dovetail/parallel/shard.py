@@ -31,8 +31,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dovetail.parallel.holders import Block, Weight, blocks_of, rank_sets
-from dovetail.parallel.legs import Gather, Legs, Sum, count_ring, form_legs, make_group
-from dovetail.parallel.mesh import Mesh
+from dovetail.parallel.legs import Gather, Legs, Sum, count_ring, form_legs
+from dovetail.parallel.mesh import Mesh, make_group
 from dovetail.parallel.pieces import Piece
 from dovetail.parallel.wire import Traffic
 from dovetail.spec.layout import Layout
@@ -72,6 +72,10 @@ class Shares:
         self._world = make_group(dist.group.WORLD, range(layout.gpus), mesh)
         self._given: dict[str, Tensor] = {}
         self._sums: list[Sum] = []  # of the first buckets
+
+    def legs(self) -> Mapping[str, Legs]:
+        """By name, the ranks that hold a weight of this rank as well."""
+        return self._legs
 
     def pieces(self) -> dict[str, Piece]:
         """What this rank updates of each weight it holds: views of the parameters."""

@@ -43,6 +43,10 @@ class Waited:
     experts: float = 0.0  # rows on their way to experts or back
     gradients: float = 0.0  # sums of gradients and the gathering of weights, with the copies that they need
 
+    @property
+    def total(self) -> float:
+        return self.stages + self.experts + self.gradients
+
 
 class Turns:
     """Whose turn it is. Outside `both` nobody else is there, and `await_exchange` simply waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -41,12 +42,12 @@ class Blueprint:
 
 def form_ranks(blueprint: Blueprint, layout: Layout, wanted: LayoutConfig, device: torch.device) -> Ranks:
     """All ranks call it together. Raises ValueError, the same on all ranks, for what `parallel.mesh.form_mesh` does."""
-    mesh = form_mesh(layout, wanted.ranks_per_node, wanted.checksums)
+    mesh = form_mesh(layout, wanted.ranks_per_node, wanted.checksums, timedelta(seconds=wanted.deadline))
     hop = partial(TwoHop if wanted.hops == 2 else OneHop, mesh, formats_of(blueprint.recipe, wanted.back))
     models = _build(blueprint, layout, mesh, hop, device)
     weights = weights_of(blueprint.spec, layout, blueprint.sequence_length)
     shares = Shares(named_parameters(models), weights, layout, mesh)
-    return Ranks(models, mesh, shares, layout)
+    return Ranks(models, mesh, shares, layout, wanted.replica_check)
 
 
 def _build(

@@ -6,27 +6,42 @@ Without torchrun it does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from dovetail.train.layout.meeting import meet
+from dovetail.train.layout.peers import Peers
+
 # Tokenising a large text takes hours. Other ranks need no limit to give up: should rank 0 die, its connection breaks.
 PATIENCE = timedelta(days=30)
+DEADLINE = 600.0  # seconds
+
+Guard = Callable[[Callable[[], str]], AbstractContextManager[object]]
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """The process group of a torchrun launch, for the duration."""
+def process_group(deadline: float = DEADLINE) -> Iterator[Guard]:
+    """The process group of a torchrun launch, for the duration. Without torchrun it does nothing.
+
+    `deadline` is what an exchange may take, in seconds. What it gives is `Peers.guard`.
+    """
     if not dist.is_torchelastic_launched() or dist.is_initialized():
-        yield
+        yield nullcontext
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    patience = timedelta(seconds=deadline)
+    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+    store = dist.PrefixStore(meet(store, rank, world, patience), store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    peers = Peers(dist.PrefixStore("peers", store), rank, world, patience)
     try:
-        yield
+        yield peers.guard
     finally:
+        peers.close()
         dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveInt
 from dovetail.config import Record
 from dovetail.parallel.formats import Back
 from dovetail.spec.layout import Layout, ScheduleName
+from dovetail.train.layout.ranks import DEADLINE
 
 
 class LayoutConfig(Record):
@@ -26,6 +27,8 @@ class LayoutConfig(Record):
     back: Back = "bf16"  # format in which experts' outputs come back: "bf16" is the model's own
     checksums: bool = False  # of messages between ranks
     ranks_per_node: int | None = Field(default=None, gt=0)  # as many as torchrun started on this one
+    deadline: float = Field(default=DEADLINE, gt=0)  # seconds that an exchange may wait for another rank
+    replica_check: int = Field(default=0, ge=0)  # every so many steps; 0: never
 
     def parts(self, world: int) -> int:
         """The number of parts in which `world` ranks read a batch."""

@@ -83,12 +83,23 @@ class HealthMetrics:
     signal_to_noise: float  # decibel; NaN in the file's null stands for infinity too
 
 
-Metrics = StepMetrics | HeldOutMetrics | WholeHeldOutMetrics | HealthMetrics
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StragglerMetrics:
+    """A rank that lags, as of `step`: the others wait for it."""
+
+    step: int
+    rank: int
+    ratio: float  # times the median of the ranks that do the same
+    seconds: float  # of its own work in a step
+
+
+Metrics = StepMetrics | HeldOutMetrics | WholeHeldOutMetrics | HealthMetrics | StragglerMetrics
 _KINDS: dict[str, type[Metrics]] = {
     "step": StepMetrics,
     "held_out": HeldOutMetrics,
     "held_out_whole": WholeHeldOutMetrics,
     "health": HealthMetrics,
+    "straggler": StragglerMetrics,
 }
 
 

@@ -20,6 +20,7 @@ from dovetail.train.report.metrics import (
     WholeHeldOutMetrics,
     read_metrics,
 )
+from dovetail.train.report.stragglers import Stragglers, straggler_line
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,8 +32,9 @@ COUNTS = ("step", "tokens")  # a place in the run, not a result
 class Reporter:
     """Reports the run in `out` from `resumed_step` on: later records of earlier attempts are taken away."""
 
-    def __init__(self, out: Path, resumed_step: int, display: Display, with_tensorboard: bool) -> None:
+    def __init__(self, out: Path, resumed_step: int, display: Display, with_tensorboard: bool, pp: int = 1) -> None:
         self.display = display
+        self._stragglers = Stragglers(pp)
         self.log = MetricsLog(out / "metrics.jsonl", resumed_step)
         self._board = _board(out / "tensorboard", resumed_step) if with_tensorboard else None
 
@@ -48,6 +50,12 @@ class Reporter:
             self.log.write(each)
         if health:
             self.display.message(summary_line(list(health)))
+
+    def write_stragglers(self, step: int, seconds: Sequence[float]) -> None:
+        """Name the ranks that lag, from how long each has worked in each step."""
+        for each in self._stragglers.look(step, seconds):
+            self.log.write(each)
+            self.display.message(straggler_line(each))
 
     def has(self, kind: type[Metrics], step: int) -> bool:
         """Whether the log has a record of that kind after `step`."""

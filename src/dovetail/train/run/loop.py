@@ -22,7 +22,7 @@ from dovetail.cost.count import training_flop_per_token
 from dovetail.numerics.cpu.process import settle_process
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import read_batch
-from dovetail.train.layout.ranks import any_rank, first_rank_first, local_device, process_group, rank_and_world
+from dovetail.train.layout.ranks import Guard, any_rank, first_rank_first, local_device, process_group, rank_and_world
 from dovetail.train.report.display import Display
 from dovetail.train.report.health import Watched, watch
 from dovetail.train.report.metrics import HealthMetrics, StepMetrics
@@ -56,13 +56,16 @@ def train(
     CheckpointError if the disk gives out.
     """
     settle_process()
-    with process_group(), claim.only_run(config.out):
+    with process_group(config.layout.deadline) as guard, guard(_leave), claim.only_run(config.out):
         if display is None or rank_and_world()[0] > 0:
             display = Display("dovetail train", 1, Console(stderr=True, highlight=False, quiet=rank_and_world()[0] > 0))
         try:
-            state = prepare(config, display, accept_changed_text, ends_at)
+            with guard(partial(_leave, display)):
+                state = prepare(config, display, accept_changed_text, ends_at)
+                checkpointer = checkpoint.Checkpointer(config.out / "checkpoints", config.train.keep_checkpoints)
+                counters = resume(state, checkpointer.root, accept_changed_text)
             display.num_steps = state.num_steps
-            _loop(state, display, accept_changed_text)
+            _loop(state, counters, checkpointer, display, guard)
         finally:
             display.close()
     return state
@@ -115,17 +118,18 @@ def _peak(config: RunConfig, spec: ModelSpec, weight: Tensor) -> Peak:
     return Peak(partial(measure_peak, weight.dtype, weight.device, () if weight.is_cuda else own))
 
 
-def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
-    config, root = state.config, state.config.out / "checkpoints"
-    checkpointer = checkpoint.Checkpointer(root, config.train.keep_checkpoints)
-    counters = resume(state, root, accept_changed_text)
+def _loop(
+    state: Run, counters: Counters, checkpointer: checkpoint.Checkpointer, display: Display, guard: Guard
+) -> None:
+    config = state.config
     state.pace.start(counters.step, counters.seconds)
     if counters.step:
         display.message(f"going on after step {counters.step} of {state.num_steps}")
     is_first = rank_and_world()[0] == 0
-    reporter = Reporter(config.out, counters.step, display, config.train.tensorboard) if is_first else None
+    tensorboard, pp = config.train.tensorboard, config.layout.pp
+    reporter = Reporter(config.out, counters.step, display, tensorboard, pp) if is_first else None
     try:
-        with stop_signals() as received:
+        with stop_signals() as received, guard(partial(_leave, display, counters)):
             _steps(state, counters, checkpointer, reporter, received)
             checkpointer.wait()
             try:
@@ -141,6 +145,13 @@ def _loop(state: Run, display: Display, accept_changed_text: bool) -> None:
             reporter.close()
 
 
+def _leave(display: Display | None = None, counters: Counters | None = None) -> str:
+    """The last state stays on the screen; returns where the run is, as the opening of a message."""
+    if display is not None:
+        display.close()
+    return f"step {counters.step + 1}, " if counters else "before the first step, "
+
+
 def _steps(
     state: Run,
     counters: Counters,
@@ -153,10 +164,11 @@ def _steps(
     if 0 < counters.step < state.num_steps and _is_due(train.evaluate_every, counters.step):
         evaluate_if_missing(state, counters, reporter, received)
     while counters.step < state.num_steps:
-        metrics, health = _one_step(state, counters)
+        metrics, health, seconds = _one_step(state, counters)
         if reporter is not None:
             reporter.write(metrics)
             reporter.write_health(health)
+            reporter.write_stragglers(metrics.step, seconds)
         if counters.bad_in_a_row >= train.max_bad_steps:
             checkpointer.wait()
             raise Diverged(_diverged(counters, checkpointer.root))
@@ -183,6 +195,7 @@ def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
     """Take the next step of a run on this rank's share of the batch, and count it."""
     train = state.config.train
     team = state.team
+    team.begin(counters.step + 1)
     at = Position(step=counters.step + 1, tokens=counters.tokens, fraction=state.pace.fraction(counters.step + 1))
     now = values(state.schedule, at, state.batch_multiple)
     batch = read_batch(
@@ -204,7 +217,8 @@ def advance(state: Run, counters: Counters) -> tuple[StepResult, Values]:
     return result, now
 
 
-def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics]]:
+def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthMetrics], list[float]]:
+    """What is reported of the next step, and how long each rank worked in it."""
     start = time.perf_counter()
     train = state.config.train
     is_watched = _is_due(train.health_every, counters.step + 1)
@@ -219,7 +233,11 @@ def _one_step(state: Run, counters: Counters) -> tuple[StepMetrics, list[HealthM
         for layer, watched in layers.items()
         for operand, each in watched.health.items()
     ]
-    return _metrics(counters, result, now, num_tokens / seconds, mfu, seconds), health
+    return (
+        _metrics(counters, result, now, num_tokens / seconds, mfu, seconds),
+        health,
+        [each.worked for each in result.told],
+    )
 
 
 def _metrics(

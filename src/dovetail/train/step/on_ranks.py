@@ -7,11 +7,16 @@
 
 Losses and loads of experts are summed over all ranks, once a step: each rank tells what it has found, and nobody finds
 the same.
+
+At the end of a step each rank tells how long it has worked, from the reading of its batch to the sums. That is time on
+the clock without the waits for other ranks, and not the processor's time: so a rank counts as slow too whose machine is
+busy with other things, or waits for a disk.
 """
 
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -26,6 +31,7 @@ from dovetail.parallel.pieces import Piece
 from dovetail.parallel.pipeline.forward import forward
 from dovetail.parallel.pipeline.held import Aims, Ended
 from dovetail.parallel.pipeline.pipeline import Pipeline, PipelineStep, Place
+from dovetail.parallel.replicas import replicas_of
 from dovetail.parallel.schedules.pipelines import make_schedule
 from dovetail.parallel.shard import Shares
 from dovetail.parallel.told import Told, tell
@@ -40,13 +46,23 @@ from dovetail.train.step.team import Aim, Sums, backward
 class Ranks:
     """A rank, by its stages: one, and no pipeline, where the layout has one stage."""
 
-    def __init__(self, models: Mapping[Place, Transformer], mesh: Mesh, shares: Shares, layout: Layout) -> None:
+    def __init__(
+        self,
+        models: Mapping[Place, Transformer],
+        mesh: Mesh,
+        shares: Shares,
+        layout: Layout,
+        replica_check: int = 0,
+    ) -> None:
+        """Every `replica_check` steps ranks compare the weights that they have in common; 0: never."""
         self.models, self.mesh, self.shares, self.layout = list(models.values()), mesh, shares, layout
         self.spec = self.models[0].spec
         self._stages = models
         self._between_stages = Traffic()
+        self._step, self._began, self._worked = 0, time.perf_counter(), 0.0
         self._before: Traffic | None = None  # sent until the step began that is under way
         self._in_steps = Traffic()
+        self._replica_check, self._replicas = replica_check, replicas_of(self.models, shares)
         self.num_shares, self.index, self.expert_ranks = mesh.dp.size, mesh.dp.index, layout.ep
         depths = self.spec.num_nextn_predict_layers
         self._layers = [each for each in range(self.spec.num_hidden_layers + depths) if self.spec.is_moe_layer(each)]
@@ -54,17 +70,20 @@ class Ranks:
     def parameters(self) -> Mapping[str, Tensor | Piece]:
         return self.shares.pieces()
 
+    def begin(self, step: int) -> None:
+        self._step, self._began, self._before = step, time.perf_counter(), self._sent()
+        self.mesh.turns.waited = Waited()
+
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
         counts = count_targets(batches, 1 + self.spec.num_nextn_predict_layers, separate_documents)
         if not separate_documents:  # each rank has as many
             return [self.num_shares * count for count in counts]
         total = torch.tensor(counts, device=self._device)
-        dist.all_reduce(total, group=self.mesh.dp.handle)
+        self.mesh.turns.await_exchange(dist.all_reduce(total, group=self.mesh.dp.handle, async_op=True))
         found: list[int] = total.tolist()
         return found
 
     def backward(self, batches: Sequence[Batch], aim: Aim) -> Sums:
-        self._before, self.mesh.turns.waited = self._sent(), Waited()
         if self.layout.pp == 1:
             return backward(self.models[0], batches, aim, in_fp32=True, give=self.shares.give)
         batches = [_on(self._device, batch) for batch in batches]
@@ -72,12 +91,16 @@ class Ranks:
 
     def add_up(self, sums: Sums) -> Sums:
         # The loads of all layers in one tensor, zeros for layers that are on other stages.
-        losses, none = sums.losses.clone(), torch.zeros(self._experts, dtype=torch.int64, device=self._device)
+        none = torch.zeros(self._experts, dtype=torch.int64, device=self._device)
         counts = torch.stack([sums.counts.get(layer, none) for layer in self._layers]) if self._layers else none
-        with self.mesh.turns.waiting("stages" if self.layout.pp > 1 else "gradients"):  # the ranks that end later
+        turns, losses = self.mesh.turns, sums.losses.clone()
+        self._worked = time.perf_counter() - self._began - turns.waited.total
+        with turns.waiting("stages" if self.layout.pp > 1 else "gradients"):  # the ranks that end later
             dist.all_reduce(losses)
         dist.all_reduce(counts)
-        with self.mesh.turns.waiting("gradients"):
+        if self._replica_check and self._step % self._replica_check == 0:
+            self._replicas.compare(self._step)
+        with turns.waiting("gradients"):
             gradients = self.shares.finish()
         return Sums(gradients=gradients, losses=losses, counts=dict(zip(self._layers, counts, strict=False)))
 
@@ -96,6 +119,7 @@ class Ranks:
             sent_in_steps=self._in_steps,
             sent_beside=self._sent() - self._in_steps,
             waited=self.mesh.turns.waited,
+            worked=self._worked,
             memory=_most_memory(self._device),
         )
         return tell(own, self._device)

@@ -60,6 +60,10 @@ class Team(Protocol):
         """What this rank's optimizer updates."""
         ...
 
+    def begin(self, step: int) -> None:
+        """A step begins here, with the reading of its batch."""
+        ...
+
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
         """Targets of the main loss and of each MTP depth in the whole batch."""
         ...
@@ -87,6 +91,9 @@ class Alone:
 
     def parameters(self) -> Mapping[str, Tensor | Piece]:
         return dict(self.models[0].named_parameters())
+
+    def begin(self, step: int) -> None:
+        """Nobody else is to be compared with."""
 
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
         return count_targets(batches, 1 + self.spec.num_nextn_predict_layers, separate_documents)
