@@ -98,7 +98,7 @@ def hash_of(tensor: Tensor) -> Tensor:
     whole = len(held) // 8 * 8
     rest = torch.zeros(8, dtype=torch.uint8, device=held.device)
     rest[: len(held) - whole] = held[whole:]
-    words = held[:whole].view(torch.int64) if held.storage_offset() % 8 == 0 else held[:whole].clone().view(torch.int64)
+    words = (held[:whole] if held.storage_offset() % 8 == 0 else held[:whole].clone()).view(torch.int64)
     full = len(words) // ROW * ROW
     sums = torch.cat([words[:full].view(-1, ROW).sum(1), words[full:].sum()[None], rest.view(torch.int64)])
     factors = (2 * torch.arange(len(sums), device=held.device) + 1) * ODD

@@ -58,7 +58,7 @@ except ReplicaError as error:
 
 @contextmanager
 def launched(config: RunConfig, ranks: int, *program: str) -> Iterator[subprocess.Popen[str]]:
-    """The run under torchrun, in a session of its own, of which nothing is left at the end."""
+    """The run under torchrun, of which nothing is left at the end."""
     file = config.out.with_suffix(".toml")
     file.write_text(dump(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -70,35 +70,24 @@ def launched(config: RunConfig, ranks: int, *program: str) -> Iterator[subproces
             stderr=errors,
             env=environment,
             text=True,
-            start_new_session=True,
         )
     try:
         yield started
     finally:
-        for process in (*members(started.pid), started.pid):
+        for process in (started.pid, *ranks_of(config).values()):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         started.wait()
 
 
-def members(session: int) -> list[int]:
-    """The ranks of a torchrun that leads a session, also when it is gone."""
-    found = []
-    for each in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            fields = (each / "stat").read_text().rpartition(")")[2].split()
-            if each.name.isdigit() and int(fields[3]) == session and fields[0] != "Z" and int(each.name) != session:
-                found.append(int(each.name))
-    return found
-
-
-def ranks_of(session: int) -> dict[int, int]:
-    """The process of each rank."""
+def ranks_of(config: RunConfig) -> dict[int, int]:
+    """The process of each rank that runs, also when torchrun is gone."""
     found = {}
-    for process in sorted(members(session), reverse=True):  # a rank's own child has its number too
+    for each in Path("/proc").iterdir():
         with suppress(OSError):  # it has just ended
-            environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-            found |= {int(each[5:]): process for each in environment if each.startswith(b"RANK=")}
+            if each.name.isdigit() and os.fsencode(config.out.with_suffix(".toml")) in (each / "cmdline").read_bytes():
+                environment = (each / "environ").read_bytes().split(b"\0")
+                found |= {int(one[5:]): int(each.name) for one in environment if one.startswith(b"RANK=")}
     return found
 
 
@@ -132,10 +121,10 @@ def test_a_rank_that_hangs_is_named_when_time_is_up(tmp_path: Path, text: Path, 
     config = long_run(tiny_run, tmp_path / "run", text, deadline=5.0)
     with launched(config, 3) as started:
         wait_for(lambda: steps(config) > 3, SECONDS)
-        ranks = ranks_of(started.pid)
+        ranks = ranks_of(config)
         os.kill(ranks[1], signal.SIGSTOP)
         assert wait_for(lambda: said(config), 15.0) > 5.0
-        wait_for(lambda: not set(members(started.pid)) & {ranks[0], ranks[2]}, 5.0)
+        wait_for(lambda: ranks_of(config).keys() <= {1}, 5.0)
         os.kill(ranks[1], signal.SIGKILL)  # or torchrun waits half a minute for it
         assert started.wait(20.0) != 0
     [line] = said(config)
@@ -151,7 +140,7 @@ def test_ranks_end_when_torchrun_is_gone(tmp_path: Path, text: Path, tiny_run: B
     with launched(config, 2) as started:
         wait_for(lambda: steps(config) > 3, SECONDS)
         started.kill()
-        wait_for(lambda: not members(started.pid), 10.0)
+        wait_for(lambda: not ranks_of(config), 10.0)
     assert said(config) == [
         "dovetail: torchrun is gone, and its ranks end; the same command goes on from the newest checkpoint"
     ]
