@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from dovetail.parallel.pieces import Piece, Span
+from dovetail.parallel.weights.pieces import Piece, Span
 from dovetail.train.run.checkpoint import Checkpointer, CheckpointError, load_checkpoint
 
 Cutting = list[dict[str, Span | None]]  # of each rank: the elements that it holds of a tensor; None for a whole tensor

@@ -19,12 +19,12 @@ from dovetail.model.experts.gate import Routing
 from dovetail.model.experts.moe import Dispatcher, Experts, LocalDispatcher, MoeMlp, Places, combine_reference
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.parallel import dispatch
-from dovetail.parallel.dispatch import OneHop, TwoHop
-from dovetail.parallel.formats import Back, formats_of
+from dovetail.parallel.experts import dispatch
+from dovetail.parallel.experts.dispatch import OneHop, TwoHop
+from dovetail.parallel.experts.formats import Back, formats_of
+from dovetail.parallel.experts.wire import Wire
 from dovetail.parallel.mesh import Mesh, form_mesh
 from dovetail.parallel.part import gather_whole, take_part
-from dovetail.parallel.wire import Wire
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 

@@ -21,9 +21,10 @@ from dovetail.numerics.formats.quantize import dequantize
 from dovetail.numerics.formats.quantized import Quantized
 from dovetail.numerics.operands.operands import quantize_rows
 from dovetail.numerics.operands.sending import sent
-from dovetail.parallel import wire
-from dovetail.parallel.formats import Plain, Scaled, formats_of
-from dovetail.parallel.wire import DamagedError, Wire
+from dovetail.parallel.experts import wire
+from dovetail.parallel.experts.formats import Plain, Scaled, formats_of
+from dovetail.parallel.experts.wire import Wire
+from dovetail.parallel.traffic import DamagedError
 from dovetail.spec.precision import Quantization
 
 Rounding = Callable[[Tensor], Tensor]

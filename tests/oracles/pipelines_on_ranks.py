@@ -16,7 +16,7 @@ from torch import Tensor
 from dovetail.cost.memory.stages import stages
 from dovetail.model.experts.gate import Routing, balance_loss
 from dovetail.model.transformer import Output, Transformer, initialize
-from dovetail.parallel.dispatch import OneHop, TwoHop
+from dovetail.parallel.experts.dispatch import OneHop, TwoHop
 from dovetail.parallel.mesh import Mesh, form_mesh
 from dovetail.parallel.part import take_part
 from dovetail.parallel.pipeline import mail

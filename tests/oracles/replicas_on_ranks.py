@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.parallel.legs import form_legs
 from dovetail.parallel.mesh import form_mesh
-from dovetail.parallel.replicas import ReplicaError, Replicas
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.traffic import Traffic
+from dovetail.parallel.weights.legs import form_legs
+from dovetail.parallel.weights.replicas import ReplicaError, Replicas
 from dovetail.spec.layout import Layout
 
 

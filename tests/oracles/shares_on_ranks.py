@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dovetail.model.transformer import Transformer
-from dovetail.parallel import legs, shard
-from dovetail.parallel.holders import Block, Weight, blocks_of, weights_of
-from dovetail.parallel.legs import Sum
 from dovetail.parallel.mesh import form_mesh
-from dovetail.parallel.pieces import Piece
-from dovetail.parallel.shard import Shares
+from dovetail.parallel.weights import legs, shard
+from dovetail.parallel.weights.holders import Block, Weight, blocks_of, weights_of
+from dovetail.parallel.weights.legs import Sum
+from dovetail.parallel.weights.pieces import Piece
+from dovetail.parallel.weights.shard import Shares
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 from dovetail.train.step.ema import Ema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +40,14 @@ def train(
 ) -> None:
     """Train from a run file, or continue where the run was stopped."""
     from dovetail.config import load_toml
-    from dovetail.train.layout.ranks import rank_and_world
     from dovetail.train.run.loop import train as run_training
     from dovetail.train.run.run_file import RunConfig
 
     announce_compilation()
     state = run_training(load_toml(run, RunConfig, change or ()), accept_changed_text=accept_changed_text)
     out = state.config.out
-    if rank_and_world()[0]:
-        return  # the first rank speaks for all
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun sets it; one rank prints for all
+        return
     print(f"trained {state.num_steps} steps; complete text with: dovetail generate {out} --prompt TEXT")
     print(f"export the weights with: dovetail export {out} OUT")
 

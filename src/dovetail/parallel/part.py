@@ -14,9 +14,9 @@ from torch import Tensor
 
 from dovetail.model.experts.moe import Dispatcher
 from dovetail.model.transformer import Transformer
-from dovetail.parallel.formats import decode, encode
-from dovetail.parallel.holders import routed_experts
+from dovetail.parallel.experts.formats import decode, encode
 from dovetail.parallel.mesh import Mesh
+from dovetail.parallel.weights.holders import routed_experts
 
 
 def take_part(model: Transformer, mesh: Mesh, dispatcher: Dispatcher) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.parallel.pieces import Piece
+from dovetail.parallel.weights.pieces import Piece
 from dovetail.train.run.checkpoint import Checkpointer, CheckpointError, latest, load_checkpoint, step_of
 
 pytestmark = pytest.mark.filterwarnings("error")

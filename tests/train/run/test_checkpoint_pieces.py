@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from dovetail.config import dump
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.parallel.pieces import Span
+from dovetail.parallel.weights.pieces import Span
 from dovetail.train.run import manifest
 from dovetail.train.run.checkpoint import CheckpointError, load_checkpoint
 from dovetail.train.run.run_file import RunConfig, load_weights, resolve_model

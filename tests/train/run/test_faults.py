@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from dovetail.config import load_toml
-from dovetail.parallel.replicas import ReplicaError
+from dovetail.parallel.weights.replicas import ReplicaError
 from dovetail.train.run import loop
 from dovetail.train.run.run_file import RunConfig
 from dovetail.train.step.on_ranks import Ranks

@@ -59,7 +59,7 @@ def test_a_pipeline_trains_as_one_process_and_goes_on_without_it(
     end is measured by, and the weights of both, are those of one process."""
     alone = deepened(tiny_run(tmp_path / "alone", text, evaluate_every=2, **BUILT))
     state = train(alone)
-    pipeline = LayoutConfig(pp=2, ep=2, schedule="dualpipev", microbatches=4)
+    pipeline = LayoutConfig(pp=2, ep=2, schedule="dualpipev", microbatches=4, ranks_per_node=2)
     first = on(pipeline, alone, tmp_path / "first")
     ranks.run(train_until, first, seconds=120.0)
     second = on(LayoutConfig(ep=4, hops=1, zero=0), alone, tmp_path / "second")
@@ -85,7 +85,10 @@ def test_a_pipeline_trains_as_one_process_and_goes_on_without_it(
         assert each.nic_bytes == each.stage_wait == 0 < each.node_bytes
         assert min(each.expert_wait, each.gradient_wait, each.rank_memory, *each.rank_max_vio) > 0
         assert each.expert_wait + each.gradient_wait < each.seconds
-    assert all(each.stage_wait > 0 for each in read_steps(first.out))
+    for each in read_steps(first.out):
+        assert each.stage_wait > 0
+        assert each.nic_bytes == each.expected_nic_bytes > 0  # between stages, and of the norm: experts are on one node
+        assert each.node_bytes == pytest.approx(each.expected_node_bytes, rel=0.1)  # the gate is not even
     assert_traffic_is_that_of_the_steps(second.out, since=2)
 
 
@@ -93,6 +96,8 @@ def assert_traffic_is_that_of_the_steps(out: Path, since: int) -> None:
     tables = json.loads((out / "traffic.json").read_text())
     steps = [each for each in read_steps(out) if each.step > since]
     assert sum(rank["node"] for rank in tables["in_steps"].values()) == sum(each.node_bytes for each in steps)
+    expected = sum(rank["node"] for rank in tables["predicted"].values())
+    assert expected == pytest.approx(sum(each.expected_node_bytes for each in steps), abs=RANKS * len(steps))
     assert min(rank["node"] for rank in tables["beside"].values()) > 0  # held-out text was measured
 
 

@@ -63,6 +63,9 @@ def test_two_ranks_train_as_one(tmp_path: Path, text: Path, tiny_run: Build) -> 
     result = launch(two, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("all held-out text after step") == 1  # one rank speaks
+    assert result.stdout.count("complete text with") == 1
+    for each in steps_of(two.out):
+        assert (each.nic_bytes, each.node_bytes) == (0, each.expected_node_bytes) and each.node_bytes > 0
     assert_same_run(one, two, state.spec)
 
 

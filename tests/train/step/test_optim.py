@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dovetail.numerics.formats.errors import elementwise_error, normwise_error, tolerance, unit_roundoff
-from dovetail.parallel.pieces import Piece
+from dovetail.parallel.weights.pieces import Piece
 from dovetail.train.run import checkpoint
 from dovetail.train.step.optim import AdamW, AdamWConfig, Coefficients, Slot, sums_of_squares, update, update_reference
 

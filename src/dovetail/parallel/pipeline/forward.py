@@ -11,7 +11,7 @@ from torch import Tensor
 from dovetail.model.transformer import Transformer
 from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.pipeline.pipeline import Pipeline, Place
-from dovetail.parallel.wire import opened, room_for, sealed
+from dovetail.parallel.traffic import opened, room_for, sealed
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import Tensor
 from dovetail.parallel.mesh import Mesh
 from dovetail.parallel.pipeline.messages import Due, Key, Message, arrivals, messages
 from dovetail.parallel.schedules.schedule import Schedule
-from dovetail.parallel.wire import Traffic, opened, room_for, sealed
+from dovetail.parallel.traffic import Traffic, opened, room_for, sealed
 
 AHEAD = 2  # steps: a rank that has two neighbours hears of each in every other step
 

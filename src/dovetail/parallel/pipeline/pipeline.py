@@ -31,7 +31,7 @@ from dovetail.parallel.pipeline.held import Aims, Held, Sums
 from dovetail.parallel.pipeline.mail import Mail
 from dovetail.parallel.pipeline.messages import key_for, key_of
 from dovetail.parallel.schedules.schedule import Action, Schedule, Step
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.traffic import Traffic
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 

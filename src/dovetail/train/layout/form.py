@@ -13,14 +13,15 @@ from dovetail.cost.memory.stages import stages
 from dovetail.model.experts.moe import Dispatcher
 from dovetail.model.precision import apply_recipe
 from dovetail.model.transformer import Transformer, initialize
-from dovetail.parallel.dispatch import OneHop, TwoHop
-from dovetail.parallel.formats import formats_of
-from dovetail.parallel.holders import weights_of
+from dovetail.parallel.expected import Ways
+from dovetail.parallel.experts.dispatch import OneHop, TwoHop
+from dovetail.parallel.experts.formats import formats_of
 from dovetail.parallel.mesh import Mesh, form_mesh
 from dovetail.parallel.part import take_part
 from dovetail.parallel.pipeline.pipeline import Place, build_stages, named_parameters
 from dovetail.parallel.schedules.pipelines import make_schedule
-from dovetail.parallel.shard import Shares
+from dovetail.parallel.weights.holders import weights_of
+from dovetail.parallel.weights.shard import Shares
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 from dovetail.spec.precision import Recipe
@@ -43,11 +44,19 @@ class Blueprint:
 def form_ranks(blueprint: Blueprint, layout: Layout, wanted: LayoutConfig, device: torch.device) -> Ranks:
     """All ranks call it together. Raises ValueError, the same on all ranks, for what `parallel.mesh.form_mesh` does."""
     mesh = form_mesh(layout, wanted.ranks_per_node, wanted.checksums, timedelta(seconds=wanted.deadline))
-    hop = partial(TwoHop if wanted.hops == 2 else OneHop, mesh, formats_of(blueprint.recipe, wanted.back))
+    formats = formats_of(blueprint.recipe, wanted.back)
+    hop = partial(TwoHop if wanted.hops == 2 else OneHop, mesh, formats)
     models = _build(blueprint, layout, mesh, hop, device)
     weights = weights_of(blueprint.spec, layout, blueprint.sequence_length)
     shares = Shares(named_parameters(models), weights, layout, mesh)
-    return Ranks(models, mesh, shares, layout, wanted.replica_check)
+    ways = Ways(
+        sequence_length=blueprint.sequence_length,
+        dtype=blueprint.dtype,
+        formats=formats,
+        hops=wanted.hops,
+        ranks_per_node=mesh.ranks_per_node,
+    )
+    return Ranks(models, mesh, shares, layout, ways, wanted.replica_check)
 
 
 def _build(

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from dovetail.parallel.replicas import ReplicaError
+from dovetail.parallel.weights.replicas import ReplicaError
 
 LOOK = 0.5  # seconds between two looks into the store
 PAUSE = 0.1  # seconds between two looks for what is about to come
@@ -37,16 +37,16 @@ AGAIN = "the same command goes on from the newest checkpoint"
 # What a rank does, by the innermost function that it is in.
 OPERATIONS = {
     "parallel.mesh.form_mesh": "forming of groups",
-    "parallel.shard.Shares.__init__": "forming of groups",
-    "parallel.shard.Shares.give": "sum of gradients",
-    "parallel.shard.Shares.finish": "sum of gradients",
-    "parallel.shard.Shares.norm": "norm of gradients",
-    "parallel.shard.Shares.gather": "gathering of weights",
-    "parallel.wire.Wire.out": "rows to experts",
-    "parallel.wire.Wire.home": "rows from experts",
+    "parallel.weights.shard.Shares.__init__": "forming of groups",
+    "parallel.weights.shard.Shares.give": "sum of gradients",
+    "parallel.weights.shard.Shares.finish": "sum of gradients",
+    "parallel.weights.shard.Shares.norm": "norm of gradients",
+    "parallel.weights.shard.Shares.gather": "gathering of weights",
+    "parallel.experts.wire.Wire.out": "rows to experts",
+    "parallel.experts.wire.Wire.home": "rows from experts",
     "parallel.pipeline.mail.Mail.take": "hidden states between stages",
     "parallel.pipeline.mail.Mail.finish": "hidden states between stages",
-    "parallel.replicas.Replicas.compare": "comparison of replicas",
+    "parallel.weights.replicas.Replicas.compare": "comparison of replicas",
     "train.step.on_ranks.Ranks.num_targets": "count of targets",
     "train.step.on_ranks.Ranks.backward": "forward and backward pass",
     "train.step.on_ranks.Ranks.add_up": "sum of losses and loads",

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt
 
 from dovetail.config import Record
-from dovetail.parallel.formats import Back
+from dovetail.parallel.experts.formats import Back
 from dovetail.spec.layout import Layout, ScheduleName
 from dovetail.train.layout.ranks import DEADLINE
 

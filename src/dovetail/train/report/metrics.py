@@ -41,6 +41,8 @@ class StepMetrics:
     seconds: float  # wall time of this step
     nic_bytes: int = 0  # sent by all ranks to other nodes
     node_bytes: int = 0  # sent by all ranks inside their nodes
+    expected_nic_bytes: int = 0  # as the layout says beforehand, with experts that are chosen equally often
+    expected_node_bytes: int = 0
     stage_wait: float = 0.0  # seconds of the step that a rank computed nothing, in the mean: for other stages
     expert_wait: float = 0.0  # likewise, for rows to and from experts
     gradient_wait: float = 0.0  # likewise, for sums of gradients and gathered weights, their copies included

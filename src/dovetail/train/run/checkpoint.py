@@ -40,9 +40,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dovetail.atomic import clear_leftovers, partial_name, publish, remove_directory, write_bytes
-from dovetail.parallel import resharding
-from dovetail.parallel.pieces import Piece
-from dovetail.parallel.resharding import Holders, Leaf
+from dovetail.parallel.weights import resharding
+from dovetail.parallel.weights.pieces import Piece
+from dovetail.parallel.weights.resharding import Holders, Leaf
 from dovetail.train.layout.ranks import PATIENCE
 from dovetail.train.run import manifest
 from dovetail.train.run.manifest import Fingerprint

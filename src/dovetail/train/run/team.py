@@ -6,7 +6,7 @@ import torch
 
 from dovetail.catalog.precision import load_recipe
 from dovetail.model.transformer import initialize
-from dovetail.parallel.formats import check_back
+from dovetail.parallel.experts.formats import check_back
 from dovetail.parallel.mesh import check_ranks
 from dovetail.spec.layout import Layout, check_layout
 from dovetail.spec.model import ModelSpec

@@ -1,22 +1,16 @@
 """The ranks of a layout as a team: other tokens, other experts or other stages on each.
 
-    dp    each rank reads its part of the batch; gradients are summed over those that hold a weight (`parallel.shard`),
-          each sent off as soon as no micro-batch adds to it any more
-    ep    experts are on several ranks, and rows go to them and back (`parallel.dispatch`)
+    dp    each rank reads its part of the batch; gradients are summed over those that hold a weight, each sent off as
+          soon as no micro-batch adds to it any more (`parallel.weights.shard`)
+    ep    experts are on several ranks, and rows go to them and back (`parallel.experts.dispatch`)
     pp    a rank has stages, and micro-batches pass them as a schedule says (`parallel.pipeline`)
 
 Losses and loads of experts are summed over all ranks, once a step: each rank tells what it has found, and nobody finds
 the same.
-
-At the end of a step each rank tells how long it has worked, from the reading of its batch to the sums. That is time on
-the clock without the waits for other ranks, and not the processor's time: so a rank counts as slow too whose machine is
-busy with other things, or waits for a disk.
 """
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -25,18 +19,18 @@ from torch import Tensor
 
 from dovetail.model.experts.gate import Routing
 from dovetail.model.transformer import Output, Transformer
-from dovetail.parallel.dispatch import OneHop, TwoHop
+from dovetail.parallel.expected import Ways, expected_bytes
+from dovetail.parallel.experts.dispatch import OneHop, TwoHop
 from dovetail.parallel.mesh import Mesh
-from dovetail.parallel.pieces import Piece
 from dovetail.parallel.pipeline.forward import forward
 from dovetail.parallel.pipeline.held import Aims, Ended
 from dovetail.parallel.pipeline.pipeline import Pipeline, PipelineStep, Place
-from dovetail.parallel.replicas import replicas_of
 from dovetail.parallel.schedules.pipelines import make_schedule
-from dovetail.parallel.shard import Shares
-from dovetail.parallel.told import Told, tell
-from dovetail.parallel.turns import Waited
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.told import Account, Told
+from dovetail.parallel.traffic import Traffic
+from dovetail.parallel.weights.pieces import Piece
+from dovetail.parallel.weights.replicas import replicas_of
+from dovetail.parallel.weights.shard import Shares
 from dovetail.spec.layout import Layout
 from dovetail.text.corpus import Batch
 from dovetail.train.step.losses import balance_losses, count_targets, end_losses
@@ -52,6 +46,7 @@ class Ranks:
         mesh: Mesh,
         shares: Shares,
         layout: Layout,
+        ways: Ways,
         replica_check: int = 0,
     ) -> None:
         """Every `replica_check` steps ranks compare the weights that they have in common; 0: never."""
@@ -59,9 +54,7 @@ class Ranks:
         self.spec = self.models[0].spec
         self._stages = models
         self._between_stages = Traffic()
-        self._step, self._began, self._worked = 0, time.perf_counter(), 0.0
-        self._before: Traffic | None = None  # sent until the step began that is under way
-        self._in_steps = Traffic()
+        self._step, self._ways, self._account = 0, ways, Account(self._sent, mesh.turns, self._device)
         self._replica_check, self._replicas = replica_check, replicas_of(self.models, shares)
         self.num_shares, self.index, self.expert_ranks = mesh.dp.size, mesh.dp.index, layout.ep
         depths = self.spec.num_nextn_predict_layers
@@ -71,8 +64,8 @@ class Ranks:
         return self.shares.pieces()
 
     def begin(self, step: int) -> None:
-        self._step, self._began, self._before = step, time.perf_counter(), self._sent()
-        self.mesh.turns.waited = Waited()
+        self._step = step
+        self._account.begin()
 
     def num_targets(self, batches: Sequence[Batch], separate_documents: bool) -> list[int]:
         counts = count_targets(batches, 1 + self.spec.num_nextn_predict_layers, separate_documents)
@@ -84,6 +77,8 @@ class Ranks:
         return found
 
     def backward(self, batches: Sequence[Batch], aim: Aim) -> Sums:
+        layout = self.layout.model_copy(update={"microbatches": len(batches)})
+        self._account.expect(Traffic(*expected_bytes(self.spec, layout, self._ways)[self.mesh.rank]))
         if self.layout.pp == 1:
             return backward(self.models[0], batches, aim, in_fp32=True, give=self.shares.give)
         batches = [_on(self._device, batch) for batch in batches]
@@ -94,7 +89,7 @@ class Ranks:
         none = torch.zeros(self._experts, dtype=torch.int64, device=self._device)
         counts = torch.stack([sums.counts.get(layer, none) for layer in self._layers]) if self._layers else none
         turns, losses = self.mesh.turns, sums.losses.clone()
-        self._worked = time.perf_counter() - self._began - turns.waited.total
+        self._account.end_work()
         with turns.waiting("stages" if self.layout.pp > 1 else "gradients"):  # the ranks that end later
             dist.all_reduce(losses)
         dist.all_reduce(counts)
@@ -112,17 +107,7 @@ class Ranks:
             self.shares.gather()
 
     def told(self) -> list[Told]:
-        sent = Traffic() if self._before is None else self._sent() - self._before
-        self._in_steps, self._before = self._in_steps + sent, None
-        own = Told(
-            sent=sent,
-            sent_in_steps=self._in_steps,
-            sent_beside=self._sent() - self._in_steps,
-            waited=self.mesh.turns.waited,
-            worked=self._worked,
-            memory=_most_memory(self._device),
-        )
-        return tell(own, self._device)
+        return self._account.tell()
 
     def hidden(self, tokens: Tensor) -> Tensor | None:
         if self.layout.pp > 1:
@@ -168,13 +153,6 @@ class Ranks:
         for balance in step.balances.values():
             losses[-1] += balance.double()
         return Sums(gradients=step.gradients, losses=losses, counts=step.counts)
-
-
-def _most_memory(device: torch.device) -> float:
-    """Bytes: of this process, or of its GPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dovetail.config import Record
 from dovetail.numerics import capability
-from dovetail.parallel.pieces import Piece
+from dovetail.parallel.weights.pieces import Piece
 from dovetail.train.step import optim_numba
 
 

@@ -22,8 +22,8 @@ from dovetail.model.block import Block
 from dovetail.model.experts.gate import Gate
 from dovetail.model.experts.moe import MoeMlp
 from dovetail.model.transformer import Transformer
-from dovetail.parallel.pieces import Piece
 from dovetail.parallel.told import Told
+from dovetail.parallel.weights.pieces import Piece
 from dovetail.spec.model import ModelSpec
 from dovetail.text.corpus import Batch
 from dovetail.train.step.losses import Share, compute_losses, count_targets

@@ -5,8 +5,8 @@
 
 With `zero = 1` each of the n ranks that hold a block has one piece of it: ceil(length / n) elements, some ranks fewer
 or none. Gradients are summed where their piece is (reduce-scatter), first inside nodes and then across them
-(`parallel.legs`). With `zero = 0` the sums are then gathered as well (all-reduce), and nothing is left to gather after
-the update. So sums do not depend on `zero`, and two ranks' sum is a + b bit for bit.
+(`parallel.weights.legs`). With `zero = 0` the sums are then gathered as well (all-reduce), and nothing is left to
+gather after the update. So sums do not depend on `zero`, and two ranks' sum is a + b bit for bit.
 
 Weights that the same ranks hold travel together, in buckets of some 25 MB of gradients, the last layers first. A bucket
 starts when its last gradient was given and all buckets before it have started: the order of buckets is the same on all
@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.parallel.holders import Block, Weight, blocks_of, rank_sets
-from dovetail.parallel.legs import Gather, Legs, Sum, count_ring, form_legs
 from dovetail.parallel.mesh import Mesh, make_group
-from dovetail.parallel.pieces import Piece
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.traffic import Traffic
+from dovetail.parallel.weights.holders import Block, Weight, blocks_of, rank_sets
+from dovetail.parallel.weights.legs import Gather, Legs, Sum, count_ring, form_legs
+from dovetail.parallel.weights.pieces import Piece
 from dovetail.spec.layout import Layout
 
 BUCKET = 25_000_000  # bytes of gradients

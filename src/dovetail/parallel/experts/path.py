@@ -6,7 +6,7 @@ copies in FP32, rounded once, or sends them back. So each direction is the other
     backward of dispatch  = the way home of the gradients, as combine
     backward of combine   = the way out of the gradients, as dispatch
 
-Each of these four ways has its format on the wires (`parallel.formats`).
+Each of these four ways has its format on the wires (`parallel.experts.formats`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dovetail.model.experts.moe import Places, gather, summed
-from dovetail.parallel.formats import PLAIN, Format, Formats
-from dovetail.parallel.wire import Wire
+from dovetail.parallel.experts.formats import PLAIN, Format, Formats
+from dovetail.parallel.experts.wire import Wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dovetail.parallel.pieces import Piece, Span, first_gap, rectangles
+from dovetail.parallel.weights.pieces import Piece, Span, first_gap, rectangles
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 

@@ -12,8 +12,8 @@ from dovetail.cost.ops.ops import Collective
 from dovetail.network.demands.closed_forms import collective_bytes
 from dovetail.network.demands.collectives import in_rings
 from dovetail.numerics.formats.errors import tolerance
-from dovetail.parallel.holders import blocks_of, rank_sets, weights_of
-from dovetail.parallel.legs import cut_legs
+from dovetail.parallel.weights.holders import blocks_of, rank_sets, weights_of
+from dovetail.parallel.weights.legs import cut_legs
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import ModelSpec
 

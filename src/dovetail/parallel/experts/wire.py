@@ -1,15 +1,11 @@
 """Rows on their way between the ranks of a group: as bytes, none of them padding, and counted.
 
 A rank sends each other rank as many rows as it has for it, in one all-to-all. Rows travel as `uint8`, for backends do
-not know every number format; `parallel.formats` is all that knows how a row becomes bytes.
-
-Where a group's messages are checked, each has 4 bytes more, its CRC-32, which finds every burst of up to 32 bits and
-misses one of 4 billion other faults. The receiver compares, and a fault ends the run with the names of both ranks.
+not know every number format; `parallel.experts.formats` is all that knows how a row becomes bytes.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,34 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dovetail.parallel.formats import Format, decode, encode
+from dovetail.parallel.experts.formats import Format, decode, encode
 from dovetail.parallel.mesh import Group
-
-CHECKSUM = 4  # bytes
-
-
-class DamagedError(RuntimeError):
-    """A message did not arrive as it was sent."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """Bytes that this rank has sent to others so far, by the link they left over."""
-
-    nic: int = 0  # to other nodes
-    node: int = 0  # inside the node
-
-    def add(self, size: int, is_near: bool) -> None:
-        if is_near:
-            self.node += size
-        else:
-            self.nic += size
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.nic + other.nic, self.node + other.node)
-
-    def __sub__(self, other: Traffic) -> Traffic:
-        return Traffic(self.nic - other.nic, self.node - other.node)
+from dovetail.parallel.traffic import CHECKSUM, Traffic, opened, sealed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,33 +66,3 @@ def swap(numbers: Tensor, group: Group, traffic: Traffic) -> Tensor:
     one_each = [1] * group.size
     wire = Wire(group=group, sent=one_each, received=one_each, traffic=traffic)
     return decode(wire.out(encode(numbers), "numbers of rows"), numbers.dtype)
-
-
-def sealed(message: Tensor) -> Tensor:
-    """Any tensor -> its bytes with their checksum behind them [bytes + 4] uint8.
-
-    On a Xeon of the Emerald Rapids generation one core seals N GB/s.
-    """
-    data = message.contiguous().view(-1).view(torch.uint8)
-    return torch.cat((data, _checksum(data)))
-
-
-def room_for(like: Tensor) -> Tensor:
-    """Into which such a tensor is received when it is sealed."""
-    return like.new_empty(like.nbytes + CHECKSUM, dtype=torch.uint8)
-
-
-def opened(message: Tensor, source: int, target: int, operation: str) -> Tensor:
-    """The bytes that were sealed [bytes]; DamagedError where they are others. Ranks are those of the world."""
-    data, told = message[:-CHECKSUM], message[-CHECKSUM:]
-    if not torch.equal(_checksum(data), told):
-        raise DamagedError(
-            f"{operation}: {len(data):,} bytes from rank {source} came to rank {target} with another checksum than "
-            f"they left with; start again from the newest checkpoint, and look at the memory and links of both"
-        )
-    return data
-
-
-def _checksum(data: Tensor) -> Tensor:
-    number = zlib.crc32(data.cpu().numpy())
-    return torch.frombuffer(bytearray(number.to_bytes(CHECKSUM, "little")), dtype=torch.uint8).to(data.device)

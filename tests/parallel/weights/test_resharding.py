@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dovetail.parallel.pieces import Piece, Span
-from dovetail.parallel.resharding import Held, cut, gap, held, holders_of, share
+from dovetail.parallel.weights.pieces import Piece, Span
+from dovetail.parallel.weights.resharding import Held, cut, gap, held, holders_of, share
 
 SHAPES = {"scalar": (), "vector": (7,), "matrix": (3, 5), "empty": (0, 2)}
 SIZES = {"scalar": 1, "vector": 7, "matrix": 15, "empty": 0}

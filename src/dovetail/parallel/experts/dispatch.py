@@ -10,9 +10,9 @@
 Where the gate limits a token to M nodes [V3 §2.1.2], the NIC carries at most M rows of it in two hops, and up to K, the
 number of its experts, in one.
 
-Sums are FP32; each is rounded to the rows' type once, and for a wire to its format (`parallel.formats`). Rows of an
-expert are in the order of ranks and tokens, as `LocalDispatcher` has them with the tokens of all ranks, so that experts
-compute the same numbers. Rank m of the ep group has the m-th block of E / ep experts.
+Sums are FP32; each is rounded to the rows' type once, and for a wire to its format (`parallel.experts.formats`). Rows
+of an expert are in the order of ranks and tokens, as `LocalDispatcher` has them with the tokens of all ranks, so that
+experts compute the same numbers. Rank m of the ep group has the m-th block of E / ep experts.
 
 One exchange of counts tells each rank how many rows to expect. In two hops a row has its token's choices and weights
 with it, 8 bytes a choice; gradients of weights come home on their own, 4 bytes a choice.
@@ -29,10 +29,11 @@ from torch import Tensor
 from dovetail.model.experts.gate import Routing
 from dovetail.model.experts.moe import Dispatched, Places, plan_rows, weighted
 from dovetail.numerics.products.grouped import row_multiple
-from dovetail.parallel.formats import ALL_PLAIN, Format, Formats, decode, encode, received
+from dovetail.parallel.experts.formats import ALL_PLAIN, Format, Formats, decode, encode, received
+from dovetail.parallel.experts.path import Path, Sort, arrived, carried, home
+from dovetail.parallel.experts.wire import Wire, swap
 from dovetail.parallel.mesh import Group, Mesh
-from dovetail.parallel.path import Path, Sort, arrived, carried, home
-from dovetail.parallel.wire import Traffic, Wire, swap
+from dovetail.parallel.traffic import Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dovetail.catalog.presets import find_model
 from dovetail.cost.memory.stages import stages
 from dovetail.model.transformer import Transformer
-from dovetail.parallel.holders import blocks_of, rank_sets, weights_of
+from dovetail.parallel.weights.holders import blocks_of, rank_sets, weights_of
 from dovetail.spec.layout import Layout, ScheduleName, check_layout, divisors
 from dovetail.spec.model import ModelSpec
 

@@ -13,8 +13,8 @@ from dovetail.catalog.precision import load_recipe, recipe_names
 from dovetail.cost.ops.ffn import returned_bytes
 from dovetail.cost.ops.product import coded_bytes
 from dovetail.network.demands.experts import Experts, combine, dispatch
-from dovetail.parallel.formats import BACK, check_back
-from dovetail.parallel.wire import CHECKSUM, opened, sealed
+from dovetail.parallel.experts.formats import BACK, check_back
+from dovetail.parallel.traffic import CHECKSUM, opened, sealed
 
 FIELDS = ("output", "x", "weights", "gate_up", "down")
 RECIPES = [

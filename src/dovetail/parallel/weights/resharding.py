@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from dovetail.parallel.pieces import Piece, Place, Span, first_gap, rectangles
+from dovetail.parallel.weights.pieces import Piece, Place, Span, first_gap, rectangles
 
 Leaf = Tensor | Piece
 

@@ -37,6 +37,7 @@ class Weight:
     shape: tuple[int, ...]
     positions: tuple[int, ...]  # of the pipeline, ascending
     is_divided: bool  # over the ep group, by blocks of its first dimension
+    is_wide: bool  # FP32 in models of every dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,12 @@ def weights_of(spec: ModelSpec, layout: Layout, context: int = 4096) -> dict[str
         for name, parameter in part.named_parameters():
             elsewhere = found[name].positions if name in found else ()
             positions = tuple(sorted(here.union(elsewhere)))
-            found[name] = Weight(shape=tuple(parameter.shape), positions=positions, is_divided=name in experts)
+            found[name] = Weight(
+                shape=tuple(parameter.shape),
+                positions=positions,
+                is_divided=name in experts,
+                is_wide=parameter.dtype == torch.float32,
+            )
     return found
 
 

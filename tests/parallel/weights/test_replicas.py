@@ -7,7 +7,7 @@ import torch
 from rank_processes import Ranks
 from replicas_on_ranks import compared
 
-from dovetail.parallel.replicas import ROW, hash_of
+from dovetail.parallel.weights.replicas import ROW, hash_of
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 8 * ROW - 8, 8 * ROW, 8 * ROW + 1, 24 * ROW + 5])

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dovetail.parallel.mesh import Group, Mesh, make_group
-from dovetail.parallel.wire import Traffic, opened, sealed
+from dovetail.parallel.traffic import Traffic, opened, sealed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

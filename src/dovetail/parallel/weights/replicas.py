@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dovetail.parallel.legs import Gather, Legs
-from dovetail.parallel.shard import Shares
-from dovetail.parallel.wire import Traffic
+from dovetail.parallel.traffic import Traffic
+from dovetail.parallel.weights.legs import Gather, Legs
+from dovetail.parallel.weights.shard import Shares
 
 ROW = 8192  # words
 ODD = 0x1E3779B97F4A7C15  # c: as irregular as the golden ratio

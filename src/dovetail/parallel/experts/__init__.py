@@ -1,0 +1,1 @@
+"""Rows that go to experts on other ranks, and come back."""
