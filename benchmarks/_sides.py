@@ -122,7 +122,7 @@ def take_turns(
 
 
 def in_rounds(turns: Mapping[str, Callable[[], Lap]], warmup: int, repeats: int, label: str = "") -> dict[str, Series]:
-    """Laps of every side, the first `warmup` rounds left out."""
+    """Laps of every side, the first `warmup` rounds left out. Without a label it runs silently."""
     laps: dict[str, list[Lap]] = {name: [] for name in turns}
     order = list(turns)
     for round_index in range(warmup + repeats):
@@ -132,7 +132,8 @@ def in_rounds(turns: Mapping[str, Callable[[], Lap]], warmup: int, repeats: int,
             lap = turns[name]()
             if round_index >= warmup:
                 laps[name].append(lap)
-        progress(f"{label} round {round_index + 1}/{warmup + repeats}: {time.perf_counter() - start:.1f} s")
+        if label:
+            progress(f"{label} round {round_index + 1}/{warmup + repeats}: {time.perf_counter() - start:.1f} s")
     return {name: Series(laps=found) for name, found in laps.items()}
 
 
