@@ -60,6 +60,12 @@ def medians(found: Mapping[str, list[list[float]]]) -> Pieces:
     return {key: np.median(np.diff(marks), axis=0).tolist() for key, marks in found.items()}
 
 
+def share_of_waits(pieces: Pieces) -> float:
+    """Seconds of a micro-batch's waits by those of its arithmetic, on all stages here."""
+    waits, arithmetic = (sum(sum(each[first::2]) for each in pieces.values()) for first in (1, 0))
+    return waits / arithmetic
+
+
 def replayed(pieces: Pieces, schedule: Schedule, send: float, is_overlapped: bool) -> float:
     """Seconds of a step. `send` is what hidden states need from rank to rank."""
     count = schedule.stages

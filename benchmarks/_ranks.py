@@ -12,6 +12,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -83,6 +84,23 @@ def timed_together(work: Callable[[], float]) -> Lap:
     slowest = torch.tensor(lap.seconds, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     return replace(lap, seconds=slowest.tolist())
+
+
+def link_rate(size: int = 4_000_000, repeats: int = 3) -> float:
+    """On a rank of a cluster: bytes per second that a node's link carries in each direction at once, while each rank
+    exchanges `size` bytes with one of another node."""
+    peer = (dist.get_rank() + dist.get_world_size() // 2) % dist.get_world_size()
+    sent, came = torch.zeros(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+
+    def exchange() -> float:
+        for work in (dist.irecv(came, peer), dist.isend(sent, peer)):
+            if work is not None:
+                work.wait()
+        return 0.0
+
+    exchange()  # the first one connects
+    seconds = statistics.median(timed_together(exchange).seconds[0] for _ in range(repeats))
+    return size * int(os.environ["LOCAL_WORLD_SIZE"]) / seconds
 
 
 def in_cluster(function: Callable[..., Any], settings: Mapping[str, Any], shape: Shape) -> Any:

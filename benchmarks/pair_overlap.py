@@ -3,7 +3,8 @@
 In a pair a forward and a backward take turns: while the rows of one are on their way to experts or back, the other
 computes (`parallel.turns`). Two ranks share the experts, each on a node of its own, in a cluster whose links are as
 slow as it takes: first a step is measured on fast links, and its bytes are counted, then the rate is chosen so that
-these bytes need as long as that step (`--exchange 1`). Both ways to run a step then take turns on that link.
+these bytes need as long as that step (`--exchange 1`), by what a plain exchange reaches at that rate. Both ways to run
+a step then take turns on that link. "waits" are what rank 0 waits for exchanges without overlap, by what it computes.
 
 Layouts: DualPipeV on one rank of a pipeline, which has both ends of the V, with two ranks of experts: each rank has a
 core of a two-core machine. DualPipe on two ranks of a pipeline with two of experts: four ranks. On two cores these
@@ -26,8 +27,8 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
-from _pieces import medians, noted, replayed
-from _ranks import in_cluster, timed_together
+from _pieces import medians, noted, replayed, share_of_waits
+from _ranks import in_cluster, link_rate, timed_together
 from _sides import Lap, Series, append_rows, in_rounds, print_table, progress, ratio
 from schedules import Work, aims
 
@@ -113,26 +114,29 @@ def main(
         call = {"schedule": name, "settings": settings, "warmup": warmup}
         fast = in_cluster(on_rank, {**call, "repeats": 3}, Shape(nodes=nodes, ranks=1, nic=parse_rate(FAST)))
         alone = series_of(fast)[OFF].median
-        rate = sum(fast["sent"]) / (alone * exchange)
+        wanted = sum(fast["sent"]) / (alone * exchange)
+        reached = in_cluster(link_rate, {}, Shape(nodes=nodes, ranks=1, nic=wanted))
+        rate = wanted * wanted / reached
         progress(
             f"{name}: {alone:.2f} s on fast links, {sum(fast['sent']) / 1e6:.1f} MB a rank: {rate * 8 / 1e6:.0f}Mbit"
         )
         slow = in_cluster(on_rank, {**call, "repeats": repeats}, Shape(nodes=nodes, ranks=1, nic=rate))
         found = series_of(slow)
         scheduled = make_schedule(name, LAYOUTS[name], microbatches)
-        send = 2 * width * length / rate
+        send = 2 * width * length / wanted
+        waits = share_of_waits(slow["pieces"])
         gain = ratio(found[OFF], found[ON])
         steps = {side: replayed(slow["pieces"], scheduled, send, is_overlapped=side == ON) for side in (ON, OFF)}
         for side, series in found.items():
             cells = [f"{series.median * 1e3:.0f}", f"{1 - alone / series.median:.0%}"]
             cells += [f"{steps[side] * 1e3:.0f}", f"{1 - alone / steps[side]:.0%}"]
             cells += [f"{steps[side] / series.median - 1:+.1%}", str(gain) if side == ON else ""]
-            lines.append([f"{name}, {side}", f"{rate * 8 / 1e6:.0f}", f"{alone * 1e3:.0f}", *cells])
-        row = {"schedule": name, "pp": LAYOUTS[name], "ep": EP, **settings, "nic_bytes_per_s": rate}
+            lines.append([f"{name}, {side}", f"{rate * 8 / 1e6:.0f}", f"{alone * 1e3:.0f}", f"{waits:.2f}", *cells])
+        row = {"schedule": name, "pp": LAYOUTS[name], "ep": EP, **settings, "nic_bytes_per_s": rate, "waits": waits}
         row |= {"fast_s": alone, "sent_to_experts_and_stages": slow["sent"], "gain": asdict(gain), "replayed_s": steps}
         rows.append({**row, "sides": {side: series.summary() for side, series in found.items()}})
     print(f"{layers} layers of {width}, {microbatches} micro-batches of {length} tokens a rank; links of one rank each")
-    columns = ["", "Mbit/s", "fast ms", "ms", "exposed", "replayed ms", "exposed", "off by", "gain"]
+    columns = ["", "Mbit/s", "fast ms", "waits", "ms", "exposed", "replayed ms", "exposed", "off by", "gain"]
     print_table(columns, lines)
     if record:
         append_rows("pair_overlap", rows)

@@ -8,7 +8,8 @@ average), and one row for each node in two.
 The gain is predicted from bytes: the flows that the planner's network model (`network.demands.experts`) makes of the
 very choices of the gate, each exchange as long as the busiest link needs for it. The choices and weights that go with a
 row in two hops, and gradients of weights, are counted. It comes close where the link is the limit and not the cores,
-so several rates are measured. Needs root, for network namespaces.
+so several rates are measured. "link ms" is what the bytes need at the rate that a plain exchange reaches on that link,
+which is printed too. Needs root, for network namespaces.
 
 Bar: the measured gain (time of one hop / time of two) is within 10 % of the predicted one.
 """
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import typer
-from _ranks import in_cluster, timed_together
+from _ranks import in_cluster, link_rate, timed_together
 from _sides import Lap, Series, append_rows, in_rounds, print_table, ratio
 from torch import Tensor
 
@@ -46,7 +47,8 @@ RATES = ["100Mbit", "200Mbit"]
 
 
 def on_rank(tokens: int, dim: int, warmup: int, repeats: int) -> dict[str, Any]:
-    """Laps of both sides; the choices of all ranks; the bytes that all NICs sent in one exchange there and back."""
+    """Laps of both sides; the choices of all ranks; the bytes that all NICs sent in one exchange there and back; the
+    bytes per second that a link carries."""
     mesh = form_mesh(Layout(dp=NODES * RANKS, ep=NODES * RANKS))
     generator = torch.Generator().manual_seed(mesh.rank)
     x, grad = (torch.randn(tokens, dim, generator=generator).bfloat16() for _ in range(2))
@@ -70,7 +72,7 @@ def on_rank(tokens: int, dim: int, warmup: int, repeats: int) -> dict[str, Any]:
     chosen = [torch.empty_like(routing.expert_ids) for _ in range(mesh.ep.size)]
     dist.all_gather(chosen, routing.expert_ids)
     laps = {name: [asdict(lap) for lap in series.laps] for name, series in found.items()}
-    return {"laps": laps, "chosen": torch.stack(chosen).tolist(), "sent": sent}
+    return {"laps": laps, "chosen": torch.stack(chosen).tolist(), "sent": sent, "link": link_rate()}
 
 
 def exchange(dispatcher: OneHop | TwoHop, x: Tensor, routing: Routing, grad: Tensor) -> tuple[Tensor, ...]:
@@ -132,20 +134,44 @@ def main(
         settings = {"tokens": tokens, "dim": dim, "warmup": warmup, "repeats": repeats}
         answer = in_cluster(on_rank, settings, Shape(nodes=NODES, ranks=RANKS, nic=nic))
         found = {name: Series(laps=[Lap(**lap) for lap in laps]) for name, laps in answer["laps"].items()}
+        link = answer["link"]
         bytes_of = {name: predicted(answer["chosen"], dim, name) for name in found}
         gain, expected = ratio(found[ONE], found[TWO]), bytes_of[ONE][1] / bytes_of[TWO][1]
         for name, series in found.items():
             total, busiest = bytes_of[name]
-            cells = [f"{total / 1e6:.2f}", f"{answer['sent'][name] / 1e6:.2f}", f"{busiest / nic * 1e3:.0f}"]
-            cells += [f"{series.median * 1e3:.0f}", f"{series.median * nic / busiest - 1:+.1%}"]
+            cells = [
+                f"{total / 1e6:.2f}",
+                f"{answer['sent'][name] / 1e6:.2f}",
+                f"{link * 8 / 1e6:.0f}",
+                f"{busiest / link * 1e3:.0f}",
+            ]
+            cells += [f"{series.median * 1e3:.0f}", f"{series.median * link / busiest - 1:+.1%}"]
             lines.append([f"{each}, {name}", *cells, *(["", "", ""] if name == ONE else _gains(gain.median, expected))])
-        row = {"nodes": NODES, "ranks_per_node": RANKS, "nic_bytes_per_s": nic, "tokens": tokens, "dim": dim}
+        row = {
+            "nodes": NODES,
+            "ranks_per_node": RANKS,
+            "nic_bytes_per_s": nic,
+            "link_bytes_per_s": link,
+            "tokens": tokens,
+            "dim": dim,
+        }
         row |= {"moe": MOE.model_dump(), "sides": {name: series.summary() for name, series in found.items()}}
         row |= {"predicted_nic_bytes": {name: total for name, (total, _) in bytes_of.items()}}
         row |= {"counted_nic_bytes": answer["sent"], "gain": asdict(gain), "predicted_gain": expected}
         rows.append({**row, "gain_of_predicted": gain.median / expected})
     print(f"{NODES} nodes x {RANKS} ranks, {tokens} tokens of {dim} each, BF16; forward and backward")
-    columns = ["", "MB over NICs", "counted", "link ms", "measured ms", "more", "gain", "predicted", "off by"]
+    columns = [
+        "",
+        "MB over NICs",
+        "counted",
+        "link Mbit/s",
+        "link ms",
+        "measured ms",
+        "more",
+        "gain",
+        "predicted",
+        "off by",
+    ]
     print_table(columns, lines)
     if record:
         append_rows("two_hops", rows)
