@@ -108,34 +108,43 @@ def main(
     record: bool = True,
 ) -> None:
     settings = {"width": width, "layers": layers, "microbatches": microbatches, "length": length}
+    found = {name: measure(name, settings, exchange, warmup, repeats) for name in schedule}
+    print(f"{layers} layers of {width}, {microbatches} micro-batches of {length} tokens a rank; links of one rank each")
+    report(found, settings, record)
+
+
+def measure(schedule: str, settings: dict[str, int], exchange: float, warmup: int, repeats: int) -> dict[str, Any]:
+    """What rank 0 says on the slow link; the seconds of a step on fast ones; the link's rate, and what it carries."""
+    nodes = LAYOUTS[schedule] * EP
+    call = {"schedule": schedule, "settings": settings, "warmup": warmup}
+    fast = in_cluster(on_rank, {**call, "repeats": 3}, Shape(nodes=nodes, ranks=1, nic=parse_rate(FAST)))
+    alone, sent = series_of(fast)[OFF].median, sum(fast["sent"])
+    wanted = sent / (alone * exchange)
+    reached = in_cluster(link_rate, {}, Shape(nodes=nodes, ranks=1, nic=wanted))
+    rate = wanted * wanted / reached
+    progress(f"{schedule}: {alone:.2f} s on fast links, {sent / 1e6:.1f} MB a rank: {rate * 8 / 1e6:.0f} Mbit/s")
+    slow = in_cluster(on_rank, {**call, "repeats": repeats}, Shape(nodes=nodes, ranks=1, nic=rate))
+    return {**slow, "alone": alone, "rate": rate, "carried": wanted}
+
+
+def report(answers: dict[str, dict[str, Any]], settings: dict[str, int], record: bool) -> None:
     lines, rows = [], []
-    for name in schedule:
-        nodes = LAYOUTS[name] * EP
-        call = {"schedule": name, "settings": settings, "warmup": warmup}
-        fast = in_cluster(on_rank, {**call, "repeats": 3}, Shape(nodes=nodes, ranks=1, nic=parse_rate(FAST)))
-        alone = series_of(fast)[OFF].median
-        wanted = sum(fast["sent"]) / (alone * exchange)
-        reached = in_cluster(link_rate, {}, Shape(nodes=nodes, ranks=1, nic=wanted))
-        rate = wanted * wanted / reached
-        progress(
-            f"{name}: {alone:.2f} s on fast links, {sum(fast['sent']) / 1e6:.1f} MB a rank: {rate * 8 / 1e6:.0f}Mbit"
-        )
-        slow = in_cluster(on_rank, {**call, "repeats": repeats}, Shape(nodes=nodes, ranks=1, nic=rate))
-        found = series_of(slow)
-        scheduled = make_schedule(name, LAYOUTS[name], microbatches)
-        send = 2 * width * length / wanted
-        waits = share_of_waits(slow["pieces"])
-        gain = ratio(found[OFF], found[ON])
-        steps = {side: replayed(slow["pieces"], scheduled, send, is_overlapped=side == ON) for side in (ON, OFF)}
+    for schedule, answer in answers.items():
+        found, pieces, alone = series_of(answer), answer["pieces"], answer["alone"]
+        scheduled = make_schedule(schedule, LAYOUTS[schedule], settings["microbatches"])
+        send = 2 * settings["width"] * settings["length"] / answer["carried"]
+        steps = {side: replayed(pieces, scheduled, send, is_overlapped=side == ON) for side in (ON, OFF)}
+        gain, waits = ratio(found[OFF], found[ON]), share_of_waits(pieces)
         for side, series in found.items():
-            cells = [f"{series.median * 1e3:.0f}", f"{1 - alone / series.median:.0%}"]
+            cells = [f"{answer['rate'] * 8 / 1e6:.0f}", f"{alone * 1e3:.0f}", f"{waits:.2f}"]
+            cells += [f"{series.median * 1e3:.0f}", f"{1 - alone / series.median:.0%}"]
             cells += [f"{steps[side] * 1e3:.0f}", f"{1 - alone / steps[side]:.0%}"]
             cells += [f"{steps[side] / series.median - 1:+.1%}", str(gain) if side == ON else ""]
-            lines.append([f"{name}, {side}", f"{rate * 8 / 1e6:.0f}", f"{alone * 1e3:.0f}", f"{waits:.2f}", *cells])
-        row = {"schedule": name, "pp": LAYOUTS[name], "ep": EP, **settings, "nic_bytes_per_s": rate, "waits": waits}
-        row |= {"fast_s": alone, "sent_to_experts_and_stages": slow["sent"], "gain": asdict(gain), "replayed_s": steps}
-        rows.append({**row, "sides": {side: series.summary() for side, series in found.items()}})
-    print(f"{layers} layers of {width}, {microbatches} micro-batches of {length} tokens a rank; links of one rank each")
+            lines.append([f"{schedule}, {side}", *cells])
+        row = {"schedule": schedule, "pp": LAYOUTS[schedule], "ep": EP, **settings, "nic_bytes_per_s": answer["rate"]}
+        row |= {"fast_s": alone, "waits": waits, "sent_to_experts_and_stages": answer["sent"], "gain": asdict(gain)}
+        sides = {side: series.summary() for side, series in found.items()}
+        rows.append({**row, "replayed_s": steps, "sides": sides})
     columns = ["", "Mbit/s", "fast ms", "waits", "ms", "exposed", "replayed ms", "exposed", "off by", "gain"]
     print_table(columns, lines)
     if record:

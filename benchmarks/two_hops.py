@@ -128,51 +128,33 @@ def main(
     repeats: int = 7,
     record: bool = True,
 ) -> None:
-    lines, rows = [], []
+    settings = {"tokens": tokens, "dim": dim, "warmup": warmup, "repeats": repeats}
+    answers = {}
     for each in rate:
-        nic = parse_rate(each)
-        settings = {"tokens": tokens, "dim": dim, "warmup": warmup, "repeats": repeats}
-        answer = in_cluster(on_rank, settings, Shape(nodes=NODES, ranks=RANKS, nic=nic))
+        answers[each] = in_cluster(on_rank, settings, Shape(nodes=NODES, ranks=RANKS, nic=parse_rate(each)))
+    print(f"{NODES} nodes x {RANKS} ranks, {tokens} tokens of {dim} each, BF16; forward and backward")
+    report(answers, {"nodes": NODES, "ranks_per_node": RANKS, "tokens": tokens, "dim": dim}, record)
+
+
+def report(answers: dict[str, dict[str, Any]], shape: dict[str, int], record: bool) -> None:
+    lines, rows = [], []
+    for rate, answer in answers.items():
         found = {name: Series(laps=[Lap(**lap) for lap in laps]) for name, laps in answer["laps"].items()}
-        link = answer["link"]
-        bytes_of = {name: predicted(answer["chosen"], dim, name) for name in found}
+        link, counted = answer["link"], answer["sent"]
+        bytes_of = {name: predicted(answer["chosen"], shape["dim"], name) for name in found}
         gain, expected = ratio(found[ONE], found[TWO]), bytes_of[ONE][1] / bytes_of[TWO][1]
         for name, series in found.items():
             total, busiest = bytes_of[name]
-            cells = [
-                f"{total / 1e6:.2f}",
-                f"{answer['sent'][name] / 1e6:.2f}",
-                f"{link * 8 / 1e6:.0f}",
-                f"{busiest / link * 1e3:.0f}",
-            ]
-            cells += [f"{series.median * 1e3:.0f}", f"{series.median * link / busiest - 1:+.1%}"]
-            lines.append([f"{each}, {name}", *cells, *(["", "", ""] if name == ONE else _gains(gain.median, expected))])
-        row = {
-            "nodes": NODES,
-            "ranks_per_node": RANKS,
-            "nic_bytes_per_s": nic,
-            "link_bytes_per_s": link,
-            "tokens": tokens,
-            "dim": dim,
-        }
-        row |= {"moe": MOE.model_dump(), "sides": {name: series.summary() for name, series in found.items()}}
+            cells = [f"{total / 1e6:.2f}", f"{counted[name] / 1e6:.2f}", f"{link * 8 / 1e6:.0f}"]
+            cells += [f"{busiest / link * 1e3:.0f}", f"{series.median * 1e3:.0f}"]
+            cells += [f"{series.median * link / busiest - 1:+.1%}"]
+            lines.append([f"{rate}, {name}", *cells, *(["", "", ""] if name == ONE else _gains(gain.median, expected))])
+        row = {**shape, "nic_bytes_per_s": parse_rate(rate), "link_bytes_per_s": link, "moe": MOE.model_dump()}
+        row |= {"sides": {name: series.summary() for name, series in found.items()}, "counted_nic_bytes": counted}
         row |= {"predicted_nic_bytes": {name: total for name, (total, _) in bytes_of.items()}}
-        row |= {"counted_nic_bytes": answer["sent"], "gain": asdict(gain), "predicted_gain": expected}
-        rows.append({**row, "gain_of_predicted": gain.median / expected})
-    print(f"{NODES} nodes x {RANKS} ranks, {tokens} tokens of {dim} each, BF16; forward and backward")
-    columns = [
-        "",
-        "MB over NICs",
-        "counted",
-        "link Mbit/s",
-        "link ms",
-        "measured ms",
-        "more",
-        "gain",
-        "predicted",
-        "off by",
-    ]
-    print_table(columns, lines)
+        rows.append({**row, "gain": asdict(gain), "predicted_gain": expected})
+    columns = ["", "MB over NICs", "counted", "link Mbit/s", "link ms", "measured ms", "more"]
+    print_table([*columns, "gain", "predicted", "off by"], lines)
     if record:
         append_rows("two_hops", rows)
 
