@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def take_turns(
     workers = []
     for name, build in builds.items():
         pipes[name], theirs = context.Pipe()
-        workers.append(context.Process(target=_serve, args=(build, theirs), daemon=True))
+        workers.append(context.Process(target=serve, args=(build, theirs), daemon=True))
         if environments is not None:
             for setting in threads.SETTINGS:
                 os.environ.pop(setting, None)
@@ -109,26 +110,41 @@ def take_turns(
     for name, pipe in pipes.items():
         pipe.recv()
         progress(f"{name}: ready")
-    laps: dict[tuple[str, Case], list[Lap]] = {(name, case): [] for case in cases for name in builds}
-    order = list(builds)
+    results: dict[tuple[str, Case], Series] = {}
     for case in cases:
-        for round_index in range(warmup + repeats):
-            start = time.perf_counter()
-            first = round_index % len(order)  # every side comes first at times: who precedes leaves its mark on caches
-            for name in order[first:] + order[:first]:
-                pipes[name].send(case)
-                lap = pipes[name].recv()
-                if round_index >= warmup:
-                    laps[name, case].append(lap)
-            progress(f"{case} round {round_index + 1}/{warmup + repeats}: {time.perf_counter() - start:.1f} s")
+        found = in_rounds({name: partial(_ask, pipe, case) for name, pipe in pipes.items()}, warmup, repeats, str(case))
+        results |= {(name, case): series for name, series in found.items()}
     for pipe in pipes.values():
         pipe.send(None)
     for worker in workers:
         worker.join()
-    return {key: Series(laps=value) for key, value in laps.items()}
+    return results
 
 
-def _serve(build: Build, pipe: Connection) -> None:
+def in_rounds(turns: Mapping[str, Callable[[], Lap]], warmup: int, repeats: int, label: str = "") -> dict[str, Series]:
+    """Laps of every side, the first `warmup` rounds left out. Without a label it runs silently."""
+    laps: dict[str, list[Lap]] = {name: [] for name in turns}
+    order = list(turns)
+    for round_index in range(warmup + repeats):
+        start = time.perf_counter()
+        first = round_index % len(order)  # every side comes first at times: who precedes leaves its mark on caches
+        for name in order[first:] + order[:first]:
+            lap = turns[name]()
+            if round_index >= warmup:
+                laps[name].append(lap)
+        if label:
+            progress(f"{label} round {round_index + 1}/{warmup + repeats}: {time.perf_counter() - start:.1f} s")
+    return {name: Series(laps=found) for name, found in laps.items()}
+
+
+def _ask(pipe: Connection, case: Case) -> Lap:
+    pipe.send(case)
+    lap: Lap = pipe.recv()
+    return lap
+
+
+def serve(build: Build, pipe: Connection) -> None:
+    """In the side's process: build, then take turns until told to end."""
     turn = build()
     pipe.send("ready")
     while (case := pipe.recv()) is not None:
