@@ -35,7 +35,7 @@ from schedules import Work, aims
 from dovetail.cluster.shape import Shape, parse_rate
 from dovetail.cost.memory.stages import stages
 from dovetail.model.transformer import initialize
-from dovetail.parallel.dispatch import OneHop
+from dovetail.parallel.experts.dispatch import OneHop
 from dovetail.parallel.mesh import form_mesh
 from dovetail.parallel.part import take_part
 from dovetail.parallel.pipeline.pipeline import Pipeline, build_stages

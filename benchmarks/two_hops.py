@@ -33,7 +33,7 @@ from dovetail.cluster.shape import Shape, parse_rate
 from dovetail.model.experts.gate import Gate, Routing
 from dovetail.network.demands.experts import Experts, combine, dispatch
 from dovetail.numerics.formats.errors import normwise_error, tolerance
-from dovetail.parallel.dispatch import OneHop, TwoHop
+from dovetail.parallel.experts.dispatch import OneHop, TwoHop
 from dovetail.parallel.mesh import form_mesh
 from dovetail.spec.layout import Layout
 from dovetail.spec.model import Moe

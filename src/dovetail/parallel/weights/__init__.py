@@ -1,1 +1,1 @@
-"""Weights that several ranks hold: their gradients, the shares of their optimizer, their places in checkpoints."""
+"""Weights that several ranks hold: sums of gradients, shares of the optimizer, places in checkpoints."""

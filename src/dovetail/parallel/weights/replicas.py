@@ -1,4 +1,4 @@
-"""Finds weights that should be the same on several ranks and are not: a bit that has flipped in one of them.
+"""Finds weights that should be the same on several ranks and are not: one has a bit that flipped.
 
 Ranks that hold the same weights tell each other a hash of each, 8 bytes a weight, and nothing else. Of three or more
 the one that differs from most is named; of two, nobody knows which is right.
