@@ -1,4 +1,4 @@
-"""What becomes of a rank when another one is lost: one message, and an end within seconds, on all of them.
+"""What becomes of a rank when another one is lost: one message, and an end within seconds, on all.
 
     a rank's exchange fails   it says so in the store that all ranks have, and the first one speaks for all
     every other rank          has a thread that looks into the store each half second: it says what its rank is doing
