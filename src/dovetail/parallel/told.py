@@ -65,9 +65,9 @@ class Account:
         parts = (sent, expected, self._in_steps, self._expected_in_steps, beside, self._turns.waited)
         said = [*sum(map(astuple, parts), ()), self._worked, _most_memory(self._device)]
         numbers = torch.tensor(said, dtype=torch.float64, device=self._device)
-        rows = numbers.new_empty(dist.get_world_size() * len(said))
-        dist.all_gather_into_tensor(rows, numbers)
-        return [_told(row) for row in rows.view(-1, len(said)).tolist()]
+        rows = numbers.new_empty(dist.get_world_size(), len(said))
+        dist.all_gather(list(rows), numbers)
+        return [_told(row) for row in rows.tolist()]
 
 
 def _told(row: list[float]) -> Told:
