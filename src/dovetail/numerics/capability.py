@@ -4,7 +4,7 @@ An operation has a plain reference and up to four faster paths. Its module lists
 
     on_cpu        numba kernels: FP32 or BF16 in CPU memory
     on_bf16_cpu   numba kernels made of AVX-512 BF16 instructions: BF16 in CPU memory
-    multiplies_bf16   the same, on a CPU whose BF16 products torch does not make faster still, in AMX tiles
+    multiplies_bf16   the same, unless torch alone multiplies in AMX tiles
     on_gpu        Triton kernels: memory of an NVIDIA GPU
     on_fp8_gpu    Triton kernels that multiply FP8: the same, of compute capability 8.9 or more
 
@@ -35,7 +35,7 @@ def on_bf16_cpu(*tensors: Tensor) -> bool:
 
 
 def multiplies_bf16(*tensors: Tensor) -> bool:
-    return on_bf16_cpu(*tensors) and not has_amx()
+    return on_bf16_cpu(*tensors) and (has_tiles() or not has_amx())
 
 
 def on_gpu(*tensors: Tensor) -> bool:
@@ -52,8 +52,18 @@ def has_bf16_instructions() -> bool:
 
     Its target is this machine's CPU, unless NUMBA_CPU_NAME, NUMBA_CPU_FEATURES or NUMBA_ENABLE_AVX say otherwise.
     """
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx512bf16" in features.split(",")
+    return _compiles("avx512bf16")
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether numba compiles AMX's BF16 products, and the system lets this process use them."""
+    return has_bf16_instructions() and _compiles("amx-tile", "amx-bf16") and bool(torch.cpu._init_amx())
+
+
+def _compiles(*features: str) -> bool:
+    _, _, known = cpu_target.target_context.codegen().magic_tuple()
+    return {f"+{each}" for each in features} <= set(known.split(","))
 
 
 @functools.cache

@@ -17,7 +17,18 @@ from dovetail.numerics.cpu.dot_tiles_numba import multiply, room
 from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.mixtures_numba import mix_rows
 from dovetail.numerics.cpu.softmax_numba import softmax_row
-from dovetail.numerics.products.grouped_numba import LANES, PANEL, float_product, pack, packed_size, product
+from dovetail.numerics.cpu.tiles_numba import PANEL
+from dovetail.numerics.panels.panels import (
+    float_product,
+    give_tiles,
+    left_size,
+    pack_left,
+    pack_right,
+    panel_size,
+    product,
+    right_size,
+    take_tiles,
+)
 
 STEP = 64  # queries at a time
 HEADS = 8  # of a short row that attend together: each key is loaded once for them
@@ -34,7 +45,7 @@ def attend(q, kv, rope_key, positions, scale, out, splits):  # type: ignore[no-u
     length, heads, dim = q.shape
     num_keys, rope = rope_key.shape
     nope, v_dim = dim - rope, out.shape[2]
-    pairs, stride = (dim + 1) // 2, heads * (nope + v_dim)
+    stride = heads * (nope + v_dim)
     flat_q, flat_kv, flat_out = q.reshape(-1), kv.reshape(-1), out.reshape(-1)
     for task in prange(heads * splits):
         h, split = task // splits, task % splits
@@ -42,35 +53,26 @@ def attend(q, kv, rope_key, positions, scale, out, splits):  # type: ignore[no-u
         for s in range(num_keys):
             whole[s, :nope] = kv[s, h, :nope]
             whole[s, nope:] = rope_key[s]
-        keys = np.empty(packed_size(dim, num_keys), np.uint32)
-        values = np.empty(packed_size(num_keys, v_dim), np.uint32)
-        pack(whole.reshape(-1), 0, dim, True, dim, num_keys, keys, PANEL)
-        pack(flat_kv, h * (nope + v_dim) + nope, stride, False, num_keys, v_dim, values, PANEL)
+        keys = np.empty(right_size(dim, num_keys), np.uint32)
+        values = np.empty(right_size(num_keys, v_dim), np.uint32)
+        pack_right(whole.reshape(-1), 0, dim, True, dim, num_keys, keys)
+        pack_right(flat_kv, h * (nope + v_dim) + nope, stride, False, num_keys, v_dim, values)
         width = (num_keys + PANEL - 1) // PANEL * PANEL
         scores, weights = np.empty((STEP, width), np.float32), np.empty((STEP, width), np.uint16)
-        packed = np.empty(max(packed_size(dim, STEP), packed_size(width, STEP)), np.uint32)
+        packed = np.empty(max(left_size(dim, STEP), left_size(width, STEP)), np.uint32)
+        take_tiles()
         for start in range(split * STEP, length, splits * STEP):
             rows = min(STEP, length - start)
             end = positions[start + rows - 1] + 1
             seen = (end + PANEL - 1) // PANEL * PANEL
-            pack(flat_q, (start * heads + h) * dim, heads * dim, True, dim, rows, packed, LANES)
-            float_product(packed, pairs, keys, PANEL * pairs, rows, end, scores, False)
+            pack_left(flat_q, (start * heads + h) * dim, heads * dim, True, dim, rows, packed)
+            float_product(packed, dim, keys, panel_size(dim), rows, end, scores, False)
             for i in range(rows):
                 softmax_row(scores, i * width, seen, scale, 0, positions[start + i] + 1, weights, i * width)
-            pack(weights.reshape(-1), 0, width, True, end, rows, packed, LANES)
+            pack_left(weights.reshape(-1), 0, width, True, end, rows, packed)
             at = (start * heads + h) * v_dim
-            product(
-                packed,
-                (end + 1) // 2,
-                values,
-                0,
-                PANEL * ((num_keys + 1) // 2),
-                rows,
-                v_dim,
-                flat_out,
-                at,
-                heads * v_dim,
-            )
+            product(packed, end, values, panel_size(num_keys), rows, v_dim, flat_out, at, heads * v_dim)
+        give_tiles()
 
 
 @register_jitable

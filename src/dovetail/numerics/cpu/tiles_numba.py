@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 LANES = 16  # 32-bit lanes of a vector: FP32 sums, or pairs of BF16
 TILE_ROWS = 8
 PANEL = 2 * LANES  # columns of b that are packed together
+LINE = 32  # BF16 values in a cache line
 
 
 INT16, INT32, INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -177,7 +178,7 @@ def ask_for(builder: Any, pointer: Any, level: int) -> None:
     builder.call(function, [address, INT32(0), INT32(level), INT32(1)])
 
 
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
+def transpose(builder: Any, rows: list[Any]) -> list[Any]:
     """16 vectors of 16 pairs, transposed: 32- and 64-bit interleaving, then 128-bit lanes."""
 
     def interleave(size: int, high: bool) -> list[int]:
@@ -224,7 +225,7 @@ def pack_transposed(typing_context, x, at, stride, rows, left, out, out_at, out_
             start = builder.add(arguments[1], builder.mul(row, arguments[2]))
             halves = load_halves(builder, builder.gep(source, [start]), mask)
             rows.append(builder.bitcast(halves, PAIRS))
-        for i, row in enumerate(_transpose(builder, rows)):
+        for i, row in enumerate(transpose(builder, rows)):
             start = builder.add(arguments[6], builder.mul(INT64(i), arguments[7]))
             store_vector(builder, row, builder.gep(target, [start]))
         return context.get_dummy_value()

@@ -21,86 +21,14 @@ from numba import prange
 from numba.extending import register_jitable
 from torch import Tensor
 
+from dovetail.numerics import capability
 from dovetail.numerics.cpu.kernels import array, kernel
-from dovetail.numerics.cpu.tiles_numba import (
-    LANES,
-    PANEL,
-    TILE_ROWS,
-    adding_tile,
-    bf16_tile1,
-    bf16_tile2,
-    float_tile,
-    pack_interleaved,
-    pack_transposed,
-    prefetch,
-    take_next,
-)
+from dovetail.numerics.cpu.tiles_numba import LANES, LINE, PANEL, TILE_ROWS, prefetch, take_next
+from dovetail.numerics.panels.vectors_numba import bf16_tile, pack, packed_size
+from dovetail.numerics.products import grouped_amx_numba
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
-LINE = 32  # BF16 values in a cache line
-
-
-@register_jitable
-def pack(x, at, stride, k_is_inner, k, count, out, width):  # type: ignore[no-untyped-def]
-    """Pairs along k of `count` rows (k_is_inner) or columns of x, in panels of `width`: out[panel, pair, width].
-
-    x: flat BF16 bits, from `at` on, rows `stride` apart. Sixteen pairs and 16 rows are written at a time, past the
-    last ones too: `packed_size` says how much room that takes.
-    """
-    pairs = (k + 1) // 2
-    for first in range(0, count, LANES):
-        base = first // width * width * pairs + first % width
-        if k_is_inner:
-            for p in range(0, pairs, LANES):
-                start, left = at + first * stride + 2 * p, k - 2 * p
-                pack_transposed(x, start, stride, count - first, left, out, base + p * width, width)
-        else:
-            for p in range(pairs):
-                start = at + 2 * p * stride + first
-                pack_interleaved(x, start, stride, 2 * p + 1 < k, count - first, out, base + p * width)
-
-
-@register_jitable
-def packed_size(k, count):  # type: ignore[no-untyped-def]
-    """Elements (uint32) that `pack` may write."""
-    return (count + PANEL - 1) // PANEL * PANEL * ((k + 1) // 2) + LANES * PANEL
-
-
-@register_jitable(forceinline=True)
-def _bf16_tile(a, a_at, b, b_at, pairs, c, at, ldc, m, n):  # type: ignore[no-untyped-def]
-    if n > LANES:
-        bf16_tile2(a, a_at, b, b_at, pairs, c, at, ldc, m, n)
-    else:
-        bf16_tile1(a, a_at, b, b_at, pairs, c, at, ldc, m, n)
-
-
-@register_jitable
-def product(a, pairs, b, b_at, b_stride, m, n, c, at, ldc):  # type: ignore[no-untyped-def]
-    """c[m, n] in BF16, at c.flat[at], rows ldc apart, of a packed in panels of LANES and b in panels of PANEL.
-
-    Panels of b begin at b.flat[b_at], b_stride apart; `pairs` of k are summed.
-    """
-    for column in range(0, n, PANEL):
-        panel = b_at + column // PANEL * b_stride
-        for row in range(0, m, TILE_ROWS):
-            start, place = row // LANES * LANES * pairs + row % LANES, at + row * ldc + column
-            _bf16_tile(a, start, b, panel, pairs, c, place, ldc, m - row, n - column)
-
-
-@register_jitable
-def float_product(a, pairs, b, b_stride, m, n, c, adds):  # type: ignore[no-untyped-def]
-    """c[:m, :n] in FP32, likewise, or c[:m, :n] += it; c has multiples of TILE_ROWS rows and PANEL columns, and
-    anything may be written past m and n."""
-    ldc = c.shape[1]
-    for column in range(0, n, PANEL):
-        panel = column // PANEL * b_stride
-        for row in range(0, m, TILE_ROWS):
-            start = row // LANES * LANES * pairs + row % LANES
-            if adds:
-                adding_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
-            else:
-                float_tile(a, start, b, panel, pairs, c, row * ldc + column, ldc)
 
 
 @register_jitable(forceinline=True)
@@ -197,7 +125,7 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
                 for tile in range(tiles):
                     row = tile * TILE_ROWS
                     start = row // LANES * LANES * pairs + row % LANES
-                    _bf16_tile(
+                    bf16_tile(
                         packed_a, start, packed_b, 0, pairs, c, at + row * strides[2], strides[2], rows - row, columns
                     )
                     b_at, a_at = _fetch(b, next_b, b_at, b_lines), _fetch(a, next_a, a_at, a_lines)
@@ -234,7 +162,8 @@ def _multiply(
     a, b, out = operands
     (a_row, a_inner), (b_row, k_is_outer) = _row_stride(a), _row_stride(b)
     assert out.stride(-1) == 1
-    grouped_gemm(
+    gemm = grouped_amx_numba.grouped_gemm if capability.has_tiles() else grouped_gemm
+    gemm(
         _flat(a),
         _flat(b),
         _flat(out),

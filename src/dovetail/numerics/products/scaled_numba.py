@@ -42,9 +42,10 @@ from dovetail.numerics.cpu.tiles_numba import (
     to_bf16,
 )
 from dovetail.numerics.formats.quantized import TILE, Quantized, token_tiles, transposed
+from dovetail.numerics.panels.vectors_numba import pack, packed_size
 from dovetail.numerics.products import accumulate_numba
 from dovetail.numerics.products.accumulators import Accumulator, Fp32Accumulator, least_exponents
-from dovetail.numerics.products.grouped_numba import BLOCK_ROWS, bounds_of, list_tasks, pack, packed_size
+from dovetail.numerics.products.grouped_numba import BLOCK_ROWS, bounds_of, list_tasks
 
 PAIRS_PER_TILE = TILE // 2  # values of k under one scale, by two
 VECTORS = PANEL // LANES
