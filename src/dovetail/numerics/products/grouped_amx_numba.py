@@ -15,6 +15,7 @@ from numba.extending import register_jitable
 
 from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.tiles_numba import LANES, PANEL, take_next
+from dovetail.numerics.panels.ahead_numba import fetch, lines_in, window_of
 from dovetail.numerics.panels.amx_numba import (
     PANEL_BYTES,
     ROW_BYTES,
@@ -97,6 +98,11 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
                 elif rows % LANES:
                     pack_left(a, a_at + rows // STEP * STEP * strides[0], strides[0], True, k, rows % STEP, left)
                 held = (g, first)
+            next_g, next_first, next_begin, next_end = tasks[min(task + threads, len(tasks) - 1)]
+            next_rows = min(BLOCK_ROWS, sizes[next_g, 0] - next_first)
+            next_a = window_of(starts[next_g, 0], next_first, next_rows, sizes[next_g, 2], strides[0], a_inner)
+            blocks = (rows + STEP - 1) // STEP * max(steps, 1)
+            fetched_a, a_lines = (0, 0), lines_in(next_a, blocks * ((end - begin + PANEL - 1) // PANEL))
             b_at = starts[g, 1] + (begin * strides[1] if b_inner else begin)
             for part in range(parts):
                 pack_part(b, b_at, strides[1], b_inner, k, n - begin, right, here, part)
@@ -104,6 +110,14 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
                 following = column + PANEL
                 b_at = starts[g, 1] + (following * strides[1] if b_inner else following)
                 done = 0 if following < end else parts
+                ahead = following + PANEL
+                if ahead < end:
+                    next_b = window_of(starts[g, 1], ahead, min(PANEL, n - ahead), k, strides[1], b_inner)
+                else:
+                    ahead += next_begin - end
+                    columns = max(min(PANEL, next_end - ahead), 0)
+                    next_b = window_of(starts[next_g, 1], ahead, columns, sizes[next_g, 2], strides[1], b_inner)
+                fetched_b, b_lines = (0, 0), lines_in(next_b, blocks)
                 for row in range(0, rows, STEP):
                     if reads_a and (rows - row >= STEP or rows - row == LANES):
                         a_here, stride, step = address(a, a_at + row * strides[0]), 2 * strides[0], 2 * STEP
@@ -126,6 +140,8 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
                             done += 1
                         _store(sums, c, ldc, waiting, stored, stored + share)
                         stored += share
+                        fetched_a = fetch(a, next_a, fetched_a, a_lines)
+                        fetched_b = fetch(b, next_b, fetched_b, b_lines)
                     _store(sums, c, ldc, waiting, stored, STEP)
                     place = starts[g, 2] + (first + row) * ldc + column
                     waiting = (BLOCK - waiting[0], place, min(STEP, rows - row), n - column)

@@ -23,42 +23,13 @@ from torch import Tensor
 
 from dovetail.numerics import capability
 from dovetail.numerics.cpu.kernels import array, kernel
-from dovetail.numerics.cpu.tiles_numba import LANES, LINE, PANEL, TILE_ROWS, prefetch, take_next
+from dovetail.numerics.cpu.tiles_numba import LANES, PANEL, TILE_ROWS, take_next
+from dovetail.numerics.panels.ahead_numba import fetch, lines_in, window_of
 from dovetail.numerics.panels.vectors_numba import bf16_tile, pack, packed_size
 from dovetail.numerics.products import grouped_amx_numba
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
-
-
-@register_jitable(forceinline=True)
-def _fetch(x, window, at, lines):  # type: ignore[no-untyped-def]
-    """The next so many cache lines of a window (start, stride, rows, columns) of x, from row and column `at` on;
-    returns where to go on."""
-    start, stride, rows, columns = window
-    row, column = at
-    for _ in range(lines):
-        if row >= rows:
-            break
-        prefetch(x, start + row * stride + column)
-        column += LINE
-        if column >= columns:
-            row, column = row + 1, 0
-    return row, column
-
-
-@register_jitable(forceinline=True)
-def _lines(window, parts):  # type: ignore[no-untyped-def]
-    """Cache lines of a window to fetch in each of so many parts."""
-    return (window[2] * ((window[3] + LINE - 1) // LINE) + parts - 1) // parts
-
-
-@register_jitable(forceinline=True)
-def _window(start, first, count, k, stride, k_is_inner):  # type: ignore[no-untyped-def]
-    """Where `count` rows (k_is_inner) or columns from `first` on, and all k, lie in memory."""
-    if k_is_inner:
-        return start + first * stride, stride, count, k
-    return start + first, stride, k, count
 
 
 @register_jitable
@@ -98,29 +69,29 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
             m, n, k = sizes[g]
             rows, pairs = min(BLOCK_ROWS, m - first), (k + 1) // 2
             if held != (g, first):
-                window = _window(starts[g, 0], first, rows, k, strides[0], a_inner)
+                window = window_of(starts[g, 0], first, rows, k, strides[0], a_inner)
                 pack(a, window[0], strides[0], a_inner, k, rows, packed_a, LANES)
                 held = (g, first)
             next_g, next_first, next_begin, next_end = tasks[min(task + threads, len(tasks) - 1)]
             next_m, next_n, next_k = sizes[next_g]
-            next_a = _window(
+            next_a = window_of(
                 starts[next_g, 0], next_first, min(BLOCK_ROWS, next_m - next_first), next_k, strides[0], a_inner
             )
             tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
-            a_at, a_lines = (0, 0), _lines(next_a, tiles * ((end - begin + PANEL - 1) // PANEL))
+            a_at, a_lines = (0, 0), lines_in(next_a, tiles * ((end - begin + PANEL - 1) // PANEL))
             for column in range(begin, end, PANEL):
                 columns = min(PANEL, n - column)
-                window = _window(starts[g, 1], column, columns, k, strides[1], b_inner)
+                window = window_of(starts[g, 1], column, columns, k, strides[1], b_inner)
                 pack(b, window[0], strides[1], b_inner, k, columns, packed_b, PANEL)
                 if column + PANEL < end:
-                    next_b = _window(
+                    next_b = window_of(
                         starts[g, 1], column + PANEL, min(PANEL, n - column - PANEL), k, strides[1], b_inner
                     )
                 else:
-                    next_b = _window(
+                    next_b = window_of(
                         starts[next_g, 1], next_begin, min(PANEL, next_n - next_begin), next_k, strides[1], b_inner
                     )
-                b_at, b_lines = (0, 0), _lines(next_b, tiles)
+                b_at, b_lines = (0, 0), lines_in(next_b, tiles)
                 at = starts[g, 2] + first * strides[2] + column
                 for tile in range(tiles):
                     row = tile * TILE_ROWS
@@ -128,7 +99,7 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
                     bf16_tile(
                         packed_a, start, packed_b, 0, pairs, c, at + row * strides[2], strides[2], rows - row, columns
                     )
-                    b_at, a_at = _fetch(b, next_b, b_at, b_lines), _fetch(a, next_a, a_at, a_lines)
+                    b_at, a_at = fetch(b, next_b, b_at, b_lines), fetch(a, next_a, a_at, a_lines)
 
 
 def fprop(rows: Tensor, weight: Tensor, offsets: Sequence[int]) -> Tensor:
