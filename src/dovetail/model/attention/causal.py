@@ -8,7 +8,7 @@ document boundaries, else the start of t's document.
 
 On a CPU `_BlockAttention` does the same in blocks of queries, so that memory grows with the context and not
 with its square; it keeps the log-sum-exp of each row and makes the scores anew in the backward pass. Its products are
-torch's. On a CPU with AVX-512 BF16 and without AMX `_HeadAttention`, made of our own products, is faster.
+torch's. On a CPU with AVX-512 BF16 `_HeadAttention`, made of our own products, is faster.
 On a GPU scaled_dot_product_attention does it, V padded to the key width, since unequal widths fall back to
 the slow path there.
 """

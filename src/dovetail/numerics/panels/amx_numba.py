@@ -24,6 +24,7 @@ from numba.extending import intrinsic
 from dovetail.numerics.cpu.tiles_numba import (
     FLOATS,
     INT16,
+    INT32,
     INT64,
     LANES,
     PAIRS,
@@ -51,17 +52,17 @@ LOW, HIGH = ([j for q in range(4) for i in range(4) for j in (8 * q + at + i, 32
 LOW_COLUMNS, HIGH_COLUMNS = ([8 * q + at + i for q in range(4) for i in range(4)] for at in (0, 4))
 
 
-def _call(builder: Any, name: str, *arguments: Any) -> None:
+def call(builder: Any, name: str, *arguments: Any) -> None:
     signature = ir.FunctionType(ir.VoidType(), [each.type for each in arguments])
     builder.call(cgutils.get_or_insert_function(builder.module, signature, f"llvm.x86.{name}"), arguments)
 
 
-def _pointer(builder: Any, address: Any, more: Any) -> Any:
+def pointer_to(builder: Any, address: Any, more: Any) -> Any:
     return builder.inttoptr(builder.add(address, more), BYTE.as_pointer())
 
 
-def _load_tile(builder: Any, tile: int, address: Any, more: Any, stride: Any) -> None:
-    _call(builder, "tileloadd64", BYTE(tile), _pointer(builder, address, more), stride)
+def load_tile(builder: Any, tile: int, address: Any, more: Any, stride: Any) -> None:
+    call(builder, "tileloadd64", BYTE(tile), pointer_to(builder, address, more), stride)
 
 
 @intrinsic
@@ -84,7 +85,7 @@ def take_tiles(typing_context):  # type: ignore[no-untyped-def]
         for tile in range(8):
             form[16 + 2 * tile], form[48 + tile] = ROW_BYTES, LANES
         constant = cgutils.global_constant(builder, "tile_form", ir.Constant(ir.ArrayType(BYTE, 64), form))
-        _call(builder, "ldtilecfg", builder.bitcast(constant, BYTE.as_pointer()))
+        call(builder, "ldtilecfg", builder.bitcast(constant, BYTE.as_pointer()))
         return context.get_dummy_value()
 
     return types.none(), generate
@@ -93,7 +94,7 @@ def take_tiles(typing_context):  # type: ignore[no-untyped-def]
 @intrinsic
 def give_tiles(typing_context):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _call(builder, "tilerelease")
+        call(builder, "tilerelease")
         return context.get_dummy_value()
 
     return types.none(), generate
@@ -103,7 +104,7 @@ def give_tiles(typing_context):  # type: ignore[no-untyped-def]
 def clear_sums(typing_context):  # type: ignore[no-untyped-def]
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         for tile in SUMS:
-            _call(builder, "tilezero", BYTE(tile))
+            call(builder, "tilezero", BYTE(tile))
         return context.get_dummy_value()
 
     return types.none(), generate
@@ -116,12 +117,14 @@ def _make_move(name: str) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             for tile in SUMS[:2]:
-                _call(builder, name, BYTE(tile), _pointer(builder, arguments[0], INT64(tile * ROW_BYTES)), arguments[1])
+                call(
+                    builder, name, BYTE(tile), pointer_to(builder, arguments[0], INT64(tile * ROW_BYTES)), arguments[1]
+                )
             with builder.if_then(arguments[2]):
                 below = builder.mul(arguments[1], INT64(LANES))
                 for tile in SUMS[2:]:
                     at = builder.add(below, INT64((tile - 2) * ROW_BYTES))
-                    _call(builder, name, BYTE(tile), _pointer(builder, arguments[0], at), arguments[1])
+                    call(builder, name, BYTE(tile), pointer_to(builder, arguments[0], at), arguments[1])
             return context.get_dummy_value()
 
         return types.none(types.int64, types.int64, types.boolean), generate
@@ -132,24 +135,24 @@ def _make_move(name: str) -> Any:
 load_sums, store_sums = _make_move("tileloadd64"), _make_move("tilestored64")
 
 
-def _make_add(has_second: bool) -> Any:
+def _make_add(has_second: bool, places: int = 2) -> Any:
     @intrinsic
     def add(typing_context, left, second, stride, right):  # type: ignore[no-untyped-def]
-        """Sums += 16 or 32 rows at the address `left`, `stride` bytes apart, by 32 columns at `right`; 32 of k.
+        """Sums += 16 or 32 rows at the address `left`, `stride` bytes apart, by 32 columns (or 16) at `right`; 32 of k.
 
         Rows 16 to 31 begin `second` bytes behind the first.
         """
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             left, second, stride, right = arguments
-            _load_tile(builder, LEFT[0], left, INT64(0), stride)
-            for place, tile in enumerate(RIGHT):
-                _load_tile(builder, tile, right, INT64(place * ROW_BYTES), INT64(PANEL_BYTES))
-                _call(builder, "tdpbf16ps", BYTE(SUMS[place]), BYTE(LEFT[0]), BYTE(tile))
+            load_tile(builder, LEFT[0], left, INT64(0), stride)
+            for place, tile in enumerate(RIGHT[:places]):
+                load_tile(builder, tile, right, INT64(place * ROW_BYTES), INT64(PANEL_BYTES))
+                call(builder, "tdpbf16ps", BYTE(SUMS[place]), BYTE(LEFT[0]), BYTE(tile))
             if has_second:
-                _load_tile(builder, LEFT[1], left, second, stride)
-                for place, tile in enumerate(RIGHT):
-                    _call(builder, "tdpbf16ps", BYTE(SUMS[2 + place]), BYTE(LEFT[1]), BYTE(tile))
+                load_tile(builder, LEFT[1], left, second, stride)
+                for place, tile in enumerate(RIGHT[:places]):
+                    call(builder, "tdpbf16ps", BYTE(SUMS[2 + place]), BYTE(LEFT[1]), BYTE(tile))
             return context.get_dummy_value()
 
         index = types.int64
@@ -158,7 +161,7 @@ def _make_add(has_second: bool) -> Any:
     return add
 
 
-add_16_rows, add_32_rows = _make_add(False), _make_add(True)
+add_16_rows, add_32_rows, add_half_panel = _make_add(False), _make_add(True), _make_add(True, places=1)
 
 
 def _load_row(builder: Any, source: Any, row: int, stride: Any, mask: Any, rows: Any) -> Any:
@@ -240,16 +243,28 @@ pack_transposed = _make_pack(_pack_transposed, LANES)  # 16 rows of 32 along k -
 pack_pairs = _make_pack(_pack_pairs, STEP)  # 32 along k of 32 columns -> a right panel's step
 
 
+def write(builder: Any, values: list[Any], out: Any, mask: Any) -> None:
+    """Vectors of FP32, side by side, in the format of `out`; nothing where the mask is not set."""
+    if not isinstance(out.type.pointee, ir.FloatType):
+        store_halves(builder, to_bf16(builder, values), out, mask)
+        return
+    for i, value in enumerate(values):
+        place = builder.bitcast(builder.gep(out, [INT64(i * LANES)]), FLOATS.as_pointer())
+        some = shuffle(builder, mask, mask, list(range(i * LANES, (i + 1) * LANES)))
+        signature = ir.FunctionType(ir.VoidType(), [FLOATS, place.type, INT32, some.type])
+        function = cgutils.get_or_insert_function(builder.module, signature, "llvm.masked.store.v16f32.p0")
+        builder.call(function, [value, place, INT32(4), some])
+
+
 @intrinsic
 def round_row(typing_context, sums, sums_at, c, c_at, columns):  # type: ignore[no-untyped-def]
-    """32 FP32 sums -> BF16 at c.flat[c_at], the first `columns` of them."""
+    """32 FP32 sums -> BF16 or FP32 at c.flat[c_at], the first `columns` of them."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, target = (data_of(context, builder, signature, arguments, i) for i in (0, 2))
         row = builder.gep(source, [arguments[1]])
         values = [load_vector(builder, builder.gep(row, [INT64(at)]), FLOATS) for at in (0, LANES)]
-        mask = first_lanes(builder, STEP, arguments[4])
-        store_halves(builder, to_bf16(builder, values), builder.gep(target, [arguments[3]]), mask)
+        write(builder, values, builder.gep(target, [arguments[3]]), first_lanes(builder, STEP, arguments[4]))
         return context.get_dummy_value()
 
     index = types.int64

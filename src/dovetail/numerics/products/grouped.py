@@ -6,9 +6,9 @@
 
 Rows offsets[g] : offsets[g + 1] belong to group g. `scaled` has the same three for quantised operands.
 
-    a CPU with AVX-512 BF16 alone    `grouped_numba.fprop`, `grouped_numba.wgrad`
-    BF16 elsewhere, AMX too          torch's grouped_mm
-    the rest                         `fprop_reference`, `wgrad_reference`: product by product
+    a CPU with AVX-512 BF16    `grouped_numba.fprop`, `grouped_numba.wgrad`, with AMX tiles where there are any
+    BF16 elsewhere             torch's grouped_mm
+    the rest                   `fprop_reference`, `wgrad_reference`: product by product
 
 dgrad is fprop with the transposed weight on every path.
 """

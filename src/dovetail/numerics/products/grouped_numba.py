@@ -24,9 +24,9 @@ from torch import Tensor
 from dovetail.numerics import capability
 from dovetail.numerics.cpu.kernels import array, kernel
 from dovetail.numerics.cpu.tiles_numba import LANES, PANEL, TILE_ROWS, take_next
+from dovetail.numerics.panels import amx_grouped_numba
 from dovetail.numerics.panels.ahead_numba import fetch, lines_in, window_of
 from dovetail.numerics.panels.vectors_numba import bf16_tile, pack, packed_size
-from dovetail.numerics.products import grouped_amx_numba
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
@@ -133,7 +133,7 @@ def _multiply(
     a, b, out = operands
     (a_row, a_inner), (b_row, k_is_outer) = _row_stride(a), _row_stride(b)
     assert out.stride(-1) == 1
-    gemm = grouped_amx_numba.grouped_gemm if capability.has_tiles() else grouped_gemm
+    gemm = amx_grouped_numba.grouped_gemm if capability.has_tiles() else grouped_gemm
     gemm(
         _flat(a),
         _flat(b),

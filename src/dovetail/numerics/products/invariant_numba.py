@@ -1,7 +1,8 @@
-"""Products of BF16 matrices that are batch-invariant, with AVX-512 BF16.
+"""Products of BF16 matrices that are batch-invariant, with a CPU's BF16 instructions.
 
 A row of a result has the same bits however many rows are computed with it; libraries choose another order of sums for
-each number of rows. `dot_tiles_numba` says in which order these are summed.
+each number of rows. `dot_tiles_numba` says in which order these are summed, and `amx_rows_numba` in which where the CPU
+has AMX tiles.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from numba import prange
 from numba.extending import register_jitable
 from torch import Tensor
 
+from dovetail.numerics import capability
 from dovetail.numerics.cpu.dot_tiles_numba import multiply, room
 from dovetail.numerics.cpu.kernels import array, kernel, serial_kernel
 from dovetail.numerics.cpu.tiles_numba import take_next
+from dovetail.numerics.panels import amx_invariant_numba
 
 FEW = 64  # rows with which reading the weights takes longer than multiplying by them
 
@@ -43,7 +46,7 @@ def block_product(x, first, rows, weight, group, block, out):  # type: ignore[no
 
 
 @kernel
-def both(x, weight, used, bounds, out, y, second, second_out, threads):  # type: ignore[no-untyped-def]
+def _both(x, weight, used, bounds, out, y, second, second_out, threads):  # type: ignore[no-untyped-def]
     """Two products in one parallel region.
 
     `out`: rows bounds[i] : bounds[i + 1] of x [P, K] by weight [., N, K] of group used[i] -> [P, N].
@@ -61,6 +64,9 @@ def both(x, weight, used, bounds, out, y, second, second_out, threads):  # type:
                 i, block = (task - others) // blocks, (task - others) % blocks
                 block_product(x, bounds[i], bounds[i + 1] - bounds[i], weight, used[i], block, out)
             task = tasks if is_few else take_next(counter)
+
+
+both = amx_invariant_numba.both if capability.has_tiles() else _both
 
 
 @register_jitable
