@@ -18,17 +18,7 @@ from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.mixtures_numba import mix_rows
 from dovetail.numerics.cpu.softmax_numba import softmax_row
 from dovetail.numerics.cpu.tiles_numba import PANEL
-from dovetail.numerics.panels.panels import (
-    float_product,
-    give_tiles,
-    left_size,
-    pack_left,
-    pack_right,
-    panel_size,
-    product,
-    right_size,
-    take_tiles,
-)
+from dovetail.numerics.panels.panels import panels
 
 STEP = 64  # queries at a time
 HEADS = 8  # of a short row that attend together: each key is loaded once for them
@@ -53,26 +43,26 @@ def attend(q, kv, rope_key, positions, scale, out, splits):  # type: ignore[no-u
         for s in range(num_keys):
             whole[s, :nope] = kv[s, h, :nope]
             whole[s, nope:] = rope_key[s]
-        keys = np.empty(right_size(dim, num_keys), np.uint32)
-        values = np.empty(right_size(num_keys, v_dim), np.uint32)
-        pack_right(whole.reshape(-1), 0, dim, True, dim, num_keys, keys)
-        pack_right(flat_kv, h * (nope + v_dim) + nope, stride, False, num_keys, v_dim, values)
+        keys = np.empty(panels.right_size(dim, num_keys), np.uint32)
+        values = np.empty(panels.right_size(num_keys, v_dim), np.uint32)
+        panels.pack_right(whole.reshape(-1), 0, dim, True, dim, num_keys, keys)
+        panels.pack_right(flat_kv, h * (nope + v_dim) + nope, stride, False, num_keys, v_dim, values)
         width = (num_keys + PANEL - 1) // PANEL * PANEL
         scores, weights = np.empty((STEP, width), np.float32), np.empty((STEP, width), np.uint16)
-        packed = np.empty(max(left_size(dim, STEP), left_size(width, STEP)), np.uint32)
-        take_tiles()
+        packed = np.empty(max(panels.left_size(dim, STEP), panels.left_size(width, STEP)), np.uint32)
+        panels.take_tiles()
         for start in range(split * STEP, length, splits * STEP):
             rows = min(STEP, length - start)
             end = positions[start + rows - 1] + 1
             seen = (end + PANEL - 1) // PANEL * PANEL
-            pack_left(flat_q, (start * heads + h) * dim, heads * dim, True, dim, rows, packed)
-            float_product(packed, dim, keys, panel_size(dim), rows, end, scores, False)
+            panels.pack_left(flat_q, (start * heads + h) * dim, heads * dim, True, dim, rows, packed)
+            panels.float_product(packed, dim, keys, panels.panel_size(dim), rows, end, scores, False)
             for i in range(rows):
                 softmax_row(scores, i * width, seen, scale, 0, positions[start + i] + 1, weights, i * width)
-            pack_left(weights.reshape(-1), 0, width, True, end, rows, packed)
+            panels.pack_left(weights.reshape(-1), 0, width, True, end, rows, packed)
             at = (start * heads + h) * v_dim
-            product(packed, end, values, panel_size(num_keys), rows, v_dim, flat_out, at, heads * v_dim)
-        give_tiles()
+            panels.product(packed, end, values, panels.panel_size(num_keys), rows, v_dim, flat_out, at, heads * v_dim)
+        panels.give_tiles()
 
 
 @register_jitable

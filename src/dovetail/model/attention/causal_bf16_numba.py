@@ -17,17 +17,7 @@ from dovetail.numerics.cpu.kernels import kernel
 from dovetail.numerics.cpu.scalars_numba import store
 from dovetail.numerics.cpu.softmax_numba import softmax_backward_row, softmax_row
 from dovetail.numerics.cpu.tiles_numba import LINE, PANEL, prefetch
-from dovetail.numerics.panels.panels import (
-    float_product,
-    give_tiles,
-    left_size,
-    pack_left,
-    pack_right,
-    panel_size,
-    product,
-    right_size,
-    take_tiles,
-)
+from dovetail.numerics.panels.panels import panels
 
 STEP = 64  # queries at a time
 
@@ -51,19 +41,22 @@ def forward(q, k, v, scale, first, out, log_sum, shape, splits):  # type: ignore
     for task in prange(batch * heads * splits):
         h, split = task // splits, task % splits
         sequence, head = h // heads, h % heads
-        keys, values = np.empty(right_size(dim, length), np.uint32), np.empty(right_size(length, v_dim), np.uint32)
-        pack_right(k, h * length * dim, dim, True, dim, length, keys)
-        pack_right(v, h * length * v_dim, v_dim, False, length, v_dim, values)
+        keys, values = (
+            np.empty(panels.right_size(dim, length), np.uint32),
+            np.empty(panels.right_size(length, v_dim), np.uint32),
+        )
+        panels.pack_right(k, h * length * dim, dim, True, dim, length, keys)
+        panels.pack_right(v, h * length * v_dim, v_dim, False, length, v_dim, values)
         width = _whole(length, PANEL)
         scores, weights = np.empty((STEP, width), np.float32), np.empty((STEP, width), np.uint16)
-        packed = np.empty(max(left_size(dim, STEP), left_size(width, STEP)), np.uint32)
-        take_tiles()
+        packed = np.empty(max(panels.left_size(dim, STEP), panels.left_size(width, STEP)), np.uint32)
+        panels.take_tiles()
         for start in range(split * STEP, length, splits * STEP):
             rows = min(STEP, length - start)
             end = start + rows
             seen = _whole(end, PANEL)
-            pack_left(q, (h * length + start) * dim, dim, True, dim, rows, packed)
-            float_product(packed, dim, keys, panel_size(dim), rows, end, scores, False)
+            panels.pack_left(q, (h * length + start) * dim, dim, True, dim, rows, packed)
+            panels.float_product(packed, dim, keys, panels.panel_size(dim), rows, end, scores, False)
             for i in range(rows):
                 if splits == 1 and h + 1 < batch * heads:
                     _fetch_row(q, (h + 1) * length + start + i, dim)
@@ -72,10 +65,10 @@ def forward(q, k, v, scale, first, out, log_sum, shape, splits):  # type: ignore
                 lo, hi, at = np.int64(first[sequence, start + i]), start + i + 1, i * width
                 top, total = softmax_row(scores, at, seen, scale, lo, hi, weights, at)
                 log_sum[h, start + i] = top + np.log(total)
-            pack_left(weights.reshape(-1), 0, width, True, end, rows, packed)
+            panels.pack_left(weights.reshape(-1), 0, width, True, end, rows, packed)
             at = ((sequence * length + start) * heads + head) * v_dim
-            product(packed, end, values, panel_size(length), rows, v_dim, out, at, heads * v_dim)
-        give_tiles()
+            panels.product(packed, end, values, panels.panel_size(length), rows, v_dim, out, at, heads * v_dim)
+        panels.give_tiles()
 
 
 @register_jitable
@@ -92,27 +85,30 @@ def backward(grad, q, k, v, scale, first, log_sum, grad_q, grad_k, grad_v, shape
     batch, heads, length, dim, v_dim = shape
     for h in prange(batch * heads):
         at, v_at, width = h * length * dim, h * length * v_dim, _whole(length, PANEL)
-        keys, keys_t = np.empty(right_size(dim, length), np.uint32), np.empty(right_size(length, dim), np.uint32)
-        values = np.empty(right_size(v_dim, length), np.uint32)
-        pack_right(k, at, dim, True, dim, length, keys)
-        pack_right(k, at, dim, False, length, dim, keys_t)
-        pack_right(v, v_at, v_dim, True, v_dim, length, values)
+        keys, keys_t = (
+            np.empty(panels.right_size(dim, length), np.uint32),
+            np.empty(panels.right_size(length, dim), np.uint32),
+        )
+        values = np.empty(panels.right_size(v_dim, length), np.uint32)
+        panels.pack_right(k, at, dim, True, dim, length, keys)
+        panels.pack_right(k, at, dim, False, length, dim, keys_t)
+        panels.pack_right(v, v_at, v_dim, True, v_dim, length, values)
         scores, grad_weights = np.empty((STEP, width), np.float32), np.empty((STEP, width), np.float32)
         weights, grad_scores = np.empty((STEP, width), np.uint16), np.empty((STEP, width), np.uint16)
         sum_k = np.zeros((width, _whole(dim, PANEL)), np.float32)
         sum_v = np.zeros((width, _whole(v_dim, PANEL)), np.float32)
-        left = np.empty(max(left_size(max(dim, v_dim), STEP), left_size(width, STEP)), np.uint32)
-        left_t = np.empty(left_size(STEP, width), np.uint32)
-        right = np.empty(right_size(STEP, max(dim, v_dim)), np.uint32)
-        take_tiles()
+        left = np.empty(max(panels.left_size(max(dim, v_dim), STEP), panels.left_size(width, STEP)), np.uint32)
+        left_t = np.empty(panels.left_size(STEP, width), np.uint32)
+        right = np.empty(panels.right_size(STEP, max(dim, v_dim)), np.uint32)
+        panels.take_tiles()
         for start in range(0, length, STEP):
             rows = min(STEP, length - start)
             end, row_at, v_row_at = start + rows, at + start * dim, v_at + start * v_dim
             seen = _whole(end, PANEL)
-            pack_left(q, row_at, dim, True, dim, rows, left)
-            float_product(left, dim, keys, panel_size(dim), rows, end, scores, False)
-            pack_left(grad, v_row_at, v_dim, True, v_dim, rows, left)
-            float_product(left, v_dim, values, panel_size(v_dim), rows, end, grad_weights, False)
+            panels.pack_left(q, row_at, dim, True, dim, rows, left)
+            panels.float_product(left, dim, keys, panels.panel_size(dim), rows, end, scores, False)
+            panels.pack_left(grad, v_row_at, v_dim, True, v_dim, rows, left)
+            panels.float_product(left, v_dim, values, panels.panel_size(v_dim), rows, end, grad_weights, False)
             for i in range(rows):
                 if h + 1 < batch * heads:
                     following = (h + 1) * length + start + i
@@ -124,14 +120,14 @@ def backward(grad, q, k, v, scale, first, log_sum, grad_q, grad_k, grad_v, shape
                 softmax_backward_row(
                     scores, grad_weights, i * width, seen, scale, shift, lo, hi, weights, grad_scores, i * width
                 )
-            pack_left(grad_scores.reshape(-1), 0, width, True, end, rows, left)
-            product(left, end, keys_t, panel_size(length), rows, dim, grad_q, row_at, dim)
-            pack_left(grad_scores.reshape(-1), 0, width, False, rows, end, left_t)
-            pack_right(q, row_at, dim, False, rows, dim, right)
-            float_product(left_t, rows, right, panel_size(rows), end, dim, sum_k, True)
-            pack_left(weights.reshape(-1), 0, width, False, rows, end, left_t)
-            pack_right(grad, v_row_at, v_dim, False, rows, v_dim, right)
-            float_product(left_t, rows, right, panel_size(rows), end, v_dim, sum_v, True)
-        give_tiles()
+            panels.pack_left(grad_scores.reshape(-1), 0, width, True, end, rows, left)
+            panels.product(left, end, keys_t, panels.panel_size(length), rows, dim, grad_q, row_at, dim)
+            panels.pack_left(grad_scores.reshape(-1), 0, width, False, rows, end, left_t)
+            panels.pack_right(q, row_at, dim, False, rows, dim, right)
+            panels.float_product(left_t, rows, right, panels.panel_size(rows), end, dim, sum_k, True)
+            panels.pack_left(weights.reshape(-1), 0, width, False, rows, end, left_t)
+            panels.pack_right(grad, v_row_at, v_dim, False, rows, v_dim, right)
+            panels.float_product(left_t, rows, right, panels.panel_size(rows), end, v_dim, sum_v, True)
+        panels.give_tiles()
         _round(sum_k, grad_k, at, length, dim)
         _round(sum_v, grad_v, v_at, length, v_dim)

@@ -32,6 +32,7 @@ from dovetail.numerics.panels.amx_numba import (
     take_tiles,
 )
 from dovetail.numerics.panels.amx_panels_numba import left_size, pack_left, pack_part, panel_size, parts_of, steps_of
+from dovetail.numerics.panels.tasks_numba import list_tasks
 
 BLOCK_ROWS = 512  # rows of a for which 32 columns of b are packed once
 FEW_COLUMNS, MANY_COLUMNS = 128, 512  # of c that a thread takes at a time: few where there are few tasks
@@ -39,19 +40,12 @@ BLOCK = STEP * PANEL  # sums of a block
 
 
 @register_jitable
-def _list_tasks(sizes, threads):  # type: ignore[no-untyped-def]
-    """(group, first row, first and last column) of blocks of c."""
+def _columns_of(sizes, threads):  # type: ignore[no-untyped-def]
+    """Columns of a task."""
     blocks = 0
     for g in range(len(sizes)):
         blocks += (sizes[g, 0] + BLOCK_ROWS - 1) // BLOCK_ROWS * ((sizes[g, 1] + MANY_COLUMNS - 1) // MANY_COLUMNS)
-    columns = MANY_COLUMNS if blocks >= 4 * threads else FEW_COLUMNS
-    tasks = []
-    for g in range(len(sizes)):
-        for row in range(0, sizes[g, 0], BLOCK_ROWS):
-            for column in range(0, sizes[g, 1], columns):
-                end = min(column + columns, sizes[g, 1])
-                tasks.append((np.int64(g), np.int64(row), np.int64(column), np.int64(end)))
-    return tasks
+    return MANY_COLUMNS if blocks >= 4 * threads else FEW_COLUMNS
 
 
 @register_jitable
@@ -72,7 +66,7 @@ def _store(sums, c, ldc, waiting, first, last):  # type: ignore[no-untyped-def]
 @kernel
 def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  # type: ignore[no-untyped-def]
     """As `grouped_numba.grouped_gemm` has it."""
-    tasks = _list_tasks(sizes, threads)
+    tasks = list_tasks(sizes, BLOCK_ROWS, _columns_of(sizes, threads))
     most_m, most_k = sizes[:, 0].max(), sizes[:, 2].max()
     reads_a = a_inner and _are_whole_steps(sizes)
     ldc, counter = strides[2], np.zeros(1, np.int64)

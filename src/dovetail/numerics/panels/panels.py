@@ -1,4 +1,4 @@
-"""The fastest products of packed BF16 operands that this CPU has, under one set of names.
+"""The fastest products of packed BF16 operands that this CPU has.
 
 Which they are depends on what numba compiles for, and on nothing else: it is the same in each process of a machine.
 """
@@ -6,40 +6,6 @@ Which they are depends on what numba compiles for, and on nothing else: it is th
 from __future__ import annotations
 
 from dovetail.numerics import capability
+from dovetail.numerics.panels import amx_panels_numba, vectors_numba
 
-if capability.has_tiles():
-    from dovetail.numerics.panels.amx_panels_numba import (
-        float_product,
-        give_tiles,
-        left_size,
-        pack_left,
-        pack_right,
-        panel_size,
-        product,
-        right_size,
-        take_tiles,
-    )
-else:
-    from dovetail.numerics.panels.vectors_numba import (
-        float_product,
-        give_tiles,
-        left_size,
-        pack_left,
-        pack_right,
-        panel_size,
-        product,
-        right_size,
-        take_tiles,
-    )
-
-__all__ = [
-    "float_product",
-    "give_tiles",
-    "left_size",
-    "pack_left",
-    "pack_right",
-    "panel_size",
-    "product",
-    "right_size",
-    "take_tiles",
-]
+panels = amx_panels_numba if capability.has_tiles() else vectors_numba

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import numba
 import numpy as np
 from numba import prange
-from numba.extending import register_jitable
 from torch import Tensor
 
 from dovetail.numerics import capability
@@ -26,22 +25,11 @@ from dovetail.numerics.cpu.kernels import array, kernel
 from dovetail.numerics.cpu.tiles_numba import LANES, PANEL, TILE_ROWS, take_next
 from dovetail.numerics.panels import amx_grouped_numba
 from dovetail.numerics.panels.ahead_numba import fetch, lines_in, window_of
+from dovetail.numerics.panels.tasks_numba import list_tasks
 from dovetail.numerics.panels.vectors_numba import bf16_tile, pack, packed_size
 
 BLOCK_ROWS = 256  # rows of a that are packed at a time: 256 KB of the second-level cache at k = 512
 BLOCK_COLUMNS = 256  # columns of c that a thread takes at a time
-
-
-@register_jitable
-def list_tasks(sizes):  # type: ignore[no-untyped-def]
-    """(group, first row, first and last column) of blocks of c, BLOCK_ROWS x BLOCK_COLUMNS each."""
-    tasks = []
-    for g in range(len(sizes)):
-        for row in range(0, sizes[g, 0], BLOCK_ROWS):
-            for column in range(0, sizes[g, 1], BLOCK_COLUMNS):
-                end = min(column + BLOCK_COLUMNS, sizes[g, 1])
-                tasks.append((np.int64(g), np.int64(row), np.int64(column), np.int64(end)))
-    return tasks
 
 
 @kernel
@@ -54,7 +42,7 @@ def grouped_gemm(a, b, c, starts, sizes, strides, a_inner, b_inner, threads):  #
     Threads take the next block of c when they are done with one. While a panel is multiplied, what will be packed
     next is fetched: operands come from memory as often as not.
     """
-    tasks = list_tasks(sizes)
+    tasks = list_tasks(sizes, BLOCK_ROWS, BLOCK_COLUMNS)
     most_m, most_k = sizes[:, 0].max(), sizes[:, 2].max()
     counter = np.zeros(1, np.int64)
     for _ in prange(threads):

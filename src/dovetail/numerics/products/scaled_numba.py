@@ -42,10 +42,11 @@ from dovetail.numerics.cpu.tiles_numba import (
     to_bf16,
 )
 from dovetail.numerics.formats.quantized import TILE, Quantized, token_tiles, transposed
+from dovetail.numerics.panels.tasks_numba import list_tasks
 from dovetail.numerics.panels.vectors_numba import pack, packed_size
 from dovetail.numerics.products import accumulate_numba
 from dovetail.numerics.products.accumulators import Accumulator, Fp32Accumulator, least_exponents
-from dovetail.numerics.products.grouped_numba import BLOCK_ROWS, bounds_of, list_tasks
+from dovetail.numerics.products.grouped_numba import BLOCK_COLUMNS, BLOCK_ROWS, bounds_of
 
 PAIRS_PER_TILE = TILE // 2  # values of k under one scale, by two
 VECTORS = PANEL // LANES
@@ -112,7 +113,7 @@ def grouped_scaled_gemm(  # type: ignore[no-untyped-def]
     scale_starts [G, 2]: where each group's scales of a and b begin; scale_strides: (rows of a, tiles of a, blocks of
     b, tiles of b), in elements; b_block columns of b share a scale.
     """
-    tasks = list_tasks(sizes)
+    tasks = list_tasks(sizes, BLOCK_ROWS, BLOCK_COLUMNS)
     most_m, most_k = sizes[:, 0].max(), sizes[:, 2].max()
     most_tiles = (most_k + TILE - 1) // TILE
     counter = np.zeros(1, np.int64)
